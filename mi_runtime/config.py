@@ -1,0 +1,36 @@
+"""What an engine is started with: every default and unit in one place."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine process.
+
+    `None` means: derived at start from the pair and the machine. Nothing changes after start.
+    """
+
+    instruct: str  # directory or hub id of the Instruct endpoint
+    thinking: str  # directory or hub id of the Thinking endpoint
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    block_size: int = 16  # tokens a KV block
+    num_blocks: int | None = None  # KV blocks; None: from kv_cache_bytes
+    kv_cache_bytes: int | None = None  # None: a share of the free memory
+    max_model_len: int | None = None  # tokens of prompt and answer together
+    max_num_seqs: int = 256  # sequences that run at once
+    max_batched_tokens: int = 2048  # tokens a step, prefill and decode together
+    prefix_caching: bool = True
+    lambda_step: float = 0.01  # the grid λ is rounded to
+    threads: int | None = None  # CPU threads of the engine process; None: torch's own choice
+
+    def __post_init__(self) -> None:
+        cells = 1 / self.lambda_step if self.lambda_step > 0 else 0.0
+        if cells < 1 or abs(cells - round(cells)) > 1e-6:
+            raise ValueError(
+                f"lambda_step must divide 1 evenly, as 0.01 does, not {self.lambda_step}"
+            )

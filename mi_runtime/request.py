@@ -1,0 +1,191 @@
+"""The engine's two shapes at its edge: the request that enters and the token events that leave.
+
+Values only: nothing here changes after it is built, and nothing here imports torch. The commands
+and reports at the end are the messages of the pipe between the HTTP and the engine process.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every accepted request ends with exactly one of them."""
+
+    STOP = "stop"  # an end-of-sequence or stop token
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORT = "abort"  # the caller asked for it
+    ERROR = "error"  # this request failed in the engine; the others went on
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """A request's setting of the interpolation: λ = 0 is Instruct, λ = 1 is Thinking."""
+
+    reasoning_lambda: float
+
+    @staticmethod
+    def on_grid(value: float, step: float) -> "Dial":
+        """The dial at `value` rounded to the grid of `step`, which divides 1.
+
+        Raises ValueError outside [0, 1] and on NaN.
+        """
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"λ must be a number in [0, 1], not {value!r}")
+        cells = round(1 / step)
+        return Dial(round(value * cells) / cells)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. The defaults leave the model's distribution as it is."""
+
+    max_tokens: int | None = None  # None: as many as the context holds
+    min_tokens: int = 0  # end-of-sequence and stop tokens are forbidden before
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and answer; 1: off
+    presence_penalty: float = 0.0  # over the answer
+    frequency_penalty: float = 0.0  # over the answer
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None  # None: drawn by the engine
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False  # eos_token_ids do not end the answer; stop_token_ids still do
+    logprobs: int | None = None  # alternatives beside each token (0: the token alone); None: off
+
+    @property
+    def ending_token_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkTags:
+    """The tokens around a think block, and whether the prompt already opened one."""
+
+    open_id: int
+    close_id: int
+    opened_by_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One answer to compute (a wire request with n > 1 becomes n of these)."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    dial: Dial
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    think: ThinkTags | None = None  # None: no think block is tracked
+    cache_salt: str = ""  # requests of different salts share no KV
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of the model itself, before temperature, penalties and bias."""
+
+    token: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token of one request, or its end without a token (abort, error)."""
+
+    request_id: str
+    token_id: int | None
+    finish_reason: FinishReason | None = None  # set on the terminal event only
+    logprobs: TokenLogprobs | None = None
+    cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    reasoning_tokens: int = 0  # tokens inside the think block so far
+    queue_seconds: float = 0.0  # from submission to the first step that ran it
+    error: str | None = None  # for FinishReason.ERROR: what happened
+
+
+class RequestRejected(ValueError):
+    """A request the engine cannot take; nothing of it was kept. `code` is the wire's error code."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+# --- The pipe: HTTP process → engine process ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+Command = Submit | Abort  # the end of the pipe is the command to stop
+
+
+# --- The pipe: engine process → HTTP process ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Facts of a loaded engine."""
+
+    fingerprint: str  # hex digest of pair and λ grid; part of every prefix-cache key
+    model_type: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int  # tokens of prompt and answer together
+    block_size: int
+    num_blocks: int
+    weight_bytes: int
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of this moment and counters since start, after a step."""
+
+    running: int = 0
+    waiting: int = 0
+    used_blocks: int = 0
+    total_blocks: int = 0
+    running_lambdas: tuple[float, ...] = ()  # distinct, sorted
+    waiting_lambdas: tuple[float, ...] = ()
+    prefix_queried_tokens: int = 0  # counters from here on
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    endpoint_steps: int = 0  # steps whose rows were all at λ = 0, or all at λ = 1
+    pair_steps: int = 0  # steps computed by the pair product
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The pair is loaded and checked; requests are welcome."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The pair cannot be served. The message is for the operator; the process exits with code 2."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step produced."""
+
+    events: tuple[TokenEvent, ...]
+    stats: EngineStats
+
+
+Report = Ready | LoadFailed | StepReport
