@@ -1,0 +1,290 @@
+"""Attention over paged KV, as one function registered with `transformers`.
+
+The KV cache of a layer is `[blocks + 1, block_size, kv_heads, head_dim]`, keys and values apart.
+The extra block stays zero: it fills up block tables, so that a gather never reads what belongs to
+nobody. This is the reference for every device: it gathers each sequence's blocks and calls
+`scaled_dot_product_attention`; single-token rows (decodes) go through it together, prefill chunks
+one by one. Cost of a decode: one copy of the keys and values read, padded to the longest row.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mi_runtime.blend import UnsupportedModel
+
+ATTENTION_NAME = "mi_paged"
+
+
+class AttentionContext(Protocol):
+    """What a model forward hands down to its attention layers as `attention_context`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """`[tokens, heads, dim]` each, and the same out; `window` counts the token itself."""
+        ...
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    attention_context: AttentionContext,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What `transformers` calls: `[1, heads, tokens, dim]` in, `[1, tokens, heads, dim]` out."""
+    unsupported = sorted(name for name in _MEANINGFUL & others.keys() if others[name] is not None)
+    if unsupported or attention_mask is not None:
+        raise UnsupportedModel(f"attention with {', '.join(unsupported) or 'a mask of its own'}")
+    out = attention_context.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=scaling,
+        window=sliding_window,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+# keyword arguments of attention functions that would change the result
+_MEANINGFUL = {
+    "softcap",
+    "position_bias",
+    "head_mask",
+    "indexer",
+    "block_mask",
+    "cache_position_bias",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """The KV of one attention layer, a token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A chunk of one sequence: rows [first, first + length) of the batch, after `start` tokens."""
+
+    first: int
+    length: int
+    start: int
+    blocks: Tensor  # [blocks of start + length tokens] int64
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How the rows of one flat batch attend. Rows before `decodes` are single tokens."""
+
+    slots: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
+    decodes: int
+    tables: Tensor  # [decodes, blocks of the longest] int64, filled up with the zero block
+    lengths: Tensor  # [decodes] int64: tokens of each decode's sequence, its own token counted
+    prefills: tuple[Prefill, ...]
+
+
+class PagedAttention:
+    """The KV of all layers and the attention of one step over it."""
+
+    def __init__(
+        self,
+        shapes: tuple[LayerShape, ...],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.zero_block = num_blocks
+
+        def cache(shape: LayerShape, dim: int) -> Tensor:
+            size = (num_blocks + 1, block_size, shape.kv_heads, dim)
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._keys = [cache(shape, shape.key_dim) for shape in shapes]
+        self._values = [cache(shape, shape.value_dim) for shape in shapes]
+        self._plan: AttentionPlan | None = None
+        self._decode_masks: dict[int | None, Tensor] = {}
+
+    def begin(self, plan: AttentionPlan) -> None:
+        """Sets how the rows of the next forward attend."""
+        self._plan = plan
+        self._decode_masks.clear()
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zeroes blocks whose content is not finite: a masked NaN would still reach a sum."""
+        for cache in (*self._keys, *self._values):
+            cache[blocks] = 0
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        plan = self._plan
+        assert plan is not None
+        keys, values = self._keys[layer], self._values[layer]
+        keys.flatten(0, 1).index_copy_(0, plan.slots, key)
+        values.flatten(0, 1).index_copy_(0, plan.slots, value)
+        outputs = []
+        if plan.decodes:
+            rows = slice(0, plan.decodes)
+            mask = self._decode_mask(plan, window)
+            own = _rows_of(sinks, rows)
+            outputs.append(_decode(query[rows], keys, values, plan.tables, mask, scale, own))
+        for chunk in plan.prefills:
+            rows = slice(chunk.first, chunk.first + chunk.length)
+            own = _rows_of(sinks, rows)
+            outputs.append(_prefill(query[rows], keys, values, chunk, scale, window, own))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _decode_mask(self, plan: AttentionPlan, window: int | None) -> Tensor:
+        """`[decodes, 1, 1, length]` bool: the positions each decode sees. Made once a step."""
+        if window not in self._decode_masks:
+            positions = torch.arange(
+                plan.tables.shape[1] * self.block_size, device=plan.lengths.device
+            )
+            ends = plan.lengths.unsqueeze(1)
+            seen = positions < ends
+            if window is not None:
+                seen &= positions >= ends - window
+            self._decode_masks[window] = seen[:, None, None, :]
+        return self._decode_masks[window]
+
+
+def _rows_of(sinks: Tensor | None, rows: slice) -> Tensor | None:
+    """Sinks are `[heads]`, or `[tokens, heads]` when the rows differ in λ."""
+    return sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
+
+
+def _decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One token a sequence. The query heads of a KV head stand in the place of query positions."""
+    rows, heads, _ = query.shape
+    kv_heads = keys.shape[2]
+    flat = tables.flatten()
+    k = keys.index_select(0, flat).view(rows, -1, kv_heads, keys.shape[3]).transpose(1, 2)
+    v = values.index_select(0, flat).view(rows, -1, kv_heads, values.shape[3]).transpose(1, 2)
+    q = query.reshape(rows, kv_heads, heads // kv_heads, -1)
+    if sinks is not None:
+        sinks = sinks.expand(rows, heads).reshape(rows, kv_heads, -1, 1)
+    return _attention(q, k, v, mask, scale, sinks).reshape(rows, heads, -1)
+
+
+def _prefill(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chunk: Prefill,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One chunk of one sequence over its cached prefix and itself, causally."""
+    end = chunk.start + chunk.length
+    k = keys.index_select(0, chunk.blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
+    v = values.index_select(0, chunk.blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
+    q = query.transpose(0, 1).unsqueeze(0)
+    mask = causal_mask(chunk.start, end, window, query.device)
+    if sinks is not None:
+        sinks = sinks.expand(chunk.length, -1).mT.reshape(1, query.shape[1], chunk.length, 1)
+    return _attention(q, k, v, mask, scale, sinks)[0].transpose(0, 1)
+
+
+def causal_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """`[end - start, end]` bool: which of `end` positions each of the last ones sees."""
+    own = torch.arange(start, end, device=device).unsqueeze(1)
+    positions = torch.arange(end, device=device)
+    seen = positions <= own
+    return seen if window is None else seen & (positions > own - window)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Masked attention `[batch, heads, queries, dim]`; KV heads are shared by groups of heads.
+
+    `sinks` `[batch, heads, queries, 1]` are extra scores that take probability and give nothing.
+    """
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    scores = torch.cat((scores, sinks.to(scores.dtype)), dim=-1)
+    return scores.softmax(-1, dtype=torch.float32)[..., :-1].to(q.dtype) @ v
+
+
+class PackedAttention:
+    """Causal attention over whole sequences packed in one batch, without a cache: the slow twin.
+
+    `lengths` are those of the packed sequences. Also records each layer's KV shape.
+    """
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self._lengths = lengths
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        outputs, first = [], 0
+        for length in self._lengths:
+            rows = slice(first, first + length)
+            q, k, v = (x[rows].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+            own = _rows_of(sinks, rows)
+            if own is not None:
+                own = own.expand(length, -1).mT.reshape(1, -1, length, 1)
+            mask = causal_mask(0, length, window, query.device)
+            outputs.append(_attention(q, k, v, mask, scale, own)[0].transpose(0, 1))
+            first += length
+        return torch.cat(outputs)

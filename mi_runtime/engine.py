@@ -1,0 +1,142 @@
+"""The engine: requests in, token events out, one step at a time. Token ids only."""
+
+from collections.abc import Iterable
+
+import psutil
+import torch
+
+from mi_runtime.blocks import BlockPool
+from mi_runtime.config import EngineConfig
+from mi_runtime.load import BlendedModel, load_pair
+from mi_runtime.pair import Pair, PairError, check_pair
+from mi_runtime.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from mi_runtime.runner import Runner
+from mi_runtime.scheduler import Chunk, Scheduler
+from mi_runtime.sequence import Sequence
+
+# Share of the free memory that KV blocks may take, unless the configuration says how much.
+KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.85}
+NOT_FINITE = "the model's logits for this request are not finite"
+
+
+class Engine:
+    """Both endpoints resident, and the requests that are being answered.
+
+    Raises PairError when the pair cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        pair = check_pair(config.instruct, config.thinking)
+        model = load_pair(pair, config.device, config.dtype)
+        num_blocks = _number_of_blocks(config, model, pair)
+        capacity = num_blocks * config.block_size
+        self.info = EngineInfo(
+            fingerprint=pair.fingerprint(config.lambda_step),
+            model_type=str(pair.instruct.config.model_type),
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.vocab_size,
+            max_model_len=min(config.max_model_len or pair.max_positions, capacity),
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            weight_bytes=model.weight_bytes,
+            load_seconds=model.load_seconds,
+        )
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size, self.info.fingerprint),
+            vocab_size=model.vocab_size,
+            max_model_len=self.info.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            prefix_caching=config.prefix_caching,
+        )
+        self._runner = Runner(model, num_blocks, config.block_size)
+        self._steps = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.unfinished == 0
+
+    def submit(self, request: EngineRequest) -> None:
+        """Accepts a request, or raises RequestRejected and keeps nothing of it."""
+        self.scheduler.admit_or_raise(request)
+        self.scheduler.add(Sequence(request))
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """Ends a request and frees its blocks; None when it is unknown or has ended."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Runs one batch. At least one request advances unless the engine is idle."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        results = self._runner.run(chunks)
+        self._steps += 1
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        events = [
+            self._fail(chunk)
+            for chunk, result in zip(sampling, results, strict=True)
+            if result is None
+        ]
+        return events + self.scheduler.update(chunks, [one or (0, None) for one in results])
+
+    def generate(self, requests: Iterable[EngineRequest]) -> dict[str, list[TokenEvent]]:
+        """Answers all requests together; the events of each by its id."""
+        events: dict[str, list[TokenEvent]] = {}
+        for request in requests:
+            self.submit(request)
+            events[request.request_id] = []
+        while not self.idle:
+            for event in self.step():
+                events[event.request_id].append(event)
+        return events
+
+    def stats(self) -> EngineStats:
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used_blocks=blocks.referenced,
+            total_blocks=blocks.num_blocks,
+            running_lambdas=scheduler.running.lambdas,
+            waiting_lambdas=scheduler.waiting.lambdas,
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+            endpoint_steps=self._runner.endpoint_steps,
+            pair_steps=self._runner.pair_steps,
+        )
+
+    def _fail(self, chunk: Chunk) -> TokenEvent:
+        self._runner.forget(chunk.sequence)
+        return self.scheduler.fail(chunk.sequence, NOT_FINITE)
+
+
+def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> int:
+    """KV blocks that memory allows, and no more than full sequences could use."""
+    token_bytes = model.dtype.itemsize * sum(
+        layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers
+    )
+    block_bytes = token_bytes * config.block_size
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_bytes is not None:
+        num_blocks = config.kv_cache_bytes // block_bytes
+    else:
+        length = config.max_model_len or pair.max_positions
+        useful = -(-length // config.block_size) * config.max_num_seqs
+        free = _free_bytes(model.device) * KV_MEMORY_SHARE[model.device.type]
+        num_blocks = min(useful, int(free // block_bytes))
+    if num_blocks < 1:
+        raise PairError([f"no memory for KV: one block takes {block_bytes} bytes"])
+    return num_blocks
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,235 @@
+"""Loads a checked pair into one `transformers` model with swapped modules.
+
+Both endpoints are loaded by `transformers` (meta device first, then the weights streamed from
+safetensors), which gives them the same fused layouts and ties. A probe forward over both records
+where every module has its rows; the swap then moves the tensors of both into pair modules one by
+one, and the same probe at mixed λ must give back the logits that each endpoint gave by itself:
+a model that this module does not understand is refused before it serves.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from mi_runtime.attention import ATTENTION_NAME, LayerShape, PackedAttention, attention_forward
+from mi_runtime.blend import (
+    ModuleSwap,
+    RowAxis,
+    RowLambdas,
+    UnsupportedModel,
+    pair_experts_forward,
+)
+from mi_runtime.config import Device, Dtype
+from mi_runtime.pair import Endpoint, Pair, PairError
+
+EXPERTS_NAME = "mi_pair"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest error of the self-check, as a share of the largest logit (median over its rows).
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass(frozen=True, slots=True)
+class BlendedModel:
+    """A model whose rows have a λ each, and what an engine must know of it."""
+
+    model: PreTrainedModel
+    lambdas: RowLambdas
+    layers: tuple[LayerShape, ...]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    weight_bytes: int
+    load_seconds: float
+
+    def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
+        """Logits `[kept, vocabulary]` of a flat batch; ids and positions are `[tokens]` int64."""
+        return _forward(self.model, ids, positions, kept, attention)
+
+
+def resolve_device(device: Device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PairError(["--device cuda: this machine or this torch has no CUDA device"])
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device, pair: Pair) -> torch.dtype:
+    """`auto` is float32 on a CPU, and what the Instruct checkpoint says on a GPU."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stored = pair.instruct.config.dtype
+    return torch.float32 if device.type == "cpu" or stored is None else stored
+
+
+def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> BlendedModel:
+    """Raises PairError with the name of what cannot be served."""
+    started = time.monotonic()
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
+    where = resolve_device(device)
+    kind = resolve_dtype(dtype, where, pair)
+    instruct = _load_endpoint(pair.instruct, where, kind)
+    thinking = _load_endpoint(pair.thinking, where, kind)
+    weight_bytes = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
+    probe = Probe.for_model(instruct)
+    try:
+        expected = probe.expected_logits(instruct, thinking)
+        lambdas = RowLambdas(kind)
+        ModuleSwap(lambdas, probe.axes).swap(instruct, thinking)
+        del thinking
+        instruct.config._experts_implementation = EXPERTS_NAME
+        probe.check(instruct, lambdas, expected)
+    except UnsupportedModel as error:
+        raise PairError([f"model_type {instruct.config.model_type}: {error}"]) from error
+    shapes = probe.attention.shapes
+    return BlendedModel(
+        model=instruct,
+        lambdas=lambdas,
+        layers=tuple(shapes[layer] for layer in range(len(shapes))),
+        device=where,
+        dtype=kind,
+        vocab_size=int(instruct.config.vocab_size),
+        weight_bytes=weight_bytes,
+        load_seconds=time.monotonic() - started,
+    )
+
+
+def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
+    """A plain checkpoint without any blend module, on the same attention: the bench's baseline."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    return _load_endpoint(endpoint, resolve_device(device), dtype)
+
+
+def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            endpoint.directory,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise PairError([f"{endpoint.directory}: {error}"]) from error
+    problems = [
+        f"{endpoint.directory}: {what}: {', '.join(map(str, sorted(report[what])))}"
+        for what in ("missing_keys", "mismatched_keys", "unexpected_keys")
+        if report[what]
+    ]
+    problems += [
+        f"{endpoint.directory}: tensor {name} has values that are not finite"
+        for name, tensor in model.named_parameters()
+        if not torch.isfinite(tensor).all()
+    ]
+    if problems:
+        raise PairError(problems)
+    model.eval().requires_grad_(False)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _unique_tensors(*models: nn.Module) -> Iterator[Tensor]:
+    for model in models:
+        yield from model.parameters()  # tied parameters come once
+        yield from model.buffers()
+
+
+@torch.inference_mode()
+def _forward(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any
+) -> Tensor:
+    output = model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        use_cache=False,
+        logits_to_keep=kept,
+        attention_context=attention,
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+class Probe:
+    """A small packed batch of two sequences that every model goes through at load.
+
+    Its number of tokens, and that of its rows with logits, are primes which no dimension of the
+    model equals: so each module's row axis can be read from the shape of its input.
+    """
+
+    def __init__(self, tokens: int, kept: int, vocab_size: int, device: torch.device) -> None:
+        lengths = (tokens // 2, tokens - tokens // 2)
+        self.axes: dict[str, RowAxis] = {}
+        self.attention = PackedAttention(lengths)
+        self._tokens, self._kept_count = tokens, kept
+        self._ids = torch.arange(1, tokens + 1, device=device) * 7 % vocab_size
+        self._positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        self._kept = torch.linspace(0, tokens - 1, kept, device=device).round().long()
+        self._lambdas = (torch.arange(tokens, device=device) >= lengths[0]).float()
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel) -> "Probe":
+        taken = {size for tensor in _unique_tensors(model) for size in tensor.shape}
+        taken |= {value for value in model.config.to_dict().values() if isinstance(value, int)}
+        free = (prime for prime in _PRIMES if prime not in taken)
+        kept, tokens = next(free), next(free)
+        return cls(tokens, kept, model.config.vocab_size, model.device)
+
+    def expected_logits(self, instruct: PreTrainedModel, thinking: PreTrainedModel) -> Tensor:
+        """`[kept, vocabulary]`: the first sequence by Instruct, the second by Thinking."""
+        with self._recording(instruct):
+            first = self._logits(instruct)
+        return torch.where(
+            self._lambdas[self._kept].bool().unsqueeze(1), self._logits(thinking), first
+        )
+
+    def check(self, blended: PreTrainedModel, lambdas: RowLambdas, expected: Tensor) -> None:
+        """Raises UnsupportedModel unless the mixed batch gives each endpoint's own logits."""
+        lambdas.begin(self._lambdas, self._kept, endpoint=None)
+        error = (self._logits(blended) - expected).abs().amax(1).median() / expected.abs().max()
+        tolerance = SELF_CHECK_TOLERANCE[lambdas.tokens.dtype]
+        if not error <= tolerance:
+            raise UnsupportedModel(
+                f"the self-check failed: blended logits at λ = 0 and 1 are off by {error:.2g} of "
+                f"the largest logit (at most {tolerance:.2g} is allowed)"
+            )
+
+    def _logits(self, model: PreTrainedModel) -> Tensor:
+        return _forward(model, self._ids, self._positions, self._kept, self.attention).float()
+
+    @contextmanager
+    def _recording(self, model: nn.Module) -> Iterator[None]:
+        """Records the row axis of every module's first input for as long as it is entered."""
+        hooks = [
+            module.register_forward_pre_hook(self._recorder(name))
+            for name, module in model.named_modules()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and isinstance(inputs[0], Tensor):
+                shape = inputs[0].shape
+                for kept, count in ((False, self._tokens), (True, self._kept_count)):
+                    if list(shape).count(count) == 1:
+                        axis = list(shape).index(count)
+                        self.axes[name] = RowAxis(axis, len(shape), kept)
+
+        return record
+
+
+_PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)

@@ -1,0 +1,382 @@
+"""Which tokens of which sequences run in the next step, and what becomes of the sampled ones.
+
+Continuous batching: a step is one flat batch of chunks, decodes first, then prefill in what is
+left of the token budget. Running sequences are in order of arrival and all of them arrived before
+any waiting one: the oldest waiting sequence is admitted first and never overtaken, and when blocks
+run out the youngest running one goes back to the front of the line, its KV dropped (to be
+recomputed, or found again in the prefix cache) and its tokens kept. So the oldest sequence
+advances in every step, and every sequence becomes the oldest.
+
+Admission takes the blocks of all known tokens at once; after that a sequence needs a block only
+when its answer grows into one. Knows token ids and block numbers; no tensors, no text.
+"""
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mi_runtime.blocks import BlockPool
+from mi_runtime.request import (
+    EngineRequest,
+    FinishReason,
+    RequestRejected,
+    TokenEvent,
+    TokenLogprobs,
+)
+from mi_runtime.sequence import Sequence, Status
+
+Sampled = tuple[int, TokenLogprobs | None]  # token id, and its logprobs where asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence: one step computes their KV."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it reaches the last known token, so that the next one is sampled.
+
+        True until `Scheduler.update` has appended that token.
+        """
+        return self.start + self.length == len(self.sequence.tokens)
+
+
+class Line:
+    """Sequences in order of arrival, and how many of them are at each λ. All O(1)."""
+
+    def __init__(self) -> None:
+        self._sequences: OrderedDict[str, Sequence] = OrderedDict()
+        self._lambdas: Counter[float] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences.values())
+
+    @property
+    def first(self) -> Sequence:
+        return next(iter(self._sequences.values()))
+
+    @property
+    def last(self) -> Sequence:
+        return next(reversed(self._sequences.values()))
+
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """The distinct λ, sorted."""
+        return tuple(sorted(self._lambdas))
+
+    def get(self, request_id: str) -> Sequence | None:
+        return self._sequences.get(request_id)
+
+    def append(self, sequence: Sequence) -> None:
+        self._sequences[sequence.request_id] = sequence
+        self._lambdas[sequence.request.dial.reasoning_lambda] += 1
+
+    def prepend(self, sequence: Sequence) -> None:
+        self.append(sequence)
+        self._sequences.move_to_end(sequence.request_id, last=False)
+
+    def remove(self, sequence: Sequence) -> None:
+        value = sequence.request.dial.reasoning_lambda
+        del self._sequences[sequence.request_id]
+        self._lambdas[value] -= 1
+        if not self._lambdas[value]:
+            del self._lambdas[value]
+
+
+class Scheduler:
+    """The sequences of one engine and the blocks they hold.
+
+    Limits are in tokens (`max_model_len`: prompt and answer; `max_batched_tokens`: a step) and in
+    sequences that run at once (`max_num_seqs`).
+    """
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        prefix_caching: bool = True,
+    ) -> None:
+        assert max_model_len <= blocks.num_blocks * blocks.block_size, "one sequence must fit"
+        assert max_num_seqs > 0
+        assert max_batched_tokens > 0
+        self.blocks = blocks
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.max_batched_tokens = max_batched_tokens
+        self.prefix_caching = prefix_caching
+        self.running = Line()
+        self.waiting = Line()
+        self.prefix_queried_tokens = 0  # prompt tokens looked up, each request once
+        self.prefix_hit_tokens = 0
+        self.preemptions = 0
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that have not ended."""
+        return len(self.running) + len(self.waiting)
+
+    def admit_or_raise(self, request: EngineRequest) -> None:
+        """Checks that the request can be computed at all.
+
+        Raises RequestRejected, with `param` and for a prompt too long `code`.
+        """
+        if self._find(request.request_id) is not None:
+            raise RequestRejected(
+                f"request id {request.request_id!r} is in use", param="request_id"
+            )
+        self._check_prompt(request.prompt)
+        max_tokens = request.sampling.max_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise RequestRejected(
+                f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens"
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts an admitted request's sequence at the end of the line."""
+        assert self._find(sequence.request_id) is None
+        assert 0 < len(sequence) < self.max_model_len
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """Ends a request on its caller's wish; None when it is unknown or has ended."""
+        sequence = self._find(request_id)
+        if sequence is None:
+            return None
+        return self._end(sequence, FinishReason.ABORT)
+
+    def fail(self, sequence: Sequence, message: str) -> TokenEvent:
+        """Ends a request that cannot be computed; the others go on."""
+        return self._end(sequence, FinishReason.ERROR, message)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step. Never empty while a sequence is unfinished."""
+        chunks = self._decodes()
+        budget = self.max_batched_tokens - len(chunks)
+        prefills = self._prefills()
+        while budget > 0 and (sequence := next(prefills, None)) is not None:
+            chunk = Chunk(sequence, sequence.computed, min(sequence.remaining, budget))
+            chunks.append(chunk)
+            budget -= chunk.length
+        assert chunks or not self.unfinished, "the scheduler is stuck"
+        return chunks
+
+    def update(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
+        """Takes the results of a step: one of `sampled` for each chunk that samples, in order.
+
+        Returns one event for each of them. A sequence that ended since `schedule` has had its
+        terminal event; its chunk and its token are dropped.
+        """
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        for chunk in chunks:
+            if chunk.sequence.status is Status.RUNNING:
+                self._advance(chunk)
+        return [
+            self._extend(chunk.sequence, token_id, logprobs)
+            for chunk, (token_id, logprobs) in zip(sampling, sampled, strict=True)
+            if chunk.sequence.status is Status.RUNNING
+        ]
+
+    def check_integrity(self) -> None:
+        """Asserts every invariant of scheduler and blocks. O(blocks + sequences)."""
+        self.blocks.check_integrity()
+        held = Counter(block for sequence in self.running for block in sequence.block_table)
+        for block in range(self.blocks.num_blocks):
+            assert self.blocks.reference_count(block) == held[block], f"block {block} leaks"
+        assert len(self.running) <= self.max_num_seqs
+        for sequence in self.running:
+            self._check_running(sequence)
+        for sequence in self.waiting:
+            assert sequence.status is Status.WAITING
+            assert not sequence.block_table
+            assert not sequence.computed
+        for line in (self.running, self.waiting):
+            assert line.lambdas == tuple(sorted({s.request.dial.reasoning_lambda for s in line}))
+
+    # --- Choosing a step ------------------------------------------------------------------------
+
+    def _decodes(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):  # oldest first; preemption takes from the other end
+            if len(chunks) == self.max_batched_tokens:
+                break
+            if sequence.remaining == 1 and self._grow(sequence):
+                chunks.append(Chunk(sequence, sequence.computed, 1))
+        return chunks
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Makes room for one more token; False when the sequence itself was preempted."""
+        if len(sequence.block_table) * self.blocks.block_size > sequence.computed:
+            return True
+        while sequence.status is Status.RUNNING and not self.blocks.available:
+            self._preempt(self.running.last)
+        if sequence.status is Status.RUNNING:
+            sequence.block_table.append(self.blocks.allocate())
+        return sequence.status is Status.RUNNING
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._drop_blocks(sequence)
+        self.running.remove(sequence)
+        self.waiting.prepend(sequence)
+        sequence.status = Status.WAITING
+        self.preemptions += 1
+
+    def _prefills(self) -> Iterator[Sequence]:
+        """Running sequences still in prefill, then the waiting ones, each admitted when asked."""
+        yield from [sequence for sequence in self.running if sequence.remaining > 1]
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting.first
+            if not self._admit(sequence):
+                return
+            yield sequence
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence the blocks of its known tokens; False when they do not fit."""
+        found = self._cached_prefix(sequence)
+        fresh = self.blocks.blocks_for(len(sequence)) - len(found)
+        block_table = self.blocks.acquire(found, fresh)
+        if block_table is None:
+            return False
+        sequence.block_table = block_table
+        sequence.computed = len(found) * self.blocks.block_size
+        sequence.status = Status.RUNNING
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if sequence.first_run is None:
+            self._note_first_run(sequence)
+        return True
+
+    def _note_first_run(self, sequence: Sequence) -> None:
+        sequence.first_run = time.monotonic()
+        sequence.cached_tokens = sequence.computed
+        if self.prefix_caching:
+            self.prefix_queried_tokens += sequence.prompt_length
+            self.prefix_hit_tokens += sequence.cached_tokens
+
+    # --- The prefix cache -----------------------------------------------------------------------
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks with the KV of the sequence's first tokens, leaving at least one to compute."""
+        found: list[int] = []
+        if not self.prefix_caching:
+            return found
+        for index in range((len(sequence) - 1) // self.blocks.block_size):
+            block = self.blocks.find(self._block_key(sequence, index))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _block_key(self, sequence: Sequence, index: int) -> bytes:
+        """The key of a full block, asked for in order; kept, as known tokens never change."""
+        keys, size = sequence.block_keys, self.blocks.block_size
+        if not keys:
+            keys.append(self.blocks.root_key(sequence.request.dial, sequence.request.cache_salt))
+        if len(keys) == index + 1:
+            tokens = sequence.tokens[index * size : (index + 1) * size]
+            keys.append(self.blocks.next_key(keys[index], tokens))
+        return keys[index + 1]
+
+    # --- Taking a step's results ----------------------------------------------------------------
+
+    def _advance(self, chunk: Chunk) -> None:
+        sequence, size = chunk.sequence, self.blocks.block_size
+        assert sequence.computed == chunk.start
+        sequence.computed += chunk.length
+        if self.prefix_caching:
+            for index in range(chunk.start // size, sequence.computed // size):  # now full
+                key = self._block_key(sequence, index)
+                self.blocks.register(sequence.block_table[index], key)
+
+    def _extend(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> TokenEvent:
+        sequence.append(token_id)
+        reason = self._finish_reason(sequence, token_id)
+        if reason is not None:
+            self._leave(sequence)
+        return TokenEvent(
+            sequence.request_id,
+            token_id,
+            reason,
+            logprobs,
+            sequence.cached_tokens,
+            sequence.reasoning_tokens,
+            sequence.queue_seconds,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        if token_id in sequence.ending_token_ids:
+            return FinishReason.STOP
+        if sequence.output_length == sequence.request.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return FinishReason.LENGTH if len(sequence) == self.max_model_len else None
+
+    # --- Ends -----------------------------------------------------------------------------------
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None
+    ) -> TokenEvent:
+        self._leave(sequence)
+        return TokenEvent(
+            sequence.request_id,
+            None,
+            reason,
+            cached_tokens=sequence.cached_tokens,
+            reasoning_tokens=sequence.reasoning_tokens,
+            queue_seconds=sequence.queue_seconds,
+            error=error,
+        )
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.status is not Status.ENDED
+        line = self.running if sequence.status is Status.RUNNING else self.waiting
+        line.remove(sequence)
+        self._drop_blocks(sequence)
+        sequence.status = Status.ENDED
+
+    def _drop_blocks(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.computed = 0
+
+    # --- Checks ---------------------------------------------------------------------------------
+
+    def _find(self, request_id: str) -> Sequence | None:
+        return self.running.get(request_id) or self.waiting.get(request_id)
+
+    def _check_prompt(self, prompt: tuple[int, ...]) -> None:
+        if not prompt:
+            raise RequestRejected("the prompt is empty", param="prompt")
+        if len(prompt) + 1 > self.max_model_len:
+            raise RequestRejected(
+                f"the prompt has {len(prompt)} tokens, and the context holds {self.max_model_len} "
+                "for prompt and answer together",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        for token_id in (min(prompt), max(prompt)):
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestRejected(
+                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}",
+                    param="prompt",
+                )
+
+    def _check_running(self, sequence: Sequence) -> None:
+        assert sequence.status is Status.RUNNING
+        assert 0 < len(sequence) < self.max_model_len
+        assert 0 <= sequence.computed < len(sequence)
+        assert len(sequence.block_table) * self.blocks.block_size >= sequence.computed
+        assert len(set(sequence.block_table)) == len(sequence.block_table)

@@ -1,0 +1,98 @@
+"""One request on its way through the engine: its tokens, and how far its KV is computed.
+
+Knows nothing of other sequences. The scheduler moves it, the runner reads it.
+"""
+
+import random
+import time
+from enum import Enum, auto
+
+from mi_runtime.request import EngineRequest
+from mi_runtime.thinking import ThinkingState
+
+
+class Status(Enum):
+    WAITING = auto()  # holds no blocks: new, or preempted
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class Sequence:
+    """Prompt and answer of one request, its blocks, and its own source of randomness.
+
+    `rng` gives exactly one uniform number a sampled token, so that what is drawn depends neither
+    on the batch nor on preemption.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "arrival",
+        "block_keys",
+        "block_table",
+        "cached_tokens",
+        "computed",
+        "ending_token_ids",
+        "first_run",
+        "prompt_length",
+        "request",
+        "rng",
+        "status",
+        "thinking",
+        "tokens",
+    )
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self.tokens = list(request.prompt)  # prompt and answer
+        self.prompt_length = len(request.prompt)
+        self.computed = 0  # tokens whose KV is in blocks
+        self.block_table: list[int] = []
+        self.block_keys: list[bytes] = []  # root, then one of each full block; made when needed
+        self.cached_tokens = 0  # of the prompt, at first admission
+        self.status = Status.WAITING
+        self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
+        self.ending_token_ids = request.sampling.ending_token_ids
+        self.thinking = None if request.think is None else ThinkingState(request.think)
+        self.arrival = time.monotonic()  # seconds
+        self.first_run: float | None = None  # seconds, of the same clock
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens whose KV is not computed: 1 when decoding, more when prefilling."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def output(self) -> list[int]:
+        """The answer so far, a copy."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def forbids_ending(self) -> bool:
+        """Whether the next token may not be one of `ending_token_ids`."""
+        return self.output_length < self.request.sampling.min_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return 0 if self.thinking is None else self.thinking.reasoning_tokens
+
+    @property
+    def queue_seconds(self) -> float:
+        """From submission to the first step that ran it; 0 where none did."""
+        return 0.0 if self.first_run is None else self.first_run - self.arrival
+
+    def append(self, token_id: int) -> None:
+        """Takes a sampled token."""
+        self.tokens.append(token_id)
+        if self.thinking is not None:
+            self.thinking.observe(token_id)

@@ -1,0 +1,87 @@
+"""The engine process: commands from the pipe, an engine step, one report to the pipe.
+
+Started as `python -m mi_runtime.worker --fd N`, where N is its end of a socket pair. The first
+message is the EngineConfig; afterwards Submit and Abort come in, and Ready or LoadFailed, then one
+StepReport a step go out. The other end closing is the command to stop: when either process dies,
+the other sees the end of the pipe at once.
+"""
+
+import argparse
+import sys
+from multiprocessing.connection import Connection
+
+from mi_runtime.config import EngineConfig
+from mi_runtime.engine import Engine
+from mi_runtime.pair import PairError
+from mi_runtime.request import (
+    Abort,
+    Command,
+    EngineRequest,
+    FinishReason,
+    LoadFailed,
+    Ready,
+    RequestRejected,
+    StepReport,
+    Submit,
+    TokenEvent,
+)
+
+LOAD_FAILED = 2  # exit code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="this process's end of the pipe")
+    connection = Connection(parser.parse_args().fd)
+    try:
+        return run(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0
+
+
+def run(connection: "Connection[object, object]") -> int:
+    """Loads the pair, then serves until the pipe ends, which it raises as EOFError."""
+    config = connection.recv()
+    assert isinstance(config, EngineConfig)
+    try:
+        engine = Engine(config)
+    except PairError as error:
+        connection.send(LoadFailed(str(error)))
+        return LOAD_FAILED
+    connection.send(Ready(engine.info))
+    while True:
+        events = receive(connection, engine)
+        events += engine.step()
+        connection.send(StepReport(tuple(events), engine.stats()))
+
+
+def receive(connection: "Connection[object, object]", engine: Engine) -> list[TokenEvent]:
+    """Takes every command that has arrived; waits for one when there is nothing to compute."""
+    events: list[TokenEvent] = []
+    while connection.poll(None if engine.idle and not events else 0):
+        command = connection.recv()
+        assert isinstance(command, Command)
+        event = apply(command, engine)
+        if event is not None:
+            events.append(event)
+    return events
+
+
+def apply(command: Command, engine: Engine) -> TokenEvent | None:
+    match command:
+        case Submit(request):
+            return submit(request, engine)
+        case Abort(request_id):
+            return engine.abort(request_id)
+
+
+def submit(request: EngineRequest, engine: Engine) -> TokenEvent | None:
+    try:
+        engine.submit(request)
+    except RequestRejected as error:
+        return TokenEvent(request.request_id, None, FinishReason.ERROR, error=str(error))
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Random pairs of every supported model family, small enough to build in a test."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 96
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 80,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 7},
+    "gemma3_text": {"sliding_window": 7, "layer_types": SLIDING, "query_pre_attn_scalar": 12},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": None},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 7, "layer_types": SLIDING},
+    "granite": {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    "cohere2": {"sliding_window": 7, "layer_types": SLIDING},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"sliding_window": 7, "hidden_act": "gelu_pytorch_tanh"},
+    "exaone4": {"sliding_window": 7, "layer_types": SLIDING},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": EXPERTS,
+    "mixtral": {**EXPERTS, "sliding_window": None},
+    "glm4_moe": {
+        **EXPERTS,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+    },
+    "gpt_oss": {
+        **EXPERTS,
+        "sliding_window": 7,
+        "layer_types": SLIDING,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+
+
+def write_pair(directory: Path, family: str, **changes: Any) -> tuple[Path, Path]:
+    """Two random fp32 checkpoints of one family; gives their directories."""
+    endpoints = (directory / "instruct", directory / "thinking")
+    for seed, endpoint in enumerate(endpoints):
+        write_checkpoint(endpoint, family, seed, **changes)
+    return endpoints
+
+
+def write_checkpoint(directory: Path, family: str, seed: int, **changes: Any) -> None:
+    settings = {**SMALL, **FAMILIES[family], **changes}
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():  # norms and biases too: an untouched one would hide a bug
+            noise = torch.randn(tensor.shape, generator=generator) * 0.2
+            tensor.copy_(noise + 1 if "norm" in name and "weight" in name else noise)
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
+    """A word-level tokenizer of `vocabulary` entries: enough for the pair check."""
+    words = {f"w{index}": index for index in range(vocabulary)}
+    content = {"model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
+    (directory / "tokenizer.json").write_text(json.dumps(content))

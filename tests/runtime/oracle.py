@@ -1,0 +1,52 @@
+"""The oracle of every number: plain `transformers` on a checkpoint merged offline in fp32."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+@cache
+def endpoint(directory: Path, implementation: str = "eager") -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=implementation
+    )
+    return model.eval().requires_grad_(False)
+
+
+def merged(instruct: Path, thinking: Path, value: float, dtype: torch.dtype = torch.float32) -> Any:
+    """A plain model with Θ(λ), computed from both state dicts in fp32 and rounded once."""
+    low, high = endpoint(instruct).state_dict(), endpoint(thinking).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(instruct, dtype=dtype, attn_implementation="eager")
+    blend = {
+        name: torch.lerp(tensor, high[name], value) if tensor.is_floating_point() else tensor
+        for name, tensor in low.items()
+    }
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in blend.items()})
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def logits(model: Any, tokens: list[int]) -> Tensor:
+    """`[tokens, vocabulary]` fp32 of one whole sequence, without a cache."""
+    out: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+    return out
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
