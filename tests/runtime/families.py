@@ -63,15 +63,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_pair(directory: Path, family: str, **changes: Any) -> tuple[Path, Path]:
-    """Two random fp32 checkpoints of one family; gives their directories."""
+def write_pair(
+    directory: Path, family: str, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Path, Path]:
+    """Two random checkpoints of one family; gives their directories."""
     endpoints = (directory / "instruct", directory / "thinking")
     for seed, endpoint in enumerate(endpoints):
-        write_checkpoint(endpoint, family, seed, **changes)
+        write_checkpoint(endpoint, family, seed, dtype=dtype, **changes)
     return endpoints
 
 
-def write_checkpoint(directory: Path, family: str, seed: int, **changes: Any) -> None:
+def write_checkpoint(
+    directory: Path, family: str, seed: int, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> None:
     settings = {**SMALL, **FAMILIES[family], **changes}
     config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config)
@@ -80,7 +84,7 @@ def write_checkpoint(directory: Path, family: str, seed: int, **changes: Any) ->
         if tensor.is_floating_point():  # norms and biases too: an untouched one would hide a bug
             noise = torch.randn(tensor.shape, generator=generator) * 0.2
             tensor.copy_(noise + 1 if "norm" in name and "weight" in name else noise)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     write_tokenizer(directory)
 
 

@@ -1,0 +1,75 @@
+"""What every bench prints and keeps: the machine, a table of medians, one JSON line."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Facts that a number means nothing without."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def interleaved(rows: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Calls every row in turn, `rounds` times; the first round is a warm-up and not counted."""
+    values: dict[str, list[float]] = {name: [] for name in rows}
+    for index in range(rounds + 1):
+        for name, measure in rows.items():
+            value = measure()
+            print(f"round {index}/{rounds}  {name:<44} {value:>9,.1f}", flush=True)
+            if index:
+                values[name].append(value)
+    return values
+
+
+def publish(name: str, unit: str, values: dict[str, list[float]], ratios: dict[str, float]) -> None:
+    """Prints the table and the JSON line, and keeps the latter in bench/results/."""
+    facts = machine()
+    print(
+        f"\n{name} on {facts['cpu']} ({facts['cores']} cores), torch {facts['torch']}, "
+        f"transformers {facts['transformers']}"
+    )
+    print(f"| row | median {unit} | lowest | highest |\n|---|---|---|---|")
+    for row, measured in values.items():
+        print(
+            f"| {row} | {statistics.median(measured):,.1f} | {min(measured):,.1f} "
+            f"| {max(measured):,.1f} |"
+        )
+    for ratio, value in ratios.items():
+        print(f"{ratio}: {value:.2f}")
+    record = {"bench": name, "unit": unit, "machine": facts, "values": values, "ratios": ratios}
+    line = json.dumps(record, ensure_ascii=False)
+    print(line)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(line + "\n")
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

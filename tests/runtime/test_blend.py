@@ -1,0 +1,180 @@
+"""The blended forward of every family against checkpoints merged offline.
+
+The oracle shares no code with the swap: plain `transformers` classes with `eager` attention, whole
+sequences without a cache, weights merged in fp32 from both state dicts.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mi_runtime.blend import PairEmbedding, PairLinear, RowLambdas, common_endpoint
+from mi_runtime.blocks import BlockPool
+from mi_runtime.load import BlendedModel, load_pair
+from mi_runtime.pair import check_pair
+from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.runner import Runner
+from mi_runtime.scheduler import Scheduler
+from mi_runtime.sequence import Sequence
+from tests.runtime import oracle
+from tests.runtime.families import FAMILIES, VOCABULARY
+
+Directories = tuple[Path, Path]
+PairOf = Callable[..., Directories]
+
+LAMBDAS = (0.0, 0.11, 0.25, 0.5, 0.66, 0.93, 1.0)
+TOLERANCE = 1e-4  # max |Δlogit| in fp32; measured: at most TODO
+NEW_TOKENS = 6
+BLOCK_SIZE = 4
+NUM_BLOCKS = 64
+
+
+class RecordingModel:
+    """A BlendedModel that computes the logits of every row, and keeps them for the test."""
+
+    def __init__(self, model: BlendedModel) -> None:
+        self._model = model
+        self.rows = torch.empty(0)  # [tokens, vocabulary], of the last forward
+        self.endpoints: list[int | None] = []  # of every forward
+        self.lambdas = SimpleNamespace(begin=self._begin)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _begin(self, lambdas: Tensor, _kept: Tensor, endpoint: int | None) -> None:
+        self.endpoints.append(endpoint)
+        self._model.lambdas.begin(lambdas, torch.arange(len(lambdas)), endpoint)
+
+    def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
+        self.rows = self._model.logits(ids, positions, torch.arange(len(ids)), attention)
+        return self.rows[kept]
+
+
+@dataclass
+class Answer:
+    """One sequence after its last step, with the logits of every token that went in."""
+
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[Tensor] = field(default_factory=list)
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat(self.pieces).float()
+
+
+@dataclass
+class Run:
+    answers: dict[float, Answer]
+    endpoints: list[int | None]
+
+
+def prompts(lambdas: tuple[float, ...]) -> dict[float, list[int]]:
+    """Prompts of different lengths, longer than the windows of the families that have one."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        value: torch.randint(3, VOCABULARY, (9 + 5 * index,), generator=generator).tolist()
+        for index, value in enumerate(lambdas)
+    }
+
+
+def answer_together(
+    model: BlendedModel, requests: dict[float, list[int]], max_batched_tokens: int = 13
+) -> Run:
+    """Greedy answers of requests in one flat batch: prefill in small chunks beside decodes."""
+    scheduler = Scheduler(
+        BlockPool(NUM_BLOCKS, BLOCK_SIZE),
+        vocab_size=VOCABULARY,
+        max_model_len=64,
+        max_num_seqs=16,
+        max_batched_tokens=max_batched_tokens,
+    )
+    recording = RecordingModel(model)
+    runner = Runner(recording, NUM_BLOCKS, BLOCK_SIZE)  # type: ignore[arg-type]
+    answers: dict[float, Answer] = defaultdict(Answer)
+    for value, prompt in requests.items():
+        sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+        request = EngineRequest(str(value), tuple(prompt), Dial(value), sampling)
+        scheduler.add(Sequence(request))
+    while chunks := scheduler.schedule():
+        sampled = runner.run(chunks)
+        rows = recording.rows.split([chunk.length for chunk in chunks])
+        for chunk, piece in zip(chunks, rows, strict=True):
+            answers[chunk.sequence.request.dial.reasoning_lambda].pieces.append(piece)
+        scheduler.update(chunks, [one for one in sampled if one is not None])
+        for chunk in chunks:
+            value = chunk.sequence.request.dial.reasoning_lambda
+            answers[value].tokens = list(chunk.sequence.tokens)
+    return Run(dict(answers), recording.endpoints)
+
+
+def load(directories: Directories, dtype: Any = "float32") -> BlendedModel:
+    return load_pair(check_pair(*directories), "cpu", dtype)
+
+
+def oracle_model(directories: Directories, value: float) -> Any:
+    """The endpoint itself at 0 and 1: nothing is merged there."""
+    if value in (0.0, 1.0):
+        return oracle.endpoint(directories[int(value)])
+    return oracle.merged(*directories, value)
+
+
+def largest_error(answer: Answer, model: Any) -> float:
+    return (answer.logits - oracle.logits(model, answer.tokens[:-1])).abs().max().item()
+
+
+# --- Against the oracle, in fp32 ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family's pair, loaded, and one mixed batch of it run to its end."""
+
+    directories: Directories
+    model: BlendedModel
+    run: Run
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
+    directories = pair_of(request.param)
+    model = load(directories)
+    return Subject(directories, model, answer_together(model, prompts(LAMBDAS)))
+
+
+def test_a_mixed_batch_gives_each_row_the_logits_of_its_merged_checkpoint(subject: Subject) -> None:
+    errors = {
+        value: largest_error(answer, oracle_model(subject.directories, value))
+        for value, answer in subject.run.answers.items()
+    }
+    assert errors.keys() == set(LAMBDAS)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_its_greedy_tokens_are_those_of_the_merged_checkpoint(subject: Subject) -> None:
+    for value, prompt in prompts(LAMBDAS).items():
+        expected = oracle.greedy(oracle_model(subject.directories, value), prompt, NEW_TOKENS)
+        assert subject.run.answers[value].tokens == prompt + expected
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_batch_at_an_endpoint_agrees_with_the_mixed_batch(subject: Subject, value: float) -> None:
+    alone = answer_together(subject.model, {value: prompts(LAMBDAS)[value]})
+    mixed = subject.run.answers[value]
+    assert set(alone.endpoints) == {int(value)}
+    assert alone.answers[value].tokens == mixed.tokens
+    assert (alone.answers[value].logits - mixed.logits).abs().max() < TOLERANCE
+
+
+def test_the_tolerance_tells_one_step_of_the_grid_from_the_next(subject: Subject) -> None:
+    """Otherwise the tests above would pass with a wrong λ."""
+    answer = subject.run.answers[0.5]
+    assert largest_error(answer, oracle_model(subject.directories, 0.51)) > 20 * TOLERANCE
+
+
