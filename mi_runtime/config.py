@@ -26,7 +26,7 @@ class EngineConfig:
     max_batched_tokens: int = 2048  # tokens a step, prefill and decode together
     prefix_caching: bool = True
     lambda_step: float = 0.01  # the grid λ is rounded to
-    threads: int | None = None  # CPU threads of the engine process; None: torch's own choice
+    threads: int | None = None  # CPU threads of the engine process; None: all cores but one
 
     def __post_init__(self) -> None:
         cells = 1 / self.lambda_step if self.lambda_step > 0 else 0.0

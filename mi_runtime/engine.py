@@ -26,8 +26,6 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         pair = check_pair(config.instruct, config.thinking)
         model = load_pair(pair, config.device, config.dtype)
         num_blocks = _number_of_blocks(config, model, pair)

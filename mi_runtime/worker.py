@@ -7,8 +7,11 @@ the other sees the end of the pipe at once.
 """
 
 import argparse
+import os
 import sys
 from multiprocessing.connection import Connection
+
+import torch
 
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
@@ -43,6 +46,7 @@ def run(connection: "Connection[object, object]") -> int:
     """Loads the pair, then serves until the pipe ends, which it raises as EOFError."""
     config = connection.recv()
     assert isinstance(config, EngineConfig)
+    torch.set_num_threads(config.threads or default_threads())
     try:
         engine = Engine(config)
     except PairError as error:
@@ -53,6 +57,11 @@ def run(connection: "Connection[object, object]") -> int:
         events = receive(connection, engine)
         events += engine.step()
         connection.send(StepReport(tuple(events), engine.stats()))
+
+
+def default_threads() -> int:
+    """All cores but one, which is left to the HTTP process."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def receive(connection: "Connection[object, object]", engine: Engine) -> list[TokenEvent]:
