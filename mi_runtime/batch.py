@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mi_runtime.attention import AttentionPlan, Prefill
-from mi_runtime.blend import common_endpoint
+from mi_runtime.planner import Part
+from mi_runtime.request import Dial
+from mi_runtime.rows import StepRows
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
 
@@ -20,30 +22,29 @@ class Batch:
 
     ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
-    lambdas: Tensor  # [tokens] fp32
     kept: Tensor  # [kept] int64, rows
-    endpoint: int | None  # the endpoint all rows are at
+    rows: StepRows
     attention: AttentionPlan
     sampling: tuple[Sequence, ...]
 
 
-def build_batch(
-    chunks: list[Chunk], block_size: int, zero_block: int, device: torch.device
-) -> Batch:
+def build_batch(part: Part, block_size: int, zero_block: int, device: torch.device) -> Batch:
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    lambdas: list[float] = []
+    dials: dict[Dial, int] = {}
+    index: list[int] = []
     kept: list[int] = []
     prefills: list[Prefill] = []
+    chunks = part.chunks
     decodes = _leading_decodes(chunks)
-    for index, chunk in enumerate(chunks):
+    for order, chunk in enumerate(chunks):
         sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
         table = sequence.block_table
-        if index >= decodes:
+        if order >= decodes:
             blocks = tensor(table[: -(-end // block_size)])
             prefills.append(Prefill(len(ids), chunk.length, start, blocks))
         ids += sequence.tokens[start:end]
@@ -52,15 +53,20 @@ def build_batch(
             table[position // block_size] * block_size + position % block_size
             for position in range(start, end)
         ]
-        lambdas += [sequence.request.dial.reasoning_lambda] * chunk.length
+        if chunk.dial is not None:
+            index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
+        else:
+            index += [
+                dials.setdefault(sequence.dial_at(position), len(dials))
+                for position in range(start, end)
+            ]
         if chunk.samples:
             kept.append(len(ids) - 1)
     return Batch(
         ids=tensor(ids),
         positions=tensor(positions),
-        lambdas=torch.tensor(lambdas, dtype=torch.float32, device=device),
         kept=tensor(kept),
-        endpoint=common_endpoint(lambdas),
+        rows=StepRows(tuple(dials), tuple(index), tuple(kept), part.blended),
         attention=AttentionPlan(
             slots=tensor(slots),
             decodes=decodes,

@@ -64,10 +64,17 @@ class BlockPool:
         root = repr((self._fingerprint, dial, cache_salt))
         return blake2b(root.encode(), digest_size=DIGEST_BYTES).digest()
 
-    def next_key(self, previous: bytes, tokens: Sequence[int]) -> bytes:
-        """The key of the full block of `tokens` that follows the block (or root) `previous`."""
+    def next_key(
+        self, previous: bytes, tokens: Sequence[int], switched: tuple[Dial, int] | None = None
+    ) -> bytes:
+        """The key of the full block of `tokens` that follows the block (or root) `previous`.
+
+        `switched`: the block's tokens from this offset on are computed under this other dial.
+        """
         assert len(tokens) == self.block_size
         content = previous + array("I", tokens).tobytes()
+        if switched is not None:
+            content += repr(switched).encode()
         return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
     def find(self, key: bytes) -> int | None:

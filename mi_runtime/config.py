@@ -5,6 +5,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BlendPolicy = Literal["auto", "pair", "blended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class EngineConfig:
     max_batched_tokens: int = 2048  # tokens a step, prefill and decode together
     prefix_caching: bool = True
     lambda_step: float = 0.01  # the grid λ is rounded to
+    blend_policy: BlendPolicy = "auto"  # auto: the cheapest; the others force one way
+    blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
     threads: int | None = None  # CPU threads of the engine process; None: all cores but one
 
     def __post_init__(self) -> None:

@@ -8,14 +8,19 @@ import torch
 from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.load import BlendedModel, load_pair
+from mi_runtime.measure import blend_bytes, measure_costs
 from mi_runtime.pair import Pair, PairError, check_pair
-from mi_runtime.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from mi_runtime.planner import Planner
+from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
+from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Chunk, Scheduler
 from mi_runtime.sequence import Sequence
 
 # Share of the free memory that KV blocks may take, unless the configuration says how much.
-KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.85}
+KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.6}
+# Share of the free memory that blended weights may take, likewise.
+BLEND_MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.25}
 NOT_FINITE = "the model's logits for this request are not finite"
 
 
@@ -50,7 +55,15 @@ class Engine:
             max_batched_tokens=config.max_batched_tokens,
             prefix_caching=config.prefix_caching,
         )
-        self._runner = Runner(model, num_blocks, config.block_size)
+        self._groups = model.groups
+        self._groups.cache.budget = _blend_budget(config, model)
+        planner = Planner(
+            config.blend_policy,
+            measure_costs(model),
+            _MissingShare(model.groups),
+            capacity=self._groups.cache.budget // blend_bytes(model),
+        )
+        self._runner = Runner(model, planner, num_blocks, config.block_size)
         self._steps = 0
 
     @property
@@ -105,8 +118,14 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.preemptions,
             steps=self._steps,
-            endpoint_steps=self._runner.endpoint_steps,
-            pair_steps=self._runner.pair_steps,
+            endpoint_executions=self._groups.executions[Way.ENDPOINT],
+            blended_executions=self._groups.executions[Way.BLENDED],
+            pair_executions=self._groups.executions[Way.PAIR],
+            blend_hits=self._groups.cache.hits,
+            blend_builds=self._groups.cache.builds,
+            blend_evictions=self._groups.cache.evictions,
+            blend_bytes=self._groups.cache.nbytes,
+            forced_closes=scheduler.forced_closes,
         )
 
     def _fail(self, chunk: Chunk) -> TokenEvent:
@@ -132,6 +151,32 @@ def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> 
     if num_blocks < 1:
         raise PairError([f"no memory for KV: one block takes {block_bytes} bytes"])
     return num_blocks
+
+
+class _MissingShare:
+    """The share of a dial's blended weights that the cache lacks; looked up when it changed."""
+
+    def __init__(self, groups: BlendGroups) -> None:
+        self._groups = groups
+        self._changes = -1
+        self._known: dict[Dial, float] = {}
+
+    def __call__(self, dial: Dial) -> float:
+        cache = self._groups.cache
+        if self._changes != cache.builds + cache.evictions:
+            self._changes = cache.builds + cache.evictions
+            self._known.clear()
+        if dial not in self._known:
+            values = [(name, dial.value_of(name)) for name in self._groups.names]
+            keys = [key for key in values if key[1] not in ENDPOINTS]
+            self._known[dial] = cache.missing(keys) / max(1, len(keys))
+        return self._known[dial]
+
+
+def _blend_budget(config: EngineConfig, model: BlendedModel) -> int:
+    if config.blend_cache_bytes is not None:
+        return config.blend_cache_bytes
+    return int(_free_bytes(model.device) * BLEND_MEMORY_SHARE[model.device.type])
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -19,15 +19,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.moe import ExpertsInterface
 
 from mi_runtime.attention import ATTENTION_NAME, LayerShape, PackedAttention, attention_forward
-from mi_runtime.blend import (
-    ModuleSwap,
-    RowAxis,
-    RowLambdas,
-    UnsupportedModel,
-    pair_experts_forward,
-)
+from mi_runtime.blend import UnsupportedModel, pair_experts_forward
+from mi_runtime.blend_cache import BlendCache
 from mi_runtime.config import Device, Dtype
 from mi_runtime.pair import Endpoint, Pair, PairError
+from mi_runtime.request import Dial
+from mi_runtime.rows import BlendGroups, StepRows
+from mi_runtime.swap import ModuleSwap, RowAxis
 
 EXPERTS_NAME = "mi_pair"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +38,7 @@ class BlendedModel:
     """A model whose rows have a λ each, and what an engine must know of it."""
 
     model: PreTrainedModel
-    lambdas: RowLambdas
+    groups: BlendGroups
     layers: tuple[LayerShape, ...]
     device: torch.device
     dtype: torch.dtype
@@ -50,7 +48,9 @@ class BlendedModel:
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         """Logits `[kept, vocabulary]` of a flat batch; ids and positions are `[tokens]` int64."""
-        return _forward(self.model, ids, positions, kept, attention)
+        logits = _forward(self.model, ids, positions, kept, attention)
+        self.groups.end()
+        return logits
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -82,17 +82,18 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
     probe = Probe.for_model(instruct)
     try:
         expected = probe.expected_logits(instruct, thinking)
-        lambdas = RowLambdas(kind)
-        ModuleSwap(lambdas, probe.axes).swap(instruct, thinking)
+        layers = int(instruct.config.num_hidden_layers)
+        groups = BlendGroups(layers, kind, where, BlendCache(budget=0))
+        ModuleSwap(groups, probe.axes).swap(instruct, thinking)
         del thinking
         instruct.config._experts_implementation = EXPERTS_NAME
-        probe.check(instruct, lambdas, expected)
+        probe.check(instruct, groups, expected, kind)
     except UnsupportedModel as error:
         raise PairError([f"model_type {instruct.config.model_type}: {error}"]) from error
     shapes = probe.attention.shapes
     return BlendedModel(
         model=instruct,
-        lambdas=lambdas,
+        groups=groups,
         layers=tuple(shapes[layer] for layer in range(len(shapes))),
         device=where,
         dtype=kind,
@@ -175,7 +176,7 @@ class Probe:
         self._ids = torch.arange(1, tokens + 1, device=device) * 7 % vocab_size
         self._positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
         self._kept = torch.linspace(0, tokens - 1, kept, device=device).round().long()
-        self._lambdas = (torch.arange(tokens, device=device) >= lengths[0]).float()
+        self._endpoints = (torch.arange(tokens, device=device) >= lengths[0]).long()
 
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> "Probe":
@@ -189,15 +190,17 @@ class Probe:
         """`[kept, vocabulary]`: the first sequence by Instruct, the second by Thinking."""
         with self._recording(instruct):
             first = self._logits(instruct)
-        return torch.where(
-            self._lambdas[self._kept].bool().unsqueeze(1), self._logits(thinking), first
-        )
+        is_thinking = self._endpoints[self._kept].bool().unsqueeze(1)
+        return torch.where(is_thinking, self._logits(thinking), first)
 
-    def check(self, blended: PreTrainedModel, lambdas: RowLambdas, expected: Tensor) -> None:
+    def check(
+        self, blended: PreTrainedModel, groups: BlendGroups, expected: Tensor, dtype: torch.dtype
+    ) -> None:
         """Raises UnsupportedModel unless the mixed batch gives each endpoint's own logits."""
-        lambdas.begin(self._lambdas, self._kept, endpoint=None)
+        index, kept = tuple(self._endpoints.tolist()), tuple(self._kept.tolist())
+        groups.begin(StepRows((Dial(0.0), Dial(1.0)), index, kept, blended=False))
         error = (self._logits(blended) - expected).abs().amax(1).median() / expected.abs().max()
-        tolerance = SELF_CHECK_TOLERANCE[lambdas.tokens.dtype]
+        tolerance = SELF_CHECK_TOLERANCE[dtype]
         if not error <= tolerance:
             raise UnsupportedModel(
                 f"the self-check failed: blended logits at λ = 0 and 1 are off by {error:.2g} of "

@@ -4,6 +4,7 @@ Values only: nothing here changes after it is built, and nothing here imports to
 and reports at the end are the messages of the pipe between the HTTP and the engine process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -19,20 +20,39 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """A request's setting of the interpolation: λ = 0 is Instruct, λ = 1 is Thinking."""
+    """A request's setting of the interpolation: λ = 0 is Instruct, λ = 1 is Thinking.
+
+    `groups` holds the blend groups (`embed`, `head`, `N.attn`, `N.mlp`) that differ from
+    `reasoning_lambda`, sorted by name: equal settings are equal values.
+    """
 
     reasoning_lambda: float
+    groups: tuple[tuple[str, float], ...] = ()
 
     @staticmethod
-    def on_grid(value: float, step: float) -> "Dial":
-        """The dial at `value` rounded to the grid of `step`, which divides 1.
+    def on_grid(value: float, step: float, groups: Mapping[str, float] | None = None) -> "Dial":
+        """The dial at `value`, every λ rounded to the grid of `step`, which divides 1.
 
         Raises ValueError outside [0, 1] and on NaN.
         """
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"λ must be a number in [0, 1], not {value!r}")
-        cells = round(1 / step)
-        return Dial(round(value * cells) / cells)
+        default = _on_grid(value, step)
+        rounded = {name: _on_grid(one, step) for name, one in (groups or {}).items()}
+        own = tuple(sorted((name, one) for name, one in rounded.items() if one != default))
+        return Dial(default, own)
+
+    def value_of(self, group: str) -> float:
+        """λ of one blend group."""
+        for name, value in self.groups:
+            if name == group:
+                return value
+        return self.reasoning_lambda
+
+
+def _on_grid(value: float, step: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"λ must be a number in [0, 1], not {value!r}")
+    cells = round(1 / step)
+    return round(value * cells) / cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +82,26 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
-class ThinkTags:
-    """The tokens around a think block, and whether the prompt already opened one."""
+class ThinkPolicy:
+    """The tokens around a think block, and how the engine bounds it."""
 
     open_id: int
     close_id: int
     opened_by_prompt: bool = False
+    cap: int | None = None  # reasoning tokens at which the block is closed by force
+    closing: tuple[int, ...] = ()  # what is written then; holds close_id. Empty: close_id alone
+    soft_window: int = 0  # tokens before the cap in which a block closes at one of soft_ends
+    soft_ends: frozenset[int] = frozenset()  # tokens that end a sentence or a line
+    close_aliases: frozenset[int] = frozenset()  # tokens that close an open block as close_id does
+    forbid_eos: bool = False  # the answer may not end inside the block
+
+    def __post_init__(self) -> None:
+        if not self.closing:
+            object.__setattr__(self, "closing", (self.close_id,))
+        if self.close_id not in self.closing:
+            raise ValueError("the closing sequence does not hold the closing tag")
+        if self.cap is not None and self.cap < 0:
+            raise ValueError(f"the cap must not be negative: {self.cap}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +112,8 @@ class EngineRequest:
     prompt: tuple[int, ...]
     dial: Dial
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    think: ThinkTags | None = None  # None: no think block is tracked
+    think: ThinkPolicy | None = None  # None: no think block is tracked
+    answer_dial: Dial | None = None  # from the think block's closing tag on; None: as before
     cache_salt: str = ""  # requests of different salts share no KV
 
 
@@ -100,6 +135,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     reasoning_tokens: int = 0  # tokens inside the think block so far
+    forced_close: bool = False  # the engine closed the think block
     queue_seconds: float = 0.0  # from submission to the first step that ran it
     error: str | None = None  # for FinishReason.ERROR: what happened
 
@@ -162,8 +198,14 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
-    endpoint_steps: int = 0  # steps whose rows were all at λ = 0, or all at λ = 1
-    pair_steps: int = 0  # steps computed by the pair product
+    endpoint_executions: int = 0  # of a blend group in a forward, by the way it was computed
+    blended_executions: int = 0
+    pair_executions: int = 0
+    blend_hits: int = 0
+    blend_builds: int = 0
+    blend_evictions: int = 0
+    forced_closes: int = 0
+    blend_bytes: int = 0  # held now
 
 
 @dataclass(frozen=True, slots=True)

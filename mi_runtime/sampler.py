@@ -130,43 +130,54 @@ def _forbid_ends(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
 
 
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> list[int]:
-    params = [sequence.request.sampling for sequence in sequences]
-    drawn = [row for row, one in enumerate(params) if one.temperature > 0]
-    tokens: list[int] = []
-    if len(drawn) < len(params):
-        tokens = logits.argmax(1).tolist()
-    if not drawn:
-        return tokens
-    if len(drawn) == len(params):
-        tokens = [0] * len(params)
-    free: list[int] = []
-    cut: list[int] = []
-    for row in drawn:
-        one = params[row]
-        (cut if one.top_k > 0 or one.top_p < 1 or one.min_p > 0 else free).append(row)
+    forced = {row: one.forced_token for row, one in enumerate(sequences)}
+    drawn = [
+        row
+        for row, sequence in enumerate(sequences)
+        if sequence.request.sampling.temperature > 0 and forced[row] is None
+    ]
+    greedy = len(drawn) < len(sequences)
+    tokens: list[int] = logits.argmax(1).tolist() if greedy else [0] * len(sequences)
+    cut = [row for row in drawn if _is_cut(sequences[row])]
+    free = [row for row in drawn if not _is_cut(sequences[row])] if cut else drawn
     for rows, draw in ((free, _draw), (cut, _draw_cut)):
         if rows:
-            temperatures = _column([params[row].temperature for row in rows], logits)
-            probabilities = (logits[rows] / temperatures).softmax(1)
-            uniform = _column([sequences[row].rng.random() for row in rows], logits) * BELOW_ONE
-            chosen = draw(probabilities, uniform, [sequences[row] for row in rows])
-            for row, token in zip(rows, chosen.tolist(), strict=True):
+            mine = [sequences[row] for row in rows]
+            for row, token in zip(rows, draw(logits[rows], mine).tolist(), strict=True):
                 tokens[row] = token
-    return tokens
+    return [
+        chosen if must is None else must
+        for chosen, must in zip(tokens, forced.values(), strict=True)
+    ]
 
 
-def _draw(probabilities: Tensor, uniform: Tensor, _sequences: list[Sequence]) -> Tensor:
-    """`[rows]` token ids: the first whose cumulative probability passes `uniform` `[rows, 1]`."""
-    cumulative = probabilities.cumsum(1)
+def _is_cut(sequence: Sequence) -> bool:
+    params = sequence.request.sampling
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    temperatures = [sequence.request.sampling.temperature for sequence in sequences]
+    return (logits / _column(temperatures, logits)).softmax(1)
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    return _invert(_probabilities(logits, sequences), sequences)
+
+
+def _invert(weights: Tensor, sequences: list[Sequence]) -> Tensor:
+    """`[rows]` columns: the first whose cumulative weight passes the sequence's next number."""
+    uniform = _column([sequence.rng.random() for sequence in sequences], weights) * BELOW_ONE
+    cumulative = weights.cumsum(1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
 
 
-def _draw_cut(probabilities: Tensor, uniform: Tensor, sequences: list[Sequence]) -> Tensor:
-    """The same, from what top-k, top-p and min-p leave."""
+def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Draws from what top-k, top-p and min-p leave."""
     params = [sequence.request.sampling for sequence in sequences]
-    vocabulary = probabilities.shape[1]
+    vocabulary = logits.shape[1]
     top_k = [min(one.top_k or vocabulary, vocabulary) for one in params]
-    best, ids = probabilities.topk(max(top_k), dim=1)  # sorted, best first
+    best, ids = _probabilities(logits, sequences).topk(max(top_k), dim=1)  # best first
     rank = torch.arange(best.shape[1], device=best.device)
     best = best * (rank < _column([float(k) for k in top_k], best))
     before = best.cumsum(1) - best
@@ -174,7 +185,7 @@ def _draw_cut(probabilities: Tensor, uniform: Tensor, sequences: list[Sequence])
     min_p = _column([one.min_p for one in params], best)
     kept = (before < top_p * best.sum(1, keepdim=True)) & (best >= min_p * best[:, :1])
     kept[:, 0] = True
-    return ids.gather(1, _draw(best * kept, uniform, sequences).unsqueeze(1)).squeeze(1)
+    return ids.gather(1, _invert(best * kept, sequences).unsqueeze(1)).squeeze(1)
 
 
 def _logprobs(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from mi_runtime.blocks import BlockPool
 from mi_runtime.request import (
+    Dial,
     EngineRequest,
     FinishReason,
     RequestRejected,
@@ -36,6 +37,13 @@ class Chunk:
     sequence: Sequence
     start: int
     length: int
+
+    @property
+    def dial(self) -> Dial | None:
+        """The dial of all its tokens; None where the answer's dial begins inside it."""
+        first = self.sequence.dial_at(self.start)
+        last = self.sequence.dial_at(self.start + self.length - 1)
+        return first if first is last else None
 
     @property
     def samples(self) -> bool:
@@ -122,6 +130,7 @@ class Scheduler:
         self.prefix_queried_tokens = 0  # prompt tokens looked up, each request once
         self.prefix_hit_tokens = 0
         self.preemptions = 0
+        self.forced_closes = 0
 
     @property
     def unfinished(self) -> int:
@@ -285,8 +294,12 @@ class Scheduler:
         if not keys:
             keys.append(self.blocks.root_key(sequence.request.dial, sequence.request.cache_salt))
         if len(keys) == index + 1:
-            tokens = sequence.tokens[index * size : (index + 1) * size]
-            keys.append(self.blocks.next_key(keys[index], tokens))
+            start, end = index * size, (index + 1) * size
+            switch = sequence.switch_at
+            switched = None
+            if switch is not None and switch < end:  # the block holds KV of the answer's dial
+                switched = (sequence.dial_at(end), max(0, switch - start))
+            keys.append(self.blocks.next_key(keys[index], sequence.tokens[start:end], switched))
         return keys[index + 1]
 
     # --- Taking a step's results ----------------------------------------------------------------
@@ -307,15 +320,7 @@ class Scheduler:
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:
             self._leave(sequence)
-        return TokenEvent(
-            sequence.request_id,
-            token_id,
-            reason,
-            logprobs,
-            sequence.cached_tokens,
-            sequence.reasoning_tokens,
-            sequence.queue_seconds,
-        )
+        return _event(sequence, token_id=token_id, finish_reason=reason, logprobs=logprobs)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         if token_id in sequence.ending_token_ids:
@@ -330,15 +335,7 @@ class Scheduler:
         self, sequence: Sequence, reason: FinishReason, error: str | None = None
     ) -> TokenEvent:
         self._leave(sequence)
-        return TokenEvent(
-            sequence.request_id,
-            None,
-            reason,
-            cached_tokens=sequence.cached_tokens,
-            reasoning_tokens=sequence.reasoning_tokens,
-            queue_seconds=sequence.queue_seconds,
-            error=error,
-        )
+        return _event(sequence, token_id=None, finish_reason=reason, error=error)
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.status is not Status.ENDED
@@ -346,6 +343,7 @@ class Scheduler:
         line.remove(sequence)
         self._drop_blocks(sequence)
         sequence.status = Status.ENDED
+        self.forced_closes += sequence.forced_close
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
@@ -380,3 +378,23 @@ class Scheduler:
         assert 0 <= sequence.computed < len(sequence)
         assert len(sequence.block_table) * self.blocks.block_size >= sequence.computed
         assert len(set(sequence.block_table)) == len(sequence.block_table)
+
+
+def _event(
+    sequence: Sequence,
+    token_id: int | None,
+    finish_reason: FinishReason | None,
+    logprobs: TokenLogprobs | None = None,
+    error: str | None = None,
+) -> TokenEvent:
+    return TokenEvent(
+        sequence.request_id,
+        token_id,
+        finish_reason,
+        logprobs,
+        cached_tokens=sequence.cached_tokens,
+        reasoning_tokens=sequence.reasoning_tokens,
+        forced_close=sequence.forced_close,
+        queue_seconds=sequence.queue_seconds,
+        error=error,
+    )

@@ -7,7 +7,7 @@ import random
 import time
 from enum import Enum, auto
 
-from mi_runtime.request import EngineRequest
+from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.thinking import ThinkingState
 
 
@@ -37,6 +37,7 @@ class Sequence:
         "request",
         "rng",
         "status",
+        "switch_at",
         "thinking",
         "tokens",
     )
@@ -52,6 +53,7 @@ class Sequence:
         self.status = Status.WAITING
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
+        self.switch_at: int | None = None  # position from which on the answer's dial holds
         self.thinking = None if request.think is None else ThinkingState(request.think)
         self.arrival = time.monotonic()  # seconds
         self.first_run: float | None = None  # seconds, of the same clock
@@ -80,7 +82,14 @@ class Sequence:
     @property
     def forbids_ending(self) -> bool:
         """Whether the next token may not be one of `ending_token_ids`."""
-        return self.output_length < self.request.sampling.min_tokens
+        if self.output_length < self.request.sampling.min_tokens:
+            return True
+        return self.thinking is not None and self.thinking.forbids_eos
+
+    @property
+    def forced_token(self) -> int | None:
+        """The next token where it is not the model's to choose."""
+        return None if self.thinking is None else self.thinking.forced_token
 
     @property
     def reasoning_tokens(self) -> int:
@@ -91,8 +100,23 @@ class Sequence:
         """From submission to the first step that ran it; 0 where none did."""
         return 0.0 if self.first_run is None else self.first_run - self.arrival
 
+    @property
+    def forced_close(self) -> bool:
+        return self.thinking is not None and self.thinking.forced_close
+
+    def dial_at(self, position: int) -> Dial:
+        """The dial under which the token at `position` is computed."""
+        if self.switch_at is None or position < self.switch_at:
+            return self.request.dial
+        assert self.request.answer_dial is not None
+        return self.request.answer_dial
+
     def append(self, token_id: int) -> None:
-        """Takes a sampled token."""
+        """Takes a sampled token. The one that closes the think block is the first of the answer."""
         self.tokens.append(token_id)
-        if self.thinking is not None:
-            self.thinking.observe(token_id)
+        if (
+            self.thinking is not None
+            and self.thinking.observe(token_id)
+            and self.request.answer_dial is not None
+        ):
+            self.switch_at = len(self.tokens) - 1

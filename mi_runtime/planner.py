@@ -1,0 +1,169 @@
+"""Chooses, step by step, which rows run together and how each forward has its weights.
+
+A step may run as one forward over all its rows, or as several: the rows of one dial alone can take
+endpoint or blended weights and half the arithmetic, at the price of one more forward. The choice is
+the cheapest by a cost model measured at start-up:
+
+    forward(way, R) = fixed + seconds(way, R)        R rows; way: single weights, or the pair
+
+Building blended weights is never waited for: a λ that is new runs by the pair product. Each step
+notes what blended weights would have saved; once a dial's savings reach the price of building them,
+they are built (so the total is at most twice that of knowing the future). A prefill chunk large
+enough to pay for them alone gets them at once.
+
+Plain Python: seconds, rows and dials; no tensors.
+"""
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mi_runtime.config import BlendPolicy
+from mi_runtime.request import Dial
+from mi_runtime.scheduler import Chunk
+
+MAX_ALONE = 8  # dials a step that run in forwards of their own
+REMEMBERED = 1024  # dials whose savings are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds by rows, linear between measured points and beyond the last two."""
+
+    rows: tuple[int, ...]  # ascending
+    seconds: tuple[float, ...]
+
+    def at(self, rows: int) -> float:
+        high = min(max(1, bisect_left(self.rows, rows)), len(self.rows) - 1)
+        (r0, r1), (s0, s1) = self.rows[high - 1 : high + 1], self.seconds[high - 1 : high + 1]
+        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What a forward costs on this device at these shapes; all in seconds."""
+
+    fixed: float  # of a forward, whatever its rows
+    single: Curve  # endpoint or blended weights
+    pair: Curve
+    build: float  # all blended weights of one λ
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Chunks that run in one forward; `blended`: groups of one λ take blended weights."""
+
+    chunks: list[Chunk]
+    blended: bool
+
+
+@dataclass(slots=True)
+class _Work:
+    """The chunks of one dial in a step."""
+
+    dial: Dial
+    chunks: list[Chunk] = field(default_factory=list)
+    rows: int = 0
+
+
+class Planner:
+    """`missing(dial)` is the share of a dial's blended weights that the cache lacks, and
+    `capacity` how many λ values it can hold."""
+
+    def __init__(
+        self,
+        policy: BlendPolicy,
+        costs: CostModel,
+        missing: Callable[[Dial], float],
+        capacity: int,
+    ) -> None:
+        self._policy = policy
+        self._costs = costs
+        self._missing = missing
+        self._capacity = capacity
+        self._savings: OrderedDict[Dial, float] = OrderedDict()  # seconds missed so far
+
+    def plan(self, chunks: list[Chunk]) -> list[Part]:
+        """Every chunk in exactly one part."""
+        if self._policy == "pair":
+            return [Part(chunks, blended=False)]
+        works, mixed = _by_dial(chunks)
+        if self._policy == "blended":
+            alone = works
+        else:
+            alone = self._choose(works, sum(chunk.length for chunk in mixed))
+        chosen = {work.dial for work in alone}
+        for dial in chosen:
+            self._savings.pop(dial, None)  # built by this step, if it was not there
+        together = [chunk for chunk in chunks if not _is_alone(chunk, chosen)]
+        parts = [Part(work.chunks, blended=True) for work in alone]
+        return [*parts, Part(together, blended=False)] if together else parts
+
+    def _choose(self, works: list[_Work], mixed_rows: int) -> list[_Work]:
+        """The dials that run alone, with single weights."""
+        works = sorted(works, key=lambda work: work.rows, reverse=True)[:MAX_ALONE]
+        rest = mixed_rows + sum(work.rows for work in works)
+        ready = [work for work in works if self._is_ready(work.dial)]
+        best, seconds = self._cheapest(ready, rest)
+        if len(ready) < len(works):
+            self._note_savings(works, rest, seconds)
+        return best
+
+    def _cheapest(self, works: Sequence[_Work], rows: int) -> tuple[list[_Work], float]:
+        """Which of `works`, largest first, to run alone out of `rows` in all; and the seconds."""
+        costs, best, spent, limit = self._costs, 0, 0.0, self._capacity
+        seconds = costs.fixed + costs.pair.at(rows)
+        for count, work in enumerate(works, start=1):
+            limit -= not _is_endpoint(work.dial)
+            if limit < 0:
+                break
+            rows -= work.rows
+            spent += costs.fixed + costs.single.at(work.rows)
+            total = spent + (costs.fixed + costs.pair.at(rows) if rows else 0.0)
+            if total < seconds:
+                best, seconds = count, total
+        return list(works[:best]), seconds
+
+    def _note_savings(self, works: Sequence[_Work], rows: int, seconds: float) -> None:
+        """Credits the dials that would have run alone, had they been ready."""
+        wished, possible = self._cheapest(works, rows)
+        absent = [work.dial for work in wished if not self._is_ready(work.dial)]
+        for dial in absent:
+            self._savings[dial] = self._savings.pop(dial, 0.0) + (seconds - possible) / len(absent)
+        while len(self._savings) > REMEMBERED:
+            self._savings.popitem(last=False)
+
+    def _is_ready(self, dial: Dial) -> bool:
+        """Whether single weights are there, or have earned being built."""
+        if _is_endpoint(dial):
+            return True
+        if not self._capacity:
+            return False
+        price = self._costs.build * self._missing(dial)
+        return price == 0 or self._savings.get(dial, 0.0) >= price
+
+
+def _by_dial(chunks: list[Chunk]) -> tuple[list[_Work], list[Chunk]]:
+    """Chunks by their dial, and those whose rows have more than one."""
+    works: dict[Dial, _Work] = {}
+    mixed = []
+    for chunk in chunks:
+        dial = chunk.dial
+        if dial is None:
+            mixed.append(chunk)
+            continue
+        work = works.get(dial)
+        if work is None:
+            work = works[dial] = _Work(dial)
+        work.chunks.append(chunk)
+        work.rows += chunk.length
+    return list(works.values()), mixed
+
+
+def _is_alone(chunk: Chunk, chosen: set[Dial]) -> bool:
+    return chunk.dial is not None and chunk.dial in chosen
+
+
+def _is_endpoint(dial: Dial) -> bool:
+    return dial.reasoning_lambda in (0, 1) and all(value in (0, 1) for _, value in dial.groups)

@@ -1,0 +1,168 @@
+"""Which λ every row of the running step has, group by group, and how its weights are had.
+
+A blend group is the parameters that share one λ: `embed`, `head`, and of each layer `N.attn` and
+`N.mlp`. The rows of a group in a step go one of three ways:
+
+    endpoint   all at λ = 0, or all at λ = 1: that endpoint's own weights, nothing else is read
+    blended    all at one λ, and the planner wants its blended weights
+    pair       any λ values, straight from both endpoints
+
+Swapped modules hold a `RowSlot` and read its `now`; nothing else of a step reaches them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from mi_runtime.blend_cache import Blend, BlendCache
+from mi_runtime.request import Dial
+
+INSTRUCT, THINKING = 0, 1
+ENDPOINTS = {0.0: INSTRUCT, 1.0: THINKING}
+MEMO_ROWS = 256  # steps of at most so many rows keep what they derive from λ for the next step
+
+
+class Way(StrEnum):
+    ENDPOINT = "endpoint"
+    BLENDED = "blended"
+    PAIR = "pair"
+
+
+class Rows:
+    """The λ of the rows that a group's modules see, for as long as the batch keeps its shape."""
+
+    __slots__ = ("_input", "_memo", "_mixed", "blend", "endpoint", "mix", "weights")
+
+    def __init__(
+        self, weights: Tensor, dtype: torch.dtype, endpoint: int | None, blend: Blend | None = None
+    ) -> None:
+        self.endpoint = endpoint  # every row at this endpoint
+        self.blend = blend  # every row at this blend's λ
+        self.weights = weights  # [rows] fp32 λ; [1] where all rows share it
+        self.mix = torch.stack((1 - weights, weights), dim=1).unsqueeze(-1).to(dtype)  # [·, 2, 1]
+        self._memo: dict[object, Tensor] = {}
+        self._input: Tensor | None = None
+        self._mixed = weights
+
+    @property
+    def way(self) -> Way:
+        if self.endpoint is not None:
+            return Way.ENDPOINT
+        return Way.PAIR if self.blend is None else Way.BLENDED
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """`[..., rows, in]` to `[..., rows, 2·in]`: every row times (1−λ), then every row times λ.
+
+        Modules that read one input after another (query, key, value; gate, up) share it: the last
+        one is kept, and known by identity while it is kept alive.
+        """
+        if self._input is not x:
+            self._mixed = (x.unsqueeze(-2) * self.mix).flatten(-2)
+            self._input = x
+        return self._mixed
+
+    def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """`make(weights)`, made once for as long as the rows stay as they are."""
+        value = self._memo.get(key)
+        if value is None:
+            value = make(self.weights)
+            if len(self.weights) <= MEMO_ROWS:
+                self._memo[key] = value
+        return value
+
+    def forget_input(self) -> None:
+        self._input, self._mixed = None, self.weights
+
+
+class RowSlot:
+    """Where a module finds the rows of the running step."""
+
+    __slots__ = ("now",)
+
+    now: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one forward: dials without repetition, and which one each row has."""
+
+    dials: tuple[Dial, ...]
+    index: tuple[int, ...]  # of each token's dial
+    kept: tuple[int, ...]  # rows with logits
+    blended: bool  # a group whose rows share one λ takes blended weights
+
+
+class BlendGroups:
+    """All groups of one model. Most modules see every token; the head only the rows it needs."""
+
+    def __init__(
+        self, layers: int, dtype: torch.dtype, device: torch.device, cache: BlendCache
+    ) -> None:
+        names = [f"{layer}.{part}" for layer in range(layers) for part in ("attn", "mlp")]
+        self.names = ("embed", *names, "head")
+        self.cache = cache
+        self.executions = dict.fromkeys(Way, 0)  # of groups, since start
+        self._tokens = {name: RowSlot() for name in self.names}
+        self._kept = {name: RowSlot() for name in self.names}
+        self._dtype, self._device = dtype, device
+        self._last: StepRows | None = None
+        self._used: dict[int, Rows] = {}
+        self._ways = dict.fromkeys(Way, 0)
+
+    def slot(self, group: str, kept: bool) -> RowSlot:
+        return (self._kept if kept else self._tokens)[group]
+
+    def begin(self, step: StepRows) -> None:
+        """Sets the rows of the next forward. A batch of the same shape as the last keeps them."""
+        if step != self._last:
+            self._assign(step)
+            self._last = step
+        for way, count in self._ways.items():
+            self.executions[way] += count
+
+    def end(self) -> None:
+        """Lets go of activations that the forward left behind."""
+        for rows in self._used.values():
+            rows.forget_input()
+
+    def _assign(self, step: StepRows) -> None:
+        self.cache.begin_step()
+        index = torch.tensor(step.index, device=self._device)
+        kept = torch.tensor(step.kept, dtype=torch.int64, device=self._device)
+        made: dict[object, tuple[Rows, Rows]] = {}
+        own = [dict(dial.groups) for dial in step.dials]
+        for name in self.names:
+            values = tuple(
+                groups.get(name, dial.reasoning_lambda)
+                for dial, groups in zip(step.dials, own, strict=True)
+            )
+            uniform = len(set(values)) == 1
+            blend = self._blend(name, values[0]) if uniform and step.blended else None
+            key = values if blend is None else (name, values)
+            if key not in made:
+                made[key] = self._rows(values, index, kept, uniform, blend)
+            self._tokens[name].now, self._kept[name].now = made[key]
+        self._used = {id(rows): rows for both in made.values() for rows in both}
+        ways = [slot.now.way for slot in self._tokens.values()]
+        self._ways = {way: ways.count(way) for way in Way}
+
+    def _blend(self, name: str, value: float) -> Blend | None:
+        return None if value in ENDPOINTS else self.cache.use((name, value))
+
+    def _rows(
+        self,
+        values: tuple[float, ...],
+        index: Tensor,
+        kept: Tensor,
+        uniform: bool,
+        blend: Blend | None,
+    ) -> tuple[Rows, Rows]:
+        weights = torch.tensor(values[:1] if uniform else values, device=self._device)
+        if uniform:
+            rows = Rows(weights, self._dtype, ENDPOINTS.get(values[0]), blend)
+            return rows, rows
+        weights = weights[index]
+        return Rows(weights, self._dtype, None), Rows(weights[kept], self._dtype, None)
