@@ -22,7 +22,7 @@ from mi_runtime.request import (
     FinishReason,
     RequestRejected,
     SamplingParams,
-    ThinkTags,
+    ThinkPolicy,
     TokenEvent,
 )
 from mi_runtime.scheduler import Chunk, Sampled, Scheduler
@@ -58,7 +58,7 @@ def request(
     *,
     dial: float = 0.5,
     salt: str = "",
-    think: ThinkTags | None = None,
+    think: ThinkPolicy | None = None,
     max_tokens: int | None = None,
     min_tokens: int = 0,
     seed: int | None = 0,
@@ -413,7 +413,7 @@ def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> 
     engine = FakeEngine(Limits(max_num_seqs=1))
     engine.submit(request("first", min_tokens=3, max_tokens=3))
     second = engine.submit(
-        request("second", think=ThinkTags(THINK, END_THINK, opened_by_prompt=True), min_tokens=3)
+        request("second", think=ThinkPolicy(THINK, END_THINK, opened_by_prompt=True), min_tokens=3)
     )
     engine.finish()
     assert second.first_run is not None
@@ -538,7 +538,7 @@ def random_request(rng: random.Random, request_id: str, limits: Limits) -> Engin
         max_tokens=rng.choice([None, 1, 4, 30]),
         min_tokens=rng.choice([0, 0, 10]),
         seed=rng.choice([0, 1]),
-        think=rng.choice([None, ThinkTags(THINK, END_THINK)]),
+        think=rng.choice([None, ThinkPolicy(THINK, END_THINK)]),
     )
 
 

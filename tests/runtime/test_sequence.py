@@ -1,10 +1,10 @@
 """One sequence: the facts derived from its tokens, and its source of randomness."""
 
-from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkTags
+from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy
 from mi_runtime.sequence import Sequence
 
 
-def sequence(sampling: SamplingParams | None = None, think: ThinkTags | None = None) -> Sequence:
+def sequence(sampling: SamplingParams | None = None, think: ThinkPolicy | None = None) -> Sequence:
     return Sequence(EngineRequest("r", (4, 5, 6), Dial(0.5), sampling or SamplingParams(), think))
 
 
@@ -30,7 +30,7 @@ def test_ending_is_forbidden_until_min_tokens_are_there() -> None:
 
 
 def test_reasoning_is_counted_where_a_think_block_is_tracked() -> None:
-    tracked = sequence(think=ThinkTags(1, 2, opened_by_prompt=True))
+    tracked = sequence(think=ThinkPolicy(1, 2, opened_by_prompt=True))
     untracked = sequence()
     for each in (tracked, untracked):
         each.append(7)

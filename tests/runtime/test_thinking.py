@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mi_runtime.request import ThinkTags
+from mi_runtime.request import ThinkPolicy
 from mi_runtime.thinking import Phase, ThinkingState
 
 OPEN, CLOSE = 1, 2
@@ -11,7 +11,7 @@ WORDS = st.lists(st.integers(3, 9))
 
 
 def after(tokens: list[int], *, opened_by_prompt: bool = False) -> ThinkingState:
-    state = ThinkingState(ThinkTags(OPEN, CLOSE, opened_by_prompt))
+    state = ThinkingState(ThinkPolicy(OPEN, CLOSE, opened_by_prompt))
     for token in tokens:
         state.observe(token)
     return state
