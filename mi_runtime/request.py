@@ -113,8 +113,8 @@ class EngineRequest:
     dial: Dial
     sampling: SamplingParams = field(default_factory=SamplingParams)
     think: ThinkPolicy | None = None  # None: no think block is tracked
-    answer_dial: Dial | None = None  # from the think block's closing tag on; None: as before
     cache_salt: str = ""  # requests of different salts share no KV
+    answer_dial: Dial | None = None  # from the think block's closing tag on; None: as before
 
 
 @dataclass(frozen=True, slots=True)
