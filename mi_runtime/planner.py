@@ -102,37 +102,55 @@ class Planner:
 
     def _choose(self, works: list[_Work], mixed_rows: int) -> list[_Work]:
         """The dials that run alone, with single weights."""
-        works = sorted(works, key=lambda work: work.rows, reverse=True)[:MAX_ALONE]
-        rest = mixed_rows + sum(work.rows for work in works)
+        works = sorted(works, key=lambda work: work.rows, reverse=True)
+        rows = mixed_rows + sum(work.rows for work in works)
         ready = [work for work in works if self._is_ready(work.dial)]
-        best, seconds = self._cheapest(ready, rest)
-        if len(ready) < len(works):
-            self._note_savings(works, rest, seconds)
-        return best
+        best, seconds = self._cheapest(ready, rows)
+        if len(ready) == len(works) or not self._note_savings(works, rows, seconds):
+            return best
+        return self._cheapest([work for work in works if self._is_ready(work.dial)], rows)[0]
 
     def _cheapest(self, works: Sequence[_Work], rows: int) -> tuple[list[_Work], float]:
         """Which of `works`, largest first, to run alone out of `rows` in all; and the seconds."""
-        costs, best, spent, limit = self._costs, 0, 0.0, self._capacity
+        costs, best, spent = self._costs, 0, 0.0
+        works = self._affordable(works)
         seconds = costs.fixed + costs.pair.at(rows)
         for count, work in enumerate(works, start=1):
-            limit -= not _is_endpoint(work.dial)
-            if limit < 0:
-                break
             rows -= work.rows
             spent += costs.fixed + costs.single.at(work.rows)
             total = spent + (costs.fixed + costs.pair.at(rows) if rows else 0.0)
             if total < seconds:
                 best, seconds = count, total
-        return list(works[:best]), seconds
+        return works[:best], seconds
 
-    def _note_savings(self, works: Sequence[_Work], rows: int, seconds: float) -> None:
-        """Credits the dials that would have run alone, had they been ready."""
+    def _affordable(self, works: Sequence[_Work]) -> list[_Work]:
+        """The first of them that the cache can hold together; endpoints take no room in it."""
+        chosen, room = [], self._capacity
+        for work in works:
+            if not _is_endpoint(work.dial):
+                if not room:
+                    continue
+                room -= 1
+            chosen.append(work)
+            if len(chosen) == MAX_ALONE:
+                break
+        return chosen
+
+    def _note_savings(self, works: Sequence[_Work], rows: int, seconds: float) -> bool:
+        """Credits the dials that would have run alone, had they been ready, by their rows.
+
+        True when one of them has earned its weights by it.
+        """
         wished, possible = self._cheapest(works, rows)
-        absent = [work.dial for work in wished if not self._is_ready(work.dial)]
-        for dial in absent:
-            self._savings[dial] = self._savings.pop(dial, 0.0) + (seconds - possible) / len(absent)
+        absent = [work for work in wished if not self._is_ready(work.dial)]
+        if not absent or possible >= seconds:
+            return False
+        share = (seconds - possible) / sum(work.rows for work in absent)
+        for work in absent:
+            self._savings[work.dial] = self._savings.pop(work.dial, 0.0) + share * work.rows
         while len(self._savings) > REMEMBERED:
             self._savings.popitem(last=False)
+        return any(self._is_ready(work.dial) for work in absent)
 
     def _is_ready(self, dial: Dial) -> bool:
         """Whether single weights are there, or have earned being built."""
