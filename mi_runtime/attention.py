@@ -184,8 +184,8 @@ class PagedAttention:
 
 
 def _rows_of(sinks: Tensor | None, rows: slice) -> Tensor | None:
-    """Sinks are `[heads]`, or `[tokens, heads]` when the rows differ in λ."""
-    return sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
+    """Sinks are `[heads]`, `[1, heads]` where all rows share one λ, or `[tokens, heads]`."""
+    return sinks if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks[rows]
 
 
 def _decode(
