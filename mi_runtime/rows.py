@@ -120,6 +120,8 @@ class BlendGroups:
         if step != self._last:
             self._assign(step)
             self._last = step
+        else:
+            self.cache.hits += self._ways[Way.BLENDED]
         for way, count in self._ways.items():
             self.executions[way] += count
 
