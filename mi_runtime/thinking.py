@@ -40,8 +40,8 @@ class ThinkingState:
 
     def observe(self, token_id: int) -> bool:
         """Takes the next token of the answer; True when it closed the block."""
-        inside = self.phase is Phase.INSIDE
-        if self._forced:
+        inside, forced = self.phase is Phase.INSIDE, bool(self._forced)
+        if forced:
             assert token_id == self._forced[0]
             self._forced = self._forced[1:]
         elif inside:
@@ -51,6 +51,7 @@ class ThinkingState:
             self._close_if_due(None)
         if inside and token_id == self._policy.close_id:
             self.phase = Phase.CLOSED
+            self.forced_close = forced
         return inside and self.phase is Phase.CLOSED
 
     def _observe_inside(self, token_id: int) -> None:
@@ -68,4 +69,3 @@ class ThinkingState:
         in_window = self.reasoning_tokens >= cap - self._policy.soft_window
         if self.reasoning_tokens >= cap or (in_window and token_id in self._policy.soft_ends):
             self._forced = self._policy.closing
-            self.forced_close = True
