@@ -1,0 +1,33 @@
+"""A planner that switches ways at random: what an engine answers must not depend on it."""
+
+import random
+
+from mi_runtime.planner import Part
+from mi_runtime.scheduler import Chunk
+
+
+class RandomPlanner:
+    """Groups a step's chunks at random, into one forward or several, of any way."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.parts = 0
+        self.steps = 0
+
+    def plan(self, chunks: list[Chunk]) -> list[Part]:
+        groups = self._by_dial(chunks) if self._random.random() < 0.5 else self._anyhow(chunks)
+        self._random.shuffle(groups)
+        self.steps += 1
+        self.parts += len(groups)
+        return [Part(group, self._random.random() < 0.6) for group in groups]
+
+    def _by_dial(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        dials = dict.fromkeys(chunk.dial for chunk in chunks)  # a set would not be the same twice
+        return [[chunk for chunk in chunks if chunk.dial == dial] for dial in dials]
+
+    def _anyhow(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        count = self._random.randint(1, len(chunks))
+        groups: list[list[Chunk]] = [[] for _ in range(count)]
+        for chunk in chunks:
+            self._random.choice(groups).append(chunk)
+        return [group for group in groups if group]
