@@ -67,16 +67,54 @@ class PairMatrix:
             return F.linear(x, rows.blend.get(self))
         return F.linear(rows.mixed(x), self.concatenated)
 
+    @property
+    def parameters(self) -> int:
+        """Of both endpoints."""
+        return self.concatenated.numel()
+
+
+class VocabularyPair:
+    """Both endpoints' `[vocabulary, dim]` matrices as they were loaded: embedding, head, or both.
+
+    The largest matrices of a model stay apart, so that loading never copies them; for the rows
+    that reach the head, two products and a lerp cost the same as one product over `2·dim`.
+    """
+
+    def __init__(self, instruct: Tensor, thinking: Tensor) -> None:
+        self.endpoints = (instruct, thinking)
+
+    @property
+    def parameters(self) -> int:
+        """Of both endpoints."""
+        return 2 * self.endpoints[INSTRUCT].numel()
+
+    def blend(self, value: float) -> Tensor:
+        return lerp_rounded(*self.endpoints, value)
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        """`[..., rows, dim]` to `[..., rows, vocabulary]`."""
+        if rows.endpoint is not None:
+            return F.linear(x, self.endpoints[rows.endpoint])
+        if rows.blend is not None:
+            return F.linear(x, rows.blend.get(self))
+        low, high = self.endpoints
+        return _lerp_rows(F.linear(x, low), F.linear(x, high), rows)
+
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
-        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, in]`.
+        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`.
 
         Never from a blended matrix: blending the rows looked up costs less than reading it once.
         """
         if rows.endpoint is not None:
             return F.embedding(ids, self.endpoints[rows.endpoint])
-        instruct, thinking = F.embedding(ids, self.concatenated).float().chunk(2, dim=-1)
-        blend = torch.lerp(instruct, thinking, rows.weights.unsqueeze(-1))
-        return blend.to(self.concatenated.dtype)
+        low, high = self.endpoints
+        return _lerp_rows(F.embedding(ids, low), F.embedding(ids, high), rows)
+
+
+def _lerp_rows(instruct: Tensor, thinking: Tensor, rows: Rows) -> Tensor:
+    """Row by row between two results `[..., rows, any]`, in fp32, rounded once."""
+    blend = torch.lerp(instruct.float(), thinking.float(), rows.weights.unsqueeze(-1))
+    return blend.to(instruct.dtype)
 
 
 class RowParameter:
@@ -147,7 +185,7 @@ class RoutedWeight:
 class PairLinear(nn.Linear):
     """`nn.Linear` over both endpoints. Made by changing a module's class, never constructed."""
 
-    pair: PairMatrix
+    pair: PairMatrix | VocabularyPair
     pair_bias: RowParameter | None
     slot: RowSlot
 
@@ -159,7 +197,7 @@ class PairLinear(nn.Linear):
 class PairEmbedding(nn.Embedding):
     """`nn.Embedding` over both endpoints; subclasses that scale its output find it by the MRO."""
 
-    pair: PairMatrix
+    pair: VocabularyPair
     slot: RowSlot
 
     @property
@@ -212,6 +250,11 @@ class PairExperts:
         views = (both.select(axis, INSTRUCT), both.select(axis, THINKING))
         self.endpoints = tuple(view.mT if transposed else view for view in views)
         self.biases = None if biases is None else torch.stack(biases, dim=1)  # [experts, 2, out]
+
+    @property
+    def parameters(self) -> int:
+        """Of both endpoints."""
+        return self.concatenated.numel()
 
     def blend(self, value: float) -> Tensor:
         """`[experts, out, in]`, one expert at a time."""

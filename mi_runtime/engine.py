@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable
 
-import psutil
-import torch
-
 from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import blend_bytes, measure_costs
+from mi_runtime.memory import free_bytes
 from mi_runtime.pair import Pair, PairError, check_pair
 from mi_runtime.planner import Planner
 from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
@@ -44,7 +42,9 @@ class Engine:
             max_model_len=min(config.max_model_len or pair.max_positions, capacity),
             block_size=config.block_size,
             num_blocks=num_blocks,
+            layers=len(model.layers),
             weight_bytes=model.weight_bytes,
+            peak_bytes=model.peak_bytes,
             load_seconds=model.load_seconds,
         )
         self.scheduler = Scheduler(
@@ -146,7 +146,7 @@ def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> 
     else:
         length = config.max_model_len or pair.max_positions
         useful = -(-length // config.block_size) * config.max_num_seqs
-        free = _free_bytes(model.device) * KV_MEMORY_SHARE[model.device.type]
+        free = free_bytes(model.device) * KV_MEMORY_SHARE[model.device.type]
         num_blocks = min(useful, int(free // block_bytes))
     if num_blocks < 1:
         raise PairError([f"no memory for KV: one block takes {block_bytes} bytes"])
@@ -176,10 +176,4 @@ class _MissingShare:
 def _blend_budget(config: EngineConfig, model: BlendedModel) -> int:
     if config.blend_cache_bytes is not None:
         return config.blend_cache_bytes
-    return int(_free_bytes(model.device) * BLEND_MEMORY_SHARE[model.device.type])
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return int(free_bytes(model.device) * BLEND_MEMORY_SHARE[model.device.type])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
@@ -22,6 +23,7 @@ from mi_runtime.attention import ATTENTION_NAME, LayerShape, PackedAttention, at
 from mi_runtime.blend import UnsupportedModel, pair_experts_forward
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.config import Device, Dtype
+from mi_runtime.memory import MemoryPeak, memory_given_back
 from mi_runtime.pair import Endpoint, Pair, PairError
 from mi_runtime.request import Dial
 from mi_runtime.rows import BlendGroups, StepRows
@@ -43,7 +45,8 @@ class BlendedModel:
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
-    weight_bytes: int
+    weight_bytes: int  # of both endpoints
+    peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
     load_seconds: float
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
@@ -69,22 +72,28 @@ def resolve_dtype(dtype: Dtype, device: torch.device, pair: Pair) -> torch.dtype
     return torch.float32 if device.type == "cpu" or stored is None else stored
 
 
+@memory_given_back()
 def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> BlendedModel:
     """Raises PairError with the name of what cannot be served."""
     started = time.monotonic()
+    memory = MemoryPeak(resolve_device(device))
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where, pair)
     instruct = _load_endpoint(pair.instruct, where, kind)
+    memory.look()
     thinking = _load_endpoint(pair.thinking, where, kind)
+    memory.look()
     weight_bytes = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
     probe = Probe.for_model(instruct)
     try:
         expected = probe.expected_logits(instruct, thinking)
         layers = int(instruct.config.num_hidden_layers)
         groups = BlendGroups(layers, kind, where, BlendCache(budget=0))
-        ModuleSwap(groups, probe.axes).swap(instruct, thinking)
+        swap = ModuleSwap(groups, probe.axes).swap(instruct, thinking)
+        for _ in tqdm(swap, "Pairing modules", sum(1 for _ in instruct.modules()), disable=None):
+            memory.look()
         del thinking
         instruct.config._experts_implementation = EXPERTS_NAME
         probe.check(instruct, groups, expected, kind)
@@ -99,6 +108,7 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
         dtype=kind,
         vocab_size=int(instruct.config.vocab_size),
         weight_bytes=weight_bytes,
+        peak_bytes=memory.peak,
         load_seconds=time.monotonic() - started,
     )
 

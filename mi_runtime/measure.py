@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from mi_runtime.attention import PackedAttention
-from mi_runtime.blend import PairExperts, PairLinear, PairMatrix, lerp_rounded
+from mi_runtime.blend import PairExperts, PairLinear, PairMatrix, VocabularyPair, lerp_rounded
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.request import Dial
@@ -26,7 +26,7 @@ REPEATS = 3
 def measure_costs(model: BlendedModel) -> CostModel:
     """Seconds, medians of a few repeats."""
     sample = _layer_matrices(model)
-    scale = _parameters(model) / sum(matrix.concatenated.numel() for matrix in sample)
+    scale = _parameters(model) / sum(matrix.parameters for matrix in sample)
     single: list[float] = []
     pair: list[float] = []
     for rows in ROWS:
@@ -52,12 +52,12 @@ def blend_bytes(model: BlendedModel) -> int:
 
 def _parameters(model: BlendedModel) -> int:
     """Of both endpoints, in everything that a blend materializes."""
-    matrices: set[PairMatrix | PairExperts] = set()
+    matrices: set[PairMatrix | VocabularyPair | PairExperts] = set()
     for module in model.model.modules():
         if isinstance(module, PairLinear):
             matrices.add(module.pair)
         matrices |= {one for one in vars(module).values() if isinstance(one, PairExperts)}
-    return sum(matrix.concatenated.numel() for matrix in matrices)
+    return sum(matrix.parameters for matrix in matrices)
 
 
 def _layer_matrices(model: BlendedModel) -> list[PairMatrix]:
@@ -66,7 +66,7 @@ def _layer_matrices(model: BlendedModel) -> list[PairMatrix]:
     return [
         module.pair
         for name, module in model.model.named_modules()
-        if middle in name and isinstance(module, PairLinear)
+        if middle in name and isinstance(module, PairLinear) and isinstance(module.pair, PairMatrix)
     ]
 
 

@@ -180,7 +180,9 @@ class EngineInfo:
     max_model_len: int  # tokens of prompt and answer together
     block_size: int
     num_blocks: int
-    weight_bytes: int
+    layers: int
+    weight_bytes: int  # of both endpoints
+    peak_bytes: int  # most memory that loading held at once
     load_seconds: float
 
 

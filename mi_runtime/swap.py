@@ -22,6 +22,7 @@ from mi_runtime.blend import (
     RoutedWeight,
     RowParameter,
     UnsupportedModel,
+    VocabularyPair,
 )
 from mi_runtime.rows import BlendGroups, RowSlot
 
@@ -57,15 +58,17 @@ class ModuleSwap:
     def __init__(self, groups: BlendGroups, axes: dict[str, RowAxis]) -> None:
         self._groups = groups
         self._axes = axes
-        self._matrices: dict[int, PairMatrix] = {}  # tied matrices stay shared
+        self._vocabulary: dict[int, VocabularyPair] = {}  # a tied one stays shared
         self._classes: dict[object, type[nn.Module]] = {}
 
-    def swap(self, instruct: nn.Module, thinking: nn.Module) -> None:
+    def swap(self, instruct: nn.Module, thinking: nn.Module) -> Iterator[None]:
+        """One module at a time; whoever iterates may look at the memory in between."""
         for name, module in list(instruct.named_modules()):
             other = thinking.get_submodule(name)
             _check_constant_buffers(name, module, other)
             if _own_tensors(module):
                 self._swap_module(name, module, other)
+            yield
         left = [name for name, _ in instruct.named_parameters()]
         assert not left, f"parameters left behind: {left}"
 
@@ -86,7 +89,12 @@ class ModuleSwap:
         slot, axis = self._slot(name)
         if axis.axis != axis.dims - 2:
             raise UnsupportedModel(f"{name}: its input has rows on axis {axis.axis}")
-        pair, bias = self._take_matrix(name, module, other), _take(module, other, "bias")
+        pair: PairMatrix | VocabularyPair
+        if group_of(name) == "head":
+            pair = self._take_vocabulary(module, other)
+        else:
+            pair = PairMatrix(*_take_weight(module, other))
+        bias = _take(module, other, "bias")
         module.__class__ = PairLinear
         swapped = cast(PairLinear, module)
         swapped.pair, swapped.slot = pair, slot
@@ -95,7 +103,7 @@ class ModuleSwap:
     def _swap_embedding(self, name: str, module: nn.Embedding, other: nn.Module) -> None:
         if module.max_norm is not None:
             raise UnsupportedModel(f"{name}: an embedding with max_norm")
-        pair = self._take_matrix(name, module, other)
+        pair = self._take_vocabulary(module, other)
         if type(module) is nn.Embedding:
             module.__class__ = PairEmbedding
         else:
@@ -157,13 +165,12 @@ class ModuleSwap:
         axis = self._axes[name]
         return self._groups.slot(group_of(name), axis.kept), axis
 
-    def _take_matrix(self, name: str, module: nn.Module, other: nn.Module) -> PairMatrix:
+    def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> VocabularyPair:
         key = id(module.get_parameter("weight"))
-        taken = _take(module, other, "weight")
-        assert taken is not None
-        if key not in self._matrices:
-            self._matrices[key] = PairMatrix(*taken)
-        return self._matrices[key]
+        taken = _take_weight(module, other)
+        if key not in self._vocabulary:
+            self._vocabulary[key] = VocabularyPair(*map(_off_the_file, taken))
+        return self._vocabulary[key]
 
     def _change_class(
         self,
@@ -215,6 +222,17 @@ def _take(module: nn.Module, other: nn.Module, name: str) -> tuple[Tensor, Tenso
             return None
         taken.append(tensor.detach())
     return taken[0], taken[1]
+
+
+def _take_weight(module: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor]:
+    taken = _take(module, other, "weight")
+    assert taken is not None
+    return taken
+
+
+def _off_the_file(tensor: Tensor) -> Tensor:
+    """A view of a mapped file would keep the whole file mapped: copied, it lets go of it."""
+    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
 def _refuse_rest(name: str, module: nn.Module) -> None:
