@@ -31,13 +31,13 @@ format: $(VENV)/.tested
 # Measures on this machine; bench/README.md says what.
 bench: $(VENV)/.tested
 	$(BIN)/python -m bench.engine
-	$(BIN)/python -m bench.http
+	$(BIN)/python -m bench.serving
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
 pair: $(VENV)/.installed
 	$(BIN)/python -m mi_runtime.embedded_pair.train --out build/embedded_pair
-	cp build/embedded_pair/instruct/* mi_runtime/embedded_pair/instruct/
-	cp build/embedded_pair/thinking/* mi_runtime/embedded_pair/thinking/
+	install -m 644 build/embedded_pair/instruct/* mi_runtime/embedded_pair/instruct/
+	install -m 644 build/embedded_pair/thinking/* mi_runtime/embedded_pair/thinking/
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """The λ sweep of the embedded pair, by plain `transformers` on merged weights.
 
-    python bench/embedded_pair.py [--pair DIR] [--questions 150] [--samples 8]
+    python -m bench.embedded_pair [--pair DIR] [--questions 150] [--samples 8]
 
 Merges Θ(λ) = λ·Θ_Thinking + (1−λ)·Θ_Instruct in fp32 from the bf16 checkpoints, asks every
 question `samples` times, and prints a table: think rate (share of answers with `</think>`), mean
@@ -8,8 +8,8 @@ generated tokens (the end of the turn counts), Mean@k, Pass@k (any of the k righ
 answers that stopped by themselves. Nothing of the server runs here, so the table is also what the
 server's own sweep has to agree with.
 
-Sizes: questions × samples rows are one batch, at most `longest` new tokens each; 150 × 8 rows take
-about a minute per λ on one CPU thread.
+Sizes: batches of 150 rows with questions of similar length, because a batch runs as long as its
+longest answer; at most `longest` new tokens each. A λ takes up to a minute on one CPU thread.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.embedded_pair.task import Question, draw_questions, is_correct, thought
 from mi_runtime.embedded_pair.tokenizer import prompt_text
+
+BATCH = 150
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,21 @@ def ask(
     temperature: float,
     longest: int,
 ) -> list[Answer]:
-    """One answer to each prompt; temperature 0 is greedy."""
-    eos, pad = model.config.eos_token_id, model.config.pad_token_id
-    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
-    tokens, mask = left_padded(rows, pad)
+    """One answer to each prompt, in order; temperature 0 is greedy."""
     sampling: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    with torch.inference_mode():
-        out = model.generate(tokens, attention_mask=mask, max_new_tokens=longest, **sampling)
-    return [_answer(tokenizer, row, eos) for row in out[:, tokens.shape[1] :].tolist()]
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(rows), BATCH):
+        batch = by_length[start : start + BATCH]
+        tokens, mask = left_padded([rows[index] for index in batch], model.config.pad_token_id)
+        with torch.inference_mode():
+            out = model.generate(tokens, attention_mask=mask, max_new_tokens=longest, **sampling)
+        for index, generated in zip(batch, out[:, tokens.shape[1] :].tolist(), strict=True):
+            answers[index] = _answer(tokenizer, generated, model.config.eos_token_id)
+    return [answers[index] for index in range(len(rows))]
 
 
 def _answer(tokenizer: Tokenizer, generated: list[int], eos: int) -> Answer:

@@ -1,6 +1,6 @@
 """HTTP and streaming against the engine alone: the same 32 requests, 32 λ values, 128 new tokens.
 
-    python -m bench.http [--rounds N]
+    python -m bench.serving [--rounds N]
 
 The engine row runs in this process, with as many threads as the server's engine process takes by
 itself. The HTTP row starts `mi-server serve` on the embedded pair and reads 32 streams at once from
@@ -55,7 +55,7 @@ def main() -> None:
             arguments.rounds,
         )
         alone, streamed = (median(measured) for measured in values.values())
-        publish("http", "tokens/s", values, {
+        publish("serving", "tokens/s", values, {
             "HTTP / engine alone": streamed / alone,
             "seconds from start to ready": server.start_seconds,
         })  # fmt: skip

@@ -1,0 +1,134 @@
+"""One choice of an answer: token events in, chunks of text out.
+
+Knows the order of things: detokenize, split reasoning from content, hold back stop strings. Does
+not know how a chunk is written on the wire, nor who reads it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mi_runtime.request import FinishReason, TokenEvent, TokenLogprobs
+from server.errors import RequestFailed
+from server.metrics import RequestMeter
+from server.reasoning import ReasoningSplitter, Split
+from server.stop import StopStrings
+from server.vocabulary import TokenText, Vocabulary
+
+LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What one token added to one choice."""
+
+    index: int
+    content: str = ""
+    reasoning: str = ""
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None  # set on a choice's last chunk only
+    repeats_reasoning: bool = False  # content is the text that was reasoning until now
+
+
+class Choice:
+    """The state of one choice while its tokens come."""
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        vocabulary: Vocabulary,
+        splitter: ReasoningSplitter,
+        stop: Sequence[str],
+        meter: RequestMeter,
+        logprobs: bool = False,
+    ) -> None:
+        self.index = index
+        self.meter = meter
+        self.finish_reason: str | None = None
+        self.completion_tokens = 0
+        self.reasoning_tokens = 0
+        self.cached_tokens = 0
+        self._vocabulary = vocabulary
+        self._text = TokenText(vocabulary)
+        self._splitter = splitter
+        self._stop = StopStrings(stop)
+        self._wants_logprobs = logprobs
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still held back
+
+    @property
+    def stopped_by_string(self) -> bool:
+        """The answer is complete, though the engine does not know."""
+        return self._stop.hit
+
+    def take(self, at: float, event: TokenEvent) -> Chunk | None:
+        """The chunk of an event that came at time `at`, if it makes one."""
+        text = ""
+        if event.token_id is not None:
+            text = self._count(at, event, event.token_id)
+        ended = event.finish_reason is not None
+        split = self._end(text, event) if ended else self._splitter.feed(text)
+        content = self._stop.feed(split.content)
+        if self._stop.hit:
+            self.finish_reason = "stop"
+        elif self.finish_reason is not None:
+            content += self._stop.finish()
+        return self._chunk(split, content)
+
+    def close(self, unfinished: str) -> None:
+        """Nothing more comes; `unfinished` says why, if the choice has no finish of its own."""
+        self.meter.close(
+            self.finish_reason or unfinished,
+            generation_tokens=self.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+        )
+
+    def _count(self, at: float, event: TokenEvent, token_id: int) -> str:
+        """Count the token and return its text; that of an ending token is not shown."""
+        inside_block = self._splitter.inside_block
+        self.completion_tokens += 1
+        self.cached_tokens = event.cached_tokens
+        if inside_block:
+            self.reasoning_tokens = event.reasoning_tokens
+        self.meter.token(at, queue_seconds=event.queue_seconds, inside_block=inside_block)
+        if self._wants_logprobs and event.logprobs is not None:
+            self._logprobs.append(self._logprob_entry(token_id, event.logprobs))
+        return "" if event.finish_reason is FinishReason.STOP else self._text.feed(token_id)
+
+    def _end(self, text: str, event: TokenEvent) -> Split:
+        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            raise RequestFailed(event.error or "The engine gave the request up")
+        self.finish_reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
+        split = self._splitter.feed(text + self._text.finish())
+        last = self._splitter.finish(by_length=self.finish_reason == "length")
+        if last.repeats_reasoning:
+            self.reasoning_tokens = 0
+        return Split(
+            split.reasoning + last.reasoning, split.content + last.content, last.repeats_reasoning
+        )
+
+    def _chunk(self, split: Split, content: str) -> Chunk | None:
+        if not (content or split.reasoning or self.finish_reason):
+            return None
+        logprobs, self._logprobs = self._logprobs, []
+        return Chunk(
+            self.index,
+            content,
+            split.reasoning,
+            logprobs,
+            self.finish_reason,
+            split.repeats_reasoning,
+        )
+
+    def _logprob_entry(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+        return {
+            **self._token_entry(token_id, logprobs.token),
+            "top_logprobs": [self._token_entry(other, value) for other, value in logprobs.top],
+        }
+
+    def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._vocabulary.token_text(token_id),
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "bytes": list(self._vocabulary.token_bytes(token_id)),
+        }

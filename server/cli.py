@@ -1,0 +1,67 @@
+"""The command `mi-server`.
+
+    mi-server serve [flags]     serve a pair; without one named, the embedded pair
+    mi-server --version
+
+Exit codes: 0 after a drained shutdown, 1 where the engine died, 2 where settings or the pair
+cannot be served.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from server import __version__
+from server.checkpoint import CheckpointError, Endpoint, local_directory
+from server.config import ConfigError, Settings, load_settings
+from server.engine_client import WORKER_COMMAND, EngineClient
+
+UNSERVABLE = 2
+
+
+def main(
+    arguments: Sequence[str] | None = None, worker_command: Sequence[str] = WORKER_COMMAND
+) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mi-server",
+        description="Serve an Instruct and a Thinking checkpoint at every λ between them.",
+    )
+    parser.add_argument("--version", action="version", version=f"mi-server {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="serve a pair of checkpoints", add_help=False)
+    _, flags = parser.parse_known_args(arguments)
+    try:
+        return serve(load_settings(flags), worker_command)
+    except (ConfigError, CheckpointError) as error:
+        print(f"mi-server: {error}", file=sys.stderr)
+        return UNSERVABLE
+
+
+def serve(settings: Settings, worker_command: Sequence[str]) -> int:
+    """Serve until the end; returns the exit code. Raises `ConfigError` and `CheckpointError`."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    instruct = local_directory(settings.instruct_endpoint)
+    thinking = local_directory(settings.thinking_endpoint)
+    engine = EngineClient(
+        settings.engine_config(instruct=instruct, thinking=thinking),
+        max_waiting=settings.max_waiting,
+        command=worker_command,
+    )
+    engine.start()  # it loads while this process still imports and reads
+    try:
+        from server.service import Service
+        from server.serving import run
+
+        service = Service(settings, Endpoint.read(instruct), Endpoint.read(thinking), engine)
+    except BaseException:
+        engine.discard()
+        raise
+    return run(service)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

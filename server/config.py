@@ -1,0 +1,223 @@
+"""Every setting of `mi-server serve`: its default, its unit, and where it is read from.
+
+Flags win over the environment (`MI_PORT`), the environment over a YAML file (`--config`), the file
+over the defaults below. Keys nobody knows are refused in all three. Nothing changes after start.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml  # type: ignore[import-untyped]
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from mi_runtime.config import Device, Dtype, EngineConfig
+from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
+
+ENVIRONMENT_PREFIX: Final = "MI_"
+KUBERNETES_PREFIX: Final = "MI_SERVER_"
+"""Of the variables that Kubernetes sets in every pod beside a service named `mi-server`."""
+EMBEDDED_NAME: Final = "mi-embedded"
+
+
+class ConfigError(Exception):
+    """Settings that cannot be used. The message is for the operator."""
+
+
+class Settings(BaseSettings):
+    """Serve an Instruct and a Thinking checkpoint at every λ between them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+
+    config: Path | None = None
+    """YAML file of settings, named as here with underscores."""
+
+    # The pair
+    instruct: str | None = None
+    """Instruct endpoint: a directory or hub id; without it the embedded pair."""
+    thinking: str | None = None
+    """Thinking endpoint: a directory or hub id; without it the embedded pair."""
+    device: Device = "auto"
+    """Where the pair lies."""
+    dtype: Dtype = "auto"
+    """Number format of the weights."""
+
+    # The dial
+    default_lambda: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """λ of requests that name none; 0 is Instruct, 1 is Thinking."""
+    lambda_step: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Grid that λ is rounded to; it divides 1."""
+    reasoning_template: Literal["auto", "instruct", "thinking"] = "auto"
+    """Chat template; auto: Thinking's above the think threshold, else Instruct's."""
+    think_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Highest λ that takes Instruct's chat template."""
+
+    # The engine
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of prompt and answer together; default: what the pair can."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    """Sequences that run at once."""
+    max_batched_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Tokens a step computes, prompts and answers together."""
+    block_size: Annotated[int, Field(ge=1)] = 16
+    """Tokens a KV block holds."""
+    num_blocks: Annotated[int, Field(ge=1)] | None = None
+    """KV blocks; default: from --kv-cache-bytes."""
+    kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Bytes of the KV cache; default: a share of the free memory."""
+    prefix_caching: bool = True
+    """Keep the KV of prompts for later requests at the same λ."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of the engine; default: all cores but one."""
+
+    # The server
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port to listen on; 0 takes a free one."""
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    """Name that requests call the pair by; default: the Thinking endpoint's."""
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    """Requests that may wait for the engine; more get a 503."""
+    max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**20
+    """Bytes of a request's body; more get a 413."""
+    keep_alive: Annotated[float, Field(gt=0)] = 15.0
+    """Seconds of silence in a stream before a comment is sent."""
+    drain_timeout: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that running requests may take after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> "Settings":
+        if (self.instruct is None) != (self.thinking is None):
+            raise ValueError("--instruct and --thinking belong together; give both or neither")
+        return self
+
+    @property
+    def instruct_endpoint(self) -> str:
+        return self.instruct or str(INSTRUCT_DIRECTORY)
+
+    @property
+    def thinking_endpoint(self) -> str:
+        return self.thinking or str(THINKING_DIRECTORY)
+
+    @property
+    def model_name(self) -> str:
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return EMBEDDED_NAME if self.thinking is None else Path(self.thinking).name
+
+    def engine_config(self, *, instruct: Path, thinking: Path) -> EngineConfig:
+        """The engine's part, with the endpoints as local directories."""
+        try:
+            return EngineConfig(
+                instruct=str(instruct),
+                thinking=str(thinking),
+                device=self.device,
+                dtype=self.dtype,
+                block_size=self.block_size,
+                num_blocks=self.num_blocks,
+                kv_cache_bytes=self.kv_cache_bytes,
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                max_batched_tokens=self.max_batched_tokens,
+                prefix_caching=self.prefix_caching,
+                lambda_step=self.lambda_step,
+                threads=self.threads,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Best first; the file is the one given as `config`. The flags stand before all these."""
+        assert isinstance(init_settings, InitSettingsSource)
+        file = init_settings.init_kwargs.get("config")
+        if file is None:
+            return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+
+
+class _Help(argparse.HelpFormatter):
+    """Leaves out defaults that say nothing: where there is none, the description tells."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help and action.help.replace(" (default: null)", "")
+
+
+def load_settings(arguments: Sequence[str]) -> Settings:
+    """The settings from flags, environment and file. Raises `ConfigError`; `--help` exits."""
+    _refuse_unknown_environment()
+    file = _config_file(arguments)
+    flags: CliSettingsSource[Any] = CliSettingsSource(
+        Settings,
+        cli_prog_name="mi-server serve",
+        cli_parse_args=list(arguments),
+        formatter_class=_Help,
+    )
+    given: dict[str, Any] = {"_cli_settings_source": flags}
+    if file is not None:
+        given["config"] = file
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_said(detail) for detail in error.errors())) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not readable as YAML: {error}") from None
+
+
+def _config_file(arguments: Sequence[str]) -> Path | None:
+    """The file's path is needed before the settings are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"))
+    name: str | None = parser.parse_known_args(arguments)[0].config
+    if name is not None and not Path(name).is_file():
+        raise ConfigError(f"{name}: no such file (--config)")
+    return None if name is None else Path(name)
+
+
+def _refuse_unknown_environment() -> None:
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and not name.startswith(KUBERNETES_PREFIX)
+        and name not in known
+    )
+    if unknown:
+        raise ConfigError(f"Unknown settings in the environment: {', '.join(unknown)}")
+
+
+def _said(detail: Any) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: no such setting"
+    return f"{name}: {detail['msg']}" if name else str(detail["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,119 @@
+"""The errors a client can see, each with its status and code, in one JSON shape.
+
+ApiError
+├── InvalidRequest          400 invalid_request_error
+│   └── ContextTooLong      400 context_length_exceeded
+├── NotFound                404 not_found
+│   └── ModelNotFound       404 model_not_found
+├── BodyTooLarge            413 request_too_large
+├── RequestFailed           500 internal_error
+└── Unavailable             503, with Retry-After
+    ├── Overloaded              overloaded
+    ├── Draining                draining
+    ├── Loading                 loading
+    └── EngineDead              engine_dead
+"""
+
+from typing import Any, ClassVar, Final
+
+LONGEST_MESSAGE: Final = 500  # characters; an error never echoes its input unboundedly
+LONGEST_PARAM: Final = 200
+
+
+class ApiError(Exception):
+    """An answer that is an error: what happened, and the field it is about, if one is."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retry_after: ClassVar[int | None] = None  # seconds
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = bounded(message, LONGEST_MESSAGE)
+        self.param = None if param is None else bounded(param, LONGEST_PARAM)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_body(self.message, type=self.type, param=self.param, code=self.code)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+class InvalidRequest(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request_error"
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+    def __init__(self, *, prompt_tokens: int, max_model_len: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens, and at least 1 is needed for the answer; "
+            f"this model's context holds {max_model_len} tokens",
+            param="messages",
+        )
+
+
+class NotFound(ApiError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+    def __init__(self, name: str, served: str) -> None:
+        super().__init__(
+            f"The model {bounded(name, 80)!r} does not exist; this server has {served!r} "
+            f"and its aliases, such as {served + '@0.6'!r}",
+            param="model",
+        )
+
+
+class BodyTooLarge(ApiError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class RequestFailed(ApiError):
+    """This request failed in the engine; the others went on."""
+
+
+class Unavailable(ApiError):
+    status = 503
+    retry_after = 1
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class Draining(Unavailable):
+    code = "draining"
+    retry_after = 5
+
+
+class Loading(Unavailable):
+    code = "loading"
+    retry_after = 2
+
+
+class EngineDead(Unavailable):
+    code = "engine_dead"
+    retry_after = 10
+
+
+def error_body(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def bounded(text: str, limit: int) -> str:
+    """`text`, cut to `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

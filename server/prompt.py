@@ -1,0 +1,78 @@
+"""From messages to token ids: which template a λ takes, and whether it opens a think block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mi_runtime.request import Dial, ThinkTags
+from server.checkpoint import Endpoint
+from server.reasoning import THINK_OPEN
+from server.schemas import Message
+from server.templates import ChatTemplate
+from server.vocabulary import Vocabulary
+
+ReasoningTemplate = Literal["auto", "instruct", "thinking"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: tuple[int, ...]
+    opens_block: bool  # it ends inside `<think>`
+
+
+class Prompts:
+    """The pair's tokenizer and its two templates.
+
+    `auto` is how the paper ran it: at λ above the threshold the Thinking endpoint's template, else
+    Instruct's own.
+    """
+
+    def __init__(
+        self,
+        instruct: Endpoint,
+        thinking: Endpoint,
+        *,
+        template: ReasoningTemplate = "auto",
+        think_threshold: float = 0.0,
+    ) -> None:
+        self.vocabulary = Vocabulary.load(thinking.directory)
+        self._instruct = ChatTemplate(instruct)
+        self._thinking = ChatTemplate(thinking)
+        self._choice = template
+        self._think_threshold = think_threshold
+
+    def build(self, messages: Sequence[Message], dial: Dial) -> Prompt:
+        """Raises `InvalidRequest` where the template refuses the messages."""
+        text = self._template(dial).render([_template_view(message) for message in messages])
+        return Prompt(
+            token_ids=tuple(self.vocabulary.encode(text)),
+            # The end alone decides: what the user wrote stands before it.
+            opens_block=text.rstrip().endswith(THINK_OPEN),
+        )
+
+    def think_tags(self, prompt: Prompt) -> ThinkTags | None:
+        """What the engine needs to follow the think block; None if the tags are not tokens."""
+        open_id, close_id = self.vocabulary.think_open_id, self.vocabulary.think_close_id
+        if open_id is None or close_id is None:
+            return None
+        return ThinkTags(open_id, close_id, opened_by_prompt=prompt.opens_block)
+
+    def _template(self, dial: Dial) -> ChatTemplate:
+        if self._choice == "auto":
+            thinks = dial.reasoning_lambda > self._think_threshold
+            return self._thinking if thinks else self._instruct
+        return self._thinking if self._choice == "thinking" else self._instruct
+
+
+def _template_view(message: Message) -> dict[str, Any]:
+    """A message as templates read it: `developer` is OpenAI's newer word for `system`."""
+    view = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text,
+    }
+    if message.name is not None:
+        view["name"] = message.name
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning is not None:
+        view["reasoning_content"] = reasoning
+    return view

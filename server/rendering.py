@@ -1,0 +1,178 @@
+"""The two ways an answer is written: chunks as server-sent events, or all of it as one object.
+
+A chunk's JSON is put together from parts that are made once per answer, because it is written
+thousands of times a second. Text is written in ASCII with escapes: some clients split lines at
+U+2028 and its like, which JSON allows bare.
+"""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any, Final
+
+from server.answer import Answer, AnswerHead
+from server.choice import Chunk
+from server.errors import ApiError, RequestFailed
+from server.generation import ClientLeft
+
+logger = logging.getLogger(__name__)
+
+DONE: Final = b"data: [DONE]\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+
+# --- Server-sent events --------------------------------------------------------------------------
+
+
+async def sse(answer: Answer, *, keep_alive: float) -> AsyncGenerator[bytes, None]:
+    """The answer as events; a comment where none came for `keep_alive` seconds.
+
+    This is an edge: the 200 is sent, so whatever fails from here on is an event too.
+    """
+    writer = ChunkWriter(answer.head)
+    chunks = answer.chunks(wake_after=keep_alive)
+    try:
+        yield writer.first(len(answer.choices))
+        async for batch in chunks:
+            written = writer.write(batch) if batch else KEEP_ALIVE
+            if written:
+                yield written
+        yield (writer.usage(answer.usage) if answer.head.include_usage else b"") + DONE
+    except ClientLeft:
+        pass
+    except ApiError as error:
+        yield _event(error.body)
+    except Exception:
+        logger.exception("An answer failed in the middle of its stream")
+        yield _event(RequestFailed("The server failed to complete this answer").body)
+    finally:
+        await chunks.aclose()
+
+
+class ChunkWriter:
+    """Writes the chunks of one answer."""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._head = head
+        opening = {
+            "id": head.id,
+            "object": "chat.completion.chunk",
+            "created": head.created,
+            "model": head.model,
+            "system_fingerprint": head.system_fingerprint,
+        }
+        self._opening = _json(opening)[:-1]
+        self._before = f'data: {self._opening},"choices":[{{"index":'
+        self._plain_end = ',"logprobs":null,"finish_reason":null}]'
+        self._end = (',"usage":null' if head.include_usage else "") + "}\n\n"
+        self._routing = f',"routing":{_json(head.routing.body)}'
+
+    def first(self, choices: int) -> bytes:
+        """The role of each choice, and the λ it runs at."""
+        delta = '{"role":"assistant","content":""}'
+        return "".join(
+            f'{self._before}{index},"delta":{delta}{self._plain_end}{self._routing}{self._end}'
+            for index in range(choices)
+        ).encode()
+
+    def write(self, chunks: Sequence[Chunk]) -> bytes:
+        """Several chunks as one piece, so that what came together is sent together."""
+        return "".join([self._chunk(chunk) for chunk in chunks]).encode()
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        text = f'data: {self._opening},"choices":[],"usage":{_json(usage)}{self._routing}}}'
+        return f"{text}\n\n".encode()
+
+    def _chunk(self, chunk: Chunk) -> str:
+        """One event; two where a token closed the block and began the content."""
+        reasoning = chunk.reasoning if self._head.include_reasoning else ""
+        if not reasoning:
+            if not (chunk.content or chunk.finish_reason or chunk.logprobs):
+                return ""
+            return self._event(chunk, _content_delta(chunk))
+        text = quoted(reasoning)
+        delta = f'{{"reasoning_content":{text},"reasoning":{text}}}'
+        if not chunk.content:
+            return self._event(chunk, delta)
+        first = self._event(Chunk(chunk.index), delta)
+        return first + self._event(chunk, _content_delta(chunk))
+
+    def _event(self, chunk: Chunk, delta: str) -> str:
+        if chunk.finish_reason is None and not chunk.logprobs:
+            return f'{self._before}{chunk.index},"delta":{delta}{self._plain_end}{self._end}'
+        logprobs = _json({"content": chunk.logprobs}) if self._head.logprobs else "null"
+        finish = _json(chunk.finish_reason)
+        routing = self._routing if chunk.finish_reason else ""
+        return (
+            f'{self._before}{chunk.index},"delta":{delta},"logprobs":{logprobs},'
+            f'"finish_reason":{finish}}}]{routing}{self._end}'
+        )
+
+
+def _content_delta(chunk: Chunk) -> str:
+    if not chunk.content:
+        return "{}"
+    return f'{{"content":{quoted(chunk.content)}}}'
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return f"data: {_json(body)}\n\n".encode()
+
+
+# --- One object ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Whole:
+    """The chunks of one choice, put together."""
+
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        if chunk.repeats_reasoning:
+            self.reasoning.clear()
+        else:
+            self.reasoning.append(chunk.reasoning)
+        self.content.append(chunk.content)
+        self.logprobs += chunk.logprobs
+        self.finish_reason = chunk.finish_reason
+
+
+async def completion(answer: Answer) -> dict[str, Any]:
+    """The answer as one object. Raises what `Answer.chunks` raises."""
+    head = answer.head
+    wholes = [_Whole() for _ in answer.choices]
+    async for batch in answer.chunks():
+        for chunk in batch:
+            wholes[chunk.index].add(chunk)
+    return {
+        "id": head.id,
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.system_fingerprint,
+        "choices": [_choice(index, whole, head) for index, whole in enumerate(wholes)],
+        "usage": answer.usage,
+        "routing": head.routing.body,
+    }
+
+
+def _choice(index: int, whole: _Whole, head: AnswerHead) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "".join(whole.content)}
+    reasoning = "".join(whole.reasoning)
+    if reasoning and head.include_reasoning:
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": {"content": whole.logprobs} if head.logprobs else None,
+        "finish_reason": whole.finish_reason,
+    }

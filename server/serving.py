@@ -1,0 +1,111 @@
+"""The process: uvicorn with a shutdown of our own, and the exit code.
+
+uvicorn's answer to SIGTERM closes the listening socket at once. Here the socket stays: `/ready`
+and new requests get a 503 while running answers finish, within `drain_timeout`, and only then
+the server goes. An engine that ended stops the server as well, with a code that says so.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from types import FrameType
+from typing import Final
+
+import uvicorn
+
+from server.app import create_app
+from server.service import Service
+
+logger = logging.getLogger(__name__)
+
+FAREWELL_SECONDS: Final = 1.0
+"""How long a server without its engine stays: streams end with their error, and probes of
+`/health` see the 503."""
+
+
+def run(service: Service) -> int:
+    """Serve until a signal or the engine's end; returns the process's exit code."""
+    server = _Server(service)
+    server.run()
+    return server.exit_code
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,  # for what the drain time left over
+            )
+        )
+        self._service = service
+        self._drain_until = 0.0
+        self._leave_at: float | None = None
+
+    @property
+    def exit_code(self) -> int:
+        ended = self._service.engine.ended
+        return 0 if ended is None else ended.exit_code
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announcement = asyncio.create_task(self._announce())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. A second one: go at once."""
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        self._drain_until = time.monotonic() + self._service.settings.drain_timeout
+        logger.info("%s: draining", signal.Signals(sig).name)
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self.should_exit or self._is_over()
+        return await super().on_tick(counter)
+
+    def _is_over(self) -> bool:
+        service, now = self._service, time.monotonic()
+        if service.engine.ended is not None:
+            if self._leave_at is None:
+                logger.error("%s", service.engine.ended)
+                was_serving = service.engine.info is not None
+                self._leave_at = now + (FAREWELL_SECONDS if was_serving else 0)
+            return now >= self._leave_at
+        if not service.draining:
+            return False
+        if service.engine.open_requests and now < self._drain_until:
+            return False
+        service.engine.end_open_requests()
+        return True
+
+    async def _announce(self) -> None:
+        """Once loaded, print what to try."""
+        engine = self._service.engine
+        await engine.settled.wait()
+        if engine.info is None:
+            return
+        address = self._address()
+        name = self._service.settings.model_name
+        info = engine.info
+        print(
+            f"Ready: {name} ({info.model_type}, {info.dtype} on {info.device}, context "
+            f"{info.max_model_len}) at {address}\n"
+            f"Try:\n"
+            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '"
+            f'{{"model": "{name}", "reasoning_lambda": 0.6, "messages": [{{"role": "user", '
+            f'"content": "a=6,b=a-2,c=b+6,d=c-3. d?"}}]}}\'',
+            flush=True,
+        )
+
+    def _address(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

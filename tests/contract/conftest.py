@@ -1,0 +1,146 @@
+"""Server processes on loopback: the real one on the embedded pair, and ones on the fake engine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from mi_runtime.embedded_pair import THINKING_DIRECTORY
+from mi_runtime.embedded_pair.tokenizer import save_tokenizer
+
+ROOT = Path(__file__).parents[2]
+READY = re.compile(r"^Ready: .* at (http://\S+)$", re.MULTILINE)
+
+
+class ServerProcess:
+    """A server on a free port. Its output goes to a file, which also tells the port."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MI_")}
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def wait_ready(self) -> "ServerProcess":
+        wait_until(lambda: READY.search(self.output) or self.process.poll() is not None, 60)
+        match = READY.search(self.output)
+        assert match is not None, self.output
+        self.url = match[1]
+        return self
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path)
+
+    def gauge(self, name: str) -> float:
+        match = re.search(rf"^{name}{{.*}} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert match is not None
+        return float(match[1])
+
+    def chat_body(self, content: str, **fields: Any) -> dict[str, Any]:
+        return {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def exit_code(self) -> int:
+        return self.process.wait(timeout=20)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.terminate()
+            try:
+                self.exit_code()
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session", name="wait_until")
+def _wait_until() -> Callable[..., None]:
+    return wait_until
+
+
+@pytest.fixture(scope="session")
+def pair_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An endpoint that has everything but weights."""
+    directory = tmp_path_factory.mktemp("pair")
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Start a server on the fake engine: `start_fake("--drain-timeout", "1", worker=[…])`."""
+    started: list[ServerProcess] = []
+
+    def start(
+        *flags: str,
+        worker: Sequence[str] = (),
+        thinking: Path = pair_directory,
+        wait: bool = True,
+    ) -> ServerProcess:
+        command = [str(ROOT / "tests" / "contract" / "serve_fake.py"), "--port", "0"]
+        command += ["--instruct", str(pair_directory), "--thinking", str(thinking)]
+        command += ["--served-model-name", "pair", *flags, "--", *worker]
+        server = ServerProcess(command, tmp_path / f"server{len(started)}.log")
+        started.append(server)
+        return server.wait_ready() if wait else server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The command as it is shipped, on the embedded pair."""
+    if not (THINKING_DIRECTORY / "model.safetensors").is_file():
+        pytest.skip("the embedded pair has no weights here")
+    log = tmp_path_factory.mktemp("real") / "server.log"
+    flags = ["--port", "0", "--served-model-name", "pair"]
+    server = ServerProcess(["-m", "server.cli", "serve", *flags], log)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def client(real_server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """The official client, which is told to show every error at once."""
+    with openai.OpenAI(
+        base_url=f"{real_server.url}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
+        yield client

@@ -1,0 +1,240 @@
+"""The server as a process: clients that leave, engines that die, signals, exit codes."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+import server
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., Any]
+WaitUntil = Callable[..., None]
+
+
+@contextmanager
+def stream(process: Any, content: str, **fields: Any) -> Iterator[Iterator[str]]:
+    """The lines of a stream, which is open once the block is entered."""
+    body = process.chat_body(content, stream=True, **fields)
+    with (
+        httpx.Client(timeout=20) as client,
+        client.stream("POST", f"{process.url}/v1/chat/completions", json=body) as response,
+    ):
+        assert response.status_code == 200
+        yield response.iter_lines()
+
+
+def data(line: str) -> Any:
+    return json.loads(line.removeprefix("data: "))
+
+
+# --- clients that leave ---
+
+
+def test_a_client_that_leaves_its_stream_frees_the_engine(
+    start_fake: Start, wait_until: WaitUntil
+) -> None:
+    process = start_fake()
+    with stream(process, "forever") as lines:
+        next(lines)
+        wait_until(lambda: process.gauge("mi_num_requests_running") == 1)
+    wait_until(lambda: process.gauge("mi_num_requests_running") == 0)
+    aborted = r'mi_request_success_total{finished_reason="abort",model_name="pair"} 1.0'
+    wait_until(lambda: aborted in process.get("/metrics").text)
+
+
+def test_a_client_that_leaves_a_plain_answer_frees_the_engine(
+    start_fake: Start, wait_until: WaitUntil
+) -> None:
+    process = start_fake()
+    address = urlsplit(process.url)
+    body = json.dumps(process.chat_body("forever")).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: process.gauge("mi_num_requests_running") == 1)
+    wait_until(lambda: process.gauge("mi_num_requests_running") == 0)
+
+
+def test_a_request_that_waits_is_freed_as_well(start_fake: Start, wait_until: WaitUntil) -> None:
+    process = start_fake()
+    with stream(process, "wait"):
+        wait_until(lambda: process.gauge("mi_num_requests_waiting") == 1)
+    wait_until(lambda: process.gauge("mi_num_requests_waiting") == 0)
+
+
+def test_a_client_that_leaves_while_sending_is_no_error(
+    start_fake: Start, wait_until: WaitUntil
+) -> None:
+    process = start_fake()
+    address = urlsplit(process.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(
+            b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"mo'
+        )
+    wait_until(lambda: "POST /v1/chat/completions 499" in process.output)
+    assert "Traceback" not in process.output
+
+
+def test_a_silent_stream_is_kept_alive_by_comments(start_fake: Start) -> None:
+    process = start_fake("--keep-alive", "0.1")
+    with stream(process, "wait") as lines:
+        said = [line for line, _ in zip((it for it in lines if it), range(3), strict=False)]
+    assert said[1:] == [": keep-alive", ": keep-alive"]
+
+
+def test_a_full_queue_is_a_503_with_a_time_to_come_back(
+    start_fake: Start, wait_until: WaitUntil
+) -> None:
+    process = start_fake("--max-num-seqs", "1", "--max-waiting", "1")
+    with stream(process, "forever"), stream(process, "wait"):
+        wait_until(lambda: process.gauge("mi_num_requests_waiting") == 1)
+        response = httpx.post(
+            f"{process.url}/v1/chat/completions", json=process.chat_body("say x", stream=True)
+        )
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "overloaded"
+        assert 1 <= int(response.headers["Retry-After"]) <= 120
+    refused = r'mi_admission_rejections_total{model_name="pair",reason="overloaded"} 1.0'
+    assert refused in process.get("/metrics").text
+
+
+# --- engines that die ---
+
+
+def test_a_killed_engine_ends_every_stream_and_the_server(
+    start_fake: Start, wait_until: WaitUntil
+) -> None:
+    process = start_fake()
+    with stream(process, "forever") as first, stream(process, "wait") as second:
+        wait_until(lambda: process.gauge("mi_num_requests_running") == 1)
+        process.engine.kill()
+        endings = [[line for line in lines if line][-1] for lines in (first, second)]
+        health = process.get("/health")
+    assert [data(line)["error"]["code"] for line in endings] == ["engine_dead"] * 2
+    assert health.status_code == 503
+    assert health.json()["error"]["code"] == "engine_dead"
+    assert process.exit_code() == 1
+    assert "The engine process ended (exit code -9)" in process.output
+
+
+def test_a_pair_that_cannot_be_served_is_exit_code_2_with_the_reason(start_fake: Start) -> None:
+    process = start_fake(worker=["--fail-load", "model.norm.weight differs"], wait=False)
+    assert process.exit_code() == 2
+    assert "model.norm.weight differs" in process.output
+
+
+def test_a_checkpoint_without_tokenizer_json_is_exit_code_2(
+    pair_directory: Path, tmp_path: Path, start_fake: Start
+) -> None:
+    shutil.copytree(pair_directory, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    process = start_fake(thinking=tmp_path / "bare", wait=False)
+    assert process.exit_code() == 2
+    assert "no tokenizer.json" in process.output
+    assert "Traceback" not in process.output
+
+
+# --- signals ---
+
+
+def test_sigterm_lets_running_streams_finish(start_fake: Start, wait_until: WaitUntil) -> None:
+    process = start_fake(worker=["--step-seconds", "0.02"])
+    with stream(process, "forever", max_tokens=60) as lines:
+        next(lines)
+        process.terminate()
+        wait_until(lambda: process.get("/ready").status_code == 503)
+        assert process.get("/ready").json()["error"]["code"] == "draining"
+        assert process.get("/health").status_code == 200
+        refused = httpx.post(f"{process.url}/v1/chat/completions", json=process.chat_body("say x"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        *_, last, done = [line for line in lines if line]
+    assert data(last)["choices"][0]["finish_reason"] == "length"
+    assert done == "data: [DONE]"
+    assert process.exit_code() == 0
+
+
+def test_what_is_not_done_within_the_drain_time_ends_with_an_error(start_fake: Start) -> None:
+    process = start_fake("--drain-timeout", "0.2")
+    with stream(process, "wait") as lines:
+        process.terminate()
+        *_, last = [line for line in lines if line]
+    assert data(last)["error"]["code"] == "draining"
+    assert process.exit_code() == 0
+
+
+def test_sigterm_while_loading_ends_the_server(
+    start_fake: Start, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    process = start_fake(worker=["--load-gate", str(tmp_path / "never")], wait=False)
+    wait_until(lambda: listens(process))
+    process.terminate()
+    assert process.exit_code() == 0
+
+
+def listens(process: Any) -> bool:
+    import psutil
+
+    return any(
+        it.status == "LISTEN" for it in psutil.Process(process.process.pid).net_connections()
+    )
+
+
+# --- the command ---
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_the_command_tells_its_version() -> None:
+    assert command("--version").stdout.strip() == f"mi-server {server.__version__}"
+
+
+def test_settings_that_cannot_be_used_are_exit_code_2_without_a_traceback() -> None:
+    for flags, said in [
+        (["--default-lambda", "2"], "default_lambda"),
+        (["--thinking", "/no/such/place", "--instruct", "/no/such/place"], "no such directory"),
+        (["--lambda-step", "0.3"], "lambda_step"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ]:
+        ended = command("serve", *flags)
+        assert ended.returncode == 2
+        assert said in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_the_http_process_loads_no_torch(start_fake: Start) -> None:
+    process = start_fake()
+    httpx.post(f"{process.url}/v1/chat/completions", json=process.chat_body("say x"))
+    maps = Path(f"/proc/{process.process.pid}/maps").read_text()
+    assert not re.search(r"libtorch|transformers", maps)
+    modules = [sys.executable, "-c", "import sys, server.serving; print(*sys.modules)"]
+    loaded = subprocess.run(modules, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
+
+
+def test_when_ready_it_prints_what_to_try_and_that_works(start_fake: Start) -> None:
+    process = start_fake()
+    line = re.search(r"^  curl (.*)$", process.output, re.MULTILINE)
+    assert line is not None
+    answer = subprocess.run(
+        ["bash", "-c", f"curl -s {line[1]}"], capture_output=True, text=True, check=True
+    )
+    assert "choices" in json.loads(answer.stdout)

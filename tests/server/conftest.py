@@ -1,0 +1,120 @@
+"""Checkpoints without weights, and apps whose engine process is the fake worker."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from mi_runtime.embedded_pair.tokenizer import CHAT_TEMPLATE, save_tokenizer
+from server.app import create_app
+from server.checkpoint import Endpoint
+from server.config import Settings
+from server.engine_client import EngineClient
+from server.service import Service
+from server.vocabulary import Vocabulary
+
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+OPENING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{- '<|im_start|>assistant\\n' -}}{%- endif -%}",
+    "{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}",
+)
+assert OPENING_TEMPLATE != CHAT_TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def instruct_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An endpoint whose prompt opens no think block."""
+    directory = tmp_path_factory.mktemp("instruct")
+    save_tokenizer(directory)
+    sampling = {"temperature": 0.7, "top_k": 20, "eos_token_id": [315, 317]}
+    (directory / "generation_config.json").write_text(json.dumps(sampling))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def opening_directory(instruct_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An endpoint whose prompt ends inside `<think>`, as Qwen3-Thinking-2507's does."""
+    directory = tmp_path_factory.mktemp("thinking")
+    save_tokenizer(directory)
+    (directory / "chat_template.jinja").write_text(OPENING_TEMPLATE)
+    sampling = (instruct_directory / "generation_config.json").read_text()
+    (directory / "generation_config.json").write_text(sampling)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def vocabulary(instruct_directory: Path) -> Vocabulary:
+    return Vocabulary.load(instruct_directory)
+
+
+ServiceFactory = Callable[..., Service]
+
+
+@pytest.fixture
+def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFactory:
+    """A service on the fake worker: `make_service("--fail-load", "why", max_waiting=0)`."""
+
+    def make(*worker_flags: str, opening: bool = False, **settings: object) -> Service:
+        thinking = opening_directory if opening else instruct_directory
+        given = Settings.model_validate(
+            {
+                "instruct": str(instruct_directory),
+                "thinking": str(thinking),
+                "served_model_name": "pair",
+                **settings,
+            }
+        )
+        engine = EngineClient(
+            given.engine_config(instruct=instruct_directory, thinking=thinking),
+            max_waiting=given.max_waiting,
+            command=[sys.executable, str(FAKE_WORKER), *worker_flags],
+            stop_grace=0.5,
+        )
+        engine.start()
+        return Service(given, Endpoint.read(instruct_directory), Endpoint.read(thinking), engine)
+
+    return make
+
+
+ClientFactory = Callable[..., TestClient]
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    return _wait_until
+
+
+@pytest.fixture
+def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
+    """A client of an app on the fake worker, loaded unless `wait=False`."""
+    opened: list[TestClient] = []
+
+    def make(*worker_flags: str, wait: bool = True, **settings: object) -> TestClient:
+        service = make_service(*worker_flags, **settings)
+        client = TestClient(create_app(service), raise_server_exceptions=False)
+        client.app_state["service"] = service
+        client.__enter__()
+        opened.append(client)
+        if wait:
+            _wait_until(lambda: client.get("/ready").status_code == 200)
+        return client
+
+    yield make
+    for client in opened:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(make_client: ClientFactory) -> TestClient:
+    return make_client()
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.005)

@@ -1,0 +1,235 @@
+"""An engine process without a model: speaks the pipe, and says what the prompt tells it to.
+
+The last user message is a command:
+
+    say TEXT      TEXT, then end-of-sequence        lambda      the λ of the request
+    forever       `a` until max_tokens or abort     sampling    some sampling fields, as JSON
+    wait          nothing: stays in the queue       fail        two tokens, then an error
+    die           three tokens, then the process    wedge       three tokens, then nothing is
+                  exits with code 7                             read or sent any more
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tokenizers import Tokenizer
+
+from mi_runtime.config import EngineConfig
+from mi_runtime.request import (
+    Abort,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    LoadFailed,
+    Ready,
+    StepReport,
+    Submit,
+    TokenEvent,
+    TokenLogprobs,
+)
+
+USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+FOREVER = 10**9
+
+
+@dataclass
+class Running:
+    """One request and what it still has to say."""
+
+    request: EngineRequest
+    command: str
+    script: list[int]
+    eos: int
+    said: int = 0
+    reasoning: int = 0
+    inside: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        think = self.request.think
+        self.inside = think is not None and think.opened_by_prompt
+
+    def next_event(self) -> TokenEvent:
+        sampling = self.request.sampling
+        if self.command == "fail" and self.said == 2:
+            return TokenEvent(self.request.request_id, None, FinishReason.ERROR, error="told to")
+        token = self.script[self.said % len(self.script)]
+        if self.command not in ("forever", "fail", "die", "wedge") and self.said >= len(
+            self.script
+        ):
+            token = self.eos
+        self.said += 1
+        self._think(token)
+        finish = None
+        if token in sampling.ending_token_ids and self.said > sampling.min_tokens:
+            finish = FinishReason.STOP
+        elif self.said == sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        return TokenEvent(
+            self.request.request_id,
+            token,
+            finish,
+            self._logprobs(token),
+            reasoning_tokens=self.reasoning,
+            queue_seconds=0.001,
+        )
+
+    def _think(self, token: int) -> None:
+        think = self.request.think
+        if think is None:
+            return
+        if self.inside and token == think.close_id:
+            self.inside = False
+        elif self.inside:
+            self.reasoning += 1
+        elif token == think.open_id and self.said == 1:
+            self.inside = True
+
+    def _logprobs(self, token: int) -> TokenLogprobs | None:
+        count = self.request.sampling.logprobs
+        if count is None:
+            return None
+        return TokenLogprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(count)))
+
+
+class FakeEngine:
+    def __init__(self, pipe: Connection, config: EngineConfig, step_seconds: float) -> None:
+        self.pipe = pipe
+        self.tokenizer = Tokenizer.from_file(str(Path(config.thinking) / "tokenizer.json"))
+        (self.eos,) = self.tokenizer.encode("<|im_end|>", add_special_tokens=False).ids
+        self.max_num_seqs = config.max_num_seqs
+        self.step_seconds = step_seconds
+        self.running: dict[str, Running] = {}
+        self.waiting: dict[str, Running] = {}
+        self.steps = 0
+
+    def serve(self) -> None:
+        while True:
+            try:
+                self.read_commands()
+            except EOFError:
+                return
+            if self.running:
+                self.step()
+                time.sleep(self.step_seconds)
+
+    def read_commands(self) -> None:
+        while self.pipe.poll(0 if self.running else None):
+            match self.pipe.recv():
+                case Submit(request):
+                    self.submit(request)
+                case Abort(request_id):
+                    gone = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
+                    if gone:
+                        self.report([TokenEvent(request_id, None, FinishReason.ABORT)])
+
+    def submit(self, request: EngineRequest) -> None:
+        text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
+        command = USER_TURN.findall(text)[-1]
+        new = Running(request, command, self.script(command, request), self.eos)
+        if command == "wait" or len(self.running) >= self.max_num_seqs:
+            self.waiting[request.request_id] = new
+            self.report([])
+        else:
+            self.running[request.request_id] = new
+
+    def script(self, command: str, request: EngineRequest) -> list[int]:
+        text = "a"
+        if command.startswith("say "):
+            text = command.removeprefix("say ")
+        elif command == "lambda":
+            text = f"{request.dial.reasoning_lambda:g}"
+        elif command == "sampling":
+            sampling = request.sampling
+            text = json.dumps(
+                {
+                    "temperature": sampling.temperature,
+                    "max_tokens": sampling.max_tokens,
+                    "seed": sampling.seed,
+                    "top_k": sampling.top_k,
+                    "eos": sorted(sampling.eos_token_ids),
+                }
+            )
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def step(self) -> None:
+        self.steps += 1
+        events = [running.next_event() for running in self.running.values()]
+        for event in events:
+            if event.finish_reason is not None:
+                del self.running[event.request_id]
+        self.report(events)
+        for running in self.running.values():
+            if running.said == 3 and running.command == "die":
+                os._exit(7)
+            if running.said == 3 and running.command == "wedge":
+                time.sleep(FOREVER)
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            ready = [key for key, it in self.waiting.items() if it.command != "wait"]
+            if not ready:
+                break
+            self.running[ready[0]] = self.waiting.pop(ready[0])
+
+    def report(self, events: list[TokenEvent]) -> None:
+        stats = EngineStats(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            used_blocks=len(self.running),
+            total_blocks=64,
+            running_lambdas=self.lambdas(self.running),
+            waiting_lambdas=self.lambdas(self.waiting),
+            steps=self.steps,
+            pair_steps=self.steps,
+        )
+        self.pipe.send(StepReport(tuple(events), stats))
+
+    def lambdas(self, requests: dict[str, Running]) -> tuple[float, ...]:
+        return tuple(sorted({it.request.dial.reasoning_lambda for it in requests.values()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--fail-load")
+    parser.add_argument("--load-gate", type=Path, help="load once this file exists")
+    parser.add_argument("--step-seconds", type=float, default=0.0005)
+    parser.add_argument("--context", type=int, default=2048)
+    arguments = parser.parse_args()
+    pipe = Connection(arguments.fd)
+    config: EngineConfig = pipe.recv()
+    while arguments.load_gate and not arguments.load_gate.exists():
+        if pipe.poll(0.01):
+            return  # the server went
+    if arguments.fail_load:
+        pipe.send(LoadFailed(arguments.fail_load))
+        sys.exit(2)
+    engine = FakeEngine(pipe, config, arguments.step_seconds)
+    info = EngineInfo(
+        fingerprint="0123456789abcdef" * 4,
+        model_type="fake",
+        device="cpu",
+        dtype="float32",
+        vocab_size=engine.tokenizer.get_vocab_size(),
+        max_model_len=config.max_model_len or arguments.context,
+        block_size=16,
+        num_blocks=64,
+        weight_bytes=0,
+        load_seconds=0.0,
+    )
+    pipe.send(Ready(info))
+    with suppress(BrokenPipeError):
+        engine.serve()
+
+
+if __name__ == "__main__":
+    main()

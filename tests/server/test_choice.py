@@ -1,0 +1,83 @@
+"""A choice, from token events to chunks: whatever the tokens, it says what the whole text says."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
+from mi_runtime.request import FinishReason, TokenEvent
+from server.choice import Choice, Chunk
+from server.errors import RequestFailed
+from server.metrics import Metrics
+from server.reasoning import ReasoningSplitter
+from server.stop import StopStrings
+from server.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(build_tokenizer())
+EOS = VOCABULARY.encode(TURN_END)[0]
+TOKENS = st.lists(
+    st.integers(0, VOCABULARY.size - 1)
+    | st.sampled_from(VOCABULARY.encode("<think></think>\n\nab<"))
+    | st.just(VOCABULARY.encode("🙂")[0]),
+    max_size=20,
+)
+STOPS = st.lists(st.text("ab\n<", min_size=1, max_size=3), max_size=3)
+
+
+def splitter(opened: bool) -> ReasoningSplitter:
+    return ReasoningSplitter.of_prompt(opened=opened, closing=VOCABULARY.closing_tags)
+
+
+def new_choice(opened: bool = False, stop: list[str] | None = None) -> Choice:
+    return Choice(
+        0,
+        vocabulary=VOCABULARY,
+        splitter=splitter(opened),
+        stop=stop or [],
+        meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
+    )
+
+
+def chunks_of(choice: Choice, ids: list[int]) -> list[Chunk]:
+    """The chunks of these tokens and an end-of-sequence, up to a stop string."""
+    events = [TokenEvent("r", token_id) for token_id in ids]
+    events.append(TokenEvent("r", EOS, FinishReason.STOP))
+    chunks = []
+    for event in events:
+        chunk = choice.take(0.0, event)
+        if chunk is not None:
+            chunks.append(chunk)
+        if choice.stopped_by_string:
+            break
+    return chunks
+
+
+@given(TOKENS, STOPS, st.booleans())
+def test_token_by_token_it_says_what_the_whole_text_says(
+    ids: list[int], stops: list[str], opened: bool
+) -> None:
+    whole, stop = splitter(opened), StopStrings(stops)
+    fed = whole.feed(VOCABULARY.tokenizer.decode(ids))
+    rest = whole.finish(by_length=False)
+    content = stop.feed(fed.content + rest.content)
+    content += "" if stop.hit else stop.finish()
+
+    chunks = chunks_of(new_choice(opened, stops), ids)
+    assert "".join(chunk.content for chunk in chunks) == content
+    if not rest.repeats_reasoning and not stop.hit:
+        assert "".join(chunk.reasoning for chunk in chunks) == fed.reasoning
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
+
+
+def test_an_ending_token_is_counted_but_not_shown() -> None:
+    choice = new_choice()
+    chunks = chunks_of(choice, VOCABULARY.encode("ab"))
+    assert "".join(chunk.content for chunk in chunks) == "ab"
+    assert choice.completion_tokens == 3
+
+
+def test_an_error_of_the_engine_is_raised() -> None:
+    with pytest.raises(RequestFailed, match="no luck"):
+        new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error="no luck"))

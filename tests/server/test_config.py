@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from server.config import ConfigError, Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"MI_{name.upper()}", raising=False)
+
+
+def test_without_anything_the_embedded_pair_is_served_on_loopback() -> None:
+    settings = load_settings([])
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.instruct_endpoint.endswith("instruct")
+    assert settings.model_name == "mi-embedded"
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mi.yaml"
+    file.write_text("port: 1\nmax_waiting: 1\nthreads: 1\n")
+    monkeypatch.setenv("MI_PORT", "2")
+    monkeypatch.setenv("MI_MAX_WAITING", "2")
+    settings = load_settings(["--config", str(file), "--port", "3"])
+    assert (settings.port, settings.max_waiting, settings.threads) == (3, 2, 1)
+
+
+def test_the_file_may_be_named_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mi.yaml"
+    file.write_text("default_lambda: 0.5\n")
+    monkeypatch.setenv("MI_CONFIG", str(file))
+    assert load_settings([]).default_lambda == 0.5
+
+
+def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mi.yaml"
+    file.write_text("prot: 1\n")
+    with pytest.raises(ConfigError, match="prot: no such setting"):
+        load_settings(["--config", str(file)])
+
+
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MI_PROT", "1")
+    with pytest.raises(ConfigError, match="MI_PROT"):
+        load_settings([])
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["--prot", "1"])
+    assert caught.value.code == 2
+    assert "--prot" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mi.yaml"
+    file.write_text("port: [\n")
+    with pytest.raises(ConfigError, match=r"mi\.yaml"):
+        load_settings(["--config", str(file)])
+    with pytest.raises(ConfigError, match="no such file"):
+        load_settings(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--port", "70000"], "port"),
+        (["--default-lambda", "1.5"], "default_lambda"),
+        (["--default-lambda", "nan"], "default_lambda"),
+        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--instruct", "a"], "--instruct and --thinking belong together"),
+    ],
+)
+def test_a_bad_value_names_its_setting(flags: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_settings(flags)
+
+
+def test_a_grid_that_does_not_divide_one_is_refused() -> None:
+    settings = load_settings(["--lambda-step", "0.03"])
+    with pytest.raises(ConfigError, match="lambda_step"):
+        settings.engine_config(instruct=Path("a"), thinking=Path("b"))
+
+
+def test_a_pair_is_called_by_its_thinking_endpoint_or_as_told() -> None:
+    flags = ["--instruct", "o/Instruct", "--thinking", "o/Thinking"]
+    assert load_settings(flags).model_name == "Thinking"
+    assert load_settings([*flags, "--served-model-name", "mine"]).model_name == "mine"
+
+
+def test_every_setting_reaches_the_engine_under_its_name() -> None:
+    flags = ["--threads", "3", "--no-prefix-caching", "--max-model-len", "99", "--num-blocks", "7"]
+    config = load_settings(flags).engine_config(instruct=Path("a"), thinking=Path("b"))
+    assert (config.threads, config.prefix_caching) == (3, False)
+    assert (config.max_model_len, config.num_blocks) == (99, 7)
+
+
+def test_the_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(["--help"])
+    text = capsys.readouterr().out
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "null" not in text
+    assert all(field.description for field in Settings.model_fields.values())

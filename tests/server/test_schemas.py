@@ -1,0 +1,161 @@
+import json
+from typing import Any
+
+import pytest
+
+from server.errors import InvalidRequest
+from server.schemas import (
+    ACCEPTED_WITHOUT_EFFECT,
+    NOT_IMPLEMENTED,
+    ChatRequest,
+    parse_chat_request,
+)
+
+
+def parse(**fields: Any) -> ChatRequest:
+    base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
+    return parse_chat_request(json.dumps(base | fields).encode())
+
+
+def refusal(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    assert len(caught.value.message) <= 500
+    return caught.value
+
+
+def test_the_smallest_request_leaves_sampling_to_the_pair() -> None:
+    request = parse()
+    assert (request.temperature, request.top_p, request.reasoning_lambda) == (None, None, None)
+    assert request.messages[0].text == "hi"
+
+
+def test_content_may_be_text_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert parse(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
+
+
+@pytest.mark.parametrize("value", ["0.6", True, [0.6], {"default": 0.6}])
+def test_a_lambda_that_is_no_number_is_refused(value: object) -> None:
+    assert refusal(reasoning_lambda=value).param == "reasoning_lambda"
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_lambda_that_is_not_finite_is_refused(text: str) -> None:
+    body = '{"model":"pair","messages":[{"role":"user","content":"x"}],"reasoning_lambda":%s}'
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request((body % text).encode())
+    assert caught.value.param == "reasoning_lambda"
+
+
+def test_a_typo_is_told_with_what_was_meant() -> None:
+    error = refusal(reasoning_lamda=0.6)
+    assert error.param == "reasoning_lamda"
+    assert "did you mean `reasoning_lambda`" in error.message
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IMPLEMENTED))
+def test_what_is_not_implemented_is_refused_by_name(name: str) -> None:
+    error = refusal(**{name: 1})
+    assert error.param == name
+    assert "not implemented" in error.message
+
+
+@pytest.mark.parametrize("name", ["tools", "temperature", "stop", "stream_options", "logit_bias"])
+def test_null_means_not_given(name: str) -> None:
+    assert parse(**{name: None}) == parse()
+
+
+def test_an_unknown_field_is_refused_even_as_null() -> None:
+    assert refusal(nonsense=None).param == "nonsense"
+
+
+@pytest.mark.parametrize("name", [it for it in ACCEPTED_WITHOUT_EFFECT if "." not in it])
+def test_the_fields_without_effect_are_accepted(name: str) -> None:
+    parse(**{name: True if name == "store" else "x"})
+
+
+def test_obfuscation_is_accepted_in_stream_options() -> None:
+    parse(stream=True, stream_options={"include_obfuscation": False, "include_usage": True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},
+            "messages[0].tool_calls",
+        ),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", 1]}, "stop[1]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": "yes"}, "stream"),
+        ({"seed": 2**63}, "seed"),
+        ({"presence_penalty": -2.5}, "presence_penalty"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+    ],
+)
+def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
+    assert refusal(**fields).param == param
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request(b'{"messages": [{"role": "user", "content": "x"}]}')
+    assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nonsense", b'"x"', b"\xff\xfe", b"null"])
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request(body)
+    assert caught.value.param is None
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        parse_chat_request(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"x" * 100_000: 1},
+        {"logit_bias": {"y" * 100_000: 1000}},
+        {"messages": [{"role": "z" * 100_000, "content": "x"}]},
+        {"metadata": {"k" * 100_000: "v"}},
+    ],
+)
+def test_an_error_never_echoes_its_input_at_length(fields: dict[str, Any]) -> None:
+    assert len(json.dumps(refusal(**fields).body)) < 2000
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert parse(stop="END").stop_strings == ["END"]
+
+
+def test_max_completion_tokens_is_the_answer_limit() -> None:
+    assert parse(max_completion_tokens=7).answer_limit == 7
+    assert parse(max_tokens=8).answer_limit == 8
