@@ -1,0 +1,477 @@
+"""The dial in full: a λ for each blend group, and another dial from the closing tag on.
+
+The oracles share nothing with the engine but the names of the blend groups: plain `transformers`
+on weights merged offline in fp32, group by group; and for an answer with a dial of its own the
+slow twin that keeps its KV, two merged models over one `DynamicCache`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from mi_runtime.config import EngineConfig
+from mi_runtime.engine import Engine
+from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy, TokenEvent
+from mi_runtime.rows import Way
+from mi_runtime.swap import group_of
+from tests.runtime import oracle
+from tests.runtime.families import SMALL, VOCABULARY
+from tests.runtime.ways import RandomPlanner
+
+Directories = tuple[Path, Path]
+PairOf = Callable[..., Directories]
+
+FAMILIES = ("qwen3", "gemma3_text", "gpt_oss", "starcoder2")
+GROUPS = ("embed", "0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp", "head")
+TOLERANCE = 1e-4  # max |Δlogprob| in fp32
+NEW_TOKENS = 8
+OPEN, CLOSE = 90, 91
+
+
+def test_the_small_models_have_these_groups() -> None:
+    assert SMALL["num_hidden_layers"] == 3
+    assert len(GROUPS) == 2 * 3 + 2
+
+
+# --- Oracles ------------------------------------------------------------------------------------
+
+
+@cache
+def merged(directories: Directories, dial: Dial) -> Any:
+    """A plain model whose every group is merged at its own λ. Its head is untied first."""
+    low, high = (oracle.endpoint(directory).state_dict() for directory in directories)
+    model = AutoModelForCausalLM.from_pretrained(
+        directories[0], dtype=torch.float32, attn_implementation="eager"
+    )
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    blend = {
+        name: torch.lerp(tensor, high[name], dial.value_of(group_of(name)))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in low.items()
+    }
+    model.load_state_dict(blend)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass
+class Slow:
+    """The slow twin of one request: every token through the model of its own dial, one cache."""
+
+    request: EngineRequest
+    output: list[int] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)  # [vocabulary], of each token
+    switch: int | None = None  # position of the first token under the answer's dial
+
+    @torch.inference_mode()
+    def run(self, directories: Directories) -> "Slow":
+        request, forced = self.request, list[int]()
+        tokens, computed = list(request.prompt), 0
+        model = merged(directories, request.dial)
+        kv = DynamicCache(config=model.config)
+        while True:
+            ids = torch.tensor([tokens[computed:]])
+            positions = torch.arange(computed, len(tokens)).unsqueeze(0)
+            logits = model(
+                input_ids=ids, position_ids=positions, past_key_values=kv, use_cache=True
+            ).logits[0, -1]
+            computed = len(tokens)
+            self.logprobs.append(logits.log_softmax(0))
+            token = forced.pop(0) if forced else int(logits.argmax())
+            tokens.append(token)
+            self.output.append(token)
+            if len(self.output) == request.sampling.max_tokens:
+                return self
+            if self.switch is not None:
+                continue
+            if self._closes(token):
+                self.switch = len(tokens) - 1
+                model = merged(directories, request.answer_dial or request.dial)
+            elif request.think is not None and self._reasoning == request.think.cap:
+                forced = forced or list(request.think.closing)
+
+    @property
+    def _reasoning(self) -> int:
+        return sum(token != OPEN for token in self.output)
+
+    def _closes(self, token: int) -> bool:
+        think = self.request.think
+        return think is not None and (token == think.close_id or token in think.close_aliases)
+
+
+# --- Engines ------------------------------------------------------------------------------------
+
+
+def make_engine(directories: Directories, **settings: Any) -> Engine:
+    small = {
+        "device": "cpu",
+        "dtype": "float32",
+        "num_blocks": 96,
+        "block_size": 4,
+        "max_model_len": 64,
+        "blend_cache_bytes": 1 << 28,
+    }
+    return Engine(EngineConfig(*map(str, directories), **small | settings))
+
+
+def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, list[TokenEvent]]:
+    """The events of each request, with everything checked after every step."""
+    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.submit(request)
+    while not engine.idle:
+        for event in engine.step():
+            events[event.request_id].append(event)
+        engine.scheduler.check_integrity()
+        engine._groups.cache.check_integrity()
+    return events
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def check_logprobs(events: list[TokenEvent], expected: list[Tensor]) -> None:
+    for event, wanted in zip(events, expected, strict=True):
+        assert event.logprobs is not None
+        top = dict(event.logprobs.top)
+        shown = torch.tensor([top[token] for token in range(VOCABULARY)])
+        assert (shown - wanted).abs().max() < TOLERANCE
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, OPEN, (length,), generator=generator).tolist())
+
+
+def greedy(max_tokens: int = NEW_TOKENS) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=VOCABULARY
+    )
+
+
+# --- A λ for each group -------------------------------------------------------------------------
+
+MIXED = {
+    "one λ": Dial(0.5),
+    "attention": Dial.on_grid(0.2, 0.01, {f"{layer}.attn": 0.9 for layer in range(3)}),
+    "mlp of a range": Dial.on_grid(0.7, 0.01, {"0.mlp": 0.0, "1.mlp": 0.31}),
+    "embedding": Dial.on_grid(0.0, 0.01, {"embed": 1.0}),
+    "head": Dial.on_grid(1.0, 0.01, {"head": 0.4}),
+    "embedding and head": Dial.on_grid(0.5, 0.01, {"embed": 0.1, "head": 0.8}),
+    "last layer": Dial.on_grid(0.0, 0.01, {"2.attn": 1.0, "2.mlp": 1.0}),
+    "all different": Dial.on_grid(
+        0.0, 0.01, {name: (index + 1) / 10 for index, name in enumerate(GROUPS)}
+    ),
+}
+
+
+def of_dials(dials: dict[str, Dial]) -> list[EngineRequest]:
+    return [
+        EngineRequest(name, prompt(6 + 2 * seed, seed), dial, greedy())
+        for seed, (name, dial) in enumerate(dials.items())
+    ]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directories(request: pytest.FixtureRequest, pair_of: PairOf) -> Directories:
+    return pair_of(request.param)
+
+
+def test_group_by_group_a_mixed_batch_agrees_with_offline_merges(directories: Directories) -> None:
+    engine = make_engine(directories, max_batched_tokens=17)
+    requests = of_dials(MIXED)
+    events = run(engine, requests)
+    for request in requests:
+        own = events[request.request_id]
+        model = merged(directories, request.dial)
+        answer = tokens_of(own)
+        assert answer == oracle.greedy(model, list(request.prompt), NEW_TOKENS)
+        logits = oracle.logits(model, [*request.prompt, *answer[:-1]])[-NEW_TOKENS:]
+        check_logprobs(own, list(logits.log_softmax(1)))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_alone_too_each_way_where_it_can(pair_of: PairOf, name: str) -> None:
+    directories, request = pair_of("qwen3"), of_dials(MIXED)[list(MIXED).index(name)]
+    expected = oracle.greedy(merged(directories, request.dial), list(request.prompt), NEW_TOKENS)
+    taken = {}
+    for policy in ("pair", "blended"):
+        engine = make_engine(directories, blend_policy=policy)
+        before = dict(engine._groups.executions)
+        assert tokens_of(run(engine, [request])[name]) == expected
+        after = engine._groups.executions
+        taken[policy] = {way: (after[way] - before[way]) // NEW_TOKENS for way in Way}
+    endpoints = sum(request.dial.value_of(group) in (0.0, 1.0) for group in GROUPS)
+    rest = len(GROUPS) - endpoints
+    assert taken["pair"] == {Way.ENDPOINT: endpoints, Way.PAIR: rest, Way.BLENDED: 0}
+    assert taken["blended"] == {Way.ENDPOINT: endpoints, Way.PAIR: 0, Way.BLENDED: rest}
+
+
+def test_switching_ways_at_random_gives_the_same_tokens(directories: Directories) -> None:
+    engine = make_engine(directories, max_batched_tokens=17)
+    engine._runner.planner = RandomPlanner(0)  # type: ignore[assignment]
+    requests = of_dials(MIXED)
+    events = run(engine, requests)
+    for request in requests:
+        model = merged(directories, request.dial)
+        expected = oracle.greedy(model, list(request.prompt), NEW_TOKENS)
+        assert tokens_of(events[request.request_id]) == expected
+
+
+# --- The prefix cache ---------------------------------------------------------------------------
+
+BASES = (0.0, 0.3, 1.0)
+SHIFTS = (0.31, 0.5)
+
+
+@pytest.fixture(scope="module")
+def caching_engine(pair_of: PairOf) -> Engine:
+    return make_engine(pair_of("qwen3"), num_blocks=256)
+
+
+def cached_tokens(engine: Engine, dial: Dial, salt: str) -> int:
+    request = EngineRequest("r", prompt(17, 1), dial, greedy(1), cache_salt=salt)
+    return run(engine, [request])["r"][0].cached_tokens
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_dials_that_differ_in_one_group_share_no_kv(caching_engine: Engine, group: str) -> None:
+    dials = [Dial(base) for base in BASES]
+    dials += [Dial.on_grid(base, 0.01, {group: shift}) for base in BASES for shift in SHIFTS]
+    assert len(set(dials)) == len(dials)
+    assert [cached_tokens(caching_engine, dial, group) for dial in dials] == [0] * len(dials)
+    assert [cached_tokens(caching_engine, dial, group) for dial in dials] == [16] * len(dials)
+
+
+def test_the_same_λ_in_two_different_groups_shares_no_kv(caching_engine: Engine) -> None:
+    dials = [Dial.on_grid(0.3, 0.01, {group: 0.5}) for group in GROUPS]
+    assert [cached_tokens(caching_engine, dial, "two") for dial in dials] == [0] * len(dials)
+
+
+EQUAL = {
+    "another order": (
+        Dial.on_grid(0.3, 0.01, {"head": 0.5, "0.mlp": 0.1}),
+        Dial.on_grid(0.3, 0.01, {"0.mlp": 0.1, "head": 0.5}),
+    ),
+    "rounded to the grid": (
+        Dial.on_grid(0.3, 0.01, {"head": 0.5}),
+        Dial.on_grid(0.2999, 0.01, {"head": 0.50004}),
+    ),
+    "what is said twice": (
+        Dial.on_grid(0.3, 0.01),
+        Dial.on_grid(0.3, 0.01, dict.fromkeys(GROUPS, 0.3)),
+    ),
+    "equal once rounded": (
+        Dial.on_grid(0.3, 0.01),
+        Dial.on_grid(0.302, 0.01, {"1.attn": 0.298}),
+    ),
+    "a negative zero": (Dial.on_grid(0.0, 0.01), Dial.on_grid(-0.0, 0.01, {"head": -0.0})),
+    "integers": (Dial.on_grid(1.0, 0.01, {"head": 0.0}), Dial.on_grid(1, 0.01, {"head": 0})),
+}
+
+
+@pytest.mark.parametrize("form", EQUAL)
+def test_equal_dials_in_different_forms_share(caching_engine: Engine, form: str) -> None:
+    one, other = EQUAL[form]
+    assert one == other
+    assert repr(one) == repr(other)  # the root of every key is made of it
+    assert cached_tokens(caching_engine, one, form) == 0
+    assert cached_tokens(caching_engine, other, form) == 16
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
+def test_a_λ_outside_the_range_is_refused_in_any_group(bad: float) -> None:
+    with pytest.raises(ValueError, match="λ must be"):
+        Dial.on_grid(bad, 0.01)
+    with pytest.raises(ValueError, match="λ must be"):
+        Dial.on_grid(0.5, 0.01, {"head": bad})
+
+
+# --- A dial for the answer ----------------------------------------------------------------------
+
+REASONING, ANSWER = Dial(0.8), Dial.on_grid(0.1, 0.01, {"head": 0.3, "1.mlp": 1.0})
+CAP = 5
+LONG = 16  # tokens of an answer with its reasoning
+
+
+def forced(closing: tuple[int, ...] = ()) -> ThinkPolicy:
+    return ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=CAP, closing=closing)
+
+
+def switching(
+    name: str,
+    think: ThinkPolicy,
+    *,
+    length: int = 9,
+    seed: int = 0,
+    dials: tuple[Dial, Dial] = (REASONING, ANSWER),
+) -> EngineRequest:
+    tokens = prompt(length, seed)
+    return EngineRequest(name, tokens, dials[0], greedy(LONG), think, answer_dial=dials[1])
+
+
+def natural_close(directories: Directories, seed: int, after: int) -> ThinkPolicy:
+    """Tags such that the model itself closes the block after `after` tokens or a few more."""
+    plain = EngineRequest("r", prompt(9 + seed, seed), REASONING, greedy(LONG))
+    output = Slow(plain).run(directories).output
+    close = next(
+        token for at, token in enumerate(output) if at >= after and token not in output[:at]
+    )
+    return ThinkPolicy(OPEN, close, opened_by_prompt=True)
+
+
+def by_alias(think: ThinkPolicy) -> ThinkPolicy:
+    """The same token closes the block, as an alias."""
+    aliases = frozenset({think.close_id})
+    return ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, close_aliases=aliases)
+
+
+def all_closes(directories: Directories) -> list[EngineRequest]:
+    """Every manner of closing, at different places in their blocks of KV."""
+    own = natural_close(directories, seed=1, after=3)
+    alias = by_alias(natural_close(directories, seed=2, after=4))
+    return [
+        switching("own tag", own, length=10, seed=1),
+        switching("alias", alias, length=11, seed=2),
+        switching("forced", forced(), length=7, seed=3),
+        switching("forced sequence", forced((70, CLOSE, 71)), length=12, seed=4),
+        switching("to an endpoint", forced(), seed=5, dials=(Dial(0.5), Dial(0.0))),
+        switching("from an endpoint", forced(), seed=6, dials=(Dial(1.0), Dial(0.2))),
+        switching("to the same dial", forced(), seed=7, dials=(Dial(0.5), Dial(0.5))),
+        EngineRequest("no switch", prompt(9, 8), Dial(0.4), greedy(LONG), forced()),
+    ]
+
+
+def check_against_slow_twins(
+    engine: Engine, directories: Directories, requests: list[EngineRequest]
+) -> dict[str, Slow]:
+    events = run(engine, requests)
+    twins = {request.request_id: Slow(request).run(directories) for request in requests}
+    answers = {name: tokens_of(own) for name, own in events.items()}
+    assert answers == {name: twin.output for name, twin in twins.items()}
+    assert all(twin.switch is not None for twin in twins.values())
+    for name, twin in twins.items():
+        check_logprobs(events[name], twin.logprobs)
+    return twins
+
+
+def test_the_answer_is_that_of_two_merged_models_over_one_cache(directories: Directories) -> None:
+    engine = make_engine(directories)
+    check_against_slow_twins(engine, directories, all_closes(directories))
+    assert not engine.stats().preemptions
+
+
+def test_the_oracle_tells_a_switch_one_token_late_or_early(pair_of: PairOf) -> None:
+    """Otherwise the test above would pass with any switch near the tag."""
+    directories = pair_of("qwen3")
+    request = switching("r", forced((70, CLOSE, 71)), length=12, seed=4)
+    at_close = Slow(request).run(directories).output
+    for closes_at in (70, 71):
+        moved = ThinkPolicy(
+            OPEN, closes_at, opened_by_prompt=True, cap=CAP, closing=(70, CLOSE, 71)
+        )
+        twin = Slow(switching("r", moved, length=12, seed=4)).run(directories)
+        assert twin.output != at_close
+
+
+def test_closing_before_the_engine_is_asked_is_not_a_switch(pair_of: PairOf) -> None:
+    """A close tag in the prompt, or where no block is open, is a token like any other."""
+    directories = pair_of("qwen3")
+    think = ThinkPolicy(OPEN, CLOSE, opened_by_prompt=False)
+    request = EngineRequest("r", (5, CLOSE, 6), REASONING, greedy(LONG), think, answer_dial=ANSWER)
+    plain = EngineRequest("r", (5, CLOSE, 6), REASONING, greedy(LONG))
+    answer = tokens_of(run(make_engine(directories), [request])["r"])
+    assert answer == Slow(plain).run(directories).output
+
+
+@pytest.mark.parametrize("budget", [1, 3, 17])
+def test_it_does_not_depend_on_chunked_prefill(pair_of: PairOf, budget: int) -> None:
+    directories = pair_of("qwen3")
+    engine = make_engine(directories, max_batched_tokens=budget)
+    requests = all_closes(directories)[:4]
+    check_against_slow_twins(engine, directories, requests)
+
+
+@pytest.mark.parametrize(("budget", "num_blocks"), [(5, 11), (17, 9), (64, 16)])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_recomputing_after_preemption_takes_each_positions_own_dial(
+    pair_of: PairOf, family: str, prefix_caching: bool, budget: int, num_blocks: int
+) -> None:
+    directories = pair_of(family)
+    engine = make_engine(
+        directories,
+        num_blocks=num_blocks,
+        prefix_caching=prefix_caching,
+        max_batched_tokens=budget,
+    )
+    preempted_after_switch = []
+    preempt = engine.scheduler._preempt
+
+    def note(sequence: Any) -> None:
+        preempted_after_switch.append(sequence.switch_at is not None)
+        preempt(sequence)
+
+    engine.scheduler._preempt = note  # type: ignore[method-assign]
+    check_against_slow_twins(engine, directories, all_closes(directories))
+    assert any(preempted_after_switch)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_does_not_depend_on_the_ways(directories: Directories, seed: int) -> None:
+    engine = make_engine(directories, num_blocks=20, max_batched_tokens=11)
+    engine._runner.planner = RandomPlanner(seed)  # type: ignore[assignment]
+    check_against_slow_twins(engine, directories, all_closes(directories))
+    assert engine.stats().preemptions
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 10])
+def test_the_next_turn_reuses_kv_up_to_the_switch_and_none_behind(
+    pair_of: PairOf, length: int
+) -> None:
+    """The next turn's prompt holds the whole first turn and is all at the reasoning dial: blocks
+    with KV of the answer's dial must not serve it, wherever in a block the switch lies."""
+    directories = pair_of("qwen3")
+    engine = make_engine(directories)
+    first = switching("first", forced(), length=length, seed=length)
+    twin = check_against_slow_twins(engine, directories, [first])["first"]
+    assert twin.switch is not None
+    after = (*first.prompt, *twin.output, 7, 8, 9)
+    for name, dials in (("other", (ANSWER, ANSWER)), ("same", (REASONING, ANSWER))):
+        turn = EngineRequest(name, after, dials[0], greedy(LONG), forced(), answer_dial=dials[1])
+        cached = run(engine, [turn])[name][0].cached_tokens
+        assert cached == (twin.switch // 4 * 4 if name == "same" else 0)
+    again = EngineRequest("again", after, REASONING, greedy(LONG), forced(), answer_dial=ANSWER)
+    check_against_slow_twins(engine, directories, [again])
+
+
+def test_the_same_request_again_finds_its_prompt_and_answers_the_same(pair_of: PairOf) -> None:
+    directories = pair_of("qwen3")
+    engine, requests = make_engine(directories), all_closes(directories)
+    check_against_slow_twins(engine, directories, requests)
+    hits = engine.stats().prefix_hit_tokens
+    check_against_slow_twins(engine, directories, requests)
+    full = sum((len(request.prompt) - 1) // 4 * 4 for request in requests)
+    assert engine.stats().prefix_hit_tokens - hits == full
+
+
+def test_two_answer_dials_of_one_reasoning_share_only_the_reasoning(pair_of: PairOf) -> None:
+    """Both are preempted after the switch and look their own blocks up by key."""
+    directories = pair_of("qwen3")
+    engine = make_engine(directories, num_blocks=16)
+    requests = [
+        switching(str(value), forced(), seed=1, dials=(REASONING, Dial(value)))
+        for value in (0.0, 0.1, 0.2, 0.8, 0.9, 1.0)
+    ]
+    twins = check_against_slow_twins(engine, directories, requests)
+    assert engine.stats().preemptions
+    assert len({tuple(twin.output[: CAP + 1]) for twin in twins.values()}) == 1
+    assert len({tuple(twin.output) for twin in twins.values()}) > 3
