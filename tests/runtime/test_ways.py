@@ -19,7 +19,7 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.measure import blend_bytes
 from mi_runtime.planner import CostModel, Curve
-from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from mi_runtime.rows import StepRows, Way
 from tests.runtime import oracle
 from tests.runtime.families import FAMILIES, VOCABULARY
@@ -60,6 +60,27 @@ class Subject:
             name: oracle.greedy(self.oracle(value), prompt, NEW_TOKENS)
             for name, (value, prompt) in PROMPTS.items()
         }
+
+    @cached_property
+    def logprobs(self) -> dict[str, Tensor]:
+        """`[tokens, vocabulary]` of each answer."""
+        return {
+            name: oracle.logits(self.oracle(value), [*prompt, *self.greedy[name][:-1]])[
+                -NEW_TOKENS:
+            ].log_softmax(1)
+            for name, (value, prompt) in PROMPTS.items()
+        }
+
+    def check_answers(self, salt: str = "") -> None:
+        """Answers all requests, the invariants checked after every step; compares the tokens with
+        the oracle's, and the log-probabilities, as a token may be right by luck."""
+        events = answers(self.engine, salt)
+        tokens = {name: [event.token_id for event in own] for name, own in events.items()}
+        assert tokens == self.greedy
+        for name, own in events.items():
+            tops = [dict(event.logprobs.top) for event in own if event.logprobs is not None]
+            shown = torch.tensor([[top[token] for token in range(VOCABULARY)] for top in tops])
+            assert (shown - self.logprobs[name]).abs().max() < TOLERANCE
 
     def logits(self, dials: tuple[Dial, Dial], blended: bool) -> list[Tensor]:
         """`[tokens, vocabulary]` of two sequences, each at its dial, in one forward."""
@@ -116,26 +137,26 @@ def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
 
 
 def requests(salt: str = "") -> list[EngineRequest]:
-    greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    sampling = SamplingParams(
+        max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=VOCABULARY
+    )
     return [
-        EngineRequest(name, tuple(prompt), Dial(value), greedy, cache_salt=salt)
+        EngineRequest(name, tuple(prompt), Dial(value), sampling, cache_salt=salt)
         for name, (value, prompt) in PROMPTS.items()
     ]
 
 
-def answers(engine: Engine, salt: str = "") -> dict[str, list[int]]:
-    """Greedy answers to all requests, with everything checked after every step."""
-    tokens: dict[str, list[int]] = {}
+def answers(engine: Engine, salt: str) -> dict[str, list[TokenEvent]]:
+    events: dict[str, list[TokenEvent]] = {}
     for request in requests(salt):
         engine.submit(request)
-        tokens[request.request_id] = []
+        events[request.request_id] = []
     while not engine.idle:
         for event in engine.step():
-            assert event.token_id is not None
-            tokens[event.request_id].append(event.token_id)
+            events[event.request_id].append(event)
         engine.scheduler.check_integrity()
         engine._groups.cache.check_integrity()
-    return tokens
+    return events
 
 
 # --- Logits -------------------------------------------------------------------------------------
@@ -186,7 +207,7 @@ def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
     one seed find nothing of another's KV."""
     before, planner = subject.executions(), RandomPlanner(seed)
     subject.engine._runner.planner = planner  # type: ignore[assignment]
-    assert answers(subject.engine, salt=str(seed)) == subject.greedy
+    subject.check_answers(salt=str(seed))
     assert planner.parts > planner.steps
     taken = subject.executions()
     assert all(taken[way] > before[way] for way in Way)
@@ -195,17 +216,17 @@ def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
 def test_they_do_when_what_was_computed_one_way_is_read_by_another(subject: Subject) -> None:
     """The prefix cache serves KV that other ways wrote."""
     subject.engine._runner.planner = RandomPlanner(4)  # type: ignore[assignment]
-    answers(subject.engine, salt="kept")
+    subject.check_answers(salt="kept")
     hits = subject.engine.stats().prefix_hit_tokens
-    assert answers(subject.engine, salt="kept") == subject.greedy
+    subject.check_answers(salt="kept")
     assert subject.engine.stats().prefix_hit_tokens > hits
 
 
 @pytest.mark.parametrize("policy", ["auto", "pair", "blended"])
 def test_every_policy_gives_the_same_tokens(pair_of: PairOf, policy: str) -> None:
     subject = make_subject(pair_of("qwen3"), blend_policy=policy)
-    assert answers(subject.engine) == subject.greedy
-    assert answers(subject.engine) == subject.greedy
+    subject.check_answers()
+    subject.check_answers()
     stats = subject.engine.stats()
     if policy == "pair":
         assert (stats.blended_executions, stats.blend_builds, stats.blend_bytes) == (0, 0, 0)
@@ -226,7 +247,7 @@ def test_evictions_in_the_middle_of_a_run_change_nothing(
     cache, whole = subject.engine._groups.cache, blend_bytes(subject.engine._runner._model)
     cache.budget = int(copies * whole)
     subject.engine._runner.planner = RandomPlanner(5)  # type: ignore[assignment]
-    assert answers(subject.engine) == subject.greedy
+    subject.check_answers()
     stats = subject.engine.stats()
     assert stats.blend_evictions
     assert stats.blend_builds > len(subject.engine._groups.names) * 3
@@ -237,7 +258,7 @@ def test_evictions_in_the_middle_of_a_run_change_nothing(
 def test_preemption_between_ways_changes_nothing(pair_of: PairOf, prefix_caching: bool) -> None:
     subject = make_subject(pair_of("qwen3"), num_blocks=16, prefix_caching=prefix_caching)
     subject.engine._runner.planner = RandomPlanner(6)  # type: ignore[assignment]
-    assert answers(subject.engine) == subject.greedy
+    subject.check_answers()
     assert subject.engine.stats().preemptions
 
 
