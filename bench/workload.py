@@ -1,28 +1,55 @@
-"""The workload that the benches share: 32 requests on the embedded pair, 128 new tokens each."""
+"""What the benches run: two pairs, and 32 requests on each."""
 
 import random
+from dataclasses import dataclass
+from pathlib import Path
 
-from mi_runtime.config import EngineConfig
+from bench.midsize import write_midsize_pair
+from mi_runtime.config import Dtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 
 REQUESTS = 32
-PROMPT_TOKENS = 30
-NEW_TOKENS = 128
+BUILD = Path("build/bench")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pair, and how much of it a round runs."""
+
+    name: str
+    instruct: str
+    thinking: str
+    dtype: Dtype
+    prompt_tokens: int
+    new_tokens: int
+
+
+EMBEDDED_PAIR = Pair(
+    "embedded", str(INSTRUCT_DIRECTORY), str(THINKING_DIRECTORY), "float32", 30, 128
+)
 EMBEDDED = EngineConfig(
     instruct=str(INSTRUCT_DIRECTORY), thinking=str(THINKING_DIRECTORY), prefix_caching=False
 )
+NEW_TOKENS = EMBEDDED_PAIR.new_tokens
 SAMPLING = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)  # no end of sequence is set
 
 
-def prompts(seed: int) -> list[list[int]]:
+def midsize_pair() -> Pair:
+    instruct, thinking = write_midsize_pair(BUILD / "midsize")
+    return Pair("midsize", str(instruct), str(thinking), "bfloat16", 16, 12)
+
+
+def prompts(pair: Pair, seed: int, count: int = REQUESTS) -> list[list[int]]:
     """Random token ids that are no special tokens."""
     draw = random.Random(seed)
-    return [draw.choices(range(16, 300), k=PROMPT_TOKENS) for _ in range(REQUESTS)]
+    return [draw.choices(range(16, 300), k=pair.prompt_tokens) for _ in range(count)]
 
 
-def requests(lambdas: list[float], seed: int) -> list[EngineRequest]:
+def requests(pair: Pair, lambdas: list[float], seed: int) -> list[EngineRequest]:
+    sampling = SamplingParams(max_tokens=pair.new_tokens, temperature=0.0)
+    work = zip(prompts(pair, seed, len(lambdas)), lambdas, strict=True)
     return [
-        EngineRequest(f"{seed}-{index}", tuple(prompt), Dial.on_grid(value, 0.01), SAMPLING)
-        for index, (prompt, value) in enumerate(zip(prompts(seed), lambdas, strict=True))
+        EngineRequest(f"{seed}-{index}", tuple(prompt), Dial.on_grid(value, 0.01), sampling)
+        for index, (prompt, value) in enumerate(work)
     ]
