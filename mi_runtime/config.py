@@ -1,7 +1,9 @@
 """What an engine is started with: every default and unit in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from mi_runtime.thinking import TokenMarks
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -29,6 +31,7 @@ class EngineConfig:
     lambda_step: float = 0.01  # the grid λ is rounded to
     blend_policy: BlendPolicy = "auto"  # auto: the cheapest; the others force one way
     blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
+    marks: TokenMarks = field(default_factory=TokenMarks)  # of the pair's vocabulary
     threads: int | None = None  # CPU threads of the engine process; None: all cores but one
 
     def __post_init__(self) -> None:

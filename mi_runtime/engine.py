@@ -55,6 +55,7 @@ class Engine:
             max_batched_tokens=config.max_batched_tokens,
             prefix_caching=config.prefix_caching,
         )
+        self._marks = config.marks
         self._groups = model.groups
         self._groups.cache.budget = _blend_budget(config, model)
         planner = Planner(
@@ -73,7 +74,7 @@ class Engine:
     def submit(self, request: EngineRequest) -> None:
         """Accepts a request, or raises RequestRejected and keeps nothing of it."""
         self.scheduler.admit_or_raise(request)
-        self.scheduler.add(Sequence(request))
+        self.scheduler.add(Sequence(request, self._marks))
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request and frees its blocks; None when it is unknown or has ended."""

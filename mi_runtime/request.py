@@ -91,7 +91,7 @@ class ThinkPolicy:
     cap: int | None = None  # reasoning tokens at which the block is closed by force
     closing: tuple[int, ...] = ()  # what is written then; holds close_id. Empty: close_id alone
     soft_window: int = 0  # tokens before the cap in which a block closes at one of soft_ends
-    soft_ends: frozenset[int] = frozenset()  # tokens that end a sentence or a line
+    soft_ends: frozenset[int] = frozenset()  # that end a sentence or a line; empty: the engine's
     close_aliases: frozenset[int] = frozenset()  # tokens that close an open block as close_id does
     forbid_eos: bool = False  # the answer may not end inside the block
 

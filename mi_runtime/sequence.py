@@ -8,7 +8,7 @@ import time
 from enum import Enum, auto
 
 from mi_runtime.request import Dial, EngineRequest
-from mi_runtime.thinking import ThinkingState
+from mi_runtime.thinking import ThinkingState, TokenMarks
 
 
 class Status(Enum):
@@ -42,7 +42,7 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, marks: TokenMarks | None = None) -> None:
         self.request = request
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
@@ -54,7 +54,7 @@ class Sequence:
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
         self.switch_at: int | None = None  # position from which on the answer's dial holds
-        self.thinking = None if request.think is None else ThinkingState(request.think)
+        self.thinking = None if request.think is None else ThinkingState(request.think, marks)
         self.arrival = time.monotonic()  # seconds
         self.first_run: float | None = None  # seconds, of the same clock
 

@@ -2,10 +2,12 @@
 
 Knows the ids of the tags and nothing of text: the tokens between the tags are the reasoning. A
 sequence has at most one think block. The prompt opens it, or the first open tag in the answer
-does; after it closed nothing opens it again. At the cap the closing sequence is forced, token by
-token; in the window before the cap it is forced where a sentence or a line ends.
+does, if only blanks stand before it; after it closed nothing opens it again. At the cap the closing
+sequence is forced, token by token; in the window before the cap it is forced where a sentence or a
+line ends.
 """
 
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from mi_runtime.request import ThinkPolicy
@@ -14,14 +16,24 @@ from mi_runtime.request import ThinkPolicy
 class Phase(Enum):
     OUTSIDE = auto()  # no block was opened yet
     INSIDE = auto()
-    CLOSED = auto()
+    CLOSED = auto()  # none can be opened any more
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMarks:
+    """What the text of single tokens means to think blocks: one value for all requests."""
+
+    soft_ends: frozenset[int] = frozenset()  # for policies that bring none of their own
+    blanks: frozenset[int] | None = None  # what may stand before the open tag; None: anything
 
 
 class ThinkingState:
     """The think block of one sequence, told each new token in turn."""
 
-    def __init__(self, policy: ThinkPolicy) -> None:
+    def __init__(self, policy: ThinkPolicy, marks: TokenMarks | None = None) -> None:
         self._policy = policy
+        self._marks = marks or TokenMarks()
+        self._soft_ends = policy.soft_ends or self._marks.soft_ends
         self._forced: tuple[int, ...] = ()  # what is still to be written, in order
         self.phase = Phase.INSIDE if policy.opened_by_prompt else Phase.OUTSIDE
         self.reasoning_tokens = 0  # the tags and the forced closing sequence are not counted
@@ -46,13 +58,20 @@ class ThinkingState:
             self._forced = self._forced[1:]
         elif inside:
             self._observe_inside(token_id)
-        elif self.phase is Phase.OUTSIDE and token_id == self._policy.open_id:
-            self.phase = Phase.INSIDE
-            self._close_if_due(None)
+        elif self.phase is Phase.OUTSIDE:
+            self._observe_outside(token_id)
         if inside and token_id == self._policy.close_id:
             self.phase = Phase.CLOSED
             self.forced_close = forced
         return inside and self.phase is Phase.CLOSED
+
+    def _observe_outside(self, token_id: int) -> None:
+        blanks = self._marks.blanks
+        if token_id == self._policy.open_id:
+            self.phase = Phase.INSIDE
+            self._close_if_due(None)
+        elif blanks is not None and token_id not in blanks:
+            self.phase = Phase.CLOSED  # the answer has begun: a tag in it is text
 
     def _observe_inside(self, token_id: int) -> None:
         policy = self._policy
@@ -67,5 +86,5 @@ class ThinkingState:
         if cap is None or self.phase is not Phase.INSIDE:
             return
         in_window = self.reasoning_tokens >= cap - self._policy.soft_window
-        if self.reasoning_tokens >= cap or (in_window and token_id in self._policy.soft_ends):
+        if self.reasoning_tokens >= cap or (in_window and token_id in self._soft_ends):
             self._forced = self._policy.closing
