@@ -5,7 +5,7 @@ on weights merged offline in fp32, group by group; and for an answer with a dial
 slow twin that keeps its KV, two merged models over one `DynamicCache`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,13 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy, TokenEvent
 from mi_runtime.rows import Way
+from mi_runtime.scheduler import Scheduler
+from mi_runtime.sequence import Sequence
 from mi_runtime.swap import group_of
 from tests.runtime import oracle
 from tests.runtime.families import SMALL, VOCABULARY
@@ -121,7 +126,7 @@ def make_engine(directories: Directories, **settings: Any) -> Engine:
     return Engine(EngineConfig(*map(str, directories), **small | settings))
 
 
-def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, list[TokenEvent]]:
+def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, list[TokenEvent]]:
     """The events of each request, with everything checked after every step."""
     events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
     for request in requests:
@@ -475,3 +480,38 @@ def test_two_answer_dials_of_one_reasoning_share_only_the_reasoning(pair_of: Pai
     assert engine.stats().preemptions
     assert len({tuple(twin.output[: CAP + 1]) for twin in twins.values()}) == 1
     assert len({tuple(twin.output) for twin in twins.values()}) > 3
+
+
+BLOCK = 4
+HISTORIES = st.tuples(
+    st.sampled_from([Dial(0.2), Dial(0.3)]),
+    st.sampled_from([Dial(0.2), Dial(0.4), Dial.on_grid(0.4, 0.01, {"head": 0.5})]),
+    st.lists(st.sampled_from([5, CLOSE, CLOSE + 1]), min_size=2 * BLOCK, max_size=3 * BLOCK),
+    st.sampled_from([CLOSE, CLOSE + 1]),
+)
+History = tuple[Dial, Dial, list[int], int]
+
+
+def keys_and_kv(history: History) -> tuple[list[bytes], list[tuple[tuple[int, Dial], ...]]]:
+    """The key of each full block after a prompt of one token, and all that its KV depends on."""
+    dial, answer_dial, output, close = history
+    think = ThinkPolicy(OPEN, close, opened_by_prompt=True)
+    sequence = Sequence(EngineRequest("r", (7,), dial, think=think, answer_dial=answer_dial))
+    for token in output:
+        sequence.append(token)
+    limits = {"max_model_len": 64, "max_num_seqs": 8, "max_batched_tokens": 64}
+    scheduler = Scheduler(BlockPool(64, BLOCK), vocab_size=VOCABULARY, **limits)
+    positions = [(token, sequence.dial_at(at)) for at, token in enumerate(sequence.tokens)]
+    ends = range(BLOCK, len(sequence) + 1, BLOCK)
+    keys = [scheduler._block_key(sequence, end // BLOCK - 1) for end in ends]
+    return keys, [tuple(positions[:end]) for end in ends]
+
+
+@given(one=HISTORIES, other=HISTORIES)
+def test_a_key_names_the_token_and_the_dial_of_every_position(one: History, other: History) -> None:
+    """Two sequences may write the same tokens and switch at different ones of them."""
+    kv_of: dict[bytes, tuple[tuple[int, Dial], ...]] = {}
+    for keys, kv in (keys_and_kv(one), keys_and_kv((*other[:2], one[2], other[3]))):
+        for key, computed in zip(keys, kv, strict=True):
+            assert kv_of.setdefault(key, computed) == computed
+    assert keys_and_kv(one) == keys_and_kv(one)

@@ -112,6 +112,8 @@ def test_blended_groups_are_used_from_the_cache_by_group_and_λ() -> None:
     used = [("embed", 0.3), ("0.mlp", 0.3), ("1.attn", 0.3), ("head", 0.7)]
     assert groups.cache.missing(used) == 0
     assert groups.cache.builds == len(used)
+    for group, value in used:
+        assert groups.slot(group, kept=False).now.blend is groups.cache.use((group, value))
 
 
 # --- From step to step --------------------------------------------------------------------------
@@ -158,6 +160,9 @@ def test_every_blended_execution_is_a_hit_or_a_build() -> None:
     groups = groups_of()
     for dial in (Dial(0.3), Dial(0.3), Dial(0.4), Dial(0.3), SPLIT, SPLIT):
         groups.begin(step(dial, blended=True))
+        groups.begin(step(dial, blended=True))
+        assert groups.cache.hits + groups.cache.builds == groups.executions[B]
+        groups.begin(step(dial, Dial(0.9), blended=True))
         assert groups.cache.hits + groups.cache.builds == groups.executions[B]
     assert groups.cache.builds == 2 * len(NAMES) + 1
 
