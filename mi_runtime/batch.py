@@ -36,6 +36,7 @@ def build_batch(
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
+    opened: list[int] = []
     lambdas: list[float] = []
     kept: list[int] = []
     prefills: list[Prefill] = []
@@ -52,6 +53,8 @@ def build_batch(
             table[position // block_size] * block_size + position % block_size
             for position in range(start, end)
         ]
+        if end % block_size and end - end % block_size >= start:
+            opened.append(table[end // block_size])
         lambdas += [sequence.request.dial.reasoning_lambda] * chunk.length
         if chunk.samples:
             kept.append(len(ids) - 1)
@@ -63,13 +66,18 @@ def build_batch(
         endpoint=common_endpoint(lambdas),
         attention=AttentionPlan(
             slots=tensor(slots),
+            opened=tensor(opened),
             decodes=decodes,
-            tables=tensor(_padded_tables(chunks[:decodes], zero_block)).view(decodes, -1),
+            tables=tensor(_padded_tables(chunks[:decodes], block_size, zero_block)).view(
+                decodes, -1
+            ),
             lengths=tensor([chunk.start + 1 for chunk in chunks[:decodes]]),
             prefills=tuple(prefills),
         )
         if decodes
-        else AttentionPlan(tensor(slots), 0, tensor([]), tensor([]), tuple(prefills)),
+        else AttentionPlan(
+            tensor(slots), tensor(opened), 0, tensor([]), tensor([]), tuple(prefills)
+        ),
         sampling=tuple(chunk.sequence for chunk in chunks if chunk.samples),
     )
 
@@ -81,7 +89,8 @@ def _leading_decodes(chunks: list[Chunk]) -> int:
     return len(chunks)
 
 
-def _padded_tables(chunks: list[Chunk], zero_block: int) -> list[int]:
-    tables = [chunk.sequence.block_table for chunk in chunks]
+def _padded_tables(chunks: list[Chunk], block_size: int, zero_block: int) -> list[int]:
+    """The blocks of every decode's KV, none that it has for later."""
+    tables = [chunk.sequence.block_table[: chunk.start // block_size + 1] for chunk in chunks]
     width = max(map(len, tables))
     return [block for table in tables for block in table + [zero_block] * (width - len(table))]

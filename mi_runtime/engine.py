@@ -11,12 +11,12 @@ from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.pair import Pair, PairError, check_pair
 from mi_runtime.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
 from mi_runtime.runner import Runner
-from mi_runtime.scheduler import Chunk, Scheduler
+from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
 
 # Share of the free memory that KV blocks may take, unless the configuration says how much.
 KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.85}
-NOT_FINITE = "the model's logits for this request are not finite"
+NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not finite"
 
 
 class Engine:
@@ -75,7 +75,7 @@ class Engine:
         self._steps += 1
         sampling = [chunk for chunk in chunks if chunk.samples]
         events = [
-            self._fail(chunk)
+            self.scheduler.fail(chunk.sequence, NOTHING_TO_DRAW)
             for chunk, result in zip(sampling, results, strict=True)
             if result is None
         ]
@@ -108,10 +108,6 @@ class Engine:
             endpoint_steps=self._runner.endpoint_steps,
             pair_steps=self._runner.pair_steps,
         )
-
-    def _fail(self, chunk: Chunk) -> TokenEvent:
-        self._runner.forget(chunk.sequence)
-        return self.scheduler.fail(chunk.sequence, NOT_FINITE)
 
 
 def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> int:

@@ -7,7 +7,6 @@ from mi_runtime.batch import build_batch
 from mi_runtime.load import BlendedModel
 from mi_runtime.sampler import Sampler
 from mi_runtime.scheduler import Chunk, Sampled
-from mi_runtime.sequence import Sequence
 
 
 class Runner:
@@ -32,10 +31,6 @@ class Runner:
         logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
         self._count(batch.endpoint)
         return self._sampler.sample(logits, batch.sampling) if batch.sampling else []
-
-    def forget(self, sequence: Sequence) -> None:
-        """Wipes the KV of a sequence whose values are not finite, before its blocks are reused."""
-        self._attention.clear(sequence.block_table)
 
     def _count(self, endpoint: int | None) -> None:
         if endpoint is None:
