@@ -21,6 +21,7 @@ from transformers.utils import logging
 from bench.report import interleaved, publish
 from bench.workload import EMBEDDED, NEW_TOKENS, REQUESTS, prompts, requests
 from mi_runtime.engine import Engine
+from mi_runtime.worker import default_threads
 
 ONE_LAMBDA = 0.5
 PAGE_SIZES = (16, 32, 64, 256)
@@ -28,7 +29,7 @@ PAGE_SIZES = (16, 32, 64, 256)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
