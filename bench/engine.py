@@ -36,6 +36,7 @@ from bench.report import publish
 from bench.static import StaticEngine, blended_config, write_merged
 from bench.workload import BUILD, EMBEDDED_PAIR, REQUESTS, Pair, midsize_pair, prompts, requests
 from mi_runtime.engine import Engine
+from mi_runtime.worker import default_threads
 
 HOT = 0.5
 EIGHT = [0.06 + 0.125 * index for index in range(8)]
@@ -57,7 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", default="embedded,midsize")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,8 +1,9 @@
 """Attention over paged KV, as one function registered with `transformers`.
 
 The KV cache of a layer is `[blocks + 1, block_size, kv_heads, head_dim]`, keys and values apart.
-The extra block stays zero: it fills up block tables, so that a gather never reads what belongs to
-nobody. This is the reference for every device: it gathers each sequence's blocks and calls
+A gather reads whole blocks, and a masked NaN would still reach a sum: so the part of a block that
+is not written yet is always zero, and so is the extra block, which fills up block tables. This is
+the reference for every device: it gathers each sequence's blocks and calls
 `scaled_dot_product_attention`; single-token rows (decodes) go through it together, prefill chunks
 one by one. Cost of a decode: one copy of the keys and values read, padded to the longest row.
 """
@@ -102,6 +103,7 @@ class AttentionPlan:
     """How the rows of one flat batch attend. Rows before `decodes` are single tokens."""
 
     slots: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
+    opened: Tensor  # [any] int64: blocks that are filled in part, from their first slot on
     decodes: int
     tables: Tensor  # [decodes, blocks of the longest] int64, filled up with the zero block
     lengths: Tensor  # [decodes] int64: tokens of each decode's sequence, its own token counted
@@ -136,11 +138,6 @@ class PagedAttention:
         self._plan = plan
         self._decode_masks.clear()
 
-    def clear(self, blocks: list[int]) -> None:
-        """Zeroes blocks whose content is not finite: a masked NaN would still reach a sum."""
-        for cache in (*self._keys, *self._values):
-            cache[blocks] = 0
-
     def attend(
         self,
         layer: int,
@@ -155,6 +152,9 @@ class PagedAttention:
         plan = self._plan
         assert plan is not None
         keys, values = self._keys[layer], self._values[layer]
+        if len(plan.opened):
+            keys.index_fill_(0, plan.opened, 0)
+            values.index_fill_(0, plan.opened, 0)
         keys.flatten(0, 1).index_copy_(0, plan.slots, key)
         values.flatten(0, 1).index_copy_(0, plan.slots, value)
         outputs = []

@@ -37,6 +37,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
     slots: list[int] = []
     dials: dict[Dial, int] = {}
     index: list[int] = []
+    opened: list[int] = []
     kept: list[int] = []
     prefills: list[Prefill] = []
     chunks = part.chunks
@@ -53,6 +54,8 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
             table[position // block_size] * block_size + position % block_size
             for position in range(start, end)
         ]
+        if end % block_size and end - end % block_size >= start:
+            opened.append(table[end // block_size])
         if chunk.dial is not None:
             index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
         else:
@@ -69,13 +72,18 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
         rows=StepRows(tuple(dials), tuple(index), tuple(kept), part.blended),
         attention=AttentionPlan(
             slots=tensor(slots),
+            opened=tensor(opened),
             decodes=decodes,
-            tables=tensor(_padded_tables(chunks[:decodes], zero_block)).view(decodes, -1),
+            tables=tensor(_padded_tables(chunks[:decodes], block_size, zero_block)).view(
+                decodes, -1
+            ),
             lengths=tensor([chunk.start + 1 for chunk in chunks[:decodes]]),
             prefills=tuple(prefills),
         )
         if decodes
-        else AttentionPlan(tensor(slots), 0, tensor([]), tensor([]), tuple(prefills)),
+        else AttentionPlan(
+            tensor(slots), tensor(opened), 0, tensor([]), tensor([]), tuple(prefills)
+        ),
         sampling=tuple(chunk.sequence for chunk in chunks if chunk.samples),
     )
 
@@ -87,7 +95,8 @@ def _leading_decodes(chunks: list[Chunk]) -> int:
     return len(chunks)
 
 
-def _padded_tables(chunks: list[Chunk], zero_block: int) -> list[int]:
-    tables = [chunk.sequence.block_table for chunk in chunks]
+def _padded_tables(chunks: list[Chunk], block_size: int, zero_block: int) -> list[int]:
+    """The blocks of every decode's KV, none that it has for later."""
+    tables = [chunk.sequence.block_table[: chunk.start // block_size + 1] for chunk in chunks]
     width = max(map(len, tables))
     return [block for table in tables for block in table + [zero_block] * (width - len(table))]

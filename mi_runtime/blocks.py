@@ -123,6 +123,14 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
+    def forget(self, block_table: Sequence[int]) -> None:
+        """Lets `find` no longer return the blocks that only this table holds."""
+        for block in block_table:
+            key = self._key_of[block]
+            if key is not None and self._references[block] == 1:
+                del self._block_of[key]
+                self._key_of[block] = None
+
     def check_integrity(self) -> None:
         """Asserts every invariant of the pool. O(blocks)."""
         free, cached = set(self._free), set(self._cached)

@@ -12,14 +12,14 @@ from mi_runtime.planner import Planner
 from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
 from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
 from mi_runtime.runner import Runner
-from mi_runtime.scheduler import Chunk, Scheduler
+from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
 
 # Share of the free memory that KV blocks may take, unless the configuration says how much.
 KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.6}
 # Share of the free memory that blended weights may take, likewise.
 BLEND_MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.25}
-NOT_FINITE = "the model's logits for this request are not finite"
+NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not finite"
 
 
 class Engine:
@@ -89,7 +89,7 @@ class Engine:
         self._steps += 1
         sampling = [chunk for chunk in chunks if chunk.samples]
         events = [
-            self._fail(chunk)
+            self.scheduler.fail(chunk.sequence, NOTHING_TO_DRAW)
             for chunk, result in zip(sampling, results, strict=True)
             if result is None
         ]
@@ -128,10 +128,6 @@ class Engine:
             blend_bytes=self._groups.cache.nbytes,
             forced_closes=scheduler.forced_closes,
         )
-
-    def _fail(self, chunk: Chunk) -> TokenEvent:
-        self._runner.forget(chunk.sequence)
-        return self.scheduler.fail(chunk.sequence, NOT_FINITE)
 
 
 def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> int:

@@ -99,6 +99,9 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
         probe.check(instruct, groups, expected, kind)
     except UnsupportedModel as error:
         raise PairError([f"model_type {instruct.config.model_type}: {error}"]) from error
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # of the model's code
+        reason = f"its forward does not run with pair modules ({type(error).__name__}: {error})"
+        raise PairError([f"model_type {instruct.config.model_type}: {reason}"]) from error
     shapes = probe.attention.shapes
     return BlendedModel(
         model=instruct,
@@ -129,6 +132,7 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -140,7 +144,7 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     ]
     problems += [
         f"{endpoint.directory}: tensor {name} has values that are not finite"
-        for name, tensor in model.named_parameters()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not torch.isfinite(tensor).all()
     ]
     if problems:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -150,7 +151,7 @@ def _read_config(
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         problems.append(f"{path}: not a readable model config ({_first_line(error)})")
         return None
     return config, raw
@@ -161,7 +162,7 @@ def _weight_files(directory: Path, problems: list[str]) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{index}: not a readable index ({_first_line(error)})")
             return []
         missing = [name for name in names if not (directory / name).is_file()]
@@ -265,8 +266,8 @@ def _tokenizer_mismatches(pair: Pair) -> list[str]:
 
 def _read_tokenizer(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         problems.append(f"{path}: not a readable tokenizer ({_first_line(error)})")
         return None
     return content

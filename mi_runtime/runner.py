@@ -43,10 +43,6 @@ class Runner:
         of = dict(zip(sequences, sampled, strict=True))
         return [of[chunk.sequence] for chunk in chunks if chunk.samples]
 
-    def forget(self, sequence: Sequence) -> None:
-        """Wipes the KV of a sequence whose values are not finite, before its blocks are reused."""
-        self._attention.clear(sequence.block_table)
-
     def _forward(self, part: Part) -> tuple[Tensor, tuple[Sequence, ...]]:
         attention, model = self._attention, self._model
         batch = build_batch(part, attention.block_size, attention.zero_block, model.device)

@@ -7,6 +7,7 @@ inverting the cumulative distribution at one uniform number of the sequence's ow
 row's token depends on its own logits and its own generator, never on the batch it came in.
 """
 
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,7 @@ from mi_runtime.request import TokenLogprobs
 from mi_runtime.scheduler import Sampled
 from mi_runtime.sequence import Sequence
 
+SMALLEST = 2**-126  # the smallest normal float32
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 
@@ -41,26 +43,32 @@ class Sampler:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
     def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> list[Sampled | None]:
-        """One token a row of `logits` `[rows, vocabulary]`; None for a row that is not finite."""
-        finite = logits.isfinite().all(1).tolist()
-        if not all(finite):
+        """One token a row of `logits` `[rows, vocabulary]`.
+
+        None for a row that is not finite, or where penalties, bias and forbidden ends leave nothing
+        to draw from.
+        """
+        drawable = logits.isfinite().all(1)
+        if not drawable.all():
             logits = logits.nan_to_num(0.0, 0.0, 0.0)
-        changed = self._change_logits(logits, sequences)
+        changed = logits.float()
+        if any(map(_changes_logits, sequences)):
+            if changed is logits:  # the model's own are read again for log-probabilities
+                changed = logits.clone()
+            self._change(changed, sequences)
+            drawable &= changed.amax(1).isfinite()
+            changed[~drawable] = 0.0
         tokens = _choose(changed, sequences)
         logprobs = _logprobs(logits, tokens, sequences)
         return [
-            (token, logprob) if is_finite else None
-            for token, logprob, is_finite in zip(tokens, logprobs, finite, strict=True)
+            (token, logprob) if is_drawable else None
+            for token, logprob, is_drawable in zip(tokens, logprobs, drawable.tolist(), strict=True)
         ]
 
-    def _change_logits(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
-        changed = logits.float()
-        if changed is logits:  # the model's own are read again for log-probabilities
-            changed = logits.clone() if any(map(_changes_logits, sequences)) else logits
-        self._penalize(changed, sequences)
-        _add_bias(changed, sequences)
-        _forbid_ends(changed, sequences)
-        return changed
+    def _change(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
+        self._penalize(logits, sequences)
+        _add_bias(logits, sequences)
+        _forbid_ends(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         rows = [row for row, sequence in enumerate(sequences) if _has_penalty(sequence)]
@@ -102,8 +110,8 @@ def _changes_logits(sequence: Sequence) -> bool:
     )
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+def _column(values: Iterable[float], like: Tensor) -> Tensor:
+    return torch.tensor([*values], dtype=torch.float32, device=like.device).unsqueeze(1)
 
 
 def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
@@ -114,7 +122,8 @@ def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
     ]
     if entries:
         rows, tokens, biases = zip(*entries, strict=True)
-        logits[list(rows), list(tokens)] += _column(list(biases), logits).squeeze(1)
+        index = tuple(torch.tensor(part, device=logits.device) for part in (rows, tokens))
+        logits.index_put_(index, _column(biases, logits).squeeze(1), accumulate=True)
 
 
 def _forbid_ends(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
@@ -123,6 +132,7 @@ def _forbid_ends(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         for row, sequence in enumerate(sequences)
         if sequence.forbids_ending
         for token in sequence.ending_token_ids
+        if 0 <= token < logits.shape[1]  # a config may name an end that the vocabulary lacks
     ]
     if entries:
         rows, tokens = zip(*entries, strict=True)
@@ -143,7 +153,8 @@ def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> list[int]:
     for rows, draw in ((free, _draw), (cut, _draw_cut)):
         if rows:
             mine = [sequences[row] for row in rows]
-            for row, token in zip(rows, draw(logits[rows], mine).tolist(), strict=True):
+            chosen = draw(logits[rows], mine).tolist()  # the index makes a copy
+            for row, token in zip(rows, chosen, strict=True):
                 tokens[row] = token
     return [
         chosen if must is None else must
@@ -157,8 +168,11 @@ def _is_cut(sequence: Sequence) -> bool:
 
 
 def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Of rows at their temperatures; `logits` is overwritten."""
     temperatures = [sequence.request.sampling.temperature for sequence in sequences]
-    return (logits / _column(temperatures, logits)).softmax(1)
+    logits -= logits.amax(1, keepdim=True)  # so that a small temperature cannot overflow
+    logits /= _column(temperatures, logits).clamp(min=SMALLEST)
+    return logits.softmax(1)
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -173,19 +187,25 @@ def _invert(weights: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Draws from what top-k, top-p and min-p leave."""
+    """Draws from what top-k, top-p and min-p leave.
+
+    The cut is a least probability: tokens as probable as the last one kept are kept as well, since
+    the order of equals depends on the batch.
+    """
     params = [sequence.request.sampling for sequence in sequences]
     vocabulary = logits.shape[1]
     top_k = [min(one.top_k or vocabulary, vocabulary) for one in params]
-    best, ids = _probabilities(logits, sequences).topk(max(top_k), dim=1)  # best first
-    rank = torch.arange(best.shape[1], device=best.device)
-    best = best * (rank < _column([float(k) for k in top_k], best))
-    before = best.cumsum(1) - best
+    probabilities = _probabilities(logits, sequences)
+    best = probabilities.topk(max(top_k), dim=1).values  # sorted, best first
+    in_top_k = torch.arange(best.shape[1], device=best.device) < _column(top_k, best)
+    cumulative = (best * in_top_k).cumsum(1)
     top_p = _column([one.top_p for one in params], best)
     min_p = _column([one.min_p for one in params], best)
-    kept = (before < top_p * best.sum(1, keepdim=True)) & (best >= min_p * best[:, :1])
+    in_top_p = (cumulative - best < top_p * cumulative[:, -1:]) | (top_p >= 1)
+    kept = in_top_k & in_top_p & (best >= min_p * best[:, :1])
     kept[:, 0] = True
-    return ids.gather(1, _invert(best * kept, sequences).unsqueeze(1)).squeeze(1)
+    least = best.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+    return _invert(probabilities * (probabilities >= least), sequences)
 
 
 def _logprobs(
@@ -198,9 +218,8 @@ def _logprobs(
         return out
     table = logits[rows].float().log_softmax(1)
     own = table.gather(1, torch.tensor([[tokens[row]] for row in rows], device=table.device))
-    width = min(max(wanted[row] or 0 for row in rows), table.shape[1])
-    values, ids = (part.tolist() for part in table.topk(width, dim=1))
     for index, row in enumerate(rows):
-        top = zip(ids[index], values[index], strict=True)
-        out[row] = TokenLogprobs(own[index].item(), tuple(top)[: wanted[row]])
+        best = table[index].topk(min(wanted[row] or 0, table.shape[1]))
+        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        out[row] = TokenLogprobs(own[index].item(), tuple(top))
     return out

@@ -152,6 +152,8 @@ class Scheduler:
             raise RequestRejected(
                 f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens"
             )
+        for token_id, _ in request.sampling.logit_bias:
+            self._check_token(token_id, "logit_bias")
 
     def add(self, sequence: Sequence) -> None:
         """Puts an admitted request's sequence at the end of the line."""
@@ -167,7 +169,8 @@ class Scheduler:
         return self._end(sequence, FinishReason.ABORT)
 
     def fail(self, sequence: Sequence, message: str) -> TokenEvent:
-        """Ends a request that cannot be computed; the others go on."""
+        """Ends a request that cannot be computed; the others go on, and none will find its KV."""
+        self.blocks.forget(sequence.block_table)
         return self._end(sequence, FinishReason.ERROR, message)
 
     def schedule(self) -> list[Chunk]:
@@ -366,11 +369,13 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         for token_id in (min(prompt), max(prompt)):
-            if not 0 <= token_id < self.vocab_size:
-                raise RequestRejected(
-                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}",
-                    param="prompt",
-                )
+            self._check_token(token_id, "prompt")
+
+    def _check_token(self, token_id: int, param: str) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestRejected(
+                f"token id {token_id} is outside the vocabulary of {self.vocab_size}", param=param
+            )
 
     def _check_running(self, sequence: Sequence) -> None:
         assert sequence.status is Status.RUNNING

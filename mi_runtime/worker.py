@@ -8,6 +8,7 @@ the other sees the end of the pipe at once.
 
 import argparse
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -33,6 +34,7 @@ LOAD_FAILED = 2  # exit code
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other process decides
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="this process's end of the pipe")
     connection = Connection(parser.parse_args().fd)

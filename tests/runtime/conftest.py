@@ -1,7 +1,6 @@
 """Pairs on disk, each built once a session, and engines over them."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,13 @@ def _one_thread() -> Iterator[None]:
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PairOf]:
     """`pair_of(family, **changes)`: the directories of a random pair, the same one every time."""
 
-    @cache
+    pairs: dict[str, tuple[Path, Path]] = {}
+
     def pair(family: str, **changes: Any) -> tuple[Path, Path]:
-        return write_pair(tmp_path_factory.mktemp(family), family, **changes)
+        name = f"{family} {changes}"
+        if name not in pairs:
+            pairs[name] = write_pair(tmp_path_factory.mktemp(family), family, **changes)
+        return pairs[name]
 
     yield pair
     oracle.endpoint.cache_clear()

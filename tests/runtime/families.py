@@ -76,7 +76,7 @@ def write_pair(
 def write_checkpoint(
     directory: Path, family: str, seed: int, *, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> None:
-    settings = {**SMALL, **FAMILIES[family], **changes}
+    settings = {**SMALL, **FAMILIES.get(family, {}), **changes}
     config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)

@@ -125,6 +125,26 @@ def test_the_second_block_of_the_same_content_stays_private() -> None:
     blocks.check_integrity()
 
 
+def test_forgotten_content_is_not_found_and_its_blocks_become_free() -> None:
+    blocks = pool()
+    table = filled(blocks, b"a", b"b")
+    blocks.forget(table)
+    assert blocks.find(b"a") is None
+    blocks.release(table)
+    assert (blocks.free, blocks.cached) == (4, 0)
+    blocks.check_integrity()
+
+
+def test_shared_content_is_not_forgotten() -> None:
+    blocks = pool()
+    table = filled(blocks, b"a")
+    shared = blocks.acquire(table, 1)
+    assert shared is not None
+    blocks.forget(shared)
+    assert blocks.find(b"a") == table[0]
+    blocks.check_integrity()
+
+
 def test_a_block_released_twice_is_our_mistake() -> None:
     blocks = pool()
     table = [blocks.allocate()]
@@ -228,6 +248,15 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
             block.references -= 1
             block.released = next(self.clock)
         self.twin = [block for block in self.twin if block.references or block.key]
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from(self.tables))
+        self.pool.forget([number for number, _ in table])
+        for _, block in table:
+            if block.references == 1:
+                block.key = None
 
     @precondition(lambda self: any(self.tables))
     @rule(data=st.data(), key=keys)

@@ -1,0 +1,220 @@
+"""The engine process itself, over its pipe."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mi_runtime.config import EngineConfig
+from mi_runtime.request import (
+    Abort,
+    Dial,
+    EngineRequest,
+    FinishReason,
+    LoadFailed,
+    Ready,
+    SamplingParams,
+    StepReport,
+    Submit,
+    TokenEvent,
+)
+from tests.runtime import oracle
+
+Directories = tuple[Path, Path]
+ROOT = Path(__file__).parents[2]
+SECONDS = 60  # that a process may take to answer or to end
+PROMPT = tuple(range(5, 18))
+ENDLESS = 200  # tokens: the request is still running when the test comes to it
+
+
+class Worker:
+    """A worker process and this side's end of its pipe."""
+
+    def __init__(self, directories: Directories, **settings: Any) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mi_runtime.worker", "--fd", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        self.pipe: Connection[Any, Any] = Connection(ours.detach())
+        instruct, thinking = map(str, directories)
+        small = {"device": "cpu", "num_blocks": 64, "block_size": 4, "threads": 1, **settings}
+        self.pipe.send(EngineConfig(instruct, thinking, **small))
+
+    def receive(self) -> Any:
+        assert self.pipe.poll(SECONDS), "the worker is silent"
+        return self.pipe.recv()
+
+    def submit(self, request_id: str, value: float = 0.5, **params: Any) -> None:
+        sampling = SamplingParams(**{"temperature": 0, "max_tokens": 6, **params})
+        self.pipe.send(Submit(EngineRequest(request_id, PROMPT, Dial(value), sampling)))
+
+    def events_until_end(self, *request_ids: str) -> list[TokenEvent]:
+        """All events until each of these requests has had its terminal one."""
+        events: list[TokenEvent] = []
+        waiting = set(request_ids)
+        while waiting:
+            report = self.receive()
+            assert isinstance(report, StepReport)
+            events += report.events
+            waiting -= {event.request_id for event in report.events if event.finish_reason}
+        return events
+
+    def exit_code(self) -> int:
+        self.pipe.close()
+        return self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(SECONDS)
+        assert self.process.stderr is not None
+        self.errors = self.process.stderr.read()
+        self.process.stderr.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Callable[..., Worker]]:
+    """`started(pair)`: a worker that is gone at the end whatever happens."""
+    workers: list[Worker] = []
+
+    def start(directories: Directories, **settings: Any) -> Worker:
+        workers.append(Worker(directories, **settings))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.kill()
+            worker.wait()
+        worker.pipe.close()
+
+
+@pytest.fixture(scope="module")
+def worker(started: Callable[..., Worker], qwen3_pair: Directories) -> Worker:
+    """One that is ready and stays so."""
+    one = started(qwen3_pair)
+    assert isinstance(one.receive(), Ready)
+    return one
+
+
+def tokens(events: list[TokenEvent], request_id: str) -> list[int | None]:
+    return [event.token_id for event in events if event.request_id == request_id]
+
+
+# --- A life, from its start to the end of the pipe ----------------------------------------------
+
+
+def test_a_worker_says_it_is_ready_and_ends_with_its_pipe(
+    started: Callable[..., Worker], qwen3_pair: Directories
+) -> None:
+    one = started(qwen3_pair)
+    ready = one.receive()
+    assert isinstance(ready, Ready)
+    assert (ready.info.model_type, ready.info.num_blocks) == ("qwen3", 64)
+    assert one.exit_code() == 0
+    assert "Traceback" not in one.errors
+
+
+def test_closing_the_pipe_ends_a_worker_that_is_busy(
+    started: Callable[..., Worker], qwen3_pair: Directories
+) -> None:
+    one = started(qwen3_pair)
+    assert isinstance(one.receive(), Ready)
+    one.submit("r", max_tokens=ENDLESS)
+    assert isinstance(one.receive(), StepReport)
+    assert one.exit_code() == 0
+    assert "Traceback" not in one.errors
+
+
+def test_a_killed_worker_is_the_end_of_the_pipe(
+    started: Callable[..., Worker], qwen3_pair: Directories
+) -> None:
+    one = started(qwen3_pair)
+    assert isinstance(one.receive(), Ready)
+    one.submit("r", max_tokens=ENDLESS)
+    one.process.kill()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        one.events_until_end("r")
+    assert one.wait() < 0
+
+
+def test_a_pair_that_cannot_be_served_is_told_and_the_exit_code_is_2(
+    started: Callable[..., Worker], qwen3_pair: Directories, tmp_path: Path
+) -> None:
+    one = started((qwen3_pair[0], tmp_path / "nothing"))
+    report = one.receive()
+    assert isinstance(report, LoadFailed)
+    assert "nothing: no such directory" in report.message
+    assert one.wait() == 2
+    assert "Traceback" not in one.errors
+
+
+def test_an_interrupt_from_the_terminal_is_left_to_the_other_process(worker: Worker) -> None:
+    """Ctrl-C goes to both processes; the requests that drain must still be answered."""
+    worker.submit("r", max_tokens=ENDLESS)
+    worker.process.send_signal(signal.SIGINT)
+    assert len(worker.events_until_end("r")) == ENDLESS
+
+
+# --- Requests -----------------------------------------------------------------------------------
+
+
+def test_requests_are_answered_step_by_step(worker: Worker, qwen3_pair: Directories) -> None:
+    values = {"a": 0.0, "b": 0.3, "c": 1.0}
+    for request_id, value in values.items():
+        worker.submit(request_id, value)
+    events = worker.events_until_end(*values)
+    for request_id, value in values.items():
+        expected = oracle.greedy(oracle.merged(*qwen3_pair, value), list(PROMPT), 6)
+        assert tokens(events, request_id) == expected
+
+
+def test_an_abort_is_answered_with_the_terminal_event(worker: Worker) -> None:
+    worker.submit("gone", max_tokens=ENDLESS)
+    worker.submit("stays", 0.2)
+    worker.receive()
+    worker.pipe.send(Abort("gone"))
+    events = worker.events_until_end("gone", "stays")
+    ends = {event.request_id: event.finish_reason for event in events if event.finish_reason}
+    assert ends == {"gone": FinishReason.ABORT, "stays": FinishReason.LENGTH}
+
+
+def test_aborting_the_only_request_is_reported_at_once(worker: Worker) -> None:
+    worker.submit("alone", max_tokens=ENDLESS)
+    worker.pipe.send(Abort("alone"))
+    assert worker.events_until_end("alone")[-1].finish_reason is FinishReason.ABORT
+
+
+def test_a_rejected_request_ends_with_an_error_and_the_worker_goes_on(worker: Worker) -> None:
+    worker.submit("bad", max_tokens=0)
+    worker.submit("good")
+    events = worker.events_until_end("bad", "good")
+    (error,) = [event for event in events if event.request_id == "bad"]
+    assert (error.token_id, error.finish_reason) == (None, FinishReason.ERROR)
+    assert error.error == "max_tokens must be at least 1, not 0"
+    assert len(tokens(events, "good")) == 6
+
+
+def test_the_abort_of_an_unknown_request_says_nothing(worker: Worker) -> None:
+    worker.pipe.send(Abort("unknown"))
+    assert not worker.pipe.poll(0.2)
+
+
+def test_every_report_has_the_stats_of_its_moment(worker: Worker) -> None:
+    worker.submit("r", 0.4, max_tokens=3)
+    reports = [worker.receive() for _ in range(3)]
+    assert [report.stats.running for report in reports] == [1, 1, 0]
+    assert reports[0].stats.running_lambdas == (0.4,)
+    assert reports[-1].stats.used_blocks == 0
+    steps = [report.stats.steps for report in reports]
+    assert steps == list(range(steps[0], steps[0] + 3))
