@@ -59,8 +59,9 @@ class BlendCache:
         return key in self._blends
 
     def begin_step(self) -> None:
-        """What the last step used may be evicted from now on."""
+        """What the last step used may be evicted from now on, and is where it was too much."""
         self._in_use.clear()
+        self._evict()
 
     def use(self, key: Key) -> Blend:
         """The entry, made empty if there is none; it stays until the next `begin_step`."""
@@ -77,11 +78,7 @@ class BlendCache:
     def grow(self, nbytes: int) -> None:
         """Accounts for a tensor just built, at the cost of entries that nobody uses now."""
         self.nbytes += nbytes
-        for key in self._evictable():
-            if self.nbytes <= self.budget:
-                return
-            self.nbytes -= self._blends.pop(key).nbytes
-            self.evictions += 1
+        self._evict()
 
     def missing(self, keys: Iterable[Key]) -> int:
         """How many of these entries would have to be built."""
@@ -91,5 +88,11 @@ class BlendCache:
         assert self.nbytes == sum(blend.nbytes for blend in self._blends.values())
         assert self._in_use <= self._blends.keys()
 
-    def _evictable(self) -> list[Key]:
-        return [key for key in self._blends if key not in self._in_use]
+    def _evict(self) -> None:
+        if self.nbytes <= self.budget:
+            return
+        for key in [key for key in self._blends if key not in self._in_use]:
+            self.nbytes -= self._blends.pop(key).nbytes
+            self.evictions += 1
+            if self.nbytes <= self.budget:
+                return

@@ -8,7 +8,7 @@ from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import blend_bytes, measure_costs
 from mi_runtime.memory import free_bytes
 from mi_runtime.pair import Pair, PairError, check_pair
-from mi_runtime.planner import Planner
+from mi_runtime.planner import REMEMBERED, Planner
 from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
 from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
 from mi_runtime.runner import Runner
@@ -64,6 +64,7 @@ class Engine:
             _MissingShare(model.groups),
             capacity=self._groups.cache.budget // blend_bytes(model),
         )
+        self._groups.start_counting()
         self._runner = Runner(model, planner, num_blocks, config.block_size)
         self._steps = 0
 
@@ -162,6 +163,8 @@ class _MissingShare:
         cache = self._groups.cache
         if self._changes != cache.builds + cache.evictions:
             self._changes = cache.builds + cache.evictions
+            self._known.clear()
+        if len(self._known) > REMEMBERED:
             self._known.clear()
         if dial not in self._known:
             values = [(name, dial.value_of(name)) for name in self._groups.names]

@@ -104,7 +104,7 @@ class BlendGroups:
         names = [f"{layer}.{part}" for layer in range(layers) for part in ("attn", "mlp")]
         self.names = ("embed", *names, "head")
         self.cache = cache
-        self.executions = dict.fromkeys(Way, 0)  # of groups, since start
+        self.executions = dict.fromkeys(Way, 0)  # of groups, since `start_counting`
         self._tokens = {name: RowSlot() for name in self.names}
         self._kept = {name: RowSlot() for name in self.names}
         self._dtype, self._device = dtype, device
@@ -114,6 +114,10 @@ class BlendGroups:
 
     def slot(self, group: str, kept: bool) -> RowSlot:
         return (self._kept if kept else self._tokens)[group]
+
+    def start_counting(self) -> None:
+        """What ran until now was no request's."""
+        self.executions = dict.fromkeys(Way, 0)
 
     def begin(self, step: StepRows) -> None:
         """Sets the rows of the next forward. A batch of the same shape as the last keeps them."""

@@ -43,7 +43,7 @@ class Chunk:
         """The dial of all its tokens; None where the answer's dial begins inside it."""
         first = self.sequence.dial_at(self.start)
         last = self.sequence.dial_at(self.start + self.length - 1)
-        return first if first is last else None
+        return first if first is last or first == last else None
 
     @property
     def samples(self) -> bool:

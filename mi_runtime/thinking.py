@@ -77,7 +77,7 @@ class ThinkingState:
         policy = self._policy
         if token_id in policy.close_aliases:
             self.phase = Phase.CLOSED
-        elif token_id not in (policy.open_id, policy.close_id):  # a model may repeat its open tag
+        elif token_id != policy.close_id:
             self.reasoning_tokens += 1
             self._close_if_due(token_id)
 

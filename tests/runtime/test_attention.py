@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mi_runtime.attention import LayerShape, PackedAttention, PagedAttention, attention_forward
 from mi_runtime.batch import build_batch
 from mi_runtime.blend import UnsupportedModel
+from mi_runtime.planner import Part
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
@@ -88,7 +89,11 @@ def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: 
     out = torch.full((len(query), work.kv_heads * work.group, VALUE_DIM), torch.nan)
     for chunks in steps(work, running):
         rows = rows_of(work, chunks)
-        over.begin(build_batch(chunks, work.block_size, over.zero_block, CPU).attention)
+        over.begin(
+            build_batch(
+                Part(chunks, blended=False), work.block_size, over.zero_block, CPU
+            ).attention
+        )
         own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
         out[rows] = over.attend(
             layer, query[rows], key[rows], value[rows], scale=0.3, window=work.window, sinks=own
@@ -107,7 +112,9 @@ def poison(over: PagedAttention, work: Workload) -> None:
     length = NUM_BLOCKS * work.block_size
     one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
     one.block_table = list(range(NUM_BLOCKS))
-    plan = build_batch([Chunk(one, 0, length)], work.block_size, over.zero_block, CPU).attention
+    plan = build_batch(
+        Part([Chunk(one, 0, length)], False), work.block_size, over.zero_block, CPU
+    ).attention
     key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
     value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
     query = torch.zeros(length, work.kv_heads, KEY_DIM)
@@ -168,7 +175,7 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     second.computed = 8
     for chunk in (Chunk(first, 0, 8), Chunk(second, 8, 3)):
         rows = rows_of(work, [chunk])
-        over.begin(build_batch([chunk], 4, over.zero_block, CPU).attention)
+        over.begin(build_batch(Part([chunk], False), 4, over.zero_block, CPU).attention)
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )

@@ -6,7 +6,7 @@ sequences without a cache, weights merged in fp32 from both state dicts.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +15,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mi_runtime.blend import (
-    ModuleSwap,
-    PairEmbedding,
-    PairLinear,
-    RowAxis,
-    RowLambdas,
-    UnsupportedModel,
-    common_endpoint,
-)
+from mi_runtime.blend import PairEmbedding, PairLinear, UnsupportedModel
+from mi_runtime.blend_cache import BlendCache
 from mi_runtime.blocks import BlockPool
 from mi_runtime.load import BlendedModel, Probe, load_pair
 from mi_runtime.pair import PairError, check_pair
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.rows import BlendGroups, StepRows
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
+from mi_runtime.swap import ModuleSwap, RowAxis
 from tests.runtime import oracle
 from tests.runtime.families import FAMILIES, VOCABULARY
+from tests.runtime.ways import PairPlanner
 
 Directories = tuple[Path, Path]
 PairOf = Callable[..., Directories]
@@ -83,14 +79,14 @@ class RecordingModel:
         self._model = model
         self.rows = torch.empty(0)  # [tokens, vocabulary], of the last forward
         self.endpoints: list[int | None] = []  # of every forward
-        self.lambdas = SimpleNamespace(begin=self._begin)
+        self.groups = SimpleNamespace(begin=self._begin)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def _begin(self, lambdas: Tensor, _kept: Tensor, endpoint: int | None) -> None:
-        self.endpoints.append(endpoint)
-        self._model.lambdas.begin(lambdas, torch.arange(len(lambdas)), endpoint)
+    def _begin(self, step: StepRows) -> None:
+        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))))
+        self.endpoints.append(self._model.groups.slot("head", kept=True).now.endpoint)
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         self.rows = self._model.logits(ids, positions, torch.arange(len(ids)), attention)
@@ -136,7 +132,7 @@ def answer_together(
         max_batched_tokens=max_batched_tokens,
     )
     recording = RecordingModel(model)
-    runner = Runner(recording, NUM_BLOCKS, BLOCK_SIZE)  # type: ignore[arg-type]
+    runner = Runner(recording, PairPlanner(), NUM_BLOCKS, BLOCK_SIZE)  # type: ignore[arg-type]
     answers: dict[float, Answer] = defaultdict(Answer)
     for value, prompt in requests.items():
         sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
@@ -271,24 +267,10 @@ def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
     assert load(directories).weight_bytes == sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize(
-    ("lambdas", "endpoint"),
-    [
-        ((0.0,), 0),
-        ((1.0, 1.0, 1.0), 1),
-        ((0.0, 1.0), None),
-        ((0.5, 0.5), None),
-        ((0.0, 0.01), None),
-    ],
-)
-def test_a_batch_is_at_an_endpoint_when_all_its_rows_are(
-    lambdas: tuple[float, ...], endpoint: int | None
-) -> None:
-    assert common_endpoint(lambdas) == endpoint
-
-
 def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) -> nn.Module:
-    ModuleSwap(RowLambdas(torch.float32), axes).swap(instruct, thinking)
+    groups = BlendGroups(1, torch.float32, torch.device("cpu"), BlendCache(budget=0))
+    for _ in ModuleSwap(groups, axes).swap(instruct, thinking):
+        pass
     return instruct
 
 

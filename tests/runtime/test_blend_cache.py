@@ -192,6 +192,9 @@ class SlowCache:
         if source in self.entries[key]:
             return
         self.entries[key][source] = size
+        self.evict(in_use)
+
+    def evict(self, in_use: set[Key]) -> None:
         for old in [one for one in self.entries if one not in in_use]:
             if self.nbytes > self.budget:
                 del self.entries[old]
@@ -206,6 +209,7 @@ def test_random_steps_keep_every_invariant(
     uses, most = 0, budget  # `most`: what one step uses may exceed the budget, nothing else
     for step in steps:
         cache.begin_step()
+        slow.evict(in_use=set())
         blends = {}
         for key, _ in step:
             blends[key] = cache.use(key)

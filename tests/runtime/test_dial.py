@@ -104,7 +104,7 @@ class Slow:
 
     @property
     def _reasoning(self) -> int:
-        return sum(token != OPEN for token in self.output)
+        return len(self.output)
 
     def _closes(self, token: int) -> bool:
         think = self.request.think

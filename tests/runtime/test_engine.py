@@ -13,14 +13,13 @@ from torch import Tensor
 
 from mi_runtime.blend import PairEmbedding
 from mi_runtime.engine import Engine
-from mi_runtime.pair import PairError, check_pair
 from mi_runtime.request import (
     Dial,
     EngineRequest,
     FinishReason,
     RequestRejected,
     SamplingParams,
-    ThinkTags,
+    ThinkPolicy,
     TokenEvent,
 )
 from tests.runtime import oracle
@@ -31,6 +30,7 @@ MakeEngine = Callable[..., Engine]
 Events = dict[str, list[TokenEvent]]
 
 LAMBDAS = (0.0, 0.2, 0.2, 0.5, 0.77, 1.0, 1.0, 0.2)
+GROUPS = 8  # blend groups of the pair: three layers of two, embedding, head
 NEW_TOKENS = 10
 BLOCK_SIZE = 4
 COMMON = (11, 12, 13, 14, 15, 16, 17, 18, 19)  # two blocks and a bit that prompts share
@@ -42,7 +42,7 @@ def request(
     value: float = 0.5,
     *,
     salt: str = "",
-    think: ThinkTags | None = None,
+    think: ThinkPolicy | None = None,
     **params: Any,
 ) -> EngineRequest:
     greedy = {"temperature": 0, "max_tokens": NEW_TOKENS, **params}
@@ -224,11 +224,12 @@ def test_penalties_survive_preemption(make_engine: MakeEngine) -> None:
 def test_the_endpoint_way_and_the_pair_way_give_the_same_tokens(
     value: float, make_engine: MakeEngine, greedy: Callable[..., list[int]]
 ) -> None:
-    engine = make_engine(prefix_caching=False)
+    engine = make_engine(prefix_caching=False, blend_policy="pair")
     alone = answer(engine, request(value=value))
-    assert (engine.stats().endpoint_steps, engine.stats().pair_steps) == (NEW_TOKENS, 0)
+    stats = engine.stats()
+    assert (stats.endpoint_executions, stats.pair_executions) == (NEW_TOKENS * GROUPS, 0)
     mixed = run_to_end(engine, request(value=value), request("other", value=0.4))["r"]
-    assert engine.stats().pair_steps == NEW_TOKENS
+    assert engine.stats().pair_executions == NEW_TOKENS * GROUPS
     assert tokens(alone) == tokens(mixed) == greedy(COMMON, value)
 
 
@@ -517,7 +518,7 @@ def test_reasoning_tokens_count_what_is_between_the_tags(
 ) -> None:
     close = greedy()[5]
     inside = greedy().index(close)
-    tags = ThinkTags(open_id=0, close_id=close, opened_by_prompt=True)
+    tags = ThinkPolicy(open_id=0, close_id=close, opened_by_prompt=True)
     counts = [event.reasoning_tokens for event in answer(engine, request(think=tags))]
     assert counts == [min(index + 1, inside) for index in range(NEW_TOKENS)]
 
@@ -541,7 +542,7 @@ def test_waiting_is_told_in_seconds(make_engine: MakeEngine) -> None:
 
 
 def test_the_stats_are_those_of_the_moment(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_num_seqs=2, max_batched_tokens=32)
+    engine = make_engine(max_num_seqs=2, max_batched_tokens=32, blend_policy="pair")
     for name, value in (("a", 1.0), ("b", 0.3), ("c", 0.3), ("d", 0.0)):
         engine.submit(request(name, PROMPT, value))
     step(engine)
@@ -549,47 +550,16 @@ def test_the_stats_are_those_of_the_moment(make_engine: MakeEngine) -> None:
     assert (stats.running, stats.waiting) == (2, 2)
     assert (stats.running_lambdas, stats.waiting_lambdas) == ((0.3, 1.0), (0.0, 0.3))
     assert (stats.used_blocks, stats.total_blocks) == (8, 64)
-    assert (stats.steps, stats.pair_steps, stats.endpoint_steps) == (1, 1, 0)
+    executions = (stats.pair_executions, stats.endpoint_executions, stats.blended_executions)
+    assert (stats.steps, *executions) == (1, GROUPS, 0, 0)
 
 
-def test_every_step_is_counted_under_one_way(engine: Engine) -> None:
+def test_every_group_of_every_forward_is_counted_under_one_way(make_engine: MakeEngine) -> None:
+    engine = make_engine(blend_policy="pair")
     run_to_end(engine, *mixed_requests())
     run_to_end(engine, request(value=1.0))
     stats = engine.stats()
-    assert stats.endpoint_steps >= NEW_TOKENS
-    assert stats.steps == stats.endpoint_steps + stats.pair_steps
+    assert stats.endpoint_executions >= NEW_TOKENS * GROUPS
+    assert stats.steps * GROUPS == stats.endpoint_executions + stats.pair_executions
     engine.step()  # idle: nothing runs
     assert engine.stats() == stats
-
-
-def test_an_idle_engine_holds_nothing(engine: Engine) -> None:
-    run_to_end(engine, *mixed_requests())
-    stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
-    assert stats.running_lambdas == stats.waiting_lambdas == ()
-
-
-def test_the_facts_of_an_engine(engine: Engine, qwen3_pair: Directories) -> None:
-    info = engine.info
-    assert (info.model_type, info.device, info.dtype) == ("qwen3", "cpu", "float32")
-    assert (info.vocab_size, info.block_size, info.num_blocks) == (VOCABULARY, BLOCK_SIZE, 64)
-    assert info.max_model_len == 256
-    assert info.fingerprint == check_pair(*qwen3_pair).fingerprint(0.01)
-    assert info.weight_bytes > 0
-
-
-def test_the_number_of_blocks_follows_from_the_bytes_for_kv(make_engine: MakeEngine) -> None:
-    token_bytes = 3 * 2 * (12 + 12) * 4  # layers, KV heads, key and value dimensions, fp32
-    engine = make_engine(num_blocks=None, kv_cache_bytes=11 * BLOCK_SIZE * token_bytes + 5)
-    assert engine.info.num_blocks == 11
-    assert engine.info.max_model_len == 44
-
-
-def test_no_more_blocks_are_taken_than_full_sequences_use(make_engine: MakeEngine) -> None:
-    engine = make_engine(num_blocks=None, max_model_len=30, max_num_seqs=3)
-    assert engine.info.num_blocks == 8 * 3
-
-
-def test_no_memory_for_one_block_is_told(make_engine: MakeEngine) -> None:
-    with pytest.raises(PairError, match="no memory for KV"):
-        make_engine(num_blocks=None, kv_cache_bytes=100)

@@ -50,8 +50,8 @@ def test_a_close_tag_that_closes_nothing_is_an_answer_token() -> None:
     assert after([CLOSE, OPEN, 8]).reasoning_tokens == 1
 
 
-def test_an_open_tag_repeated_inside_the_block_is_not_reasoning() -> None:
-    assert after([OPEN, 7], opened_by_prompt=True).reasoning_tokens == 1
+def test_an_open_tag_repeated_inside_the_block_counts_so_that_the_cap_bounds_it() -> None:
+    assert after([OPEN, 7], opened_by_prompt=True).reasoning_tokens == 2
 
 
 def test_nothing_reopens_a_closed_block() -> None:
@@ -118,7 +118,7 @@ def write_slowly(policy: ThinkPolicy, wanted: list[int]) -> list[int]:
         inside = wanted[first:end]
         if {CLOSE, *policy.close_aliases} & set(inside):
             return wanted
-        count, last = sum(token != OPEN for token in inside), wanted[end - 1 : end]
+        count, last = len(inside), wanted[end - 1 : end]
         if policy.cap is None:
             continue
         soft = bool(inside) and last[0] in policy.soft_ends

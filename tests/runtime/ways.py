@@ -1,9 +1,16 @@
-"""A planner that switches ways at random: what an engine answers must not depend on it."""
+"""Planners for tests: what an engine answers must not depend on which one it has."""
 
 import random
 
 from mi_runtime.planner import Part
 from mi_runtime.scheduler import Chunk
+
+
+class PairPlanner:
+    """Every step as one forward by the pair product."""
+
+    def plan(self, chunks: list[Chunk]) -> list[Part]:
+        return [Part(chunks, blended=False)]
 
 
 class RandomPlanner:
