@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-MIDSIZE = {  # 63 MB an endpoint in bf16: large beside what a process holds anyway
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
+MIDSIZE = {  # 160 MB an endpoint in bf16: large beside what a process holds anyway
+    "hidden_size": 768,
+    "intermediate_size": 2304,
+    "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
@@ -20,6 +20,7 @@ MIDSIZE = {  # 63 MB an endpoint in bf16: large beside what a process holds anyw
 }
 LOAD = """
 import json, sys
+from transformers import Qwen3ForCausalLM  # code is no copy of a model
 from mi_runtime.load import load_pair
 from mi_runtime.pair import check_pair
 
