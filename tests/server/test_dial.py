@@ -1,18 +1,20 @@
 import pytest
 
 from mi_runtime.request import Dial
-from server.dial import DialPolicy, Routing
+from server.dial import DialPolicy, Routing, WireLambda
 from server.errors import ApiError, InvalidRequest, ModelNotFound
 
 POLICY = DialPolicy("pair", step=0.01, default=0.8)
 
 
-def route(model: str = "pair", body: float | None = None, header: str | None = None) -> Routing:
-    return POLICY.route(model=model, body=body, header=header)
+def route(
+    model: str = "pair", body: WireLambda | None = None, header: str | None = None
+) -> Routing:
+    return POLICY.route(model=model, body=body, header=header, layers=4)
 
 
 def test_the_default_applies_where_nothing_is_said() -> None:
-    assert route() == Routing(Dial(0.8), "default")
+    assert route() == Routing((Dial(0.8),), "default", layers=4)
 
 
 @pytest.mark.parametrize(
@@ -20,12 +22,12 @@ def test_the_default_applies_where_nothing_is_said() -> None:
     [({"body": 0.6}, "body"), ({"model": "pair@0.6"}, "model"), ({"header": "0.6"}, "header")],
 )
 def test_each_way_names_a_lambda(said: dict[str, object], source: str) -> None:
-    assert route(**said) == Routing(Dial(0.6), source)  # type: ignore[arg-type]
+    assert route(**said) == Routing((Dial(0.6),), source, layers=4)  # type: ignore[arg-type]
 
 
 def test_a_lambda_is_rounded_to_the_grid() -> None:
-    assert route(body=0.6049).dial == Dial(0.6)
-    assert route(body=0.30000000000000004).dial == Dial(0.3)
+    assert route(body=0.6049).dials == (Dial(0.6),)
+    assert route(body=0.30000000000000004).dials == (Dial(0.3),)
 
 
 def test_ways_that_agree_are_no_conflict() -> None:
@@ -75,4 +77,4 @@ def test_an_alias_with_a_bad_lambda_is_about_the_model() -> None:
 def test_a_served_name_may_hold_an_at_sign() -> None:
     policy = DialPolicy("pair@home", step=0.01, default=0.8)
     assert policy.route(model="pair@home", body=None, header=None).source == "default"
-    assert policy.route(model="pair@home@0.2", body=None, header=None).dial == Dial(0.2)
+    assert policy.route(model="pair@home@0.2", body=None, header=None).dials == (Dial(0.2),)
