@@ -8,7 +8,7 @@ else the default. Ranges are inclusive and do not overlap.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
@@ -39,18 +39,21 @@ def group_dial(said: GroupLambdas, *, step: float, layers: int) -> Dial:
                 f"(such as `{missing[0]}`)",
                 param=f"{PARAM}.default",
             )
-        default = _most_common(values)
+        default = _most_common(values.values())
     return Dial.on_grid(default, step, values)
 
 
 def told(dial: Dial, layers: int) -> float | dict[str, Any]:
-    """The shortest way to write a dial: equal dials read equally, and a uniform one is a number."""
+    """The one way an answer writes a dial: a number where it is uniform; else what most layers
+    have stands at the top, and the others are listed."""
     default, own = dial.reasoning_lambda, dict(dial.groups)
     if not own:
         return default
-    shared = _shared_parts(own, layers)
-    ranges = _told_ranges([_told_layer(own, layer, shared) for layer in range(layers)])
-    written: dict[str, Any] = {"default": default, **shared}
+    parts = {part: _of_layers(part, own, default, layers) for part in PARTS}
+    usual = {part: _most_common(values, default) for part, values in parts.items()}
+    ranges = _told_ranges([_told_layer(parts, usual, layer) for layer in range(layers)])
+    written: dict[str, Any] = {"default": default}
+    written |= {part: value for part, value in usual.items() if value != default}
     written |= {name: own[name] for name in ENDS if name in own}
     return written | ({"layers": ranges} if ranges else {})
 
@@ -137,37 +140,24 @@ def _range_param(key: str) -> str:
     return f"{PARAM}.layers.{bounded(key, 40)}"
 
 
-def _most_common(values: Mapping[str, float]) -> float:
-    """The value that most groups have; of equally common ones the lowest."""
-    counts = Counter(values.values())
-    return max(counts, key=lambda value: (counts[value], -value))
-
-
 # --- Write ---------------------------------------------------------------------------------------
 
 
-def _shared_parts(own: Mapping[str, float], layers: int) -> dict[str, float]:
-    """The parts that have one λ of their own in all layers."""
-    shared = {}
-    for part in PARTS:
-        values = {own.get(f"{layer}.{part}") for layer in range(layers)}
-        value = values.pop()
-        if not values and value is not None:
-            shared[part] = value
-    return shared
+def _of_layers(part: str, own: Mapping[str, float], default: float, layers: int) -> list[float]:
+    return [own.get(f"{layer}.{part}", default) for layer in range(layers)]
 
 
 def _told_layer(
-    own: Mapping[str, float], layer: int, shared: Mapping[str, float]
+    parts: Mapping[str, Sequence[float]], usual: Mapping[str, float], layer: int
 ) -> float | dict[str, float] | None:
-    names = {part: f"{layer}.{part}" for part in PARTS if part not in shared}
-    entry = {part: own[name] for part, name in names.items() if name in own}
+    """What a layer has of its own."""
+    entry = {part: values[layer] for part, values in parts.items() if values[layer] != usual[part]}
     if len(entry) == len(PARTS) and len(set(entry.values())) == 1:
         return next(iter(entry.values()))
     return entry or None
 
 
-def _told_ranges(by_layer: list[float | dict[str, float] | None]) -> dict[str, Any]:
+def _told_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[str, Any]:
     """Neighbours that say the same become one range."""
     ranges = {}
     for entry, run in groupby(enumerate(by_layer), key=lambda numbered: numbered[1]):
@@ -176,3 +166,9 @@ def _told_ranges(by_layer: list[float | dict[str, float] | None]) -> dict[str, A
         if entry is not None:
             ranges[key] = entry
     return ranges
+
+
+def _most_common(values: Iterable[float], preferred: float | None = None) -> float:
+    """The most common value; of equally common ones the preferred, else the lowest."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value == preferred, -value))

@@ -47,7 +47,7 @@ def test_an_object_reaches_the_engine_group_by_group(client: TestClient) -> None
     assert got["dial"] == [0.6, {"0.attn": 1.0, "1.attn": 1.0, "head": 0.0}]
 
 
-def test_an_object_is_told_in_its_shortest_form(client: TestClient) -> None:
+def test_an_object_is_told_in_its_canonical_form(client: TestClient) -> None:
     value = {"default": 0.6, "mlp": 0.6, "layers": {"0": 0.2, "1": 0.2}}
     response = chat(client, "say x", reasoning_lambda=value)
     told = {"default": 0.6, "layers": {"0-1": 0.2}}

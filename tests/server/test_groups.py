@@ -122,12 +122,16 @@ def test_a_lambda_out_of_range_names_its_group(name: str) -> None:
         ),
         (
             {"default": 0.6, "attn": 1, "layers": {"2": 0.2, "3": {"attn": 0.6}}},
-            {"default": 0.6, "layers": {"0-1": {"attn": 1.0}, "2": 0.2}},
+            {"default": 0.6, "attn": 1.0, "layers": {"2": 0.2, "3": {"attn": 0.6}}},
+        ),
+        (
+            {"default": 0.6, "layers": {"0": {"mlp": 1}, "1-3": {"mlp": 0}}},
+            {"default": 0.6, "mlp": 0.0, "layers": {"0": {"mlp": 1.0}}},
         ),
         ({"default": 0.6, "head": 0, "embed": 0}, {"default": 0.6, "embed": 0.0, "head": 0.0}),
     ],
 )
-def test_an_answer_tells_a_dial_in_the_shortest_way(said: dict[str, Any], canonical: Any) -> None:
+def test_an_answer_tells_a_dial_in_one_way(said: dict[str, Any], canonical: Any) -> None:
     assert told(dial(said), LAYERS) == canonical
 
 
