@@ -21,7 +21,7 @@ class AnswerHead:
     model: str
     system_fingerprint: str
     routing: Routing
-    prompt_tokens: int  # counted once, however many choices
+    prompt_tokens: int  # of the longest prompt; counted once, however many choices
     include_usage: bool = False  # in a stream
     include_reasoning: bool = True
     logprobs: bool = False
@@ -46,6 +46,11 @@ class Answer:
     @property
     def choices(self) -> Sequence[Choice]:
         return list(self._choices.values())
+
+    @property
+    def forced_close(self) -> bool:
+        """Whether the engine closed a think block."""
+        return any(choice.forced_close for choice in self.choices)
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -102,6 +107,7 @@ class Answer:
             "prompt": usage["prompt_tokens"],
             "completion": usage["completion_tokens"],
             "reasoning": usage["completion_tokens_details"]["reasoning_tokens"],
+            **({"forced_close": 1} if self.forced_close else {}),
             "cached": usage["prompt_tokens_details"]["cached_tokens"],
             "queue_s": round(meter.queue_seconds, 4),
             "first_token_s": round(meter.first_token_seconds or 0.0, 4),

@@ -101,7 +101,7 @@ def _model(name: str, service: Service) -> dict[str, Any]:
     if not 0.0 <= alias <= 1.0:
         raise ModelNotFound(name, base)
     routing = service.dials.route(model=name, body=None, header=None)
-    return card | {"reasoning_lambda": routing.dial.reasoning_lambda}
+    return card | {"reasoning_lambda": routing.dials[0].reasoning_lambda}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

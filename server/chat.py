@@ -2,20 +2,20 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mi_runtime.request import EngineInfo, EngineRequest, SamplingParams
+from mi_runtime.request import Dial, EngineInfo, EngineRequest, SamplingParams
 from server import dial
 from server.answer import Answer, AnswerHead
 from server.choice import Choice
 from server.dial import Routing
-from server.errors import BodyTooLarge, Unavailable
+from server.errors import BodyTooLarge, InvalidRequest, Unavailable
 from server.generation import ClientLeft
 from server.prompt import Prompt
-from server.reasoning import ReasoningSplitter
 from server.rendering import completion, sse
 from server.request_log import Trace
 from server.sampling import seed_of_choice
@@ -27,13 +27,21 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it stands in the log
 
 
 @dataclass(frozen=True, slots=True)
+class _AskedChoice:
+    """What one choice starts from."""
+
+    dial: Dial
+    prompt: Prompt
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
     """A chat request, understood."""
 
     wire: ChatRequest
     routing: Routing
-    prompt: Prompt
-    sampling: SamplingParams
+    choices: Sequence[_AskedChoice]
     engine: EngineInfo
     trace: Trace
 
@@ -72,20 +80,64 @@ async def _understand(request: Request, service: Service, trace: Trace) -> _Aske
     """Everything that can be refused is refused here."""
     service.admitted()  # before the body is read
     wire = parse_chat_request(await read_body(request, service.settings.max_body_bytes))
-    header = request.headers.get(dial.HEADER)
-    routing = service.dials.route(model=wire.model, body=wire.reasoning_lambda, header=header)
-    # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
-    prompt = await asyncio.to_thread(service.prompts.build, wire.messages, routing.dial)
     engine = service.admitted()
-    sampling = service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine)
+    routing = _route(wire, request.headers.get(dial.HEADER), service, engine)
+    # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
+    prompts = await asyncio.to_thread(service.prompts.build_each, wire.messages, routing.dials)
+    engine = service.admitted()
+    _note(trace, wire, routing)
+    starts = [
+        _AskedChoice(
+            setting,
+            prompt,
+            service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine),
+        )
+        for setting, prompt in zip(routing.dials, prompts, strict=True)
+    ]
+    choices = starts if routing.fan_out else _copies(starts[0], wire.choices)
+    return _Asked(wire, routing, choices, engine, trace)
+
+
+def _route(wire: ChatRequest, header: str | None, service: Service, engine: EngineInfo) -> Routing:
+    routing = service.dials.route(
+        model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
+    )
+    if not service.prompts.vocabulary.has_think_tags:
+        _refuse_think_fields(wire)
+    routing = service.dials.with_answer(routing, wire.answer_lambda)
+    return replace(routing, cap=wire.reasoning_cap)
+
+
+def _refuse_think_fields(wire: ChatRequest) -> None:
+    """Without tags that are tokens the engine follows no think block."""
+    fields = {"answer_lambda": wire.answer_lambda, **wire.budgets}
+    for param, value in fields.items():
+        if value is not None and value >= 0:
+            raise InvalidRequest(
+                f"`{param}` needs think tags that are single tokens, which this model lacks",
+                param=param,
+            )
+
+
+def _copies(start: _AskedChoice, count: int) -> list[_AskedChoice]:
+    """The `n` choices at one λ, which differ in what they draw."""
+    sampling = start.sampling
+    return [
+        replace(start, sampling=replace(sampling, seed=seed_of_choice(sampling.seed, index)))
+        for index in range(count)
+    ]
+
+
+def _note(trace: Trace, wire: ChatRequest, routing: Routing) -> None:
     trace.notes |= {
         "lambda": routing.header,
         "source": routing.source,
         "stream": int(wire.stream),
+        **({} if routing.answer is None else {"answer_lambda": wire.answer_lambda}),
+        **({} if routing.cap is None else {"cap": routing.cap}),
         **({"user": wire.user} if wire.user else {}),
         **({"metadata": wire.metadata} if wire.metadata else {}),
     }
-    return _Asked(wire, routing, prompt, sampling, engine, trace)
 
 
 def _submit(asked: _Asked, service: Service) -> Answer:
@@ -100,33 +152,32 @@ def _submit(asked: _Asked, service: Service) -> Answer:
 
 def _engine_requests(asked: _Asked, service: Service) -> list[EngineRequest]:
     number = service.next_request_number()
+    routing = asked.routing
     return [
         EngineRequest(
             request_id=f"{number}-{index}",
-            prompt=asked.prompt.token_ids,
-            dial=asked.routing.dial,
-            sampling=replace(asked.sampling, seed=seed_of_choice(asked.sampling.seed, index)),
-            think=service.prompts.think_tags(asked.prompt),
+            prompt=choice.prompt.token_ids,
+            dial=choice.dial,
+            sampling=choice.sampling,
+            think=service.think_blocks.policy(
+                opened_by_prompt=choice.prompt.opens_block, cap=routing.cap
+            ),
             cache_salt=asked.wire.cache_salt,
+            answer_dial=None if routing.answer == choice.dial else routing.answer,
         )
-        for index in range(asked.wire.n)
+        for index, choice in enumerate(asked.choices)
     ]
 
 
 def _choice(index: int, asked: _Asked, service: Service) -> Choice:
-    vocabulary = service.prompts.vocabulary
-    opened = asked.prompt.opens_block
+    start = asked.choices[index]
     return Choice(
         index,
-        vocabulary=vocabulary,
-        splitter=(
-            ReasoningSplitter.of_prompt(opened=opened, closing=vocabulary.closing_tags)
-            if vocabulary.has_think_tags or opened
-            else ReasoningSplitter.without_tags()
-        ),
+        vocabulary=service.prompts.vocabulary,
+        splitter=service.think_blocks.splitter(opened_by_prompt=start.prompt.opens_block),
         stop=asked.wire.stop_strings,
         meter=service.metrics.meter(
-            asked.routing.dial.reasoning_lambda, len(asked.prompt.token_ids), asked.trace.arrived
+            start.dial.reasoning_lambda, len(start.prompt.token_ids), asked.trace.arrived
         ),
         logprobs=asked.wire.logprobs,
     )
@@ -140,7 +191,7 @@ def _head(asked: _Asked) -> AnswerHead:
         model=asked.wire.model,
         system_fingerprint=f"fp_{asked.engine.fingerprint[:16]}",
         routing=asked.routing,
-        prompt_tokens=len(asked.prompt.token_ids),
+        prompt_tokens=max(len(choice.prompt.token_ids) for choice in asked.choices),
         include_usage=asked.wire.include_usage,
         include_reasoning=asked.wire.include_reasoning,
         logprobs=asked.wire.logprobs,

@@ -11,7 +11,7 @@ from typing import Any, Final
 from mi_runtime.request import FinishReason, TokenEvent, TokenLogprobs
 from server.errors import RequestFailed
 from server.metrics import RequestMeter
-from server.reasoning import ReasoningSplitter, Split
+from server.reasoning import Split, Splitter
 from server.stop import StopStrings
 from server.vocabulary import TokenText, Vocabulary
 
@@ -28,6 +28,7 @@ class Chunk:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None  # set on a choice's last chunk only
     repeats_reasoning: bool = False  # content is the text that was reasoning until now
+    forced_close: bool = False  # the engine closed the block; told on the last chunk
 
 
 class Choice:
@@ -38,7 +39,7 @@ class Choice:
         index: int,
         *,
         vocabulary: Vocabulary,
-        splitter: ReasoningSplitter,
+        splitter: Splitter,
         stop: Sequence[str],
         meter: RequestMeter,
         logprobs: bool = False,
@@ -49,6 +50,7 @@ class Choice:
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self.cached_tokens = 0
+        self.forced_close = False
         self._vocabulary = vocabulary
         self._text = TokenText(vocabulary)
         self._splitter = splitter
@@ -67,7 +69,7 @@ class Choice:
         if event.token_id is not None:
             text = self._count(at, event, event.token_id)
         ended = event.finish_reason is not None
-        split = self._end(text, event) if ended else self._splitter.feed(text)
+        split = self._end(text, event) if ended else self._splitter.feed(text, event.token_id)
         content = self._stop.feed(split.content)
         if self._stop.hit:
             self.finish_reason = "stop"
@@ -88,6 +90,7 @@ class Choice:
         inside_block = self._splitter.inside_block
         self.completion_tokens += 1
         self.cached_tokens = event.cached_tokens
+        self.forced_close = event.forced_close
         if inside_block:
             self.reasoning_tokens = event.reasoning_tokens
         self.meter.token(at, queue_seconds=event.queue_seconds, inside_block=inside_block)
@@ -99,13 +102,12 @@ class Choice:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise RequestFailed(event.error or "The engine gave the request up")
         self.finish_reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
-        split = self._splitter.feed(text + self._text.finish())
-        last = self._splitter.finish(by_length=self.finish_reason == "length")
-        if last.repeats_reasoning:
+        split = self._splitter.feed(text, event.token_id)
+        split = split.then(self._splitter.feed(self._text.finish()))
+        split = split.then(self._splitter.finish(by_length=self.finish_reason == "length"))
+        if split.repeats_reasoning:
             self.reasoning_tokens = 0
-        return Split(
-            split.reasoning + last.reasoning, split.content + last.content, last.repeats_reasoning
-        )
+        return split
 
     def _chunk(self, split: Split, content: str) -> Chunk | None:
         if not (content or split.reasoning or self.finish_reason):
@@ -118,6 +120,7 @@ class Choice:
             logprobs,
             self.finish_reason,
             split.repeats_reasoning,
+            forced_close=self.forced_close and self.finish_reason is not None,
         )
 
     def _logprob_entry(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from mi_runtime.config import Device, Dtype, EngineConfig
+from mi_runtime.config import BlendPolicy, Device, Dtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 
 ENVIRONMENT_PREFIX: Final = "MI_"
@@ -71,6 +71,12 @@ class Settings(BaseSettings):
     think_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Highest λ that takes Instruct's chat template."""
 
+    think_closing: Annotated[str, Field(min_length=1)] = "\n</think>\n\n"
+    """Written where a cap closes a think block; holds the closing tag once."""
+    think_soft_window: Annotated[int, Field(ge=0)] | None = None
+    """Tokens before a cap in which a block closes at a sentence's or line's end; default: a tenth
+    of the cap, at most 64."""
+
     # The engine
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Tokens of prompt and answer together; default: what the pair can."""
@@ -86,6 +92,10 @@ class Settings(BaseSettings):
     """Bytes of the KV cache; default: a share of the free memory."""
     prefix_caching: bool = True
     """Keep the KV of prompts for later requests at the same λ."""
+    blend_policy: BlendPolicy = "auto"
+    """How weights at λ are had: pair product, blended weights, or the cheaper one."""
+    blend_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of blended weights kept; default: a share of the free memory."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of the engine; default: all cores but one."""
 
@@ -143,6 +153,8 @@ class Settings(BaseSettings):
                 max_batched_tokens=self.max_batched_tokens,
                 prefix_caching=self.prefix_caching,
                 lambda_step=self.lambda_step,
+                blend_policy=self.blend_policy,
+                blend_cache_bytes=self.blend_cache_bytes,
                 threads=self.threads,
             )
         except ValueError as error:

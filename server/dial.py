@@ -4,29 +4,51 @@ Ways that name different values are a conflict, never a silent choice.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mi_runtime.request import Dial
 from server.errors import InvalidRequest, ModelNotFound, bounded
+from server.groups import PARAM, check_lambda, group_dial, told
+from server.schemas import GroupLambdas
 
 HEADER = "X-Reasoning-Lambda"
+
+WireLambda = float | GroupLambdas | list[float]
+"""One λ; λ by blend group; or a fan-out, one choice for each λ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The λ of one request and what it came from, as the answer tells it."""
+    """The dials of one request and what they came from, as the answer tells it."""
 
-    dial: Dial
+    dials: tuple[Dial, ...]  # in a fan-out one for each choice, else one for all
     source: str  # body, model, header or default
+    fan_out: bool = False
+    answer: Dial | None = None  # from the think block's end on
+    cap: int | None = None  # reasoning tokens
+    layers: int = 0  # of the model
 
     @property
     def header(self) -> str:
-        return f"{self.dial.reasoning_lambda:g}"
+        """The answer's `X-Reasoning-Lambda`: of λ by blend group, the default."""
+        return ",".join(f"{dial.reasoning_lambda:g}" for dial in self.dials)
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"reasoning_lambda": self.dial.reasoning_lambda, "source": self.source}
+        values = [told(dial, self.layers) for dial in self.dials]
+        body: dict[str, Any] = {"reasoning_lambda": values if self.fan_out else values[0]}
+        if self.answer is not None:
+            body["answer_lambda"] = self.answer.reasoning_lambda
+        body["source"] = self.source
+        if self.cap is not None:
+            body["cap"] = self.cap
+        return body
+
+    def of_choice(self, choice: int) -> dict[str, Any]:
+        """What a choice says of itself: in a fan-out its λ."""
+        return {"reasoning_lambda": self.dials[choice].reasoning_lambda} if self.fan_out else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +59,28 @@ class DialPolicy:
     step: float
     default: float
 
-    def route(self, *, model: str, body: float | None, header: str | None) -> Routing:
+    def route(
+        self, *, model: str, body: WireLambda | None, header: str | None, layers: int = 0
+    ) -> Routing:
         """Raises `ModelNotFound` and, for a bad or contradictory λ, `InvalidRequest`."""
         alias = self.alias_lambda(model)
-        said: dict[str, Dial] = {}
+        said: dict[str, tuple[Dial, ...]] = {}
         if body is not None:
-            said["body"] = self._on_grid(body, "reasoning_lambda")
+            said["body"] = self._body_dials(body, layers)
         if alias is not None:
-            said["model"] = self._on_grid(alias, "model")
+            said["model"] = (self.on_grid(alias, "model"),)
         if header is not None:
-            said["header"] = self._on_grid(parse_lambda(header, HEADER), HEADER)
-        if len(set(said.values())) > 1:
-            listed = ", ".join(f"{dial.reasoning_lambda:g} ({way})" for way, dial in said.items())
-            raise InvalidRequest(
-                f"The request names different λ values: {listed}", param="reasoning_lambda"
-            )
-        for source, dial in said.items():
-            return Routing(dial, source)
-        return Routing(self._on_grid(self.default, "default_lambda"), "default")
+            said["header"] = (self.on_grid(parse_lambda(header, HEADER), HEADER),)
+        _check_agreement(said, layers)
+        for source, dials in said.items():
+            return Routing(dials, source, fan_out=isinstance(body, list), layers=layers)
+        return Routing((self.on_grid(self.default, "default_lambda"),), "default", layers=layers)
+
+    def with_answer(self, routing: Routing, value: float | None) -> Routing:
+        """The same with an `answer_lambda`."""
+        if value is None:
+            return routing
+        return replace(routing, answer=self.on_grid(value, "answer_lambda"))
 
     def alias_lambda(self, model: str) -> float | None:
         """The λ in `NAME@0.6`; None for the plain name."""
@@ -65,11 +91,16 @@ class DialPolicy:
             raise ModelNotFound(model, self.model_name)
         return parse_lambda(value, "model")
 
-    def _on_grid(self, value: float, param: str) -> Dial:
-        try:
-            return Dial.on_grid(value, self.step)
-        except ValueError as error:
-            raise InvalidRequest(str(error), param=param) from None
+    def on_grid(self, value: float, param: str) -> Dial:
+        check_lambda(value, param)
+        return Dial.on_grid(value, self.step)
+
+    def _body_dials(self, body: WireLambda, layers: int) -> tuple[Dial, ...]:
+        if isinstance(body, GroupLambdas):
+            return (group_dial(body, step=self.step, layers=layers),)
+        if isinstance(body, list):
+            return tuple(self.on_grid(one, f"{PARAM}[{index}]") for index, one in enumerate(body))
+        return (self.on_grid(body, PARAM),)
 
 
 def parse_lambda(text: str, param: str) -> float:
@@ -81,3 +112,17 @@ def parse_lambda(text: str, param: str) -> float:
     if not math.isfinite(value):
         raise InvalidRequest(f"λ must be a number, not {bounded(text, 40)!r}", param=param)
     return value
+
+
+def _check_agreement(said: dict[str, tuple[Dial, ...]], layers: int) -> None:
+    if len(set(said.values())) > 1:
+        listed = ", ".join(f"{_short(dials, layers)} ({way})" for way, dials in said.items())
+        raise InvalidRequest(
+            f"The request names different λ values: {listed}; body, model alias and header must "
+            "name the same one, or only one of them any",
+            param=PARAM,
+        )
+
+
+def _short(dials: Sequence[Dial], layers: int) -> str:
+    return bounded(", ".join(str(told(dial, layers)) for dial in dials), 100)

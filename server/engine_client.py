@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Final, TypeVar
@@ -33,6 +34,7 @@ from mi_runtime.request import (
     StepReport,
     Submit,
 )
+from mi_runtime.thinking import TokenMarks
 from server.errors import Draining, EngineDead, InvalidRequest, Overloaded
 from server.generation import Generation
 
@@ -87,6 +89,11 @@ class EngineClient:
                 process_group=0,  # a terminal's Ctrl-C is for the server, which drains first
             )
         self._pipe = Connection(ours.detach())
+
+    def tell(self, marks: TokenMarks) -> None:
+        """Add what the vocabulary says to the settings, which `attach` sends."""
+        assert not self._threads
+        self._config = replace(self._config, marks=marks)
 
     def attach(self) -> None:
         """Begin to talk, from the running event loop."""

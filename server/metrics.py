@@ -175,7 +175,16 @@ class _EngineCollector(Collector):
         )
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hit_tokens)
         yield self._counter("num_preemptions", "Sequences sent back.", stats.preemptions)
-        yield self._steps(stats)
+        yield self._executions(stats)
+        yield self._counter("blend_cache_hits", "Blended weights found.", stats.blend_hits)
+        yield self._counter("blend_cache_builds", "Blended weights built.", stats.blend_builds)
+        yield self._counter(
+            "blend_cache_evictions", "Blended weights dropped for others.", stats.blend_evictions
+        )
+        yield self._gauge("blend_cache_bytes", "Of blended weights held.", stats.blend_bytes)
+        yield self._counter(
+            "forced_close", "Think blocks that the engine closed.", stats.forced_closes
+        )
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"mi_{name}", text, labels=["model_name"])
@@ -212,10 +221,14 @@ class _EngineCollector(Collector):
         family.add_metric([self._model_name, *map(str, shape)], 1)
         return family
 
-    def _steps(self, stats: EngineStats) -> Metric:
+    def _executions(self, stats: EngineStats) -> Metric:
         family = CounterMetricFamily(
-            "mi_engine_steps", "Engine steps by their way to Θ(λ).", labels=["model_name", "way"]
+            "mi_layer_executions",
+            "Blend groups (embeddings, head; attention and FFN of each layer) that forwards ran, "
+            "by their way to Θ(λ).",
+            labels=["model_name", "way"],
         )
-        family.add_metric([self._model_name, "endpoint"], stats.endpoint_steps)
-        family.add_metric([self._model_name, "pair"], stats.pair_steps)
+        family.add_metric([self._model_name, "endpoint"], stats.endpoint_executions)
+        family.add_metric([self._model_name, "blended"], stats.blended_executions)
+        family.add_metric([self._model_name, "pair"], stats.pair_executions)
         return family

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mi_runtime.request import Dial, ThinkTags
+from mi_runtime.request import Dial
 from server.checkpoint import Endpoint
 from server.reasoning import THINK_OPEN
 from server.schemas import Message
@@ -41,6 +41,15 @@ class Prompts:
         self._choice = template
         self._think_threshold = think_threshold
 
+    def build_each(self, messages: Sequence[Message], dials: Sequence[Dial]) -> list[Prompt]:
+        """One prompt a dial; dials that take the same template share it."""
+        built: dict[ChatTemplate, Prompt] = {}
+        for dial in dials:
+            template = self._template(dial)
+            if template not in built:
+                built[template] = self.build(messages, dial)
+        return [built[self._template(dial)] for dial in dials]
+
     def build(self, messages: Sequence[Message], dial: Dial) -> Prompt:
         """Raises `InvalidRequest` where the template refuses the messages."""
         text = self._template(dial).render([_template_view(message) for message in messages])
@@ -49,13 +58,6 @@ class Prompts:
             # The end alone decides: what the user wrote stands before it.
             opens_block=text.rstrip().endswith(THINK_OPEN),
         )
-
-    def think_tags(self, prompt: Prompt) -> ThinkTags | None:
-        """What the engine needs to follow the think block; None if the tags are not tokens."""
-        open_id, close_id = self.vocabulary.think_open_id, self.vocabulary.think_close_id
-        if open_id is None or close_id is None:
-            return None
-        return ThinkTags(open_id, close_id, opened_by_prompt=prompt.opens_block)
 
     def _template(self, dial: Dial) -> ChatTemplate:
         if self._choice == "auto":

@@ -1,21 +1,23 @@
-"""Where reasoning ends: a machine that splits an answer's text into reasoning and content.
+"""Where reasoning ends: an answer's text, split into reasoning and content as its tokens come.
 
     start ──<think>──▶ block ──</think>──▶ content
       └────── other text ──────────────────▲
 
-It begins in `block` if the prompt opened one, in `start` if the model may open one itself (after
-optional whitespace), in `content` if the model knows no tags. Tags anywhere else are plain text.
-The tags, and the line breaks next to them, belong to neither side. Any cutting of a text into
-pieces gives the same result as the whole; nothing is lost or said twice, with one exception that
-is meant: a block that was never closed, in an answer that ended by itself, was the answer. Its
-text comes once more at the end, as content.
+It begins in `block` if the prompt opened one, else in `start`, where the model may open one itself
+behind blanks. Tags anywhere else are plain text. The tags, and the line breaks next to them, belong
+to neither side. Nothing is lost or said twice, with one exception that is meant: a block that was
+never closed, in an answer that ended by itself, was the answer. Its text comes once more at the
+end, as content.
+
+Where the tags are tokens, the engine's own machine (`ThinkingState`) tells the states, so that both
+processes agree about every token. Where they are not, the engine follows no block, and text does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Final
+from typing import Final, Protocol
 
+from mi_runtime.thinking import Phase, ThinkingState
 from server.matching import first_match, unfinished_length
 
 THINK_OPEN: Final = "<think>"
@@ -32,86 +34,124 @@ class Split:
     content: str = ""
     repeats_reasoning: bool = False  # content is the text that was reasoning until now
 
+    def then(self, other: "Split") -> "Split":
+        return Split(
+            self.reasoning + other.reasoning,
+            self.content + other.content,
+            self.repeats_reasoning or other.repeats_reasoning,
+        )
 
-class _State(Enum):
-    START = auto()
-    BLOCK = auto()
-    CONTENT = auto()
 
-
-class ReasoningSplitter:
+class Splitter(Protocol):
     """Feed it the pieces of one answer, then `finish` it once."""
 
-    def __init__(self, state: _State, closing: Sequence[str]) -> None:
-        self._state = state
-        self._closing = closing
-        self._held = ""  # may be part of a tag, or line breaks next to one
-        self._at_seam = state is _State.BLOCK  # directly behind a tag
-        self._block = ""  # the reasoning given out so far
-
-    @classmethod
-    def of_prompt(cls, *, opened: bool, closing: Sequence[str]) -> "ReasoningSplitter":
-        """For a model with think tags, whose prompt did or did not open a block."""
-        return cls(_State.BLOCK if opened else _State.START, closing)
-
-    @classmethod
-    def without_tags(cls) -> "ReasoningSplitter":
-        """For a model that knows none: all is content."""
-        return cls(_State.CONTENT, ())
-
     @property
-    def inside_block(self) -> bool:
-        return self._state is _State.BLOCK
+    def inside_block(self) -> bool: ...
 
-    def feed(self, text: str) -> Split:
-        if self._state is _State.CONTENT and not self._at_seam:
-            return Split(content=text)
-        text = self._held + text
-        self._held = ""
-        if self._state is _State.START:
-            text = self._open(text)
-        split = Split()
-        if self._state is _State.BLOCK:
-            split.reasoning, text = self._read_block(text)
-            self._block += split.reasoning
-        if self._state is _State.CONTENT:
-            split.content = self._behind_seam(text)
-        return split
+    def feed(self, text: str, token_id: int | None = None) -> Split:
+        """The text that a token made certain; None: text that is left over."""
 
     def finish(self, *, by_length: bool) -> Split:
         """What was held back, now that no more text comes. `by_length`: the answer was cut."""
-        held, self._held = self._held, ""
-        if self._state is not _State.BLOCK:
-            return Split(content=held)
-        if by_length:
-            return Split(reasoning=held)
-        return Split(content=self._block + held, repeats_reasoning=True)
 
-    def _open(self, text: str) -> str:
-        """Decide whether the answer begins with a block; returns the text behind the decision."""
-        said = text.lstrip()
-        if said.startswith(THINK_OPEN):
-            self._state, self._at_seam = _State.BLOCK, True
-            return said[len(THINK_OPEN) :]
-        if THINK_OPEN.startswith(said):
-            self._held = text
-            return ""
-        self._state = _State.CONTENT
-        return text
 
-    def _read_block(self, text: str) -> tuple[str, str]:
-        """The block's certain text, and the text behind it if it was closed."""
-        text = self._behind_seam(text)
+class TokenSplitter:
+    """By token ids, as the engine does. `tags`: the text of those that are tags."""
+
+    def __init__(self, thinking: ThinkingState, tags: Mapping[int, str]) -> None:
+        self._thinking = thinking
+        self._tags = tags
+        self._sides = _Sides(opened=self.inside_block)
+        self._blanks = ""  # before a block that may still open
+
+    @property
+    def inside_block(self) -> bool:
+        return self._thinking.phase is Phase.INSIDE
+
+    def feed(self, text: str, token_id: int | None = None) -> Split:
+        before = self._thinking.phase
+        if token_id is not None:
+            self._thinking.observe(token_id)
+        match before, self._thinking.phase:
+            case Phase.OUTSIDE, Phase.OUTSIDE:
+                self._blanks += text
+                return Split()
+            case Phase.OUTSIDE, Phase.CLOSED:
+                return self._sides.feed(self._blanks + text)
+            case Phase.OUTSIDE, Phase.INSIDE:
+                self._sides = _Sides(opened=True)
+                return Split()
+            case Phase.INSIDE, Phase.CLOSED:
+                assert token_id is not None
+                return self._sides.close(text.removesuffix(self._tags[token_id]))
+        return self._sides.feed(text)
+
+    def finish(self, *, by_length: bool) -> Split:
+        if self._thinking.phase is Phase.OUTSIDE:
+            return Split(content=self._blanks)
+        return self._sides.finish(by_length=by_length)
+
+
+class TextSplitter:
+    """By text, for tags that are spelled; only the prompt can open a block."""
+
+    def __init__(self, *, opened: bool, closing: Sequence[str]) -> None:
+        self._closing = closing
+        self._sides = _Sides(opened=opened)
+        self._held = ""  # may be the beginning of a tag
+
+    @property
+    def inside_block(self) -> bool:
+        return not self._sides.closed
+
+    def feed(self, text: str, token_id: int | None = None) -> Split:
+        if self._sides.closed:
+            return self._sides.feed(text)
+        text = self._held + text
         close = first_match(text, self._closing)
         if close is not None:
-            self._state, self._at_seam = _State.CONTENT, True
-            return text[: close.start].rstrip("\n"), text[close.end :]
-        certain = text[: len(text) - unfinished_length(text, self._closing)].rstrip("\n")
-        self._held = text[len(certain) :]
-        return certain, ""
+            last = self._sides.close(text[: close.start])
+            return last.then(self._sides.feed(text[close.end :]))
+        certain = len(text) - unfinished_length(text, self._closing)
+        self._held = text[certain:]
+        return self._sides.feed(text[:certain])
 
-    def _behind_seam(self, text: str) -> str:
-        if self._at_seam:
+    def finish(self, *, by_length: bool) -> Split:
+        if self._sides.closed:
+            return Split()
+        return self._sides.feed(self._held).then(self._sides.finish(by_length=by_length))
+
+
+class _Sides:
+    """Reasoning while the block is open, then content; without the line breaks next to tags."""
+
+    def __init__(self, *, opened: bool) -> None:
+        self.closed = not opened
+        self._at_tag = opened  # directly behind one
+        self._breaks = ""  # held back: the closing tag may follow them
+        self._reasoning = ""  # given out so far
+
+    def feed(self, text: str) -> Split:
+        if self._at_tag:
             text = text.lstrip("\n")
-            self._at_seam = not text
-        return text
+            self._at_tag = not text
+        if self.closed:
+            return Split(content=text)
+        text = self._breaks + text
+        certain = text.rstrip("\n")
+        self._breaks = text[len(certain) :]
+        self._reasoning += certain
+        return Split(reasoning=certain)
+
+    def close(self, text: str) -> Split:
+        """The last text of the block."""
+        last = self.feed(text)
+        self.closed, self._at_tag, self._breaks = True, True, ""
+        return last
+
+    def finish(self, *, by_length: bool) -> Split:
+        if self.closed:
+            return Split()
+        if by_length:
+            return Split(reasoning=self._breaks)
+        return Split(content=self._reasoning + self._breaks, repeats_reasoning=True)

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
+FORCED_CLOSE: Final = {"forced_close": True}  # of the routing, where the engine closed a block
 
 # --- Server-sent events --------------------------------------------------------------------------
 
@@ -38,7 +39,10 @@ async def sse(answer: Answer, *, keep_alive: float) -> AsyncGenerator[bytes, Non
             written = writer.write(batch) if batch else KEEP_ALIVE
             if written:
                 yield written
-        yield (writer.usage(answer.usage) if answer.head.include_usage else b"") + DONE
+        if answer.head.include_usage:
+            yield writer.usage(answer.usage, forced_close=answer.forced_close) + DONE
+        else:
+            yield DONE
     except ClientLeft:
         pass
     except ApiError as error:
@@ -66,13 +70,18 @@ class ChunkWriter:
         self._before = f'data: {self._opening},"choices":[{{"index":'
         self._plain_end = ',"logprobs":null,"finish_reason":null}]'
         self._end = (',"usage":null' if head.include_usage else "") + "}\n\n"
-        self._routing = f',"routing":{_json(head.routing.body)}'
+        routing = head.routing.body
+        self._routing = {
+            False: f',"routing":{_json(routing)}',
+            True: f',"routing":{_json(routing | FORCED_CLOSE)}',
+        }  # by whether the engine closed a think block
 
     def first(self, choices: int) -> bytes:
         """The role of each choice, and the λ it runs at."""
-        delta = '{"role":"assistant","content":""}'
+        middle = ',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return "".join(
-            f'{self._before}{index},"delta":{delta}{self._plain_end}{self._routing}{self._end}'
+            f"{self._before}{index}{middle}{self._of_choice(index)}}}]"
+            f"{self._routing[False]}{self._end}"
             for index in range(choices)
         ).encode()
 
@@ -80,9 +89,15 @@ class ChunkWriter:
         """Several chunks as one piece, so that what came together is sent together."""
         return "".join([self._chunk(chunk) for chunk in chunks]).encode()
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        text = f'data: {self._opening},"choices":[],"usage":{_json(usage)}{self._routing}}}'
+    def usage(self, usage: dict[str, Any], *, forced_close: bool) -> bytes:
+        routing = self._routing[forced_close]
+        text = f'data: {self._opening},"choices":[],"usage":{_json(usage)}{routing}}}'
         return f"{text}\n\n".encode()
+
+    def _of_choice(self, index: int) -> str:
+        """The last fields of a choice, in its first and its last chunk."""
+        fields = self._head.routing.of_choice(index)
+        return f",{_json(fields)[1:-1]}" if fields else ""
 
     def _chunk(self, chunk: Chunk) -> str:
         """One event; two where a token closed the block and began the content."""
@@ -103,10 +118,12 @@ class ChunkWriter:
             return f'{self._before}{chunk.index},"delta":{delta}{self._plain_end}{self._end}'
         logprobs = _json({"content": chunk.logprobs}) if self._head.logprobs else "null"
         finish = _json(chunk.finish_reason)
-        routing = self._routing if chunk.finish_reason else ""
+        own, routing = "", ""
+        if chunk.finish_reason is not None:
+            own, routing = self._of_choice(chunk.index), self._routing[chunk.forced_close]
         return (
             f'{self._before}{chunk.index},"delta":{delta},"logprobs":{logprobs},'
-            f'"finish_reason":{finish}}}]{routing}{self._end}'
+            f'"finish_reason":{finish}{own}}}]{routing}{self._end}'
         )
 
 
@@ -161,7 +178,7 @@ async def completion(answer: Answer) -> dict[str, Any]:
         "system_fingerprint": head.system_fingerprint,
         "choices": [_choice(index, whole, head) for index, whole in enumerate(wholes)],
         "usage": answer.usage,
-        "routing": head.routing.body,
+        "routing": head.routing.body | (FORCED_CLOSE if answer.forced_close else {}),
     }
 
 
@@ -175,4 +192,5 @@ def _choice(index: int, whole: _Whole, head: AnswerHead) -> dict[str, Any]:
         "message": message,
         "logprobs": {"content": whole.logprobs} if head.logprobs else None,
         "finish_reason": whole.finish_reason,
+        **head.routing.of_choice(index),
     }

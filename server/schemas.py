@@ -32,22 +32,32 @@ ACCEPTED_WITHOUT_EFFECT: Final = (
 
 NOT_IMPLEMENTED: Final = frozenset(
     (
-        *("answer_lambda", "audio", "chat_template_kwargs", "continue_final_message"),
+        *("audio", "chat_template_kwargs", "continue_final_message"),
         *("enable_thinking", "function_call", "functions", "modalities", "moderation"),
         *("parallel_tool_calls", "prediction", "prompt_cache_options"),
         *("prompt_cache_retention", "priority", "reasoning", "reasoning_effort"),
-        *("routing_class", "thinking", "thinking_budget", "thinking_token_budget"),
-        *("tool_call_id", "tool_calls", "tool_choice", "tools", "web_search_options"),
+        *("routing_class", "tool_call_id", "tool_calls", "tool_choice", "tools"),
+        "web_search_options",
     )
 )
 """Known to OpenAI's clients or planned here, without effect so far: refused by name."""
 
-_BRANCHES: Final = frozenset({"(text)", "(parts)", "(one)", "(many)"})
+MOST_CHOICES: Final = 128
+
+_BRANCHES: Final = frozenset(
+    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)"}
+)
 """Union tags that pydantic puts into the path of an error."""
 
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -100,12 +110,75 @@ def _one_or_many(value: Any) -> str:
     return "(many)" if isinstance(value, list) else "(one)"
 
 
+class LayerLambdas(_Wire):
+    attn: float | None = None
+    mlp: float | None = None
+
+
+def _number_or_parts(value: Any) -> str:
+    return "(parts)" if isinstance(value, dict | LayerLambdas) else "(number)"
+
+
+OfLayers = Annotated[
+    Annotated[float, Tag("(number)")] | Annotated[LayerLambdas, Tag("(parts)")],
+    Discriminator(_number_or_parts),
+]
+
+
+class GroupLambdas(_Wire):
+    """λ by blend group; `server.groups` checks its ranges and values."""
+
+    default: float | None = None
+    attn: float | None = None
+    mlp: float | None = None
+    embed: float | None = None
+    head: float | None = None
+    layers: dict[str, OfLayers] = {}
+
+
+def _form_of_lambda(value: Any) -> str:
+    if isinstance(value, list):
+        return "(fan-out)"
+    return "(groups)" if isinstance(value, dict | GroupLambdas) else "(number)"
+
+
+Budget = Annotated[int, Field(ge=-1, lt=2**31)]
+"""Reasoning tokens; -1: none set."""
+
+
+class Thinking(_Wire):
+    """Anthropic's form of a budget."""
+
+    type: Literal["enabled"]
+    budget_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class ChatRequest(_Wire):
     """The body of `POST /v1/chat/completions`. None as a sampling default: the pair's own."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
-    reasoning_lambda: float | None = None  # its range is the dial's business
+
+    reasoning_lambda: (
+        Annotated[
+            Annotated[float, Tag("(number)")]
+            | Annotated[GroupLambdas, Tag("(groups)")]
+            | Annotated[
+                list[float], Field(min_length=1, max_length=MOST_CHOICES), Tag("(fan-out)")
+            ],
+            Discriminator(_form_of_lambda),
+        ]
+        | None
+    ) = None
+    """λ: a number, one for each blend group, or a list with a choice for each of its numbers."""
+    answer_lambda: float | None = None
+    """λ from the end of the think block on; default: unchanged."""
+    thinking_token_budget: Budget | None = None
+    """vLLM's name for a hard cap on reasoning tokens; it does not choose λ yet."""
+    thinking_budget: Budget | None = None
+    """Qwen's name for the same cap."""
+    thinking: Thinking | None = None
+    """Anthropic's name for the same cap."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -119,7 +192,7 @@ class ChatRequest(_Wire):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Annotated[
         Annotated[StopString, Tag("(one)")]
         | Annotated[list[StopString], Field(max_length=4), Tag("(many)")],
@@ -162,6 +235,28 @@ class ChatRequest(_Wire):
         return self.max_tokens
 
     @property
+    def choices(self) -> int:
+        if isinstance(self.reasoning_lambda, list):
+            return len(self.reasoning_lambda)
+        return 1 if self.n is None else self.n
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Every budget of reasoning tokens that is written, by its field."""
+        said = {
+            "thinking_token_budget": self.thinking_token_budget,
+            "thinking_budget": self.thinking_budget,
+            "thinking": None if self.thinking is None else self.thinking.budget_tokens,
+        }
+        return {name: value for name, value in said.items() if value is not None}
+
+    @property
+    def reasoning_cap(self) -> int | None:
+        """Reasoning tokens after which the think block is closed by force."""
+        cap = next(iter(self.budgets.values()), -1)
+        return None if cap < 0 else cap
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -188,6 +283,19 @@ def _check_together(request: ChatRequest) -> None:
         raise InvalidRequest(
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
+    if request.n not in (None, request.choices):
+        raise InvalidRequest(
+            f"`reasoning_lambda` lists {request.choices} values and `n` is {request.n}; leave `n` "
+            "out or make them equal",
+            param="n",
+        )
+    budgets = request.budgets
+    if len(set(budgets.values())) > 1:
+        listed = ", ".join(f"{value} (`{name}`)" for name, value in budgets.items())
+        raise InvalidRequest(
+            f"The request names different budgets of reasoning tokens: {listed}; give one of them",
+            param=list(budgets)[-1],
+        )
 
 
 def _invalid(error: ErrorDetails) -> InvalidRequest:
@@ -205,7 +313,8 @@ def _invalid(error: ErrorDetails) -> InvalidRequest:
 def _unknown(name: str, param: str) -> str:
     if name in NOT_IMPLEMENTED:
         return f"`{param}` is not implemented by this server"
-    similar = difflib.get_close_matches(bounded(name, 64), ChatRequest.model_fields, n=1)
+    known = [*ChatRequest.model_fields, *GroupLambdas.model_fields]
+    similar = difflib.get_close_matches(bounded(name, 64), known, n=1)
     hint = f"; did you mean `{similar[0]}`?" if similar else ""
     return f"Unknown field `{param}`{hint}"
 

@@ -13,6 +13,7 @@ from server.errors import ApiError, Draining, EngineDead, Loading
 from server.metrics import EngineState, Metrics
 from server.prompt import Prompts
 from server.sampling import SamplingPolicy
+from server.thinking import ThinkBlocks
 
 
 class Service:
@@ -33,6 +34,12 @@ class Service:
             template=settings.reasoning_template,
             think_threshold=settings.think_threshold,
         )
+        self.think_blocks = ThinkBlocks.of(
+            self.prompts.vocabulary,
+            closing=settings.think_closing,
+            soft_window=settings.think_soft_window,
+        )
+        engine.tell(self.prompts.vocabulary.marks)
         self.sampling = SamplingPolicy(
             thinking.sampling_defaults, self._eos_token_ids((instruct, thinking))
         )

@@ -98,7 +98,8 @@ class _Server(uvicorn.Server):
         info = engine.info
         print(
             f"Ready: {name} ({info.model_type}, {info.dtype} on {info.device}, context "
-            f"{info.max_model_len}) at {address}\n"
+            f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
+            f"{_size(info.peak_bytes)} at the peak of loading) at {address}\n"
             f"Try:\n"
             f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '"
             f'{{"model": "{name}", "reasoning_lambda": 0.6, "messages": [{{"role": "user", '
@@ -109,3 +110,13 @@ class _Server(uvicorn.Server):
     def _address(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _size(count: int) -> str:
+    """Bytes, with three digits that count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB" if value < 999.5 else f"{value:.0f} GB"

@@ -11,9 +11,11 @@ from typing import Final
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from mi_runtime.thinking import TokenMarks
 from server.checkpoint import CheckpointError
 from server.reasoning import THINK_CLOSE, THINK_OPEN, TOOL_CALL
 
+SENTENCE_ENDS: Final = (".", "!", "?", "…", "。", "！", "？")
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -45,21 +47,41 @@ class Vocabulary:
         return self.think_open_id is not None and self.think_close_id is not None
 
     @cached_property
+    def tags(self) -> dict[int, str]:
+        """The tags that are single tokens, by id."""
+        ids = {tag: self.tokenizer.token_to_id(tag) for tag in (THINK_OPEN, THINK_CLOSE, TOOL_CALL)}
+        return {index: tag for tag, index in ids.items() if index is not None}
+
+    @cached_property
+    def close_aliases(self) -> frozenset[int]:
+        """Tokens that close an open think block as its closing tag does."""
+        return frozenset(index for index, tag in self.tags.items() if tag == TOOL_CALL)
+
+    @cached_property
     def closing_tags(self) -> tuple[str, ...]:
-        """What ends an open think block."""
-        known = self.tokenizer.token_to_id(TOOL_CALL) is not None
-        return (THINK_CLOSE, TOOL_CALL) if known else (THINK_CLOSE,)
+        """What ends an open think block, as text."""
+        return (THINK_CLOSE, TOOL_CALL) if self.close_aliases else (THINK_CLOSE,)
 
     @cached_property
     def hidden_tags(self) -> dict[int, str]:
         """Tags that decoding would leave out because they are special tokens."""
-        special = {
-            index
-            for index, token in self.tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
-        ids = {tag: self.tokenizer.token_to_id(tag) for tag in (THINK_OPEN, *self.closing_tags)}
-        return {index: tag for tag, index in ids.items() if index in special}
+        return {index: tag for index, tag in self.tags.items() if index in self._special_token_ids}
+
+    @cached_property
+    def marks(self) -> TokenMarks:
+        """What each token's text means to think blocks; a token of no text is blank.
+
+        A full stop inside a number is taken for the end of a sentence: a token does not tell.
+        """
+        ids = sorted(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        texts = self.tokenizer.decode_batch([[index] for index in ids], skip_special_tokens=True)
+        spoken = [pair for pair in zip(ids, texts, strict=True) if pair[0] not in self.tags]
+        return TokenMarks(
+            soft_ends=frozenset(
+                index for index, text in spoken if text.endswith(("\n", *SENTENCE_ENDS))
+            ),
+            blanks=frozenset(index for index, text in spoken if not text.strip()),
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt; the template has written every special token itself."""
@@ -83,6 +105,11 @@ class Vocabulary:
     @cached_property
     def _added_token_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _special_token_ids(self) -> frozenset[int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
 
     @cached_property
     def _is_byte_level(self) -> bool:

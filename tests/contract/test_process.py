@@ -144,6 +144,13 @@ def test_a_checkpoint_without_tokenizer_json_is_exit_code_2(
     assert "Traceback" not in process.output
 
 
+def test_a_closing_sequence_that_closes_nothing_is_exit_code_2(start_fake: Start) -> None:
+    process = start_fake("--think-closing", "The end.", wait=False)
+    assert process.exit_code() == 2
+    assert "think_closing: 'The end.' must hold the closing tag" in process.output
+    assert "Traceback" not in process.output
+
+
 # --- signals ---
 
 
@@ -228,6 +235,10 @@ def test_the_http_process_loads_no_torch(start_fake: Start) -> None:
     modules = [sys.executable, "-c", "import sys, server.serving; print(*sys.modules)"]
     loaded = subprocess.run(modules, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
+
+
+def test_when_ready_it_tells_what_the_pair_and_its_loading_took(start_fake: Start) -> None:
+    assert "weights 4.82 MB, 9 GB at the peak of loading" in start_fake().output
 
 
 def test_when_ready_it_prints_what_to_try_and_that_works(start_fake: Start) -> None:

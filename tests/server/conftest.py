@@ -58,24 +58,26 @@ ServiceFactory = Callable[..., Service]
 def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFactory:
     """A service on the fake worker: `make_service("--fail-load", "why", max_waiting=0)`."""
 
-    def make(*worker_flags: str, opening: bool = False, **settings: object) -> Service:
-        thinking = opening_directory if opening else instruct_directory
+    def make(
+        *worker_flags: str, opening: bool = False, thinking: str | None = None, **settings: object
+    ) -> Service:
+        endpoint = opening_directory if opening else Path(thinking or instruct_directory)
         given = Settings.model_validate(
             {
                 "instruct": str(instruct_directory),
-                "thinking": str(thinking),
+                "thinking": str(endpoint),
                 "served_model_name": "pair",
                 **settings,
             }
         )
         engine = EngineClient(
-            given.engine_config(instruct=instruct_directory, thinking=thinking),
+            given.engine_config(instruct=instruct_directory, thinking=endpoint),
             max_waiting=given.max_waiting,
             command=[sys.executable, str(FAKE_WORKER), *worker_flags],
             stop_grace=0.5,
         )
         engine.start()
-        return Service(given, Endpoint.read(instruct_directory), Endpoint.read(thinking), engine)
+        return Service(given, Endpoint.read(instruct_directory), Endpoint.read(endpoint), engine)
 
     return make
 

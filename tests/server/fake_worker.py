@@ -3,6 +3,7 @@
 The last user message is a command:
 
     say TEXT      TEXT, then end-of-sequence        lambda      the λ of the request
+    request       dial, answer's dial and think policy, as JSON
     forever       `a` until max_tokens or abort     sampling    some sampling fields, as JSON
     wait          nothing: stays in the queue       fail        two tokens, then an error
     die           three tokens, then the process    wedge       three tokens, then nothing is
@@ -19,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -38,6 +40,7 @@ from mi_runtime.request import (
     TokenEvent,
     TokenLogprobs,
 )
+from mi_runtime.thinking import ThinkingState, TokenMarks
 
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 FOREVER = 10**9
@@ -51,25 +54,23 @@ class Running:
     command: str
     script: list[int]
     eos: int
+    marks: TokenMarks
     said: int = 0
-    reasoning: int = 0
-    inside: bool = field(init=False)
+    scripted: int = 0  # the rest was forced
+    thinking: ThinkingState | None = field(init=False)
 
     def __post_init__(self) -> None:
         think = self.request.think
-        self.inside = think is not None and think.opened_by_prompt
+        self.thinking = None if think is None else ThinkingState(think, self.marks)
 
     def next_event(self) -> TokenEvent:
         sampling = self.request.sampling
         if self.command == "fail" and self.said == 2:
             return TokenEvent(self.request.request_id, None, FinishReason.ERROR, error="told to")
-        token = self.script[self.said % len(self.script)]
-        if self.command not in ("forever", "fail", "die", "wedge") and self.said >= len(
-            self.script
-        ):
-            token = self.eos
+        token = self._next_token()
         self.said += 1
-        self._think(token)
+        if self.thinking is not None:
+            self.thinking.observe(token)
         finish = None
         if token in sampling.ending_token_ids and self.said > sampling.min_tokens:
             finish = FinishReason.STOP
@@ -80,20 +81,20 @@ class Running:
             token,
             finish,
             self._logprobs(token),
-            reasoning_tokens=self.reasoning,
+            reasoning_tokens=self.thinking.reasoning_tokens if self.thinking else 0,
+            forced_close=self.thinking is not None and self.thinking.forced_close,
             queue_seconds=0.001,
         )
 
-    def _think(self, token: int) -> None:
-        think = self.request.think
-        if think is None:
-            return
-        if self.inside and token == think.close_id:
-            self.inside = False
-        elif self.inside:
-            self.reasoning += 1
-        elif token == think.open_id and self.said == 1:
-            self.inside = True
+    def _next_token(self) -> int:
+        if self.thinking is not None and self.thinking.forced_token is not None:
+            return self.thinking.forced_token
+        endless = self.command in ("forever", "fail", "die", "wedge")
+        token = self.script[self.scripted % len(self.script)]
+        if not endless and self.scripted >= len(self.script):
+            token = self.eos
+        self.scripted += 1
+        return token
 
     def _logprobs(self, token: int) -> TokenLogprobs | None:
         count = self.request.sampling.logprobs
@@ -102,12 +103,24 @@ class Running:
         return TokenLogprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(count)))
 
 
+def told(request: EngineRequest) -> dict[str, Any]:
+    dial, answer, think = request.dial, request.answer_dial, request.think
+    return {
+        "dial": [dial.reasoning_lambda, dict(dial.groups)],
+        "answer": None if answer is None else [answer.reasoning_lambda, dict(answer.groups)],
+        "think": None if think is None else [think.cap, think.soft_window, list(think.closing)],
+        "seed": request.sampling.seed,
+        "prompt": len(request.prompt),
+    }
+
+
 class FakeEngine:
     def __init__(self, pipe: Connection, config: EngineConfig, step_seconds: float) -> None:
         self.pipe = pipe
         self.tokenizer = Tokenizer.from_file(str(Path(config.thinking) / "tokenizer.json"))
         (self.eos,) = self.tokenizer.encode("<|im_end|>", add_special_tokens=False).ids
         self.max_num_seqs = config.max_num_seqs
+        self.marks = config.marks
         self.step_seconds = step_seconds
         self.running: dict[str, Running] = {}
         self.waiting: dict[str, Running] = {}
@@ -136,7 +149,7 @@ class FakeEngine:
     def submit(self, request: EngineRequest) -> None:
         text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
         command = USER_TURN.findall(text)[-1]
-        new = Running(request, command, self.script(command, request), self.eos)
+        new = Running(request, command, self.script(command, request), self.eos, self.marks)
         if command == "wait" or len(self.running) >= self.max_num_seqs:
             self.waiting[request.request_id] = new
             self.report([])
@@ -149,6 +162,8 @@ class FakeEngine:
             text = command.removeprefix("say ")
         elif command == "lambda":
             text = f"{request.dial.reasoning_lambda:g}"
+        elif command == "request":
+            text = json.dumps(told(request))
         elif command == "sampling":
             sampling = request.sampling
             text = json.dumps(
@@ -189,7 +204,7 @@ class FakeEngine:
             running_lambdas=self.lambdas(self.running),
             waiting_lambdas=self.lambdas(self.waiting),
             steps=self.steps,
-            pair_steps=self.steps,
+            pair_executions=self.steps,
         )
         self.pipe.send(StepReport(tuple(events), stats))
 
@@ -223,7 +238,9 @@ def main() -> None:
         max_model_len=config.max_model_len or arguments.context,
         block_size=16,
         num_blocks=64,
-        weight_bytes=0,
+        layers=4,
+        weight_bytes=4_820_000,
+        peak_bytes=9_000_000_000,
         load_seconds=0.0,
     )
     pipe.send(Ready(info))

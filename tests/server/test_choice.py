@@ -11,9 +11,10 @@ from mi_runtime.request import FinishReason, TokenEvent
 from server.choice import Choice, Chunk
 from server.errors import RequestFailed
 from server.metrics import Metrics
-from server.reasoning import ReasoningSplitter
+from server.reasoning import Split, Splitter
 from server.stop import StopStrings
-from server.vocabulary import Vocabulary
+from server.thinking import ThinkBlocks
+from server.vocabulary import TokenText, Vocabulary
 
 VOCABULARY = Vocabulary(build_tokenizer())
 EOS = VOCABULARY.encode(TURN_END)[0]
@@ -26,8 +27,11 @@ TOKENS = st.lists(
 STOPS = st.lists(st.text("ab\n<", min_size=1, max_size=3), max_size=3)
 
 
-def splitter(opened: bool) -> ReasoningSplitter:
-    return ReasoningSplitter.of_prompt(opened=opened, closing=VOCABULARY.closing_tags)
+BLOCKS = ThinkBlocks.of(VOCABULARY, closing="\n</think>\n\n", soft_window=None)
+
+
+def splitter(opened: bool) -> Splitter:
+    return BLOCKS.splitter(opened_by_prompt=opened)
 
 
 def new_choice(opened: bool = False, stop: list[str] | None = None) -> Choice:
@@ -58,17 +62,48 @@ def chunks_of(choice: Choice, ids: list[int]) -> list[Chunk]:
 def test_token_by_token_it_says_what_the_whole_text_says(
     ids: list[int], stops: list[str], opened: bool
 ) -> None:
-    whole, stop = splitter(opened), StopStrings(stops)
-    fed = whole.feed(VOCABULARY.tokenizer.decode(ids))
-    rest = whole.finish(by_length=False)
-    content = stop.feed(fed.content + rest.content)
+    whole, stop = split_whole(ids, opened), StopStrings(stops)
+    content = stop.feed(whole.content)
     content += "" if stop.hit else stop.finish()
 
     chunks = chunks_of(new_choice(opened, stops), ids)
     assert "".join(chunk.content for chunk in chunks) == content
-    if not rest.repeats_reasoning and not stop.hit:
-        assert "".join(chunk.reasoning for chunk in chunks) == fed.reasoning
+    if not whole.repeats_reasoning and not stop.hit:
+        assert "".join(chunk.reasoning for chunk in chunks) == whole.reasoning
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
+
+
+def split_whole(ids: list[int], opened: bool) -> Split:
+    """The split of all tokens, before anybody looks at its content."""
+    whole, text, split = splitter(opened), TokenText(VOCABULARY), Split()
+    for token_id in ids:
+        split = split.then(whole.feed(text.feed(token_id), token_id))
+    split = split.then(whole.feed(text.finish(), EOS))
+    return split.then(whole.finish(by_length=False))
+
+
+def test_a_closing_tag_that_ends_the_answer_leaves_reasoning_alone() -> None:
+    choice = new_choice(opened=True)
+    events = [TokenEvent("r", token_id) for token_id in VOCABULARY.encode("ab")]
+    (close,) = VOCABULARY.encode("</think>")
+    events.append(TokenEvent("r", close, FinishReason.STOP, reasoning_tokens=2))
+    chunks = [chunk for event in events if (chunk := choice.take(0.0, event))]
+    assert "".join(chunk.reasoning for chunk in chunks) == "ab"
+    assert "".join(chunk.content for chunk in chunks) == ""
+
+
+def test_a_forced_close_is_told_on_the_last_chunk() -> None:
+    choice = new_choice(opened=True)
+    ids = VOCABULARY.encode("a\n</think>\n\nb")
+    events = [TokenEvent("r", token_id, forced_close=at > 1) for at, token_id in enumerate(ids)]
+    events.append(TokenEvent("r", EOS, FinishReason.STOP, forced_close=True))
+    chunks = [chunk for event in events if (chunk := choice.take(0.0, event))]
+    assert [chunk.forced_close for chunk in chunks] == [False, False, True]
+    assert [(chunk.reasoning, chunk.content) for chunk in chunks] == [
+        ("a", ""),
+        ("", "b"),
+        ("", ""),
+    ]
 
 
 def test_an_ending_token_is_counted_but_not_shown() -> None:

@@ -72,8 +72,14 @@ def test_the_engines_last_report_is_read_at_the_scrape() -> None:
         prefix_queried_tokens=40,
         prefix_hit_tokens=32,
         preemptions=3,
-        endpoint_steps=5,
-        pair_steps=6,
+        endpoint_executions=5,
+        blended_executions=7,
+        pair_executions=6,
+        blend_hits=8,
+        blend_builds=9,
+        blend_evictions=4,
+        blend_bytes=1000,
+        forced_closes=2,
     )
     metrics.follow_engine(lambda: EngineState(stats, None, max_lambdas=256))
     assert value(metrics, "mi_num_requests_running") == 2
@@ -82,8 +88,13 @@ def test_the_engines_last_report_is_read_at_the_scrape() -> None:
     assert value(metrics, "mi_prefix_cache_queries_total") == 40
     assert value(metrics, "mi_prefix_cache_hits_total") == 32
     assert value(metrics, "mi_num_preemptions_total") == 3
-    assert value(metrics, "mi_engine_steps_total", way="endpoint") == 5
-    assert value(metrics, "mi_engine_steps_total", way="pair") == 6
+    for way, count in [("endpoint", 5), ("blended", 7), ("pair", 6)]:
+        assert value(metrics, "mi_layer_executions_total", way=way) == count
+    assert value(metrics, "mi_blend_cache_hits_total") == 8
+    assert value(metrics, "mi_blend_cache_builds_total") == 9
+    assert value(metrics, "mi_blend_cache_evictions_total") == 4
+    assert value(metrics, "mi_blend_cache_bytes") == 1000
+    assert value(metrics, "mi_forced_close_total") == 2
     lists = {"max": "256", "running": "pair@0,pair@0.6", "waiting": "pair@1"}
     assert value(metrics, "mi_lambda_blends_info", **lists) is not None
 

@@ -94,15 +94,16 @@ def test_a_user_who_writes_the_tag_opens_nothing(endpoints: tuple[Endpoint, Endp
     assert not prompt.opens_block
 
 
-def test_the_engine_learns_the_tags_and_whether_one_is_open(
+def test_each_dial_gets_the_prompt_of_its_own_template(
     endpoints: tuple[Endpoint, Endpoint],
 ) -> None:
     prompts = Prompts(*endpoints)
-    tags = prompts.think_tags(prompts.build([Message(role="user", content="x")], Dial(1.0)))
-    assert tags is not None
-    assert tags.opened_by_prompt
-    assert prompts.vocabulary.token_text(tags.open_id) == "<think>"
-    assert prompts.vocabulary.token_text(tags.close_id) == "</think>"
+    messages = [Message(role="user", content="x")]
+    dials = [Dial(1.0), Dial(0.0), Dial(0.4)]
+    built = prompts.build_each(messages, dials)
+    assert built == [prompts.build(messages, dial) for dial in dials]
+    assert [prompt.opens_block for prompt in built] == [True, False, True]
+    assert built[0] is built[2]
 
 
 def test_a_developer_is_the_system_to_a_template(endpoints: tuple[Endpoint, Endpoint]) -> None:

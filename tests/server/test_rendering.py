@@ -19,7 +19,7 @@ def head(**fields: Any) -> AnswerHead:
         "created": 1,
         "model": 'pa"ir',
         "system_fingerprint": "fp_0",
-        "routing": Routing(Dial(0.6), "body"),
+        "routing": Routing((Dial(0.6),), "body"),
         "prompt_tokens": 3,
     }
     return AnswerHead(**base | fields)
@@ -81,7 +81,7 @@ def test_with_usage_every_chunk_has_the_key_and_one_more_has_the_numbers() -> No
     writer = ChunkWriter(head(include_usage=True))
     for written in (writer.first(1), writer.write([Chunk(0, "a"), Chunk(0, finish_reason="stop")])):
         assert all(it["usage"] is None for it in read(written))
-    (last,) = read(writer.usage({"total_tokens": 5}))
+    (last,) = read(writer.usage({"total_tokens": 5}, forced_close=False))
     assert (last["choices"], last["usage"]) == ([], {"total_tokens": 5})
 
 
@@ -99,3 +99,22 @@ def test_logprobs_travel_with_their_chunk() -> None:
     entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
     (written,) = read(ChunkWriter(head(logprobs=True)).write([Chunk(0, "a", logprobs=[entry])]))
     assert written["choices"][0]["logprobs"] == {"content": [entry]}
+
+
+def test_a_forced_close_is_told_with_the_last_chunk_and_the_usage() -> None:
+    writer = ChunkWriter(head(include_usage=True))
+    forced = {"routing": ROUTING["routing"] | {"forced_close": True}}
+    (last,) = read(writer.write([Chunk(0, finish_reason="stop", forced_close=True)]))
+    (usage,) = read(writer.usage({}, forced_close=True))
+    assert last["routing"] == usage["routing"] == forced["routing"]
+
+
+def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
+    routing = Routing((Dial(0.2), Dial(1.0)), "body", fan_out=True)
+    writer = ChunkWriter(head(routing=routing))
+    first = read(writer.first(2))
+    (middle,) = read(writer.write([Chunk(1, "a")]))
+    (last,) = read(writer.write([Chunk(1, finish_reason="stop")]))
+    assert [it["choices"][0]["reasoning_lambda"] for it in (*first, last)] == [0.2, 1.0, 1.0]
+    assert "reasoning_lambda" not in middle["choices"][0]
+    assert last["routing"]["reasoning_lambda"] == [0.2, 1.0]

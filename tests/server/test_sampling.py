@@ -17,7 +17,9 @@ ENGINE = EngineInfo(
     max_model_len=100,
     block_size=16,
     num_blocks=64,
+    layers=4,
     weight_bytes=0,
+    peak_bytes=0,
     load_seconds=0.0,
 )
 POLICY = SamplingPolicy({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, frozenset({7}))

@@ -35,9 +35,84 @@ def test_content_may_be_text_parts() -> None:
     assert parse(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
 
 
-@pytest.mark.parametrize("value", ["0.6", True, [0.6], {"default": 0.6}])
-def test_a_lambda_that_is_no_number_is_refused(value: object) -> None:
-    assert refusal(reasoning_lambda=value).param == "reasoning_lambda"
+@pytest.mark.parametrize(
+    ("value", "at"),
+    [
+        ("0.6", ""),
+        (True, ""),
+        ([], ""),
+        ([0.5] * 129, ""),
+        ([0.6, "0.6"], "[1]"),
+        ([[0.6]], "[0]"),
+        ({"attn": "0.6"}, ".attn"),
+        ({"default": True}, ".default"),
+        ({"atn": 0.6}, ".atn"),
+        ({"layers": 0.5}, ".layers"),
+        ({"layers": {"0-3": "x"}}, ".layers.0-3"),
+        ({"layers": {"0-3": [1]}}, ".layers.0-3"),
+        ({"layers": {"0-3": {"embed": 1}}}, ".layers.0-3.embed"),
+        ({"layers": {"0-3": {"attn": []}}}, ".layers.0-3.attn"),
+    ],
+)
+def test_a_lambda_in_no_known_form_is_refused_where_it_is_wrong(value: object, at: str) -> None:
+    assert refusal(reasoning_lambda=value).param == f"reasoning_lambda{at}"
+
+
+def test_a_typo_in_a_group_is_told_with_what_was_meant() -> None:
+    assert "did you mean `attn`" in refusal(reasoning_lambda={"atn": 0.6}).message
+
+
+@pytest.mark.parametrize("n", [{}, {"n": None}, {"n": 3}])
+def test_a_list_of_lambdas_is_a_choice_for_each(n: dict[str, Any]) -> None:
+    assert parse(reasoning_lambda=[0, 0.6, 1], **n).choices == 3
+
+
+def test_a_list_of_lambdas_with_another_n_is_refused() -> None:
+    error = refusal(reasoning_lambda=[0, 0.6, 1], n=2)
+    assert error.param == "n"
+    assert "lists 3 values and `n` is 2" in error.message
+
+
+# --- budgets ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "cap"),
+    [
+        ({}, None),
+        ({"thinking_token_budget": 7}, 7),
+        ({"thinking_token_budget": 0}, 0),
+        ({"thinking_token_budget": -1}, None),
+        ({"thinking_budget": 7}, 7),
+        ({"thinking_budget": -1}, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 7}}, 7),
+        ({"thinking_budget": 7, "thinking": {"type": "enabled", "budget_tokens": 7}}, 7),
+        ({"thinking_budget": -1, "thinking_token_budget": -1}, None),
+    ],
+)
+def test_a_budget_under_any_name_is_a_cap(fields: dict[str, Any], cap: int | None) -> None:
+    assert parse(**fields).reasoning_cap == cap
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"thinking_token_budget": 1.5}, "thinking_token_budget"),
+        ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
+        ({"thinking_budget": "9"}, "thinking_budget"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "disabled"}}, "thinking.type"),
+        ({"thinking": True}, "thinking"),
+        ({"thinking_token_budget": 7, "thinking_budget": 8}, "thinking_budget"),
+        ({"thinking_budget": -1, "thinking_token_budget": 0}, "thinking_budget"),
+        ({"answer_lambda": "x"}, "answer_lambda"),
+        ({"answer_lambda": {"default": 1}}, "answer_lambda"),
+    ],
+)
+def test_a_bad_budget_or_answer_lambda_is_named(fields: dict[str, Any], param: str) -> None:
+    assert refusal(**fields).param == param
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])

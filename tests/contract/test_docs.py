@@ -1,0 +1,37 @@
+"""The examples of `docs/dial.md` work as they are written."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = (Path(__file__).parents[2] / "docs" / "dial.md").read_text()
+EXAMPLES = re.findall(r"```bash\n(curl .*?)```", PAGE, re.DOTALL)
+
+
+def field_of(example: str, name: str) -> Any:
+    body = re.search(r"-d '(.*)'", example, re.DOTALL)
+    assert body is not None
+    return json.loads(body[1]).get(name)
+
+
+def test_every_form_of_the_dial_has_its_example() -> None:
+    forms = [type(field_of(example, "reasoning_lambda")) for example in EXAMPLES]
+    assert {float, dict, list} <= set(forms)
+    assert any(field_of(example, "answer_lambda") is not None for example in EXAMPLES)
+    assert any(field_of(example, "thinking_token_budget") is not None for example in EXAMPLES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_works(real_server: Any, example: str) -> None:
+    command = example.replace("http://127.0.0.1:8000", real_server.url)
+    command = command.replace('"mi-embedded"', '"pair"')
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["routing"]["reasoning_lambda"] == field_of(example, "reasoning_lambda")
+    assert all("Answer: " in choice["message"]["content"] for choice in answer["choices"])
+    if field_of(example, "thinking_token_budget"):
+        assert answer["routing"]["forced_close"] is True
