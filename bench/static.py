@@ -17,6 +17,7 @@ from mi_runtime.pair import check_pair
 from mi_runtime.planner import Part
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Chunk, Scheduler
+from mi_runtime.thinking import TokenMarks
 
 NUM_BLOCKS = 2048
 
@@ -68,6 +69,7 @@ class StaticEngine(Engine):
             prefix_caching=False,
         )
         self._runner = Runner(model, OnePart(), NUM_BLOCKS, config.block_size)  # type: ignore[arg-type]
+        self._marks = TokenMarks()
         self._steps = 0
 
 
