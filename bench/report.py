@@ -3,10 +3,10 @@
 import json
 import os
 import platform
-import statistics
 import subprocess
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -50,13 +50,14 @@ def publish(name: str, unit: str, values: dict[str, list[float]], ratios: dict[s
     )
     print(f"| row | median {unit} | lowest | highest |\n|---|---|---|---|")
     for row, measured in values.items():
-        print(
-            f"| {row} | {statistics.median(measured):,.1f} | {min(measured):,.1f} "
-            f"| {max(measured):,.1f} |"
-        )
+        print(f"| {row} | {median(measured):,.1f} | {min(measured):,.1f} | {max(measured):,.1f} |")
     for ratio, value in ratios.items():
         print(f"{ratio}: {value:.2f}")
-    record = {"bench": name, "unit": unit, "machine": facts, "values": values, "ratios": ratios}
+    rows = {
+        row: {"median": median(one), "lowest": min(one), "highest": max(one), "runs": len(one)}
+        for row, one in values.items()
+    }
+    record = {"bench": name, "unit": unit, "machine": facts, "rows": rows, "ratios": ratios}
     line = json.dumps(record, ensure_ascii=False)
     print(line)
     RESULTS.mkdir(exist_ok=True)

@@ -110,6 +110,12 @@ def _changes_logits(sequence: Sequence) -> bool:
     )
 
 
+def _columns(like: Tensor, rows: list[tuple[float, ...]]) -> tuple[Tensor, ...]:
+    """One fp32 `[rows, 1]` of each place in the tuples, all moved at once."""
+    table = torch.tensor(rows, dtype=torch.float32, device=like.device)
+    return table.unsqueeze(-1).unbind(1)
+
+
 def _column(values: Iterable[float], like: Tensor) -> Tensor:
     return torch.tensor([*values], dtype=torch.float32, device=like.device).unsqueeze(1)
 
@@ -167,23 +173,25 @@ def _is_cut(sequence: Sequence) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Of rows at their temperatures; `logits` is overwritten."""
-    temperatures = [sequence.request.sampling.temperature for sequence in sequences]
+def _probabilities(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Of rows at their temperatures `[rows, 1]`; `logits` is overwritten."""
     logits -= logits.amax(1, keepdim=True)  # so that a small temperature cannot overflow
-    logits /= _column(temperatures, logits).clamp(min=SMALLEST)
+    logits /= temperatures.clamp_(min=SMALLEST)
     return logits.softmax(1)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    return _invert(_probabilities(logits, sequences), sequences)
-
-
-def _invert(weights: Tensor, sequences: list[Sequence]) -> Tensor:
-    """`[rows]` columns: the first whose cumulative weight passes the sequence's next number."""
-    uniform = _column([sequence.rng.random() for sequence in sequences], weights) * BELOW_ONE
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """`[rows]` columns: the first whose cumulative weight passes `uniform` `[rows, 1]` of all."""
     cumulative = weights.cumsum(1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    least = (uniform * BELOW_ONE).mul_(cumulative[:, -1:])
+    return torch.searchsorted(cumulative, least, right=True).squeeze(1)
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    temperatures, uniform = _columns(
+        logits, [(one.request.sampling.temperature, one.rng.random()) for one in sequences]
+    )
+    return _invert(_probabilities(logits, temperatures), uniform)
 
 
 def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -192,20 +200,25 @@ def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     The cut is a least probability: tokens as probable as the last one kept are kept as well, since
     the order of equals depends on the batch.
     """
-    params = [sequence.request.sampling for sequence in sequences]
     vocabulary = logits.shape[1]
-    top_k = [min(one.top_k or vocabulary, vocabulary) for one in params]
-    probabilities = _probabilities(logits, sequences)
-    best = probabilities.topk(max(top_k), dim=1).values  # sorted, best first
-    in_top_k = torch.arange(best.shape[1], device=best.device) < _column(top_k, best)
+    top_ks = [min(one.request.sampling.top_k or vocabulary, vocabulary) for one in sequences]
+    params = [one.request.sampling for one in sequences]
+    temperatures, top_k, top_p, min_p, uniform = _columns(
+        logits,
+        [
+            (one.temperature, k, one.top_p, one.min_p, sequence.rng.random())
+            for one, k, sequence in zip(params, top_ks, sequences, strict=True)
+        ],
+    )
+    probabilities = _probabilities(logits, temperatures)
+    best = probabilities.topk(max(top_ks), dim=1).values  # sorted, best first
+    in_top_k = torch.arange(best.shape[1], device=best.device) < top_k
     cumulative = (best * in_top_k).cumsum(1)
-    top_p = _column([one.top_p for one in params], best)
-    min_p = _column([one.min_p for one in params], best)
     in_top_p = (cumulative - best < top_p * cumulative[:, -1:]) | (top_p >= 1)
     kept = in_top_k & in_top_p & (best >= min_p * best[:, :1])
     kept[:, 0] = True
     least = best.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
-    return _invert(probabilities * (probabilities >= least), sequences)
+    return _invert(probabilities * (probabilities >= least), uniform)
 
 
 def _logprobs(
