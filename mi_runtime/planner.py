@@ -9,7 +9,9 @@ the cheapest by a cost model measured at start-up:
 Building blended weights is never waited for: a λ that is new runs by the pair product. Each step
 notes what blended weights would have saved; once a dial's savings reach the price of building them,
 they are built (so the total is at most twice that of knowing the future). A prefill chunk large
-enough to pay for them alone gets them at once.
+enough to pay for them alone gets them at once. Where the cache is full, a dial must also have been
+saving for longer than the weights it would push out have been idle: more hot λ values than fit do
+not push each other out in turn.
 
 Plain Python: seconds, rows and dials; no tensors.
 """
@@ -67,6 +69,14 @@ class _Work:
     rows: int = 0
 
 
+@dataclass(slots=True)
+class _Savings:
+    """What a dial missed so far by having no blended weights."""
+
+    since: int  # step
+    seconds: float = 0.0
+
+
 class Planner:
     """`missing(dial)` is the share of a dial's blended weights that the cache lacks, and
     `capacity` how many λ values it can hold."""
@@ -82,10 +92,13 @@ class Planner:
         self._costs = costs
         self._missing = missing
         self._capacity = capacity
-        self._savings: OrderedDict[Dial, float] = OrderedDict()  # seconds missed so far
+        self._step = 0
+        self._savings: OrderedDict[Dial, _Savings] = OrderedDict()
+        self._built: OrderedDict[Dial, int] = OrderedDict()  # the step of last use, oldest first
 
     def plan(self, chunks: list[Chunk]) -> list[Part]:
         """Every chunk in exactly one part."""
+        self._step += 1
         if self._policy == "pair":
             return [Part(chunks, blended=False)]
         works, mixed = _by_dial(chunks)
@@ -95,7 +108,7 @@ class Planner:
             alone = self._choose(works, sum(chunk.length for chunk in mixed))
         chosen = {work.dial for work in alone}
         for dial in chosen:
-            self._savings.pop(dial, None)  # built by this step, if it was not there
+            self._use(dial)
         together = [chunk for chunk in chunks if not _is_alone(chunk, chosen)]
         parts = [Part(work.chunks, blended=True) for work in alone]
         return [*parts, Part(together, blended=False)] if together else parts
@@ -147,7 +160,9 @@ class Planner:
             return False
         share = (seconds - possible) / sum(work.rows for work in absent)
         for work in absent:
-            self._savings[work.dial] = self._savings.pop(work.dial, 0.0) + share * work.rows
+            savings = self._savings.pop(work.dial, None) or _Savings(since=self._step)
+            savings.seconds += share * work.rows
+            self._savings[work.dial] = savings
         while len(self._savings) > REMEMBERED:
             self._savings.popitem(last=False)
         return any(self._is_ready(work.dial) for work in absent)
@@ -159,7 +174,25 @@ class Planner:
         if not self._capacity:
             return False
         price = self._costs.build * self._missing(dial)
-        return price == 0 or self._savings.get(dial, 0.0) >= price
+        if price == 0:
+            return True
+        savings = self._savings.get(dial)
+        return savings is not None and savings.seconds >= price and self._has_room(dial, savings)
+
+    def _has_room(self, dial: Dial, savings: "_Savings") -> bool:
+        """Whether building pushes nothing out that was used while the dial was saving."""
+        if dial in self._built or len(self._built) < self._capacity:
+            return True
+        return next(iter(self._built.values())) < savings.since
+
+    def _use(self, dial: Dial) -> None:
+        """The dial runs with single weights, which are built if they were not there."""
+        self._savings.pop(dial, None)
+        if not _is_endpoint(dial):
+            self._built.pop(dial, None)
+            self._built[dial] = self._step
+            while len(self._built) > max(1, self._capacity):
+                self._built.popitem(last=False)
 
 
 def _by_dial(chunks: list[Chunk]) -> tuple[list[_Work], list[Chunk]]:

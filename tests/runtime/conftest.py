@@ -6,16 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
-
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from tests.runtime import oracle
 from tests.runtime.families import write_pair
-
-# The same examples every time, however busy the machine.
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.load_profile("same")
 
 PairOf = Callable[..., tuple[Path, Path]]
 MakeEngine = Callable[..., Engine]

@@ -323,14 +323,20 @@ def test_what_is_there_in_part_costs_its_missing_part() -> None:
     assert not alone(planner(missing=lambda dial: 0.5).plan(chunks_of([(Dial(0.5), large - 100)])))
 
 
-def test_savings_start_anew_after_a_build() -> None:
-    """Two hot dials and room for one: each build is paid for by savings since the last."""
-    run, steps = Run(capacity=1), 200
-    for _ in range(steps):
-        run.step((Dial(0.3), 4))
-        run.step((Dial(0.6), 4))
-    saved = (PLAIN.pair.at(4) - PLAIN.single.at(4)) * 2 * steps
-    assert 2 < sum(run.weights.builds.values()) <= saved / PLAIN.build
+def test_hot_dials_that_do_not_fit_never_push_each_other_out_in_turn() -> None:
+    run = Run(capacity=2)
+    for _ in range(400):
+        for value in (0.2, 0.4, 0.6, 0.8):
+            run.step((Dial(value), 4))
+    assert run.weights.builds == {Dial(0.2): 1, Dial(0.4): 1}
+
+
+def test_a_dial_that_went_idle_makes_room() -> None:
+    run = Run(capacity=1)
+    for dial in (Dial(0.3), Dial(0.6)):
+        for _ in range(200):
+            run.step((dial, 4))
+    assert run.weights.builds == {Dial(0.3): 1, Dial(0.6): 1}
 
 
 @settings(max_examples=40)

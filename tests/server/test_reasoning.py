@@ -246,6 +246,9 @@ def test_an_answer_is_never_hidden(pieces: list[str]) -> None:
 
 
 def without_tags_and_breaks(text: str) -> str:
-    for tag in (THINK_OPEN, THINK_CLOSE, TOOL_CALL):
-        text = text.replace(tag, "")
+    before = None
+    while text != before:  # taking one tag out may make another of what was around it
+        before = text
+        for tag in (THINK_OPEN, THINK_CLOSE, TOOL_CALL):
+            text = text.replace(tag, "")
     return "".join(text.split())
