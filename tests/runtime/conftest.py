@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from tests.runtime import oracle
