@@ -113,7 +113,7 @@ def measure(
                   f"decode {value.decode:>8,.0f}  tokens/s", flush=True)  # fmt: skip
             speeds[name] += [value] if index else []
         for number in range(5):
-            unseen = 0.01 * (1 + 5 * index + number)  # below every λ of the other rows
+            unseen = HOT + 1e-4 * (1 + 5 * index + number)  # off the grid of every other row
             pairs = (("f never-seen λ", unseen), ("f hot λ", HOT))
             for name, value in pairs if number % 2 else pairs[::-1]:
                 seconds = first_token_seconds(engine, pair, value, next(seeds))

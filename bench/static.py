@@ -76,7 +76,7 @@ class StaticEngine(Engine):
 class NoGroups:
     """In the place of blend groups, where no module has one."""
 
-    def begin(self, _step: Any) -> None: ...
+    def begin(self, _step: Any, _first: bool) -> None: ...
 
     def end(self) -> None: ...
 
@@ -90,6 +90,11 @@ class OnePart:
 
 def blended_config(pair: Pair, **changes: Any) -> EngineConfig:
     base = EngineConfig(
-        pair.instruct, pair.thinking, dtype=pair.dtype, num_blocks=NUM_BLOCKS, prefix_caching=False
+        pair.instruct,
+        pair.thinking,
+        device="cpu",
+        dtype=pair.dtype,
+        num_blocks=NUM_BLOCKS,
+        prefix_caching=False,
     )
     return replace(base, **changes)

@@ -50,6 +50,6 @@ def requests(pair: Pair, lambdas: list[float], seed: int) -> list[EngineRequest]
     sampling = SamplingParams(max_tokens=pair.new_tokens, temperature=0.0)
     work = zip(prompts(pair, seed, len(lambdas)), lambdas, strict=True)
     return [
-        EngineRequest(f"{seed}-{index}", tuple(prompt), Dial.on_grid(value, 0.01), sampling)
+        EngineRequest(f"{seed}-{index}", tuple(prompt), Dial(round(value, 4)), sampling)
         for index, (prompt, value) in enumerate(work)
     ]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_runtime.rows import INSTRUCT, THINKING, Rows, RowSlot
+from mi_runtime.rows import INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
 
 BLEND_ROWS = 4096  # rows of a matrix that are blended at once: bounds the fp32 copies
 
@@ -178,8 +178,7 @@ class RoutedWeight:
             return F.linear(x, matrix.endpoints[rows.endpoint].to(self.dtype))
         if rows.blend is not None:
             return F.linear(x, rows.blend.get(matrix).to(self.dtype))
-        mixed = (x.unsqueeze(-2) * rows.mix.to(self.dtype)).flatten(-2)
-        return F.linear(mixed, matrix.concatenated.to(self.dtype))
+        return F.linear(scaled_pair(x, rows.mix), matrix.concatenated.to(self.dtype))
 
 
 class PairLinear(nn.Linear):
@@ -271,8 +270,10 @@ class PairExperts:
         if rows.blend is not None:
             out = F.linear(x, rows.blend.get(self)[expert])
         else:
-            out = F.linear((x.unsqueeze(-2) * mix).flatten(-2), self.concatenated[expert])
-        return out if self.biases is None else out + (mix * self.biases[expert]).sum(1)
+            out = F.linear(scaled_pair(x, mix), self.concatenated[expert])
+        if self.biases is None:
+            return out
+        return out + (mix * self.biases[expert]).sum(1).to(out.dtype)
 
 
 def pair_experts_forward(

@@ -57,7 +57,7 @@ class Engine:
         )
         self._marks = config.marks
         self._groups = model.groups
-        self._groups.cache.budget = _blend_budget(config, model)
+        self._groups.cache.budget = _blend_budget(config, model, num_blocks)
         planner = Planner(
             config.blend_policy,
             measure_costs(model),
@@ -133,10 +133,7 @@ class Engine:
 
 def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> int:
     """KV blocks that memory allows, and no more than full sequences could use."""
-    token_bytes = model.dtype.itemsize * sum(
-        layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers
-    )
-    block_bytes = token_bytes * config.block_size
+    block_bytes = _block_bytes(config, model)
     if config.num_blocks is not None:
         return config.num_blocks
     if config.kv_cache_bytes is not None:
@@ -149,6 +146,11 @@ def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> 
     if num_blocks < 1:
         raise PairError([f"no memory for KV: one block takes {block_bytes} bytes"])
     return num_blocks
+
+
+def _block_bytes(config: EngineConfig, model: BlendedModel) -> int:
+    a_token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers)
+    return a_token * model.dtype.itemsize * config.block_size
 
 
 class _MissingShare:
@@ -173,7 +175,9 @@ class _MissingShare:
         return self._known[dial]
 
 
-def _blend_budget(config: EngineConfig, model: BlendedModel) -> int:
+def _blend_budget(config: EngineConfig, model: BlendedModel, num_blocks: int) -> int:
+    """A share of what the KV will leave, which takes its memory only when it is written."""
     if config.blend_cache_bytes is not None:
         return config.blend_cache_bytes
-    return int(free_bytes(model.device) * BLEND_MEMORY_SHARE[model.device.type])
+    left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
+    return int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])

@@ -26,16 +26,18 @@ REPEATS = 5
 def measure_costs(model: BlendedModel) -> CostModel:
     """Seconds: the least of a few repeats, as other work on the machine only adds to it."""
     sample = _layer_matrices(model)
-    scale = _parameters(model) / sum(matrix.parameters for matrix in sample)
+    sampled = sum(matrix.parameters for matrix in sample)
     single: list[float] = []
     pair: list[float] = []
     for rows in ROWS:
+        scale = _parameters_read(model, rows) / sampled
         inputs = [_random(model, rows, matrix.concatenated.shape[1] // 2) for matrix in sample]
         half = torch.full((rows,), 0.5, device=model.device)
-        ways = Rows(half, model.dtype, INSTRUCT), Rows(half, model.dtype, None)
+        ways = Rows(half, INSTRUCT), Rows(half, None)
         for way, seconds in zip(ways, (single, pair), strict=True):
             seconds.append(scale * _time(model, lambda: _products(sample, inputs, way)))  # noqa: B023
-    build = scale * _time(model, lambda: [lerp_rounded(*one.endpoints, 0.5) for one in sample])
+    whole = _parameters(model) / sampled
+    build = whole * _time(model, lambda: [lerp_rounded(*one.endpoints, 0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model))
     return CostModel(
         fixed=max(0.0, forward - single[0]),
@@ -45,6 +47,16 @@ def measure_costs(model: BlendedModel) -> CostModel:
     )
 
 
+def _parameters_read(model: BlendedModel, rows: int) -> float:
+    """Of both endpoints, those that this many rows use: they hit only some of the experts."""
+    parameters = 0.0
+    top_k = int(getattr(model.model.config, "num_experts_per_tok", None) or 1)
+    for matrix in _matrices(model):
+        experts = len(matrix.concatenated) if isinstance(matrix, PairExperts) else 1
+        parameters += matrix.parameters * min(1.0, rows * top_k / experts)
+    return parameters
+
+
 def blend_bytes(model: BlendedModel) -> int:
     """Bytes of all blended weights of one λ."""
     return _parameters(model) // 2 * model.dtype.itemsize
@@ -52,12 +64,16 @@ def blend_bytes(model: BlendedModel) -> int:
 
 def _parameters(model: BlendedModel) -> int:
     """Of both endpoints, in everything that a blend materializes."""
+    return sum(matrix.parameters for matrix in _matrices(model))
+
+
+def _matrices(model: BlendedModel) -> set[PairMatrix | VocabularyPair | PairExperts]:
     matrices: set[PairMatrix | VocabularyPair | PairExperts] = set()
     for module in model.model.modules():
         if isinstance(module, PairLinear):
             matrices.add(module.pair)
         matrices |= {one for one in vars(module).values() if isinstance(one, PairExperts)}
-    return sum(matrix.parameters for matrix in matrices)
+    return matrices
 
 
 def _layer_matrices(model: BlendedModel) -> list[PairMatrix]:

@@ -1,6 +1,7 @@
 """What memory is free, what loading takes of it, and how freed weights go back."""
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,12 +45,24 @@ class MemoryPeak:
         """What this process holds; pages of mapped files are the kernel's to take back."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+        except (OSError, IndexError):  # not Linux, or not all of it
+            return int(psutil.Process().memory_info().rss)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing holds now, in bytes."""
+    """Memory that nothing holds now, in bytes; on a CPU within the limit of the container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _left_in_container())
+
+
+def _left_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes to the limit of this control group (v2); more than any machine has, where none is."""
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" where there is no limit
+        return max(0, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return sys.maxsize

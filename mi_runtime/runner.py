@@ -30,8 +30,8 @@ class Runner:
         """One of each chunk that samples, in order; None where the logits are not finite."""
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
-        for part in self.planner.plan(chunks):
-            part_logits, sampling = self._forward(part)
+        for index, part in enumerate(self.planner.plan(chunks)):
+            part_logits, sampling = self._forward(part, first=index == 0)
             logits.append(part_logits)
             sequences += sampling
         if not sequences:
@@ -43,10 +43,10 @@ class Runner:
         of = dict(zip(sequences, sampled, strict=True))
         return [of[chunk.sequence] for chunk in chunks if chunk.samples]
 
-    def _forward(self, part: Part) -> tuple[Tensor, tuple[Sequence, ...]]:
+    def _forward(self, part: Part, first: bool) -> tuple[Tensor, tuple[Sequence, ...]]:
         attention, model = self._attention, self._model
         batch = build_batch(part, attention.block_size, attention.zero_block, model.device)
         attention.begin(batch.attention)
-        model.groups.begin(batch.rows)
+        model.groups.begin(batch.rows, first)
         logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
         return logits, batch.sampling

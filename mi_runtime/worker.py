@@ -63,7 +63,10 @@ def run(connection: "Connection[object, object]") -> int:
 
 def default_threads() -> int:
     """All cores but one, which is left to the HTTP process."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    usable = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    return max(1, len(usable) - 1)
 
 
 def receive(connection: "Connection[object, object]", engine: Engine) -> list[TokenEvent]:

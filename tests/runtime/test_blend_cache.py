@@ -154,7 +154,7 @@ def test_missing_counts_the_entries_that_would_have_to_be_built() -> None:
 
 
 def test_a_cold_group_is_built_and_never_an_endpoint() -> None:
-    groups = BlendGroups(1, torch.float32, torch.device("cpu"), BlendCache(0))
+    groups = BlendGroups(1, torch.device("cpu"), BlendCache(0))
     pair = PairMatrix(*random_pair(8, 6))
     groups.begin(StepRows((Dial(0.3),), (0, 0), (1,), blended=True))
     rows = groups.slot("0.attn", kept=False).now

@@ -19,7 +19,7 @@ E, B, P = Way.ENDPOINT, Way.BLENDED, Way.PAIR
 
 
 def groups_of(budget: int = 1 << 20) -> BlendGroups:
-    return BlendGroups(LAYERS, torch.float32, torch.device("cpu"), BlendCache(budget))
+    return BlendGroups(LAYERS, torch.device("cpu"), BlendCache(budget))
 
 
 def step(*dials: Dial, blended: bool, tokens: int = 1) -> StepRows:
@@ -191,7 +191,7 @@ def test_the_weights_of_what_the_step_uses_outlive_a_small_budget() -> None:
 
 def times_made(count: int) -> int:
     """How often rows of `count` different λ derive one value in two uses of it."""
-    rows, made = Rows(torch.linspace(0.1, 0.9, count), torch.float32, None), []
+    rows, made = Rows(torch.linspace(0.1, 0.9, count), None), []
 
     def make(weights: Tensor) -> Tensor:
         made.append(weights)
@@ -207,7 +207,7 @@ def test_only_small_steps_keep_what_they_derive() -> None:
 
 
 def test_what_is_derived_is_kept_by_its_key() -> None:
-    rows = Rows(torch.tensor([0.2, 0.4]), torch.float32, None)
+    rows = Rows(torch.tensor([0.2, 0.4]), None)
     assert torch.equal(rows.derived("a", lambda weights: weights + 1), rows.weights + 1)
     assert torch.equal(rows.derived("b", lambda weights: weights + 2), rows.weights + 2)
 
