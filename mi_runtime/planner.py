@@ -8,7 +8,7 @@ the cheapest by a cost model measured at start-up:
 
 Building blended weights is never waited for: a λ that is new runs by the pair product. Each step
 notes what blended weights would have saved; once a dial's savings reach the price of building them,
-they are built (so the total is at most twice that of knowing the future). A prefill chunk large
+they are built (for one dial, at most twice the cost of knowing the future). A prefill chunk large
 enough to pay for them alone gets them at once. Where the cache is full, a dial must also have been
 saving for longer than the weights it would push out have been idle: more hot λ values than fit do
 not push each other out in turn.

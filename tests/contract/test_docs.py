@@ -35,3 +35,20 @@ def test_an_example_works(real_server: Any, example: str) -> None:
     assert all("Answer: " in choice["message"]["content"] for choice in answer["choices"])
     if field_of(example, "thinking_token_budget"):
         assert answer["routing"]["forced_close"] is True
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_transcript_of_the_readme_is_what_the_server_says(real_server: Any) -> None:
+    found = re.search(r"```\n\$ (for value.*?done)\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    command, told = found.groups()
+    command = command.replace("http://127.0.0.1:8000", real_server.url)
+    command = command.replace('"mi-embedded"', '"pair"')
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    contents = [answer["choices"][0]["message"]["content"] for answer in answers]
+    tokens = [str(answer["usage"]["completion_tokens"]) for answer in answers]
+    assert contents == re.findall(r'"content":"(Answer: \d)"', told)
+    assert tokens == re.findall(r'"completion_tokens":(\d+)', told)
