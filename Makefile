@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # torch's CPU build, where there is no NVIDIA driver; the plain package brings gigabytes of CUDA.
-CPU_TORCH ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+CPU_TORCH ?= torch==2.13.0 --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 
 .PHONY: serve test lint types pytest format bench pair clean
 
