@@ -35,14 +35,11 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    dials: dict[Dial, int] = {}
-    index: list[int] = []
     opened: list[int] = []
     kept: list[int] = []
     prefills: list[Prefill] = []
-    chunks = part.chunks
-    decodes = _leading_decodes(chunks)
-    for order, chunk in enumerate(chunks):
+    decodes = _leading_decodes(part.chunks)
+    for order, chunk in enumerate(part.chunks):
         sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
         table = sequence.block_table
         if order >= decodes:
@@ -56,36 +53,40 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
         ]
         if end % block_size and end - end % block_size >= start:
             opened.append(table[end // block_size])
-        if chunk.dial is not None:
-            index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
-        else:
-            index += [
-                dials.setdefault(sequence.dial_at(position), len(dials))
-                for position in range(start, end)
-            ]
         if chunk.samples:
             kept.append(len(ids) - 1)
+    singles = part.chunks[:decodes]
+    tables = _padded_tables(singles, block_size, zero_block)
     return Batch(
         ids=tensor(ids),
         positions=tensor(positions),
         kept=tensor(kept),
-        rows=StepRows(tuple(dials), tuple(index), tuple(kept), part.blended),
+        rows=_step_rows(part, kept),
         attention=AttentionPlan(
             slots=tensor(slots),
             opened=tensor(opened),
             decodes=decodes,
-            tables=tensor(_padded_tables(chunks[:decodes], block_size, zero_block)).view(
-                decodes, -1
-            ),
-            lengths=tensor([chunk.start + 1 for chunk in chunks[:decodes]]),
+            tables=tensor(tables).view(decodes, -1) if decodes else tensor([]),
+            lengths=tensor([chunk.start + 1 for chunk in singles]),
             prefills=tuple(prefills),
-        )
-        if decodes
-        else AttentionPlan(
-            tensor(slots), tensor(opened), 0, tensor([]), tensor([]), tuple(prefills)
         ),
-        sampling=tuple(chunk.sequence for chunk in chunks if chunk.samples),
+        sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
     )
+
+
+def _step_rows(part: Part, kept: list[int]) -> StepRows:
+    dials: dict[Dial, int] = {}
+    index: list[int] = []
+    for chunk in part.chunks:
+        whole = chunk.dial
+        own = (
+            [chunk.sequence.dial_at(chunk.start + row) for row in range(chunk.length)]
+            if whole is None
+            else [whole]
+        )
+        places = [dials.setdefault(dial, len(dials)) for dial in own]
+        index += places if whole is None else places * chunk.length
+    return StepRows(tuple(dials), tuple(index), tuple(kept), part.blended)
 
 
 def _leading_decodes(chunks: list[Chunk]) -> int:
@@ -98,5 +99,5 @@ def _leading_decodes(chunks: list[Chunk]) -> int:
 def _padded_tables(chunks: list[Chunk], block_size: int, zero_block: int) -> list[int]:
     """The blocks of every decode's KV, none that it has for later."""
     tables = [chunk.sequence.block_table[: chunk.start // block_size + 1] for chunk in chunks]
-    width = max(map(len, tables))
+    width = max(map(len, tables), default=0)
     return [block for table in tables for block in table + [zero_block] * (width - len(table))]
