@@ -7,7 +7,7 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import blend_bytes, measure_costs
 from mi_runtime.memory import free_bytes
-from mi_runtime.pair import Pair, PairError, check_pair
+from mi_runtime.pair import Pair, PairError, check_pair, fingerprint
 from mi_runtime.planner import REMEMBERED, Planner
 from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
 from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
@@ -31,10 +31,12 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         pair = check_pair(config.instruct, config.thinking)
         model = load_pair(pair, config.device, config.dtype)
+        identity = pair.identity()
         num_blocks = _number_of_blocks(config, model, pair)
         capacity = num_blocks * config.block_size
         self.info = EngineInfo(
-            fingerprint=pair.fingerprint(config.lambda_step),
+            pair_identity=identity,
+            fingerprint=fingerprint(identity, config.lambda_step),
             model_type=str(pair.instruct.config.model_type),
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),

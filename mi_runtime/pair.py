@@ -94,14 +94,19 @@ class Pair:
             for endpoint in (self.instruct, self.thinking)
         )
 
-    def fingerprint(self, lambda_step: float) -> str:
-        """Hex digest of both endpoints (configs, samples of the weight files) and the λ grid."""
-        digest = hashlib.blake2b(f"{lambda_step}".encode(), digest_size=16)
+    def identity(self) -> str:
+        """Hex digest of both endpoints: their configs, and samples of the weight files."""
+        digest = hashlib.blake2b(digest_size=16)
         for endpoint in (self.instruct, self.thinking):
             digest.update(json.dumps(_computation(endpoint.raw_config), sort_keys=True).encode())
             for path in endpoint.files:
                 _sample_file(path, digest)
         return digest.hexdigest()
+
+
+def fingerprint(identity: str, lambda_step: float) -> str:
+    """Hex digest of a pair and the λ grid: what KV and answers depend on beside the dial."""
+    return hashlib.blake2b(f"{identity} {lambda_step}".encode(), digest_size=16).hexdigest()
 
 
 def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:

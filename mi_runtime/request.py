@@ -172,6 +172,7 @@ Command = Submit | Abort  # the end of the pipe is the command to stop
 class EngineInfo:
     """Facts of a loaded engine."""
 
+    pair_identity: str  # hex digest of both endpoints' configs and weights
     fingerprint: str  # hex digest of pair and λ grid; part of every prefix-cache key
     model_type: str
     device: str

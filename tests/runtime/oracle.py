@@ -1,5 +1,6 @@
 """The oracle of every number: plain `transformers` on a checkpoint merged offline in fp32."""
 
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def merged(instruct: Path, thinking: Path, value: float, dtype: torch.dtype = to
     }
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in blend.items()})
     return model.eval().requires_grad_(False)
+
+
+def name_of_cache(model: Any) -> str:
+    """What `forward` calls its cache: `transformers` 5.24 renamed it."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 @torch.inference_mode()

@@ -85,7 +85,10 @@ class Slow:
             ids = torch.tensor([tokens[computed:]])
             positions = torch.arange(computed, len(tokens)).unsqueeze(0)
             logits = model(
-                input_ids=ids, position_ids=positions, past_key_values=kv, use_cache=True
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=True,
+                **{oracle.name_of_cache(model): kv},
             ).logits[0, -1]
             computed = len(tokens)
             self.logprobs.append(logits.log_softmax(0))

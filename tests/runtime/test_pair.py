@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.pair import Pair, PairError, check_pair
+from mi_runtime.pair import fingerprint as fingerprint_of
 from tests.runtime.families import write_pair, write_tokenizer
 
 Directories = tuple[Path, Path]
@@ -404,7 +405,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(pair: Directories, value
 
 
 def fingerprint(pair: Directories, grid: float = GRID) -> str:
-    return check_pair(*pair).fingerprint(grid)
+    return fingerprint_of(check_pair(*pair).identity(), grid)
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_files_are(

@@ -230,6 +230,7 @@ def main() -> None:
         sys.exit(2)
     engine = FakeEngine(pipe, config, arguments.step_seconds)
     info = EngineInfo(
+        pair_identity="1" * 32,
         fingerprint="0123456789abcdef" * 4,
         model_type="fake",
         device="cpu",

@@ -9,6 +9,7 @@ from server.sampling import SamplingPolicy, seed_of_choice
 from server.schemas import parse_chat_request
 
 ENGINE = EngineInfo(
+    pair_identity="1" * 32,
     fingerprint="f",
     model_type="m",
     device="cpu",
