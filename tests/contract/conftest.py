@@ -36,6 +36,12 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
             )
 
+    @classmethod
+    def of_embedded_pair(cls, log: Path, *flags: str) -> "ServerProcess":
+        """The command as it is shipped."""
+        command = ["-m", "server.cli", "serve", "--port", "0", "--served-model-name", "pair"]
+        return cls([*command, *flags], log)
+
     @property
     def output(self) -> str:
         return self.log.read_text()
@@ -126,8 +132,7 @@ def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[Callable[..., S
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The command as it is shipped, on the embedded pair."""
     log = tmp_path_factory.mktemp("real") / "server.log"
-    flags = ["--port", "0", "--served-model-name", "pair"]
-    server = ServerProcess(["-m", "server.cli", "serve", *flags], log)
+    server = ServerProcess.of_embedded_pair(log)
     try:
         yield server.wait_ready()
     finally:

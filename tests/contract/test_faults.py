@@ -1,0 +1,285 @@
+"""Whatever clients, the engine or the operator do, every accepted request ends exactly once.
+
+On the real engine: its KV blocks and its metrics are what must come out even. Faults of a process
+that a fake engine shows better stand in `test_process`.
+"""
+
+import asyncio
+import json
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.contract.conftest import ServerProcess
+
+WaitUntil = Callable[..., None]
+
+MAX_NUM_SEQS = 4
+MAX_WAITING = 4
+CAPACITY = MAX_NUM_SEQS + MAX_WAITING
+ABORTS = 500
+LARGEST_SEND_BUFFER = 4 * 2**20  # bytes; Linux's default of net.ipv4.tcp_wmem
+PHASES = ("before the head", "before the first token", "in the middle", "plain")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The real engine with room for few."""
+    log = tmp_path_factory.mktemp("faults") / "server.log"
+    process = ServerProcess.of_embedded_pair(
+        log, "--max-num-seqs", f"{MAX_NUM_SEQS}", "--max-waiting", f"{MAX_WAITING}"
+    )
+    try:
+        yield process.wait_ready()
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def start_real(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    started: list[ServerProcess] = []
+
+    def start(*flags: str) -> ServerProcess:
+        started.append(ServerProcess.of_embedded_pair(tmp_path / f"{len(started)}.log", *flags))
+        return started[-1].wait_ready()
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+def long_answer(server: ServerProcess, **fields: Any) -> dict[str, Any]:
+    """A request that ends by its length alone."""
+    long = {"max_tokens": 400, "ignore_eos": True, "temperature": 0, "reasoning_lambda": 0.5}
+    return server.chat_body("a=6,b=a-2,c=b+6,d=c-3. d?", **long | fields)
+
+
+def endings(server: ServerProcess) -> Counter[str]:
+    """Requests that ended, by reason."""
+    told = re.findall(
+        r'mi_request_success_total\{finished_reason="(\w+)".*?\} (\S+)', server.get("/metrics").text
+    )
+    return Counter({reason: int(float(count)) for reason, count in told})
+
+
+def rejections(server: ServerProcess) -> int:
+    told = re.findall(r"mi_admission_rejections_total\{.*?\} (\S+)", server.get("/metrics").text)
+    return int(sum(map(float, told)))
+
+
+def is_idle(server: ServerProcess) -> bool:
+    gauges = ("mi_num_requests_running", "mi_num_requests_waiting", "mi_kv_cache_usage_ratio")
+    return all(server.gauge(name) == 0 for name in gauges)
+
+
+def assert_still_right(server: ServerProcess) -> None:
+    body = server.chat_body("a=6,b=a-2,c=b+6,d=c-3. d?", temperature=0, reasoning_lambda=1)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).json()
+    assert answer["choices"][0]["message"]["content"] == "Answer: 7"
+
+
+def events_of(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def terminal_events(text: str) -> list[Any]:
+    """What ends a stream of one choice: its finish reason, or an error."""
+    events = [event for event in events_of(text) if event != "[DONE]"]
+    finishes = [
+        choice["finish_reason"]
+        for event in events
+        for choice in event.get("choices", ())
+        if choice["finish_reason"] is not None
+    ]
+    return finishes + [event["error"]["code"] for event in events if "error" in event]
+
+
+async def post_all(server: ServerProcess, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=len(bodies))
+    async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+        url = f"{server.url}/v1/chat/completions"
+        return list(await asyncio.gather(*(client.post(url, json=body) for body in bodies)))
+
+
+# --- clients that leave --------------------------------------------------------------------------
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    address = urlsplit(server.url)
+    assert address.hostname is not None
+    return socket.create_connection((address.hostname, address.port or 80), timeout=30)
+
+
+def raw_request(body: bytes, *headers: str, length: int | None = None) -> bytes:
+    length = len(body) if length is None else length
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {length}", *headers)
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def leave(server: ServerProcess, phase: str) -> None:
+    """One request whose client goes away at this phase of its answer."""
+    body = json.dumps(long_answer(server, stream=phase != "plain")).encode()
+    with closing(connect(server)) as connection:
+        connection.sendall(raw_request(body))
+        if phase == "before the first token":
+            connection.recv(16)  # of the head
+        elif phase == "in the middle":
+            received = b""
+            while received.count(b"data: ") < 4:
+                received += connection.recv(65536)
+
+
+def test_five_hundred_clients_that_leave_leave_nothing_behind(
+    server: ServerProcess, wait_until: WaitUntil
+) -> None:
+    before, refused = endings(server), rejections(server)
+    for index in range(ABORTS):
+        leave(server, PHASES[index % len(PHASES)])
+    # Who left before the request was read, or was refused, was never accepted.
+    wait_until(lambda: (endings(server) - before)["abort"] >= ABORTS // 2, 60)
+    wait_until(lambda: is_idle(server), 60)
+    ended = endings(server) - before
+    assert set(ended) == {"abort"}
+    assert ended["abort"] <= ABORTS - (rejections(server) - refused)
+    assert_still_right(server)
+    assert "Traceback" not in server.output
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(
+    server: ServerProcess, wait_until: WaitUntil
+) -> None:
+    # More than the kernel takes off the server's hands.
+    wordy = long_answer(server, n=3, max_tokens=1200, logprobs=True, top_logprobs=20)
+    body = json.dumps(wordy | {"stream": True}).encode()
+    with closing(connect(server)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
+        connection.sendall(raw_request(body, "Connection: close"))
+        connection.recv(1)
+        assert_still_right(server)
+        wait_until(lambda: is_idle(server), 60)  # the engine is done with it, unread
+        received = b"".join(iter(lambda: connection.recv(1 << 20), b"")).decode()
+    assert len(received) > LARGEST_SEND_BUFFER
+    assert terminal_events(received) == ["length"] * 3
+    assert received.count('"top_logprobs":[') == 3 * 1200
+    assert "data: [DONE]" in received
+
+
+# --- too much ------------------------------------------------------------------------------------
+
+
+def test_ten_times_the_capacity_is_answered_or_refused_at_once(
+    server: ServerProcess, wait_until: WaitUntil
+) -> None:
+    before, refused = endings(server), rejections(server)
+    bodies = [long_answer(server, max_tokens=100, stream=index % 2 == 0) for index in range(80)]
+    assert len(bodies) == 10 * CAPACITY
+    responses = asyncio.run(post_all(server, bodies))
+    statuses = Counter(response.status_code for response in responses)
+    assert set(statuses) == {200, 503}
+    assert statuses[200] >= CAPACITY
+    for response in responses:
+        if response.status_code == 503:
+            assert response.json()["error"]["code"] == "overloaded"
+            assert 1 <= int(response.headers["Retry-After"]) <= 120
+    wait_until(lambda: is_idle(server))
+    assert endings(server) - before == Counter(length=statuses[200])
+    assert rejections(server) - refused == statuses[503]
+
+
+BROKEN_BODIES = {
+    "empty": b"",
+    "no JSON": b"{",
+    "not UTF-8": b'{"model": "\xff"}',
+    "not an object": b"[1, 2]",
+    "deeply nested": b"[" * 100_000,
+    "nested messages": b'{"model": "pair", "messages": ' + b"[" * 50_000,
+    "not a number": b'{"model": "pair", "messages": [], "temperature": NaN}',
+    "a huge number": b'{"model": "pair", "messages": [], "seed": 1' + b"0" * 5000 + b"}",
+    "a lone surrogate": json.dumps(
+        {"model": "pair", "messages": [{"role": "user", "content": "\ud800"}]}
+    ).encode(),
+    "a null byte in a key": b'{"mo\\u0000del": "pair"}',
+}
+
+
+@pytest.mark.parametrize("body", BROKEN_BODIES.values(), ids=BROKEN_BODIES)
+def test_a_broken_body_is_a_400_in_the_one_shape(server: ServerProcess, body: bytes) -> None:
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=30)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert len(response.content) < 1500
+
+
+def test_a_body_that_is_too_long_is_a_413_before_it_was_sent_whole(server: ServerProcess) -> None:
+    with closing(connect(server)) as connection:
+        connection.sendall(raw_request(b" " * (9 * 2**20), length=2**33))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+    assert_still_right(server)
+
+
+def test_a_body_that_never_ends_takes_nothing_from_others(server: ServerProcess) -> None:
+    with closing(connect(server)) as connection:
+        connection.sendall(raw_request(b'{"model": "pa', length=100))
+        assert_still_right(server)
+        assert is_idle(server)
+
+
+# --- the end of the engine, and of the server ----------------------------------------------------
+
+
+def test_an_engine_killed_under_load_ends_every_answer_once(
+    start_real: Callable[..., ServerProcess], wait_until: WaitUntil
+) -> None:
+    server = start_real("--max-num-seqs", "4")
+
+    async def scenario() -> list[httpx.Response]:
+        bodies = [long_answer(server, max_tokens=1500, stream=n % 2 == 0) for n in range(8)]
+        answers = asyncio.create_task(post_all(server, bodies))
+        await asyncio.to_thread(
+            wait_until, lambda: server.gauge("mi_num_requests_running") == MAX_NUM_SEQS
+        )
+        server.engine.kill()
+        return await answers
+
+    for index, response in enumerate(asyncio.run(scenario())):
+        if index % 2 == 0:
+            assert response.status_code == 200
+            assert terminal_events(response.text) == ["engine_dead"]
+        else:
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "engine_dead"
+    assert server.exit_code() == 1
+
+
+def test_sigterm_under_load_lets_every_answer_finish(
+    start_real: Callable[..., ServerProcess], wait_until: WaitUntil
+) -> None:
+    server = start_real("--max-num-seqs", "4")
+
+    async def scenario() -> list[httpx.Response]:
+        bodies = [long_answer(server, max_tokens=200, stream=n % 2 == 0) for n in range(8)]
+        answers = asyncio.create_task(post_all(server, bodies))
+        await asyncio.to_thread(
+            wait_until, lambda: server.gauge("mi_num_requests_running") == MAX_NUM_SEQS
+        )
+        server.terminate()
+        return await answers
+
+    responses = asyncio.run(scenario())
+    assert [response.status_code for response in responses] == [200] * 8
+    for index, response in enumerate(responses):
+        if index % 2 == 0:
+            assert terminal_events(response.text) == ["length"]
+        else:
+            assert response.json()["usage"]["completion_tokens"] == 200
+    assert server.exit_code() == 0
