@@ -32,6 +32,7 @@ format: $(VENV)/.tested
 bench: $(VENV)/.tested
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.serving
+	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.host
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
