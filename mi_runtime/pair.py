@@ -125,6 +125,26 @@ def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
     return pair
 
 
+def check_base(directory: str | Path, pair: Pair) -> Endpoint:
+    """The checkpoint that both endpoints were tuned from; raises PairError.
+
+    Only its tensors count: a base may have been made for another context length.
+    """
+    problems: list[str] = []
+    base = _read_endpoint(Path(directory), problems)
+    if base is not None:
+        names = base.tensors.keys() ^ pair.instruct.tensors.keys()
+        problems += [f"tensor {name}: only in the base or only in the pair" for name in names]
+        problems += [
+            f"tensor {name}: the base has shape {base.tensors[name].shape}, the pair {it.shape}"
+            for name, it in pair.instruct.tensors.items()
+            if name in base.tensors and base.tensors[name].shape != it.shape
+        ]
+    if problems or base is None:
+        raise PairError(sorted(problems))
+    return base
+
+
 def _read_endpoint(directory: Path, problems: list[str]) -> Endpoint | None:
     if not directory.is_dir():
         problems.append(f"{directory}: no such directory")

@@ -46,18 +46,18 @@ class Endpoint:
 
     @classmethod
     def read(cls, directory: Path) -> "Endpoint":
-        config = _read_json(directory / "tokenizer_config.json")
-        generation = _read_json(directory / "generation_config.json")
+        config = read_json(directory / "tokenizer_config.json")
+        generation = read_json(directory / "generation_config.json")
         return cls(
             directory=directory,
             chat_template=_chat_template(directory, config),
             special_tokens=_special_tokens(config),
-            eos_token_ids=_eos_token_ids(generation),
+            eos_token_ids=eos_token_ids_of(generation),
             sampling_defaults=_sampling_defaults(generation),
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; an empty one if there is no such file."""
     if not path.is_file():
         return {}
@@ -96,7 +96,8 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _eos_token_ids(generation: dict[str, Any]) -> frozenset[int]:
+def eos_token_ids_of(generation: dict[str, Any]) -> frozenset[int]:
+    """What ends an answer, by a `generation_config.json`."""
     ids = generation.get("eos_token_id")
     if ids is None:
         return frozenset()

@@ -1,6 +1,8 @@
 """The command `mi-server`.
 
     mi-server serve [flags]     serve a pair; without one named, the embedded pair
+    mi-server merge --lambda 0.6 --out DIR
+                                write one λ as a checkpoint of its own
     mi-server --version
 
 Exit codes: 0 after a drained shutdown, 1 where the engine died, 2 where settings or the pair
@@ -12,7 +14,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from server import __version__
+from server import __version__, merging
 from server.checkpoint import CheckpointError, Endpoint, local_directory
 from server.config import ConfigError, Settings, load_settings
 from server.engine_client import WORKER_COMMAND, EngineClient
@@ -30,8 +32,12 @@ def main(
     parser.add_argument("--version", action="version", version=f"mi-server {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve a pair of checkpoints", add_help=False)
-    _, flags = parser.parse_known_args(arguments)
+    commands.add_parser("merge", help="write one λ as a checkpoint of its own", add_help=False)
+    chosen, flags = parser.parse_known_args(arguments)
     try:
+        if chosen.command == "merge":
+            merging.main(flags)
+            return 0
         return serve(load_settings(flags), worker_command)
     except (ConfigError, CheckpointError) as error:
         print(f"mi-server: {error}", file=sys.stderr)

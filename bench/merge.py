@@ -1,0 +1,100 @@
+"""`mi-server merge` of the mid-size pair against copying its two checkpoints.
+
+    python -m bench.merge [--rounds N]
+
+Both read the same files from the page cache and end when what they wrote is on the disk. The merge
+row is the whole command, start-up of two Python processes included; the row below it is the writing
+of the weights alone, in this process. Also prints the most memory that a process which writes
+holds, torch included, pages of mapped files not.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+
+from bench.report import interleaved, publish
+from bench.workload import BUILD, midsize_pair
+from mi_runtime.merge import Interpolation, write_weights
+from mi_runtime.pair import check_pair
+from mi_runtime.request import Dial
+
+OUT = BUILD / "merged"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    pair = midsize_pair()
+    endpoints = (Path(pair.instruct), Path(pair.thinking))
+    values = interleaved(
+        {
+            "copy both checkpoints": lambda: timed(copy, *endpoints),
+            "mi-server merge": lambda: timed(command, *endpoints),
+            "weights alone": lambda: timed(weights, *endpoints),
+        },
+        arguments.rounds,
+    )
+    copied, merged, alone = (median(measured) for measured in values.values())
+    publish("merge", "s", values, {
+        "merge / copy": merged / copied,
+        "weights alone / copy": alone / copied,
+        "MiB held by the writing": memory_of_writing(*endpoints) / 2**20,
+    })  # fmt: skip
+
+
+def timed(run: Callable[[Path, Path], None], instruct: Path, thinking: Path) -> float:
+    shutil.rmtree(OUT, ignore_errors=True)
+    os.sync()
+    started = time.perf_counter()
+    run(instruct, thinking)
+    os.sync()
+    return time.perf_counter() - started
+
+
+def copy(*endpoints: Path) -> None:
+    for endpoint in endpoints:
+        shutil.copytree(endpoint, OUT / endpoint.name)
+
+
+def command(instruct: Path, thinking: Path) -> None:
+    flags = ["--instruct", str(instruct), "--thinking", str(thinking), "--lambda", "0.6"]
+    run = [sys.executable, "-m", "server.cli", "merge", *flags, "--out", str(OUT)]
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def weights(instruct: Path, thinking: Path) -> None:
+    torch.set_num_threads(1)  # as the command does
+    OUT.mkdir()
+    pair = check_pair(instruct, thinking)
+    write_weights(pair.instruct, pair.thinking, Interpolation(Dial(0.6)), OUT)
+
+
+def memory_of_writing(*endpoints: Path) -> int:
+    """Most bytes that a process which writes holds for itself, looked at all the time."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    context = multiprocessing.get_context("spawn")
+    writer = context.Process(target=weights, args=endpoints)
+    writer.start()
+    process, peak = psutil.Process(writer.pid), 0
+    while writer.is_alive():
+        with suppress(psutil.Error):  # it ends while it is looked at
+            memory = process.memory_info()
+            peak = max(peak, memory.rss - memory.shared)
+        time.sleep(0.005)
+    return peak
+
+
+if __name__ == "__main__":
+    main()

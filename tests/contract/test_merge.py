@@ -1,0 +1,145 @@
+"""`mi-server merge`: the export answers as the server does, and a killed run leaves nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.contract.conftest import ROOT, ServerProcess
+
+QUESTIONS = ("a=6,b=a-2,c=b+6,d=c-3. d?", "a=5,b=a+2. b?", "a=1,b=a+9,c=b-4. c?", "Hello?")
+DIALS: dict[str, Any] = {
+    "one λ": 0.5,
+    "by layer": {"default": 0.6, "attn": 0.8, "layers": {"0-1": 0.2, "3": {"mlp": 1.0}}},
+    "an untied head": {"default": 0.55, "embed": 0.2, "head": 0.7},
+}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "server.cli", "merge", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def served(server: ServerProcess, question: str, dial: Any) -> Any:
+    body = server.chat_body(question, temperature=0, reasoning_lambda=dial, max_tokens=80)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    return answer["choices"][0]["message"], answer["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("dial", DIALS.values(), ids=DIALS)
+def test_greedy_answers_of_the_export_are_the_servers(
+    real_server: ServerProcess, tmp_path: Path, dial: Any
+) -> None:
+    out = tmp_path / "merged"
+    done = run("--lambda", json.dumps(dial), "--dtype", "float32", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.dtype == torch.float32
+    for question in QUESTIONS:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.inference_mode():
+            new = model.generate(**ids, do_sample=False, temperature=None, max_new_tokens=80)
+        tokens = new[0, ids["input_ids"].shape[1] :]
+        message, count = served(real_server, question, dial)
+        assert len(tokens) == count
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        assert text.endswith(message["content"])
+        assert message.get("reasoning", "") in text
+
+
+def test_the_export_says_what_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    assert run("--lambda", "0.6", "--out", str(out)).returncode == 0
+    card = (out / "README.md").read_text()
+    assert "λ = 0.6" in card
+    assert "base_model:\n- instruct\n- thinking\n" in card
+    assert str(ROOT) not in card
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == ("bfloat16", True)
+    files = {path.name for path in out.iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= files
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_baseline_is_written_as_well(tmp_path: Path) -> None:
+    instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
+    for method in ("task-arithmetic", "ties"):
+        out = tmp_path / method
+        done = run("--method", method, "--base", str(instruct), "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        assert f"--method {method} --base instruct --scale" in (out / "README.md").read_text()
+
+
+def test_a_killed_run_leaves_no_checkpoint_and_does_not_stop_the_next(
+    tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    out = tmp_path / "merged"
+    process = subprocess.Popen(command("--lambda", "0.6", "--out", str(out)), cwd=ROOT)
+    wait_until(lambda: any(tmp_path.iterdir()))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert run("--lambda", "0.6", "--out", str(out)).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+REFUSED = {
+    "no λ": ([], "--lambda is missing"),
+    "λ above 1": (["--lambda", "1.5"], "λ must be a number in [0, 1]"),
+    "no number": (["--lambda", "much"], "--lambda: neither a λ nor λ by blend group"),
+    "a layer too far": (["--lambda", '{"default": 0, "layers": {"9": 1}}'], "layers 0 to 5"),
+    "an unknown group": (["--lambda", '{"default": 0, "ffn": 1}'], "ffn"),
+    "no base": (["--method", "ties"], "needs --base"),
+    "no such endpoint": (["--lambda", "0.6", "--instruct", "/no/such"], "no such directory"),
+}
+
+
+@pytest.mark.parametrize(("flags", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_merged_is_exit_code_2_and_writes_nothing(
+    tmp_path: Path, flags: list[str], said: str
+) -> None:
+    done = run(*flags, "--out", str(tmp_path / "merged"))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    done = run("--lambda", "0.6", "--out", str(tmp_path))
+    assert (done.returncode, (tmp_path / "mine").read_text()) == (2, "precious")
+    assert "exists already" in done.stderr
+
+
+def test_endpoints_that_do_not_match_are_told_by_name(tmp_path: Path) -> None:
+    instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in instruct.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    done = run("--lambda", "0.6", "--thinking", str(other), "--out", str(tmp_path / "merged"))
+    assert done.returncode == 2
+    assert "rms_norm_eps" in done.stderr
+    assert not (tmp_path / "merged").exists()
