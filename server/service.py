@@ -89,7 +89,10 @@ class Service:
             info.pair_identity, settings.instruct_endpoint, settings.thinking_endpoint
         )
         if profile is None:
-            logger.warning("No profile of this pair: efforts and budgets go by no measurement")
+            logger.warning(
+                "No profile of this pair: efforts and budgets go by no measurement, and --adapt "
+                "and --elastic change nothing"
+            )
         elif profile.pair.identity not in (None, info.pair_identity):
             logger.warning("The profile %r was measured on another pair", profile.name)
         return profile
