@@ -49,10 +49,10 @@ class Routing:
         if self.answer is not None:
             body["answer_lambda"] = self.answer.reasoning_lambda
         body["source"] = self.source
-        return body | self._measured
+        return body | self._details
 
     @property
-    def _measured(self) -> dict[str, Any]:
+    def _details(self) -> dict[str, Any]:
         """What does not apply is left out."""
         said = {
             "profile": self.profile,

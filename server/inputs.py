@@ -1,7 +1,7 @@
 """What a request says about reasoning besides λ: budget, effort, and thinking on or off.
 
 Several clients' names for one thing come together here, and what contradicts itself is refused. Of
-different things the first that is said counts: budget > effort > on or off. What λ they mean is
+different things the first that is said counts: off, else budget > effort > on. What λ they mean is
 decided in `server.routing`.
 """
 
@@ -130,7 +130,7 @@ def _check_parts(request: ChatRequest) -> None:
         raise InvalidRequest(
             "`reasoning` takes `effort` or `max_tokens`, not both", param="reasoning.max_tokens"
         )
-    if thinking and thinking.type == "adaptive" and thinking.budget_tokens is not None:
+    if thinking and thinking.type != "enabled" and thinking.budget_tokens is not None:
         raise InvalidRequest(
             "`thinking.budget_tokens` needs `thinking.type` `enabled`",
             param="thinking.budget_tokens",

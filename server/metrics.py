@@ -77,7 +77,6 @@ class Metrics:
         self._request_reasoning = self._histogram(
             "request_reasoning_tokens", "Of a think block.", TOKENS
         )
-
         self._decisions = self._counter(
             "router_decisions", "λ values chosen, by what chose them.", "source", "lambda_bucket"
         )

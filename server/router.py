@@ -122,13 +122,13 @@ def _stop(point: Point, lengths: Lengths) -> Stop:
 def _on_grid(curve: Sequence[Stop], step: float) -> Sequence[Stop]:
     """The points that the server can run exactly; all, where it can none."""
     cells = round(1 / step)
-    exact = [it for it in curve if abs(_nearest(it.reasoning_lambda, cells)) < _ROUNDING]
+    exact = [it for it in curve if _off_grid(it.reasoning_lambda, cells) < _ROUNDING]
     return exact or curve
 
 
-def _nearest(value: float, cells: int) -> float:
-    """How far λ is from the grid."""
-    return value - round(value * cells) / cells
+def _off_grid(value: float, cells: int) -> float:
+    """How far λ is from the next point of the grid."""
+    return abs(value - round(value * cells) / cells)
 
 
 def _stops(front: Sequence[Stop], curve: Sequence[Stop], step: float) -> Iterable[Stop]:

@@ -49,8 +49,7 @@ class RoutingPolicy:
         self.settings = settings
         self.observations = Observations(profile.classes if profile else (DEFAULT_CLASS,))
         self._clock = clock
-        self._tables = self._build()
-        self._built = clock()
+        self.rebuild()
 
     @property
     def name(self) -> str:
@@ -77,11 +76,14 @@ class RoutingPolicy:
     @property
     def tables(self) -> Mapping[str, RoutingTable]:
         """By class; none without a profile. Made anew now and then where observations count."""
-        if self.settings.adapt_min_samples is not None:
-            now = self._clock()
-            if now - self._built >= REBUILD_SECONDS:
-                self._tables, self._built = self._build(), now
+        due = self._built + REBUILD_SECONDS
+        if self.settings.adapt_min_samples is not None and self._clock() >= due:
+            self.rebuild()
         return self._tables
+
+    def rebuild(self) -> None:
+        """Make the tables from the profile and what was observed until now."""
+        self._tables, self._built = self._build(), self._clock()
 
     def _choose(
         self, routing: Routing, inputs: ReasoningInputs, table: RoutingTable | None

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class Service:
     """Built once by `serve`; the app's routes read it, and only `draining` ever changes.
 
-    What depends on the pair's identity is made when it is first asked for, once it is loaded.
+    What depends on the pair's identity is made when it is first asked for, once it is loaded. The
+    states of load and of what was observed are inside `elastic` and `routing`.
     """
 
     def __init__(

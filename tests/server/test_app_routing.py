@@ -251,6 +251,22 @@ def test_failed_answers_and_lambdas_by_group_are_not_observed(profiled: MakeClie
     assert client.get("/v1/profiles").json()["classes"]["default"]["observed"] == {}
 
 
+def test_adapt_lets_what_was_observed_decide(profiled: MakeClient) -> None:
+    """λ = 0.8 was measured at a p90 of 600 tokens; here it takes two."""
+    client = profiled(opening=True, adapt=True, adapt_min_samples=3)
+    for _ in range(3):
+        chat(client, "say ab</think>x", reasoning_lambda=0.8)
+    assert chat(client, "say x", thinking_budget=300).json()["routing"]["reasoning_lambda"] == 0.6
+    service = client.app_state["service"]
+    service.routing.rebuild()
+    routing = chat(client, "say x", thinking_budget=300).json()["routing"]
+    assert (routing["reasoning_lambda"], routing["expected_reasoning_tokens"]) == (0.8, 2)
+    view = client.get("/v1/profiles").json()
+    assert view["adapt"] is True
+    (at_08,) = [it for it in view["classes"]["default"]["points"] if it["lambda"] == 0.8]
+    assert at_08["router"]["p90_source"] == "observed"
+
+
 # --- load ---
 
 

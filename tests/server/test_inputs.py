@@ -96,7 +96,7 @@ def test_every_switch_means_the_same(fields: dict[str, Any], thinks: bool | None
         {"reasoning_effort": "none"},
         {"enable_thinking": False},
         {"enable_thinking": False, "reasoning_effort": "none", "thinking_budget": 0},
-        {"thinking": {"type": "disabled", "budget_tokens": 0}},
+        {"thinking": {"type": "disabled"}, "thinking_token_budget": 0},
         {"enable_thinking": False, "thinking_budget": -1},
     ],
 )
@@ -152,10 +152,11 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
         ({"enable_thinking": True, "reasoning_effort": "none"}, "enable_thinking", "turns"),
         ({"reasoning_effort": "none", "thinking_budget": 5}, "thinking_budget", "turns"),
         (
-            {"thinking": {"type": "disabled", "budget_tokens": 5}},
+            {"thinking": {"type": "disabled", "budget_tokens": 0}},
             "thinking.budget_tokens",
-            "turns",
+            "needs `thinking.type` `enabled`",
         ),
+        ({"thinking": {"type": "disabled"}, "thinking_budget": 5}, "thinking_budget", "turns"),
         ({"reasoning": {"enabled": False, "effort": "low"}}, "reasoning.effort", "turns"),
     ],
 )
