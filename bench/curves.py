@@ -23,6 +23,7 @@ from server.profiles import BUILTIN, RoutingClass, load_profile
 from server.router import RoutingTable, Stop
 
 STEP = 0.01  # the default grid
+LEAST_SPAN = 0.1  # of score, so that noise does not look like a curve
 STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 
@@ -44,7 +45,10 @@ def draw(path: Path, target: Path) -> None:
         figure, panels = plt.subplots(
             rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False, layout="constrained"
         )
-        for axes, (name, measured) in zip(panels.flat, profile.classes.items(), strict=True):
+        for axes in panels.flat:
+            axes.set_visible(False)
+        for axes, (name, measured) in zip(panels.flat, profile.classes.items(), strict=False):
+            axes.set_visible(True)
             _panel(axes, f"{profile.name}: {name}", measured)
         figure.savefig(target, metadata={"Date": None, "Description": digest})
         plt.close(figure)
@@ -58,9 +62,11 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
     front = {stop.reasoning_lambda for stop in table.front}
     for point in measured.points:
         x, y, value = point.reasoning_tokens.mean, point.score, point.reasoning_lambda
-        face = "tab:blue" if value in front else "white"
-        axes.plot(x, y, "o", ms=5, mfc=face, mec="tab:blue" if value in front else "tab:gray")
+        face, edge = ("tab:blue", "tab:blue") if value in front else ("white", "tab:gray")
+        axes.plot(x, y, "o", ms=5, mfc=face, mec=edge, zorder=4 if value in front else 3)
         axes.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, top - LEAST_SPAN), top)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("reasoning tokens, mean")
     axes.set_ylabel("score")
