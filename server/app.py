@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from server import __version__, chat
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
+from server.profile_view import profile_view
 from server.request_log import RequestLog
 from server.service import Service
 
@@ -61,6 +62,11 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str, service: ServiceOfApp) -> dict[str, Any]:
         return _model(name, service)
+
+    @app.get("/v1/profiles")
+    async def profiles(service: ServiceOfApp) -> dict[str, Any]:
+        service.admitted()
+        return profile_view(service.routing)
 
     @app.get("/health")
     async def health(service: ServiceOfApp) -> dict[str, str]:

@@ -15,6 +15,7 @@ from server.choice import Choice
 from server.dial import Routing
 from server.errors import BodyTooLarge, InvalidRequest, Unavailable
 from server.generation import ClientLeft
+from server.inputs import budgets, read_inputs
 from server.prompt import Prompt
 from server.rendering import completion, sse
 from server.request_log import Trace
@@ -105,12 +106,12 @@ def _route(wire: ChatRequest, header: str | None, service: Service, engine: Engi
     if not service.prompts.vocabulary.has_think_tags:
         _refuse_think_fields(wire)
     routing = service.dials.with_answer(routing, wire.answer_lambda)
-    return replace(routing, cap=wire.reasoning_cap)
+    return service.routing.route(routing, read_inputs(wire), under_load=service.under_load())
 
 
 def _refuse_think_fields(wire: ChatRequest) -> None:
     """Without tags that are tokens the engine follows no think block."""
-    fields = {"answer_lambda": wire.answer_lambda, **wire.budgets}
+    fields = {"answer_lambda": wire.answer_lambda, **budgets(wire)}
     for param, value in fields.items():
         if value is not None and value >= 0:
             raise InvalidRequest(
@@ -135,6 +136,7 @@ def _note(trace: Trace, wire: ChatRequest, routing: Routing) -> None:
         "stream": int(wire.stream),
         **({} if routing.answer is None else {"answer_lambda": wire.answer_lambda}),
         **({} if routing.cap is None else {"cap": routing.cap}),
+        **({"elastic": 1} if routing.elastic else {}),
         **({"user": wire.user} if wire.user else {}),
         **({"metadata": wire.metadata} if wire.metadata else {}),
     }
@@ -144,6 +146,7 @@ def _submit(asked: _Asked, service: Service) -> Answer:
     """Hand the choices to the engine, each as a request of its own."""
     requests = _engine_requests(asked, service)
     generation = service.engine.submit(requests)
+    service.metrics.routed(asked.routing)
     choices = {
         request.request_id: _choice(index, asked, service) for index, request in enumerate(requests)
     }
@@ -177,9 +180,13 @@ def _choice(index: int, asked: _Asked, service: Service) -> Choice:
         splitter=service.think_blocks.splitter(opened_by_prompt=start.prompt.opens_block),
         stop=asked.wire.stop_strings,
         meter=service.metrics.meter(
-            start.dial.reasoning_lambda, len(start.prompt.token_ids), asked.trace.arrived
+            start.dial.reasoning_lambda,
+            len(start.prompt.token_ids),
+            asked.trace.arrived,
+            cap=asked.routing.cap,
         ),
         logprobs=asked.wire.logprobs,
+        observe=service.observer(start.dial, asked.routing),
     )
 
 
@@ -193,6 +200,6 @@ def _head(asked: _Asked) -> AnswerHead:
         routing=asked.routing,
         prompt_tokens=max(len(choice.prompt.token_ids) for choice in asked.choices),
         include_usage=asked.wire.include_usage,
-        include_reasoning=asked.wire.include_reasoning,
+        include_reasoning=asked.wire.shows_reasoning,
         logprobs=asked.wire.logprobs,
     )

@@ -4,7 +4,7 @@ Knows the order of things: detokenize, split reasoning from content, hold back s
 not know how a chunk is written on the wire, nor who reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,6 +16,13 @@ from server.stop import StopStrings
 from server.vocabulary import TokenText, Vocabulary
 
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
+
+Observe = Callable[[int, bool], None]
+"""Told the reasoning tokens of a choice that ended, and whether its think block was cut."""
+
+
+def unobserved(tokens: int, cut: bool) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(slots=True)
@@ -43,6 +50,7 @@ class Choice:
         stop: Sequence[str],
         meter: RequestMeter,
         logprobs: bool = False,
+        observe: Observe = unobserved,
     ) -> None:
         self.index = index
         self.meter = meter
@@ -51,6 +59,8 @@ class Choice:
         self.reasoning_tokens = 0
         self.cached_tokens = 0
         self.forced_close = False
+        self._cut_in_block = False
+        self._observe = observe
         self._vocabulary = vocabulary
         self._text = TokenText(vocabulary)
         self._splitter = splitter
@@ -84,6 +94,8 @@ class Choice:
             generation_tokens=self.completion_tokens,
             reasoning_tokens=self.reasoning_tokens,
         )
+        if self.finish_reason is not None:
+            self._observe(self.reasoning_tokens, self.forced_close or self._cut_in_block)
 
     def _count(self, at: float, event: TokenEvent, token_id: int) -> str:
         """Count the token and return its text; that of an ending token is not shown."""
@@ -104,6 +116,7 @@ class Choice:
         self.finish_reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
         split = self._splitter.feed(text, event.token_id)
         split = split.then(self._splitter.feed(self._text.finish()))
+        self._cut_in_block = self.finish_reason == "length" and self._splitter.inside_block
         split = split.then(self._splitter.finish(by_length=self.finish_reason == "length"))
         if split.repeats_reasoning:
             self.reasoning_tokens = 0

@@ -18,6 +18,7 @@ from server import __version__, merging
 from server.checkpoint import CheckpointError, Endpoint, local_directory
 from server.config import ConfigError, Settings, load_settings
 from server.engine_client import WORKER_COMMAND, EngineClient
+from server.profiles import ProfileError
 
 UNSERVABLE = 2
 
@@ -39,13 +40,16 @@ def main(
             merging.main(flags)
             return 0
         return serve(load_settings(flags), worker_command)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, ProfileError) as error:
         print(f"mi-server: {error}", file=sys.stderr)
         return UNSERVABLE
 
 
 def serve(settings: Settings, worker_command: Sequence[str]) -> int:
-    """Serve until the end; returns the exit code. Raises `ConfigError` and `CheckpointError`."""
+    """Serve until the end; returns the exit code.
+
+    Raises `ConfigError`, `CheckpointError` and `ProfileError`.
+    """
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -68,8 +68,28 @@ class Settings(BaseSettings):
     """Grid that λ is rounded to; it divides 1."""
     reasoning_template: Literal["auto", "instruct", "thinking"] = "auto"
     """Chat template; auto: Thinking's above the think threshold, else Instruct's."""
-    think_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Highest λ that takes Instruct's chat template."""
+    think_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Highest λ that takes Instruct's chat template; default: the profile's."""
+    profile: Path | None = None
+    """Measured profile of the pair (JSON); default: the built-in one of this pair, if there is
+    one."""
+    adapt: bool = False
+    """Route by the reasoning tokens that answers had, where there are enough, instead of the
+    profile's."""
+    adapt_min_samples: Annotated[int, Field(ge=1)] = 200
+    """Answers in a λ bucket that are enough for --adapt."""
+    elastic: bool = False
+    """Under load, route requests that name no λ to cheaper points of the profile."""
+    elastic_effort: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Effort, 0 to 1, that requests get at most under load."""
+    elastic_waiting: Annotated[int, Field(ge=1)] = 32
+    """Waiting requests that are load."""
+    elastic_kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the KV cache in use that is load."""
+    elastic_release: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of both limits at which the load is over."""
+    elastic_dwell: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds between two changes into or out of load."""
 
     think_closing: Annotated[str, Field(min_length=1)] = "\n</think>\n\n"
     """Written where a cap closes a think block; holds the closing tag once."""

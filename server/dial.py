@@ -1,12 +1,13 @@
-"""Which λ a request runs at: from its body, its model alias or its header, else the default.
+"""The λ a request names: in its body, its model alias or its header, else the default.
 
-Ways that name different values are a conflict, never a silent choice.
+Ways that name different values are a conflict, never a silent choice. Where no λ is named,
+`server.routing` may choose another than the default.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from mi_runtime.request import Dial
 from server.errors import InvalidRequest, ModelNotFound, bounded
@@ -14,6 +15,8 @@ from server.groups import PARAM, check_lambda, group_dial, told
 from server.schemas import GroupLambdas
 
 HEADER = "X-Reasoning-Lambda"
+DEFAULT: Final = "default"
+"""Source of a λ that the request said nothing about."""
 
 WireLambda = float | GroupLambdas | list[float]
 """One λ; λ by blend group; or a fan-out, one choice for each λ."""
@@ -24,11 +27,15 @@ class Routing:
     """The dials of one request and what they came from, as the answer tells it."""
 
     dials: tuple[Dial, ...]  # in a fan-out one for each choice, else one for all
-    source: str  # body, model, header or default
+    source: str  # body, model, header or default; see `server.routing` for the others
     fan_out: bool = False
     answer: Dial | None = None  # from the think block's end on
     cap: int | None = None  # reasoning tokens
     layers: int = 0  # of the model
+    profile: str | None = None
+    routing_class: str | None = None
+    expected: float | None = None  # reasoning tokens
+    elastic: bool = False  # cheaper than asked, because of load
 
     @property
     def header(self) -> str:
@@ -42,9 +49,19 @@ class Routing:
         if self.answer is not None:
             body["answer_lambda"] = self.answer.reasoning_lambda
         body["source"] = self.source
-        if self.cap is not None:
-            body["cap"] = self.cap
-        return body
+        return body | self._details
+
+    @property
+    def _details(self) -> dict[str, Any]:
+        """What does not apply is left out."""
+        said = {
+            "profile": self.profile,
+            "routing_class": self.routing_class,
+            "expected_reasoning_tokens": None if self.expected is None else round(self.expected, 1),
+            "cap": self.cap,
+            "elastic": self.elastic or None,
+        }
+        return {name: value for name, value in said.items() if value is not None}
 
     def of_choice(self, choice: int) -> dict[str, Any]:
         """What a choice says of itself: in a fan-out its λ."""
@@ -74,7 +91,7 @@ class DialPolicy:
         _check_agreement(said, layers)
         for source, dials in said.items():
             return Routing(dials, source, fan_out=isinstance(body, list), layers=layers)
-        return Routing((self.on_grid(self.default, "default_lambda"),), "default", layers=layers)
+        return Routing((self.on_grid(self.default, "default_lambda"),), DEFAULT, layers=layers)
 
     def with_answer(self, routing: Routing, value: float | None) -> Routing:
         """The same with an `answer_lambda`."""

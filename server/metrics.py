@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mi_runtime.request import EngineInfo, EngineStats
+from server.dial import Routing
 
 TTFT_SECONDS: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -31,6 +32,7 @@ REQUEST_SECONDS: Final = (
 TOKENS: Final = tuple(
     float(step * 10**power) for power in range(6) for step in (1, 2, 5) if step * 10**power <= 2e5
 )
+SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 LAMBDA_BUCKETS: Final = 10
 
 
@@ -75,6 +77,12 @@ class Metrics:
         self._request_reasoning = self._histogram(
             "request_reasoning_tokens", "Of a think block.", TOKENS
         )
+        self._decisions = self._counter(
+            "router_decisions", "λ values chosen, by what chose them.", "source", "lambda_bucket"
+        )
+        self._budget_used = self._histogram(
+            "budget_used_ratio", "Reasoning tokens of an answer by its budget.", SHARES
+        )
 
     def follow_engine(self, read: "Callable[[], EngineState]") -> None:
         """Add the engine's gauges and counters, read at each scrape."""
@@ -83,10 +91,25 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         self._rejections.labels(self.model_name, reason).inc()
 
-    def meter(self, reasoning_lambda: float, prompt_tokens: int, arrived: float) -> "RequestMeter":
+    def routed(self, routing: Routing) -> None:
+        """Count the λ of an accepted request; in a fan-out each."""
+        source = "elastic" if routing.elastic else routing.source
+        for dial in routing.dials:
+            bucket = lambda_bucket(dial.reasoning_lambda)
+            self._decisions.labels(self.model_name, source, bucket).inc()
+
+    def meter(
+        self,
+        reasoning_lambda: float,
+        prompt_tokens: int,
+        arrived: float,
+        *,
+        cap: int | None = None,
+    ) -> "RequestMeter":
         """Follow one request of the engine, which arrived at `arrived` (`time.perf_counter`)."""
         self._prompt_tokens.labels(self.model_name).inc(prompt_tokens)
-        return RequestMeter(self, lambda_bucket(reasoning_lambda), prompt_tokens, arrived)
+        bucket = lambda_bucket(reasoning_lambda)
+        return RequestMeter(self, bucket, prompt_tokens, arrived, cap=cap)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
@@ -102,13 +125,22 @@ class Metrics:
 class RequestMeter:
     """One request's way through the histograms, at each token and at the end."""
 
-    def __init__(self, metrics: Metrics, bucket: str, prompt_tokens: int, arrived: float) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        bucket: str,
+        prompt_tokens: int,
+        arrived: float,
+        *,
+        cap: int | None = None,
+    ) -> None:
         self._metrics = metrics
         self._labels = (metrics.model_name, bucket)
         self._inter_token = metrics._inter_token.labels(*self._labels)
         self._generated = metrics._generation_tokens.labels(metrics.model_name)
         self._prompt_tokens = prompt_tokens
         self._arrived = arrived
+        self._cap = cap
         self._last_token: float | None = None
         self._first_answer_seen = False
         self._closed = False
@@ -139,6 +171,8 @@ class RequestMeter:
         metrics._request_prompt.labels(*self._labels).observe(self._prompt_tokens)
         metrics._request_generation.labels(*self._labels).observe(generation_tokens)
         metrics._request_reasoning.labels(*self._labels).observe(reasoning_tokens)
+        if self._cap and reason in ("stop", "length"):
+            metrics._budget_used.labels(*self._labels).observe(reasoning_tokens / self._cap)
 
     def _first(self, at: float, queue_seconds: float) -> None:
         self.first_token_seconds = at - self._arrived

@@ -1,9 +1,11 @@
 """A profile: what a pair was measured to do at each λ, for each kind of work. The router reads it.
 
 A JSON file, `version` 1. It says which pair it is of, and for each routing class its points in
-order of λ. Nothing here chooses; see `server.router`.
+order of λ. Some are built in and found by their pair; nothing here chooses a λ, see
+`server.router`.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 VERSION: Final = 1
 DEFAULT_CLASS: Final = "default"
+BUILTIN: Final = Path(__file__).with_name("builtin_profiles")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[float, Field(ge=0)]
@@ -120,3 +123,27 @@ def load_profile(path: Path) -> Profile:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ProfileError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
+    except UnicodeDecodeError:
+        raise ProfileError(f"{path}: not UTF-8 text") from None
+
+
+def builtin_profiles() -> list[Profile]:
+    return [load_profile(path) for path in sorted(BUILTIN.glob("*.json"))]
+
+
+def profile_of(
+    identity: str, instruct: str, thinking: str, profiles: Iterable[Profile] | None = None
+) -> Profile | None:
+    """The built-in profile of a pair: by content; where a profile knows no content, by the last
+    parts of the endpoints' names."""
+    names = (Path(instruct).name, Path(thinking).name)
+    by_name = None
+    for profile in builtin_profiles() if profiles is None else profiles:
+        if profile.pair.identity == identity:
+            return profile
+        if (
+            profile.pair.identity is None
+            and (profile.pair.instruct, profile.pair.thinking) == names
+        ):
+            by_name = profile
+    return by_name

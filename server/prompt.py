@@ -1,6 +1,6 @@
 """From messages to token ids: which template a λ takes, and whether it opens a think block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ class Prompts:
     """The pair's tokenizer and its two templates.
 
     `auto` is how the paper ran it: at λ above the threshold the Thinking endpoint's template, else
-    Instruct's own.
+    Instruct's own. The threshold is asked for at each prompt: the profile that has it is known once
+    the pair is loaded.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Prompts:
         thinking: Endpoint,
         *,
         template: ReasoningTemplate = "auto",
-        think_threshold: float = 0.0,
+        think_threshold: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.vocabulary = Vocabulary.load(thinking.directory)
         self._instruct = ChatTemplate(instruct)
@@ -61,7 +62,7 @@ class Prompts:
 
     def _template(self, dial: Dial) -> ChatTemplate:
         if self._choice == "auto":
-            thinks = dial.reasoning_lambda > self._think_threshold
+            thinks = dial.reasoning_lambda > self._think_threshold()
             return self._thinking if thinks else self._instruct
         return self._thinking if self._choice == "thinking" else self._instruct
 

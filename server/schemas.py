@@ -32,11 +32,11 @@ ACCEPTED_WITHOUT_EFFECT: Final = (
 
 NOT_IMPLEMENTED: Final = frozenset(
     (
-        *("audio", "chat_template_kwargs", "continue_final_message"),
-        *("enable_thinking", "function_call", "functions", "modalities", "moderation"),
+        *("audio", "continue_final_message"),
+        *("function_call", "functions", "modalities", "moderation"),
         *("parallel_tool_calls", "prediction", "prompt_cache_options"),
-        *("prompt_cache_retention", "priority", "reasoning", "reasoning_effort"),
-        *("routing_class", "tool_call_id", "tool_calls", "tool_choice", "tools"),
+        *("prompt_cache_retention", "priority"),
+        *("tool_call_id", "tool_calls", "tool_choice", "tools"),
         "web_search_options",
     )
 )
@@ -45,7 +45,7 @@ NOT_IMPLEMENTED: Final = frozenset(
 MOST_CHOICES: Final = 128
 
 _BRANCHES: Final = frozenset(
-    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)"}
+    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)", "(name)"}
 )
 """Union tags that pydantic puts into the path of an error."""
 
@@ -146,11 +146,42 @@ Budget = Annotated[int, Field(ge=-1, lt=2**31)]
 """Reasoning tokens; -1: none set."""
 
 
-class Thinking(_Wire):
-    """Anthropic's form of a budget."""
+EffortName = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-    type: Literal["enabled"]
-    budget_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+
+def _name_or_number(value: Any) -> str:
+    return "(name)" if isinstance(value, str) else "(number)"
+
+
+Effort = Annotated[
+    Annotated[EffortName, Tag("(name)")] | Annotated[float, Field(ge=0, le=1), Tag("(number)")],
+    Discriminator(_name_or_number),
+]
+"""OpenAI's names, or a place between the cheapest (0) and the best (1) of the profile's front."""
+
+
+class Thinking(_Wire):
+    """Anthropic's form: whether to think, and with `enabled` a budget."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Budget | None = None
+
+
+class Reasoning(_Wire):
+    """OpenRouter's form."""
+
+    effort: Effort | None = None
+    max_tokens: Budget | None = None
+    """Budget of reasoning tokens, in place of an effort."""
+    enabled: bool | None = None
+    exclude: bool | None = None
+    """true: think, and leave the reasoning out of the answer."""
+
+
+class TemplateOptions(_Wire):
+    """Of `chat_template_kwargs`, what this server knows; no template gets them."""
+
+    enable_thinking: bool | None = None
 
 
 class ChatRequest(_Wire):
@@ -174,11 +205,21 @@ class ChatRequest(_Wire):
     answer_lambda: float | None = None
     """λ from the end of the think block on; default: unchanged."""
     thinking_token_budget: Budget | None = None
-    """vLLM's name for a hard cap on reasoning tokens; it does not choose λ yet."""
+    """vLLM's name for a budget of reasoning tokens: it chooses λ, and is a hard cap."""
     thinking_budget: Budget | None = None
-    """Qwen's name for the same cap."""
+    """Qwen's name for the same budget."""
     thinking: Thinking | None = None
-    """Anthropic's name for the same cap."""
+    """Anthropic's form: a budget, or thinking on or off."""
+    reasoning_effort: Effort | None = None
+    """OpenAI's form: how much of what reasoning gains, by the active profile."""
+    reasoning: Reasoning | None = None
+    """OpenRouter's form: effort or budget, on or off, shown or not."""
+    enable_thinking: bool | None = None
+    """Qwen's form: false is λ = 0, true the server's default where that thinks."""
+    chat_template_kwargs: TemplateOptions | None = None
+    """vLLM's place for `enable_thinking`."""
+    routing_class: Annotated[str, Field(min_length=1, max_length=64)] = "default"
+    """Kind of work, whose curve of the profile applies; `default` where the profile has no such."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -241,20 +282,9 @@ class ChatRequest(_Wire):
         return 1 if self.n is None else self.n
 
     @property
-    def budgets(self) -> dict[str, int]:
-        """Every budget of reasoning tokens that is written, by its field."""
-        said = {
-            "thinking_token_budget": self.thinking_token_budget,
-            "thinking_budget": self.thinking_budget,
-            "thinking": None if self.thinking is None else self.thinking.budget_tokens,
-        }
-        return {name: value for name, value in said.items() if value is not None}
-
-    @property
-    def reasoning_cap(self) -> int | None:
-        """Reasoning tokens after which the think block is closed by force."""
-        cap = next(iter(self.budgets.values()), -1)
-        return None if cap < 0 else cap
+    def shows_reasoning(self) -> bool:
+        """Whether the answer has the text of its reasoning."""
+        return self.include_reasoning and not (self.reasoning and self.reasoning.exclude)
 
     @property
     def include_usage(self) -> bool:
@@ -289,12 +319,12 @@ def _check_together(request: ChatRequest) -> None:
             "out or make them equal",
             param="n",
         )
-    budgets = request.budgets
-    if len(set(budgets.values())) > 1:
-        listed = ", ".join(f"{value} (`{name}`)" for name, value in budgets.items())
+    excluded = request.reasoning and request.reasoning.exclude
+    said = "include_reasoning" in request.model_fields_set
+    if excluded is not None and said and excluded is request.include_reasoning:
         raise InvalidRequest(
-            f"The request names different budgets of reasoning tokens: {listed}; give one of them",
-            param=list(budgets)[-1],
+            "`include_reasoning` and `reasoning.exclude` contradict each other; give one of them",
+            param="reasoning.exclude",
         )
 
 

@@ -1,23 +1,36 @@
 """What one running server consists of, and whether it takes requests."""
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
-from mi_runtime.request import EngineInfo
+from mi_runtime.request import Dial, EngineInfo
 from server.checkpoint import Endpoint
+from server.choice import Observe, unobserved
 from server.config import Settings
-from server.dial import DialPolicy
+from server.dial import DialPolicy, Routing
+from server.elastic import Elastic, ElasticLimits, Pressure
 from server.engine_client import EngineClient
 from server.errors import ApiError, Draining, EngineDead, Loading
 from server.metrics import EngineState, Metrics
+from server.profiles import Profile, load_profile, profile_of
 from server.prompt import Prompts
+from server.routing import RoutingPolicy, RoutingSettings
+from server.routing_metrics import RoutingCollector, RoutingState
 from server.sampling import SamplingPolicy
 from server.thinking import ThinkBlocks
 
+logger = logging.getLogger(__name__)
+
 
 class Service:
-    """Built once by `serve`; the app's routes read it, and only `draining` ever changes."""
+    """Built once by `serve`; the app's routes read it, and only `draining` ever changes.
+
+    What depends on the pair's identity is made when it is first asked for, once it is loaded. The
+    states of load and of what was observed are inside `elastic` and `routing`.
+    """
 
     def __init__(
         self, settings: Settings, instruct: Endpoint, thinking: Endpoint, engine: EngineClient
@@ -25,6 +38,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.created = int(time.time())
+        self._profile = None if settings.profile is None else load_profile(settings.profile)
         self.draining = False
         self._request_numbers = itertools.count()
         self.dials = DialPolicy(settings.model_name, settings.lambda_step, settings.default_lambda)
@@ -32,7 +46,7 @@ class Service:
             instruct,
             thinking,
             template=settings.reasoning_template,
-            think_threshold=settings.think_threshold,
+            think_threshold=lambda: self.think_threshold,
         )
         self.think_blocks = ThinkBlocks.of(
             self.prompts.vocabulary,
@@ -45,6 +59,8 @@ class Service:
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
+        self.elastic = Elastic(_elastic_limits(settings)) if settings.elastic else None
+        self.metrics.registry.register(RoutingCollector(settings.model_name, self._routing_state))
 
     @property
     def refusal(self) -> ApiError | None:
@@ -65,6 +81,62 @@ class Service:
         assert self.engine.info is not None
         return self.engine.info
 
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The operator's profile, else the built-in one of the loaded pair, if there is one."""
+        info, settings = self.engine.info, self.settings
+        assert info is not None
+        profile = self._profile or profile_of(
+            info.pair_identity, settings.instruct_endpoint, settings.thinking_endpoint
+        )
+        if profile is None:
+            logger.warning(
+                "No profile of this pair: efforts and budgets go by no measurement, and --adapt "
+                "and --elastic change nothing"
+            )
+        elif profile.pair.identity not in (None, info.pair_identity):
+            logger.warning("The profile %r was measured on another pair", profile.name)
+        return profile
+
+    @property
+    def think_threshold(self) -> float:
+        """Highest λ that takes Instruct's chat template."""
+        if self.settings.think_threshold is not None:
+            return self.settings.think_threshold
+        return 0.0 if self.profile is None else self.profile.think_threshold
+
+    @cached_property
+    def routing(self) -> RoutingPolicy:
+        settings = self.settings
+        return RoutingPolicy(
+            self.profile,
+            RoutingSettings(
+                default=settings.default_lambda,
+                step=settings.lambda_step,
+                think_threshold=self.think_threshold,
+                elastic_effort=settings.elastic_effort,
+                adapt_min_samples=settings.adapt_min_samples if settings.adapt else None,
+            ),
+        )
+
+    def under_load(self) -> bool:
+        """Whether requests go cheaper now."""
+        if self.elastic is None:
+            return False
+        stats = self.engine.stats
+        # What the engine said last, which may be old where it has nothing to do.
+        waiting = min(stats.waiting, self.engine.open_requests)
+        usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
+        return self.elastic.update(Pressure(waiting, usage if self.engine.open_requests else 0.0))
+
+    def observer(self, dial: Dial, routing: Routing) -> Observe:
+        """Who is told the reasoning tokens of an answer: a λ by groups belongs to no curve."""
+        name = routing.routing_class
+        if dial.groups or name is None or not self.prompts.vocabulary.has_think_tags:
+            return unobserved
+        observations = self.routing.observations
+        return lambda tokens, cut: observations.add(name, dial.reasoning_lambda, tokens, cut=cut)
+
     def next_request_number(self) -> int:
         """Unlike a client's X-Request-Id, never the same twice."""
         return next(self._request_numbers)
@@ -78,6 +150,19 @@ class Service:
             ids |= set() if token_id is None else {token_id}
         return frozenset(ids)
 
+    def _routing_state(self) -> RoutingState:
+        observations = None if self.engine.info is None else self.routing.observations
+        return RoutingState(observations, elastic=self.under_load())
+
     def _engine_state(self) -> EngineState:
         engine = self.engine
         return EngineState(engine.stats, engine.info, self.settings.max_num_seqs)
+
+
+def _elastic_limits(settings: Settings) -> ElasticLimits:
+    return ElasticLimits(
+        waiting=settings.elastic_waiting,
+        kv_usage=settings.elastic_kv_usage,
+        release=settings.elastic_release,
+        dwell=settings.elastic_dwell,
+    )

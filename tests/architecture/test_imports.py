@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 POLICY = ("config", "request", "blocks", "sequence", "scheduler", "thinking", "planner")
+SERVER_POLICY = ("router", "elastic", "observed", "profiles", "inputs", "routing")
 TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
 ENGINE_FILES = sorted((ROOT / "mi_runtime").glob("*.py"))
 SERVER_FILES = sorted((ROOT / "server").rglob("*.py"))
@@ -82,6 +83,12 @@ def test_policy_imports_no_tensors(module: str) -> None:
     engine = {name for name in imports_of(path) if name.startswith("mi_runtime")}
     assert {".".join(name.split(".")[:2]) for name in engine} <= own
     assert not TENSORS & packages_of(path)
+
+
+@pytest.mark.parametrize("module", SERVER_POLICY)
+def test_the_policy_of_the_server_knows_no_http(module: str) -> None:
+    foreign = {"fastapi", "starlette", "uvicorn", "asyncio", "jinja2", "tokenizers"}
+    assert not foreign & packages_of(ROOT / "server" / f"{module}.py")
 
 
 def test_policy_brings_in_no_tensors_when_it_is_imported() -> None:

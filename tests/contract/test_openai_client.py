@@ -29,7 +29,7 @@ def test_a_plain_answer_thinks_and_is_right(client: openai.OpenAI) -> None:
     assert choice.message.reasoning_content.startswith("a=6\nb=a-2=6-2=4\n")
     assert choice.message.reasoning == choice.message.reasoning_content
     assert choice.finish_reason == "stop"
-    assert answer.routing == {"reasoning_lambda": 1.0, "source": "body"}
+    assert (answer.routing["reasoning_lambda"], answer.routing["source"]) == (1.0, "body")
     details = answer.usage.completion_tokens_details
     assert 0 < details.reasoning_tokens < answer.usage.completion_tokens
 
@@ -47,7 +47,8 @@ def test_an_alias_of_the_model_names_a_lambda(client: openai.OpenAI) -> None:
     )
     assert answer.model == "pair@0.25"
     assert answer.model_extra is not None
-    assert answer.model_extra["routing"] == {"reasoning_lambda": 0.25, "source": "model"}
+    routing = answer.model_extra["routing"]
+    assert (routing["reasoning_lambda"], routing["source"]) == (0.25, "model")
 
 
 def test_a_stream_adds_up_to_the_plain_answer(client: openai.OpenAI) -> None:

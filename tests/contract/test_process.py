@@ -219,6 +219,8 @@ def test_settings_that_cannot_be_used_are_exit_code_2_without_a_traceback() -> N
         (["--default-lambda", "2"], "default_lambda"),
         (["--thinking", "/no/such/place", "--instruct", "/no/such/place"], "no such directory"),
         (["--lambda-step", "0.3"], "lambda_step"),
+        (["--profile", "/no/such/profile.json"], "/no/such/profile.json"),
+        (["--elastic-release", "1"], "elastic_release"),
         (["--no-such-flag"], "--no-such-flag"),
     ]:
         ended = command("serve", *flags)
@@ -238,7 +240,8 @@ def test_the_http_process_loads_no_torch(start_fake: Start) -> None:
 
 
 def test_when_ready_it_tells_what_the_pair_and_its_loading_took(start_fake: Start) -> None:
-    assert "weights 4.82 MB, 9 GB at the peak of loading" in start_fake().output
+    told = "weights 4.82 MB, 9 GB at the peak of loading; profile neutral) at "
+    assert told in start_fake().output
 
 
 def test_when_ready_it_prints_what_to_try_and_that_works(start_fake: Start) -> None:

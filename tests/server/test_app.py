@@ -215,7 +215,12 @@ def test_a_lambda_reaches_the_engine_and_is_told(
     response = chat(client, "lambda", **fields)
     answer = response.json()
     assert answer["choices"][0]["message"]["content"] == "0.6"
-    assert answer["routing"] == {"reasoning_lambda": 0.6, "source": source}
+    assert answer["routing"] == {
+        "reasoning_lambda": 0.6,
+        "source": source,
+        "profile": "neutral",
+        "routing_class": "default",
+    }
     assert response.headers["X-Reasoning-Lambda"] == "0.6"
 
 

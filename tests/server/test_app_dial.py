@@ -13,6 +13,9 @@ from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 MakeClient = Callable[..., TestClient]
 
 
+UNMEASURED = {"profile": "neutral", "routing_class": "default"}
+
+
 def chat(client: TestClient, content: str, **fields: Any) -> Any:
     headers = fields.pop("headers", {})
     body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
@@ -51,7 +54,7 @@ def test_an_object_is_told_in_its_canonical_form(client: TestClient) -> None:
     value = {"default": 0.6, "mlp": 0.6, "layers": {"0": 0.2, "1": 0.2}}
     response = chat(client, "say x", reasoning_lambda=value)
     told = {"default": 0.6, "layers": {"0-1": 0.2}}
-    assert response.json()["routing"] == {"reasoning_lambda": told, "source": "body"}
+    assert response.json()["routing"] == {"reasoning_lambda": told, "source": "body"} | UNMEASURED
     assert response.headers["X-Reasoning-Lambda"] == "0.6"
     assert "reasoning_lambda" not in response.json()["choices"][0]
 
@@ -78,7 +81,8 @@ def test_a_fan_out_is_one_choice_for_each_lambda_in_order(client: TestClient) ->
     assert [it["message"]["content"] for it in answer["choices"]] == ["1", "0.2", "0.6"]
     assert [it["reasoning_lambda"] for it in answer["choices"]] == [1.0, 0.2, 0.6]
     assert [it["index"] for it in answer["choices"]] == [0, 1, 2]
-    assert answer["routing"] == {"reasoning_lambda": [1.0, 0.2, 0.6], "source": "body"}
+    told = {"reasoning_lambda": [1.0, 0.2, 0.6], "source": "body"}
+    assert answer["routing"] == told | UNMEASURED
     assert response.headers["X-Reasoning-Lambda"] == "1,0.2,0.6"
 
 
@@ -117,7 +121,8 @@ def test_an_answer_lambda_reaches_the_engine_and_is_told(client: TestClient) -> 
     (got,) = requested(client, reasoning_lambda=0.6, answer_lambda=0.2)
     assert got["answer"] == [0.2, {}]
     answer = said(client, "say x", reasoning_lambda=0.6, answer_lambda=0.2)
-    assert answer["routing"] == {"reasoning_lambda": 0.6, "answer_lambda": 0.2, "source": "body"}
+    told = {"reasoning_lambda": 0.6, "answer_lambda": 0.2, "source": "body"}
+    assert answer["routing"] == told | UNMEASURED
 
 
 def test_an_answer_lambda_that_changes_nothing_is_no_switch(client: TestClient) -> None:
@@ -180,7 +185,8 @@ def test_a_stream_tells_a_forced_close_at_its_end_only(make_client: MakeClient) 
 
 def test_a_block_that_ends_in_time_is_not_closed_by_force(client: TestClient) -> None:
     answer = said(client, "say <think>ab</think>c", thinking_token_budget=20)
-    assert answer["routing"] == {"reasoning_lambda": 0.8, "source": "default", "cap": 20}
+    told = {"reasoning_lambda": 0.8, "source": "budget", "cap": 20}
+    assert answer["routing"] == told | UNMEASURED
 
 
 def test_a_cap_never_touches_an_answer_that_only_mentions_the_tags(client: TestClient) -> None:
@@ -243,7 +249,7 @@ def test_the_closing_sequence_is_the_operators(make_client: MakeClient) -> None:
         ({"answer_lambda": [0.5]}, "answer_lambda"),
         ({"thinking_token_budget": -2}, "thinking_token_budget"),
         ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_budget"),
-        ({"thinking": {"type": "disabled"}}, "thinking.type"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type"),
     ],
 )
 def test_a_bad_dial_names_its_field(client: TestClient, fields: dict[str, Any], param: str) -> None:

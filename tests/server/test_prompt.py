@@ -79,7 +79,7 @@ def test_a_template_that_does_not_parse_is_the_operators_problem() -> None:
 def test_above_the_threshold_the_thinking_template_is_taken(
     endpoints: tuple[Endpoint, Endpoint], value: float, threshold: float, opens: bool
 ) -> None:
-    prompts = Prompts(*endpoints, think_threshold=threshold)
+    prompts = Prompts(*endpoints, think_threshold=lambda: threshold)
     assert prompts.build([Message(role="user", content="x")], Dial(value)).opens_block is opens
 
 

@@ -77,42 +77,50 @@ def test_a_list_of_lambdas_with_another_n_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "cap"),
-    [
-        ({}, None),
-        ({"thinking_token_budget": 7}, 7),
-        ({"thinking_token_budget": 0}, 0),
-        ({"thinking_token_budget": -1}, None),
-        ({"thinking_budget": 7}, 7),
-        ({"thinking_budget": -1}, None),
-        ({"thinking": {"type": "enabled", "budget_tokens": 7}}, 7),
-        ({"thinking_budget": 7, "thinking": {"type": "enabled", "budget_tokens": 7}}, 7),
-        ({"thinking_budget": -1, "thinking_token_budget": -1}, None),
-    ],
-)
-def test_a_budget_under_any_name_is_a_cap(fields: dict[str, Any], cap: int | None) -> None:
-    assert parse(**fields).reasoning_cap == cap
-
-
-@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"thinking_token_budget": -2}, "thinking_token_budget"),
         ({"thinking_token_budget": 1.5}, "thinking_token_budget"),
         ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
         ({"thinking_budget": "9"}, "thinking_budget"),
-        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
-        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
-        ({"thinking": {"type": "disabled"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -2}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type"),
+        ({"thinking": {"budget_tokens": 5}}, "thinking.type"),
         ({"thinking": True}, "thinking"),
-        ({"thinking_token_budget": 7, "thinking_budget": 8}, "thinking_budget"),
-        ({"thinking_budget": -1, "thinking_token_budget": 0}, "thinking_budget"),
+        ({"reasoning_effort": "most"}, "reasoning_effort"),
+        ({"reasoning_effort": 1.01}, "reasoning_effort"),
+        ({"reasoning_effort": True}, "reasoning_effort"),
+        ({"reasoning": "high"}, "reasoning"),
+        ({"reasoning": {"effort": "most"}}, "reasoning.effort"),
+        ({"reasoning": {"max_tokens": -2}}, "reasoning.max_tokens"),
+        ({"reasoning": {"exclude": "yes"}}, "reasoning.exclude"),
+        ({"reasoning": {"exclude": True}, "include_reasoning": True}, "reasoning.exclude"),
+        ({"reasoning": {"exclude": False}, "include_reasoning": False}, "reasoning.exclude"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ({"enable_thinking": "yes"}, "enable_thinking"),
+        ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs.tools"),
+        ({"routing_class": ""}, "routing_class"),
+        ({"routing_class": "x" * 65}, "routing_class"),
         ({"answer_lambda": "x"}, "answer_lambda"),
         ({"answer_lambda": {"default": 1}}, "answer_lambda"),
     ],
 )
 def test_a_bad_budget_or_answer_lambda_is_named(fields: dict[str, Any], param: str) -> None:
     assert refusal(**fields).param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({}, True),
+        ({"include_reasoning": False}, False),
+        ({"reasoning": {"exclude": True}}, False),
+        ({"reasoning": {"exclude": True}, "include_reasoning": False}, False),
+        ({"reasoning": {"exclude": False}}, True),
+    ],
+)
+def test_reasoning_is_shown_unless_it_is_excluded(fields: dict[str, Any], shown: bool) -> None:
+    assert parse(**fields).shows_reasoning is shown
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
