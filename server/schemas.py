@@ -6,7 +6,7 @@ missing feature is told, never ignored. `null` means "not given" for every field
 
 import difflib
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -66,6 +66,9 @@ class _Wire(BaseModel):
             return data
         known = cls.model_fields.keys() | NOT_IMPLEMENTED
         return {key: value for key, value in data.items() if value is not None or key not in known}
+
+
+_Body = TypeVar("_Body", bound=_Wire)
 
 
 class TextPart(_Wire):
@@ -153,11 +156,13 @@ class Thinking(_Wire):
     budget_tokens: Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class ChatRequest(_Wire):
-    """The body of `POST /v1/chat/completions`. None as a sampling default: the pair's own."""
+class GenerationRequest(_Wire):
+    """What every request for an answer may say, however its prompt is given.
+
+    None as a sampling default: the pair's own.
+    """
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
 
     reasoning_lambda: (
         Annotated[
@@ -181,7 +186,6 @@ class ChatRequest(_Wire):
     """Anthropic's name for the same cap."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -200,13 +204,9 @@ class ChatRequest(_Wire):
     ] = []
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
     ignore_eos: bool = False
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
 
     stream: bool = False
     stream_options: StreamOptions | None = None
-    include_reasoning: bool = True
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: Annotated[
@@ -217,12 +217,6 @@ class ChatRequest(_Wire):
         Field(max_length=16),
     ] = {}
 
-    store: bool = False
-    service_tier: str | None = None
-    verbosity: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
     @property
     def stop_strings(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
@@ -230,9 +224,12 @@ class ChatRequest(_Wire):
     @property
     def answer_limit(self) -> int | None:
         """Tokens the answer may have, if the client set a limit."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
         return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives beside the log-probability of each token; None: no log-probabilities."""
+        raise NotImplementedError
 
     @property
     def choices(self) -> int:
@@ -261,28 +258,59 @@ class ChatRequest(_Wire):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+class ChatRequest(GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    include_reasoning: bool = True
+
+    store: bool = False
+    service_tier: str | None = None
+    verbosity: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def answer_limit(self) -> int | None:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Raises `InvalidRequest` that names the first bad field."""
-    try:
-        request = ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _invalid(details[0]) from None
-    _check_together(request)
-    return request
-
-
-def _check_together(request: ChatRequest) -> None:
-    """The rules between fields."""
+    request = _parse(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise InvalidRequest(
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
+    _check_together(request)
+    return request
+
+
+def _parse(kind: type[_Body], body: bytes) -> _Body:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _invalid(details[0], kind) from None
+
+
+def _check_together(request: GenerationRequest) -> None:
+    """The rules between fields that all requests share."""
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     if request.n not in (None, request.choices):
         raise InvalidRequest(
             f"`reasoning_lambda` lists {request.choices} values and `n` is {request.n}; leave `n` "
@@ -298,22 +326,22 @@ def _check_together(request: ChatRequest) -> None:
         )
 
 
-def _invalid(error: ErrorDetails) -> InvalidRequest:
+def _invalid(error: ErrorDetails, kind: type[_Wire]) -> InvalidRequest:
     if error["type"] == "json_invalid":
         return InvalidRequest(f"The body is not JSON: {error['msg']}")
     path = [part for part in error["loc"] if part not in _BRANCHES]
     param = _dotted(path)
     if error["type"] == "extra_forbidden":
-        return InvalidRequest(_unknown(str(path[-1]), param), param=param)
+        return InvalidRequest(_unknown(str(path[-1]), param, kind), param=param)
     if not param:
         return InvalidRequest(f"The body must be an object: {error['msg']}")
     return InvalidRequest(f"`{param}`: {error['msg']}", param=param)
 
 
-def _unknown(name: str, param: str) -> str:
+def _unknown(name: str, param: str, kind: type[_Wire]) -> str:
     if name in NOT_IMPLEMENTED:
         return f"`{param}` is not implemented by this server"
-    known = [*ChatRequest.model_fields, *GroupLambdas.model_fields]
+    known = [*kind.model_fields, *GroupLambdas.model_fields]
     similar = difflib.get_close_matches(bounded(name, 64), known, n=1)
     hint = f"; did you mean `{similar[0]}`?" if similar else ""
     return f"Unknown field `{param}`{hint}"
