@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from server import __version__, chat
+from server import __version__, chat, completions, tokenization
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.request_log import RequestLog
 from server.service import Service
@@ -51,6 +51,18 @@ def _add_routes(app: FastAPI) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
         return await chat.chat_completions(request, service)
+
+    @app.post("/v1/completions", response_model=None)
+    async def text_completions(request: Request, service: ServiceOfApp) -> Response:
+        return await completions.completions(request, service)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request, service: ServiceOfApp) -> dict[str, Any]:
+        return await tokenization.tokenize(request, service)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request, service: ServiceOfApp) -> dict[str, str]:
+        return await tokenization.detokenize(request, service)
 
     @app.get("/v1/models")
     async def models(service: ServiceOfApp) -> dict[str, Any]:

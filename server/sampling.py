@@ -21,7 +21,11 @@ class SamplingPolicy:
         """Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist."""
         room = engine.max_model_len - prompt_tokens
         if room < 1:
-            raise ContextTooLong(prompt_tokens=prompt_tokens, max_model_len=engine.max_model_len)
+            raise ContextTooLong(
+                prompt_tokens=prompt_tokens,
+                max_model_len=engine.max_model_len,
+                param=request.prompt_field,
+            )
         limit = request.answer_limit
         max_tokens = room if limit is None else min(limit, room)
         if request.min_tokens > max_tokens:
@@ -46,6 +50,7 @@ class SamplingPolicy:
             eos_token_ids=self.eos_token_ids,
             ignore_eos=request.ignore_eos,
             logprobs=request.alternatives,
+            prompt_logprobs=request.prompt_alternatives,
         )
 
     def _default(self, name: str, given: float | None, neutral: float) -> float:

@@ -6,7 +6,7 @@ missing feature is told, never ignored. `null` means "not given" for every field
 
 import difflib
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -32,10 +32,10 @@ ACCEPTED_WITHOUT_EFFECT: Final = (
 
 NOT_IMPLEMENTED: Final = frozenset(
     (
-        *("audio", "chat_template_kwargs", "continue_final_message"),
+        *("audio", "chat_template_kwargs"),
         *("enable_thinking", "function_call", "functions", "modalities", "moderation"),
         *("parallel_tool_calls", "prediction", "prompt_cache_options"),
-        *("prompt_cache_retention", "priority", "reasoning", "reasoning_effort"),
+        *("prompt_cache_retention", "reasoning", "reasoning_effort", "suffix"),
         *("routing_class", "tool_call_id", "tool_calls", "tool_choice", "tools"),
         "web_search_options",
     )
@@ -43,9 +43,15 @@ NOT_IMPLEMENTED: Final = frozenset(
 """Known to OpenAI's clients or planned here, without effect so far: refused by name."""
 
 MOST_CHOICES: Final = 128
+MOST_CHOICES_OF_PROMPTS: Final = 1024
+"""Of a completions request: its prompts times the choices of each."""
+MOST_PROMPT_TOKENS: Final = 2**20
 
 _BRANCHES: Final = frozenset(
-    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)"}
+    {
+        *("(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)"),
+        *("(texts)", "(token ids)", "(lists of token ids)"),
+    }
 )
 """Union tags that pydantic puts into the path of an error."""
 
@@ -162,7 +168,11 @@ class GenerationRequest(_Wire):
     None as a sampling default: the pair's own.
     """
 
+    prompt_field: ClassVar[str]
+    """What errors about the prompt name."""
+
     model: str
+    """The served name, or an alias that names λ, as `NAME@0.6`."""
 
     reasoning_lambda: (
         Annotated[
@@ -207,6 +217,9 @@ class GenerationRequest(_Wire):
 
     stream: bool = False
     stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    """Lower ones run earlier, equal ones in order of arrival; the last by priority is preempted
+    first. Nothing keeps a request from waiting behind an endless line of lower ones."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: Annotated[
@@ -230,6 +243,11 @@ class GenerationRequest(_Wire):
     def alternatives(self) -> int | None:
         """Alternatives beside the log-probability of each token; None: no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
 
     @property
     def choices(self) -> int:
@@ -261,7 +279,14 @@ class GenerationRequest(_Wire):
 class ChatRequest(GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
+    prompt_field = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1)]
+    continue_final_message: bool = False
+    """The last message is the assistant's, and the answer goes on where it ends."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens a new turn of the assistant; default: unless
+    `continue_final_message`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -295,6 +320,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         raise InvalidRequest(
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
+    check_continuation(request)
     _check_together(request)
     return request
 
@@ -353,3 +379,174 @@ def _dotted(path: Sequence[int | str]) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"
     return bounded(text.removeprefix("."), 200)
+
+
+# --- Messages for a chat template ----------------------------------------------------------------
+
+
+class Continuable(Protocol):
+    """What says how messages become a prompt."""
+
+    @property
+    def messages(self) -> Sequence[Message] | None: ...
+    @property
+    def continue_final_message(self) -> bool: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+
+
+def check_continuation(request: Continuable) -> None:
+    if not request.continue_final_message:
+        return
+    if request.add_generation_prompt:
+        raise InvalidRequest(
+            "`add_generation_prompt` begins a new message and `continue_final_message` goes on "
+            "with the last one; give one of them",
+            param="add_generation_prompt",
+        )
+    if not request.messages or request.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "`continue_final_message` needs a last message of the assistant",
+            param="continue_final_message",
+        )
+
+
+# --- Raw prompts ---------------------------------------------------------------------------------
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]],
+    Field(min_length=1, max_length=MOST_PROMPT_TOKENS),
+]
+
+
+def _form_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "(text)"
+    if value and isinstance(value[0], list):
+        return "(lists of token ids)"
+    return "(token ids)" if value and isinstance(value[0], int) else "(texts)"
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`: text is text, without template or think block."""
+
+    prompt_field = "prompt"
+
+    prompt: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[
+            list[str], Field(min_length=1, max_length=MOST_CHOICES_OF_PROMPTS), Tag("(texts)")
+        ]
+        | Annotated[TokenIds, Tag("(token ids)")]
+        | Annotated[
+            list[TokenIds],
+            Field(min_length=1, max_length=MOST_CHOICES_OF_PROMPTS),
+            Tag("(lists of token ids)"),
+        ],
+        Discriminator(_form_of_prompt),
+    ]
+    """One prompt or several, as text or as token ids. Choices are numbered prompt by prompt."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens, such as a begin of sequence, before a text."""
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    """Tokens of the answer; 0 with `echo` scores the prompt alone."""
+    echo: bool = False
+    """Begin every choice with its prompt."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Log-probability of each token, beside those of this many best ones; with `echo` of the
+    prompt's tokens too, the first of which has none."""
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    """Only the number of choices, which it means where it is not given."""
+
+    @property
+    def prompts(self) -> Sequence[str | Sequence[int]]:
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    request = _parse(CompletionRequest, body)
+    if request.best_of not in (None, request.choices):
+        raise InvalidRequest(
+            f"`best_of` ({request.best_of}) other than the number of choices ({request.choices}) "
+            "is not implemented by this server",
+            param="best_of",
+        )
+    if len(request.prompts) * request.choices > MOST_CHOICES_OF_PROMPTS:
+        raise InvalidRequest(
+            f"{len(request.prompts)} prompts with {request.choices} choices each are more than "
+            f"{MOST_CHOICES_OF_PROMPTS} choices",
+            param="prompt",
+        )
+    _check_together(request)
+    return request
+
+
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(_Wire):
+    """The body of `POST /tokenize`: a text, or messages for the chat template."""
+
+    model: str | None = None
+    """The served name or an alias, whose λ chooses the template."""
+    prompt: str | None = None
+    """A text. Exactly one of `prompt` and `messages` is given."""
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    """Messages, written by the chat template of the λ."""
+    reasoning_lambda: float | None = None
+    """λ that chooses the template of `messages`; default: the server's."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens before `prompt`; a template writes them itself."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens a new turn of the assistant; default: unless
+    `continue_final_message`."""
+    continue_final_message: bool = False
+    """The last message is the assistant's, and its end is left open."""
+    return_token_strs: bool = False
+    """Whether the answer has the text of every token."""
+
+
+class DetokenizeRequest(_Wire):
+    """The body of `POST /detokenize`."""
+
+    model: str | None = None
+    """The served name or an alias."""
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
+    """Token ids."""
+
+
+FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
+
+
+def parse_tokenize_request(body: bytes) -> TokenizeRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    request = _parse(TokenizeRequest, body)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
+    if request.prompt is not None:
+        _refuse_fields(request, "messages", *FIELDS_OF_MESSAGES)
+    else:
+        _refuse_fields(request, "prompt", "add_special_tokens")
+    check_continuation(request)
+    return request
+
+
+def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
+    for name in names:
+        if name in request.model_fields_set:
+            raise InvalidRequest(f"`{name}` needs `{needs}`", param=name)
+
+
+def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    return _parse(DetokenizeRequest, body)
