@@ -110,13 +110,9 @@ def _continued(template: ChatTemplate, views: list[dict[str, Any]]) -> tuple[str
     inside the block. A template that does not write the field gets the block as content.
     """
     *before, last = views
-    content, reasoning = last["content"], last.get("reasoning_content")
-    blanks, opened, inside = content.partition(THINK_OPEN)
-    if opened and THINK_CLOSE not in inside and not blanks.strip():
-        content, reasoning = "", inside.removeprefix("\n")
-    in_block = bool(reasoning) and not content
-    written = [last | {"content": content + MARK}]
-    if in_block:
+    reasoning = _open_reasoning(last)
+    written = [last | {"content": last["content"] + MARK}]
+    if reasoning is not None:
         as_field = {"content": "", "reasoning_content": reasoning + MARK}
         as_content = {"content": f"{THINK_OPEN}\n{reasoning}{MARK}", "reasoning_content": None}
         written = [last | as_field, last | as_content]
@@ -124,12 +120,21 @@ def _continued(template: ChatTemplate, views: list[dict[str, Any]]) -> tuple[str
         whole = template.render([*before, view], add_generation_prompt=False)
         text, mark, _ = whole.rpartition(MARK)
         if mark:
-            return text, in_block
+            return text, reasoning is not None
     raise InvalidRequest(
         "The model's chat template does not write the end of the final message, so that it cannot "
         "be continued",
         param="continue_final_message",
     )
+
+
+def _open_reasoning(message: dict[str, Any]) -> str | None:
+    """The reasoning of a message that is nothing else; None where it says more, or nothing."""
+    content: str = message["content"]
+    blanks, opened, inside = content.partition(THINK_OPEN)
+    if opened and THINK_CLOSE not in inside and not blanks.strip():
+        return inside.removeprefix("\n")
+    return None if content else message.get("reasoning_content")
 
 
 def _template_view(message: Message) -> dict[str, Any]:
