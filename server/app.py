@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from server import __version__, chat, completions, tokenization
+from server import __version__, chat, completions, openapi, tokenization
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.request_log import RequestLog
 from server.service import Service
@@ -88,6 +88,12 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics(service: ServiceOfApp) -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    description = openapi.document(__version__)
+
+    @app.get("/openapi.json")
+    async def openapi_document() -> dict[str, Any]:
+        return description
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -78,8 +78,12 @@ _Body = TypeVar("_Body", bound=_Wire)
 
 
 class TextPart(_Wire):
+    """A part of a message's content."""
+
     type: Literal["text"]
+    """Parts of other kinds are refused."""
     text: str
+    """Parts are joined as they are."""
 
 
 def _text_or_parts(value: Any) -> str:
@@ -87,14 +91,21 @@ def _text_or_parts(value: Any) -> str:
 
 
 class Message(_Wire):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
+    """Who speaks; `developer` is OpenAI's newer word for `system`."""
     content: Annotated[
         Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
         Discriminator(_text_or_parts),
     ]
+    """Text, or parts of it."""
     name: str | None = None
+    """A name for the speaker, where the chat template writes one."""
     reasoning_content: str | None = None
+    """Of an assistant's message, the text of its think block, where the chat template writes it."""
     reasoning: str | None = None
+    """Another name of `reasoning_content`, which counts first."""
 
     @property
     def text(self) -> str:
@@ -104,12 +115,19 @@ class Message(_Wire):
 
 
 class StreamOptions(_Wire):
+    """What a stream has beside its text."""
+
     include_usage: bool = False
-    include_obfuscation: bool = True  # without effect
+    """One more chunk at the end, without choices, has the usage."""
+    include_obfuscation: bool = True
+    """Without effect."""
 
 
 class ResponseFormat(_Wire):
+    """The form of the answer."""
+
     type: Literal["text"]
+    """Plain text."""
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -120,8 +138,12 @@ def _one_or_many(value: Any) -> str:
 
 
 class LayerLambdas(_Wire):
+    """λ by part of a layer."""
+
     attn: float | None = None
+    """Of the attention."""
     mlp: float | None = None
+    """Of the FFN."""
 
 
 def _number_or_parts(value: Any) -> str:
@@ -138,11 +160,17 @@ class GroupLambdas(_Wire):
     """λ by blend group; `server.groups` checks its ranges and values."""
 
     default: float | None = None
+    """Of every group that is not named; required unless all are."""
     attn: float | None = None
+    """Of the attention of every layer that `layers` does not name."""
     mlp: float | None = None
+    """Of the FFN of every layer that `layers` does not name."""
     embed: float | None = None
+    """Of the embeddings."""
     head: float | None = None
+    """Of the head and the norm before it."""
     layers: dict[str, OfLayers] = {}
+    """By range of layers, as `"0-11"` or `"3"`: a number, or one for each part."""
 
 
 def _form_of_lambda(value: Any) -> str:
@@ -159,7 +187,9 @@ class Thinking(_Wire):
     """Anthropic's form of a budget."""
 
     type: Literal["enabled"]
+    """The only value."""
     budget_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+    """Reasoning tokens."""
 
 
 class GenerationRequest(_Wire):
@@ -196,32 +226,51 @@ class GenerationRequest(_Wire):
     """Anthropic's name for the same cap."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens the answer may have; default: what the context holds."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens before which the answer does not end by itself."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the most probable token; default: the pair's own."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None  # -1 and 0: off
+    """Draw from the most probable tokens that have this share together; default: the pair's own."""
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """Draw from so many most probable tokens; -1 and 0: off; default: the pair's own."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least probability, as a share of the most probable token's; default: the pair's own."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Above 1, tokens of prompt and answer become less probable; default: the pair's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken from the logit of every token that the answer has."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """The same, times how often it has it."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Equal requests with equal seeds draw equally; choices of one request draw apart."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    """Choices for each prompt; in a fan-out its length, or left out."""
     stop: Annotated[
         Annotated[StopString, Tag("(one)")]
         | Annotated[list[StopString], Field(max_length=4), Tag("(many)")],
         Discriminator(_one_or_many),
     ] = []
+    """Strings that end the answer; they are not part of it."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
+    """Tokens that end the answer."""
     ignore_eos: bool = False
+    """Go on behind the tokens with which the model ends its answers."""
 
     stream: bool = False
+    """Send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
+    """Needs `stream`."""
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     """Lower ones run earlier, equal ones in order of arrival; the last by priority is preempted
     first. Nothing keeps a request from waiting behind an endless line of lower ones."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
+    """Requests of different salts share no KV."""
     user: Annotated[str, Field(max_length=512)] | None = None
+    """Stands in the server's log."""
     metadata: Annotated[
         dict[
             Annotated[str, Field(max_length=64)],
@@ -229,6 +278,7 @@ class GenerationRequest(_Wire):
         ],
         Field(max_length=16),
     ] = {}
+    """Stands in the server's log."""
 
     @property
     def stop_strings(self) -> Sequence[str]:
@@ -282,22 +332,33 @@ class ChatRequest(GenerationRequest):
     prompt_field = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    """The conversation so far."""
     continue_final_message: bool = False
     """The last message is the assistant's, and the answer goes on where it ends."""
     add_generation_prompt: bool | None = None
     """Whether the prompt opens a new turn of the assistant; default: unless
     `continue_final_message`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
+    """Log-probabilities of the answer's tokens, as the model has them before sampling settings."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """So many of the most probable tokens beside each; needs `logprobs`."""
     response_format: ResponseFormat | None = None
+    """The form of the answer."""
     include_reasoning: bool = True
+    """Whether the answer has the text of its think block; it is made all the same."""
 
     store: bool = False
+    """Without effect."""
     service_tier: str | None = None
+    """Without effect."""
     verbosity: str | None = None
+    """Without effect."""
     safety_identifier: str | None = None
+    """Without effect."""
     prompt_cache_key: str | None = None
+    """Without effect."""
 
     @property
     def answer_limit(self) -> int | None:
