@@ -18,7 +18,8 @@ from mi_runtime.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`tokens` rows; `kept` of them have logits, one a sequence that samples, in chunk order."""
+    """`tokens` rows; `kept` of them have logits: those that are scored, and one a sequence that
+    samples, both in chunk order."""
 
     ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
@@ -26,6 +27,7 @@ class Batch:
     rows: StepRows
     attention: AttentionPlan
     sampling: tuple[Sequence, ...]
+    scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
 
 
 def build_batch(part: Part, block_size: int, zero_block: int, device: torch.device) -> Batch:
@@ -37,6 +39,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
     slots: list[int] = []
     opened: list[int] = []
     kept: list[int] = []
+    scored: list[int] = []
     prefills: list[Prefill] = []
     decodes = _leading_decodes(part.chunks)
     for order, chunk in enumerate(part.chunks):
@@ -45,6 +48,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
         if order >= decodes:
             blocks = tensor(table[: -(-end // block_size)])
             prefills.append(Prefill(len(ids), chunk.length, start, blocks))
+        scored += [len(ids) + position - start for position in chunk.scored]
         ids += sequence.tokens[start:end]
         positions += range(start, end)
         slots += [
@@ -55,6 +59,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
             opened.append(table[end // block_size])
         if chunk.samples:
             kept.append(len(ids) - 1)
+    kept = scored + kept
     singles = part.chunks[:decodes]
     tables = _padded_tables(singles, block_size, zero_block)
     return Batch(
@@ -71,6 +76,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
             prefills=tuple(prefills),
         ),
         sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
+        scored=tuple(chunk for chunk in part.chunks if chunk.scored),
     )
 
 

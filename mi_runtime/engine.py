@@ -90,13 +90,13 @@ class Engine:
             return []
         results = self._runner.run(chunks)
         self._steps += 1
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        events = [
-            self.scheduler.fail(chunk.sequence, NOTHING_TO_DRAW)
-            for chunk, result in zip(sampling, results, strict=True)
-            if result is None
-        ]
-        return events + self.scheduler.update(chunks, [one or (0, None) for one in results])
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        lost = [one for one, result in zip(sampling, results, strict=True) if result is None]
+        scores = self._runner.scores
+        lost += [one for one, found in scores.items() if found is None and one not in lost]
+        events = [self.scheduler.fail(sequence, NOTHING_TO_DRAW) for sequence in lost]
+        known = {sequence: found for sequence, found in scores.items() if found is not None}
+        return events + self.scheduler.update(chunks, [one or (0, None) for one in results], known)
 
     def generate(self, requests: Iterable[EngineRequest]) -> dict[str, list[TokenEvent]]:
         """Answers all requests together; the events of each by its id."""

@@ -59,7 +59,7 @@ def _on_grid(value: float, step: float) -> float:
 class SamplingParams:
     """How tokens are drawn. The defaults leave the model's distribution as it is."""
 
-    max_tokens: int | None = None  # None: as many as the context holds
+    max_tokens: int | None = None  # None: as many as the context holds; 0: none
     min_tokens: int = 0  # end-of-sequence and stop tokens are forbidden before
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
@@ -74,6 +74,7 @@ class SamplingParams:
     eos_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False  # eos_token_ids do not end the answer; stop_token_ids still do
     logprobs: int | None = None  # alternatives beside each token (0: the token alone); None: off
+    prompt_logprobs: int | None = None  # the same, beside each token of the prompt
 
     @property
     def ending_token_ids(self) -> frozenset[int]:
@@ -115,6 +116,7 @@ class EngineRequest:
     think: ThinkPolicy | None = None  # None: no think block is tracked
     cache_salt: str = ""  # requests of different salts share no KV
     answer_dial: Dial | None = None  # from the think block's closing tag on; None: as before
+    priority: int = 0  # lower ones run earlier; equal ones in order of arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One new token of one request, or its end without a token (abort, error)."""
+    """One new token of one request, or its end without a token (abort, error, max_tokens 0)."""
 
     request_id: str
     token_id: int | None
@@ -138,6 +140,8 @@ class TokenEvent:
     forced_close: bool = False  # the engine closed the think block
     queue_seconds: float = 0.0  # from submission to the first step that ran it
     error: str | None = None  # for FinishReason.ERROR: what happened
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """On the first event of a request that wants them: of each prompt token but the first."""
 
 
 class RequestRejected(ValueError):

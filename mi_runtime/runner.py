@@ -1,12 +1,17 @@
-"""Runs one step on the device: chunks in, a sampled token for each that reaches its end out."""
+"""Runs one step on the device: chunks in, a sampled token for each that reaches its end out.
+
+The logits of scored prompt positions become log-probabilities part by part, and are not kept.
+"""
 
 import torch
 from torch import Tensor
 
 from mi_runtime.attention import PagedAttention
-from mi_runtime.batch import build_batch
+from mi_runtime.batch import Batch, build_batch
 from mi_runtime.load import BlendedModel
+from mi_runtime.logprobs import token_logprobs
 from mi_runtime.planner import Part, Planner
+from mi_runtime.request import TokenLogprobs
 from mi_runtime.sampler import Sampler
 from mi_runtime.scheduler import Chunk, Sampled
 from mi_runtime.sequence import Sequence
@@ -24,12 +29,15 @@ class Runner:
             model.layers, num_blocks, block_size, model.dtype, model.device
         )
         self._sampler = Sampler()
+        self.scores: dict[Sequence, list[TokenLogprobs] | None] = {}
+        """Of the last run: the scored positions of its chunks; None where logits are not finite."""
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
         """One of each chunk that samples, in order; None where the logits are not finite."""
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
+        self.scores = {}
         for index, part in enumerate(self.planner.plan(chunks)):
             part_logits, sampling = self._forward(part, first=index == 0)
             logits.append(part_logits)
@@ -49,4 +57,24 @@ class Runner:
         attention.begin(batch.attention)
         model.groups.begin(batch.rows, first)
         logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
+        if batch.scored:
+            logits = self._score(logits, batch)
         return logits, batch.sampling
+
+    def _score(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Reads the scored rows; returns the others."""
+        start = 0
+        for chunk in batch.scored:
+            end = start + len(chunk.scored)
+            self.scores[chunk.sequence] = _prompt_logprobs(logits[start:end], chunk)
+            start = end
+        return logits[start:].clone()  # a view would keep them all
+
+
+def _prompt_logprobs(logits: Tensor, chunk: Chunk) -> list[TokenLogprobs] | None:
+    """Of the token behind each scored position."""
+    if not logits.isfinite().all():
+        return None
+    tokens = [chunk.sequence.tokens[position + 1] for position in chunk.scored]
+    count = chunk.sequence.request.sampling.prompt_logprobs or 0
+    return token_logprobs(logits, tokens, [count] * len(tokens))

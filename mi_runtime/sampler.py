@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mi_runtime.logprobs import token_logprobs
 from mi_runtime.request import TokenLogprobs
 from mi_runtime.scheduler import Sampled
 from mi_runtime.sequence import Sequence
@@ -229,10 +230,9 @@ def _logprobs(
     rows = [row for row, count in enumerate(wanted) if count is not None]
     if not rows:
         return out
-    table = logits[rows].float().log_softmax(1)
-    own = table.gather(1, torch.tensor([[tokens[row]] for row in rows], device=table.device))
-    for index, row in enumerate(rows):
-        best = table[index].topk(min(wanted[row] or 0, table.shape[1]))
-        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        out[row] = TokenLogprobs(own[index].item(), tuple(top))
+    found = token_logprobs(
+        logits[rows], [tokens[row] for row in rows], [wanted[row] or 0 for row in rows]
+    )
+    for row, logprobs in zip(rows, found, strict=True):
+        out[row] = logprobs
     return out

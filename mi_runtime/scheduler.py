@@ -1,20 +1,29 @@
 """Which tokens of which sequences run in the next step, and what becomes of the sampled ones.
 
 Continuous batching: a step is one flat batch of chunks, decodes first, then prefill in what is
-left of the token budget. Running sequences are in order of arrival and all of them arrived before
-any waiting one: the oldest waiting sequence is admitted first and never overtaken, and when blocks
-run out the youngest running one goes back to the front of the line, its KV dropped (to be
-recomputed, or found again in the prefix cache) and its tokens kept. So the oldest sequence
-advances in every step, and every sequence becomes the oldest.
+left of the token budget. Sequences are ranked by priority and, where that is equal, by arrival. The
+first of the waiting is admitted first and never overtaken by the others, and when blocks run out
+the last of the running goes back to its place in the line, its KV dropped (to be recomputed, or
+found again in the prefix cache) and its tokens kept. So the first of the running advances in every
+step, and of equal priority every sequence becomes the first; whoever lets callers set priorities
+lets them keep others waiting. A waiting sequence of better rank takes the next place that is free;
+it preempts nobody for it.
+
+A sequence that wants log-probabilities of its prompt has logits at every prompt position, which are
+as wide as the vocabulary: a step computes at most `SCORED_ROWS` of them, and no prefix is taken
+from the cache beyond what is scored already.
 
 Admission takes the blocks of all known tokens at once; after that a sequence needs a block only
 when its answer grows into one. Knows token ids and block numbers; no tensors, no text.
 """
 
+import itertools
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from mi_runtime.blocks import BlockPool
 from mi_runtime.request import (
@@ -28,6 +37,9 @@ from mi_runtime.request import (
 from mi_runtime.sequence import Sequence, Status
 
 Sampled = tuple[int, TokenLogprobs | None]  # token id, and its logprobs where asked for
+
+SCORED_ROWS: Final = 512
+"""Prompt positions of a step that have logits; with a vocabulary of 150,000 in fp32 300 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +65,38 @@ class Chunk:
         """
         return self.start + self.length == len(self.sequence.tokens)
 
+    @property
+    def scored(self) -> range:
+        """Its positions whose logits score the prompt token behind them."""
+        unscored = self.sequence.unscored
+        end = self.start + self.length
+        return range(max(self.start, unscored.start), min(end, unscored.stop))
+
 
 class Line:
-    """Sequences in order of arrival, and how many of them are at each λ. All O(1)."""
+    """Sequences by rank, and how many of them are at each λ.
+
+    A place is found in O(log n); keeping the order moves up to n words of memory.
+    """
 
     def __init__(self) -> None:
-        self._sequences: OrderedDict[str, Sequence] = OrderedDict()
+        self._sequences: dict[str, Sequence] = {}
+        self._ranked: list[Sequence] = []
         self._lambdas: Counter[float] = Counter()
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences.values())
+        return iter(self._ranked)
 
     @property
     def first(self) -> Sequence:
-        return next(iter(self._sequences.values()))
+        return self._ranked[0]
 
     @property
     def last(self) -> Sequence:
-        return next(reversed(self._sequences.values()))
+        return self._ranked[-1]
 
     @property
     def lambdas(self) -> tuple[float, ...]:
@@ -83,20 +106,22 @@ class Line:
     def get(self, request_id: str) -> Sequence | None:
         return self._sequences.get(request_id)
 
-    def append(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> None:
         self._sequences[sequence.request_id] = sequence
+        insort(self._ranked, sequence, key=_rank)
         self._lambdas[sequence.request.dial.reasoning_lambda] += 1
-
-    def prepend(self, sequence: Sequence) -> None:
-        self.append(sequence)
-        self._sequences.move_to_end(sequence.request_id, last=False)
 
     def remove(self, sequence: Sequence) -> None:
         value = sequence.request.dial.reasoning_lambda
         del self._sequences[sequence.request_id]
+        del self._ranked[bisect_left(self._ranked, sequence.rank, key=_rank)]
         self._lambdas[value] -= 1
         if not self._lambdas[value]:
             del self._lambdas[value]
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
 
 
 class Scheduler:
@@ -125,6 +150,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.prefix_caching = prefix_caching
+        self._arrivals = itertools.count()
         self.running = Line()
         self.waiting = Line()
         self.prefix_queried_tokens = 0  # prompt tokens looked up, each request once
@@ -148,18 +174,19 @@ class Scheduler:
             )
         self._check_prompt(request.prompt)
         max_tokens = request.sampling.max_tokens
-        if max_tokens is not None and max_tokens < 1:
+        if max_tokens is not None and max_tokens < 0:
             raise RequestRejected(
-                f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens"
+                f"max_tokens must not be negative: {max_tokens}", param="max_tokens"
             )
         for token_id, _ in request.sampling.logit_bias:
             self._check_token(token_id, "logit_bias")
 
     def add(self, sequence: Sequence) -> None:
-        """Puts an admitted request's sequence at the end of the line."""
+        """Puts an admitted request's sequence in the line, behind its equals in priority."""
         assert self._find(sequence.request_id) is None
         assert 0 < len(sequence) < self.max_model_len
-        self.waiting.append(sequence)
+        sequence.rank = (sequence.request.priority, next(self._arrivals))
+        self.waiting.add(sequence)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request on its caller's wish; None when it is unknown or has ended."""
@@ -176,24 +203,35 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step. Never empty while a sequence is unfinished."""
         chunks = self._decodes()
-        budget = self.max_batched_tokens - len(chunks)
+        budget, scored_rows = self.max_batched_tokens - len(chunks), SCORED_ROWS
         prefills = self._prefills()
         while budget > 0 and (sequence := next(prefills, None)) is not None:
-            chunk = Chunk(sequence, sequence.computed, min(sequence.remaining, budget))
-            chunks.append(chunk)
-            budget -= chunk.length
+            length = min(budget, sequence.remaining)
+            chunk = _within(scored_rows, Chunk(sequence, sequence.computed, length))
+            if chunk.length:
+                chunks.append(chunk)
+                budget -= chunk.length
+                scored_rows -= len(chunk.scored)
         assert chunks or not self.unfinished, "the scheduler is stuck"
         return chunks
 
-    def update(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
+    def update(
+        self,
+        chunks: list[Chunk],
+        sampled: list[Sampled],
+        scores: Mapping[Sequence, list[TokenLogprobs]] | None = None,
+    ) -> list[TokenEvent]:
         """Takes the results of a step: one of `sampled` for each chunk that samples, in order.
 
-        Returns one event for each of them. A sequence that ended since `schedule` has had its
-        terminal event; its chunk and its token are dropped.
+        `scores`: for each chunk that has `scored` positions, one for each of them. Returns one
+        event for each of `sampled`. A sequence that ended since `schedule` has had its terminal
+        event; its chunk and its token are dropped.
         """
         sampling = [chunk for chunk in chunks if chunk.samples]
         for chunk in chunks:
             if chunk.sequence.status is Status.RUNNING:
+                if chunk.scored:
+                    chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence]
                 self._advance(chunk)
         return [
             self._extend(chunk.sequence, token_id, logprobs)
@@ -216,12 +254,13 @@ class Scheduler:
             assert not sequence.computed
         for line in (self.running, self.waiting):
             assert line.lambdas == tuple(sorted({s.request.dial.reasoning_lambda for s in line}))
+            assert [*line] == sorted(line, key=_rank)
 
     # --- Choosing a step ------------------------------------------------------------------------
 
     def _decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in list(self.running):  # oldest first; preemption takes from the other end
+        for sequence in list(self.running):  # by rank; preemption takes from the other end
             if len(chunks) == self.max_batched_tokens:
                 break
             if sequence.remaining == 1 and self._grow(sequence):
@@ -241,7 +280,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._drop_blocks(sequence)
         self.running.remove(sequence)
-        self.waiting.prepend(sequence)
+        self.waiting.add(sequence)
         sequence.status = Status.WAITING
         self.preemptions += 1
 
@@ -265,7 +304,7 @@ class Scheduler:
         sequence.computed = len(found) * self.blocks.block_size
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        self.running.add(sequence)
         if sequence.first_run is None:
             self._note_first_run(sequence)
         return True
@@ -273,18 +312,19 @@ class Scheduler:
     def _note_first_run(self, sequence: Sequence) -> None:
         sequence.first_run = time.monotonic()
         sequence.cached_tokens = sequence.computed
-        if self.prefix_caching:
+        if self.prefix_caching and not sequence.unscored:
             self.prefix_queried_tokens += sequence.prompt_length
             self.prefix_hit_tokens += sequence.cached_tokens
 
     # --- The prefix cache -----------------------------------------------------------------------
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks with the KV of the sequence's first tokens, leaving at least one to compute."""
+        """Blocks with the KV of the sequence's first tokens, leaving what must be computed."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
-        for index in range((len(sequence) - 1) // self.blocks.block_size):
+        reusable = sequence.unscored.start if sequence.unscored else len(sequence) - 1
+        for index in range(reusable // self.blocks.block_size):
             block = self.blocks.find(self._block_key(sequence, index))
             if block is None:
                 break
@@ -319,6 +359,8 @@ class Scheduler:
     def _extend(
         self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
     ) -> TokenEvent:
+        if sequence.request.sampling.max_tokens == 0:  # what was drawn is not wanted
+            return self._end(sequence, FinishReason.LENGTH)
         sequence.append(token_id)
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:
@@ -381,8 +423,28 @@ class Scheduler:
         assert sequence.status is Status.RUNNING
         assert 0 < len(sequence) < self.max_model_len
         assert 0 <= sequence.computed < len(sequence)
+        assert not sequence.unscored or sequence.computed <= sequence.unscored.start
         assert len(sequence.block_table) * self.blocks.block_size >= sequence.computed
         assert len(set(sequence.block_table)) == len(sequence.block_table)
+
+
+def _within(scored_rows: int, chunk: Chunk) -> Chunk:
+    """As much of the chunk as has at most `scored_rows` positions with logits."""
+    scored = chunk.scored
+    if len(scored) <= scored_rows:
+        return chunk
+    return Chunk(chunk.sequence, chunk.start, scored.start + scored_rows - chunk.start)
+
+
+def _first_event_scores(
+    sequence: Sequence, reason: FinishReason | None
+) -> tuple[TokenLogprobs, ...] | None:
+    """The prompt's log-probabilities, told once: with the first token, or where none comes."""
+    sampling = sequence.request.sampling
+    if sampling.prompt_logprobs is None or reason in (FinishReason.ABORT, FinishReason.ERROR):
+        return None
+    is_first = sampling.max_tokens == 0 or sequence.output_length == 1
+    return tuple(sequence.prompt_logprobs) if is_first else None
 
 
 def _event(
@@ -402,4 +464,5 @@ def _event(
         forced_close=sequence.forced_close,
         queue_seconds=sequence.queue_seconds,
         error=error,
+        prompt_logprobs=_first_event_scores(sequence, finish_reason),
     )

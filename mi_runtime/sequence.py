@@ -7,7 +7,7 @@ import random
 import time
 from enum import Enum, auto
 
-from mi_runtime.request import Dial, EngineRequest
+from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
 from mi_runtime.thinking import ThinkingState, TokenMarks
 
 
@@ -34,6 +34,8 @@ class Sequence:
         "ending_token_ids",
         "first_run",
         "prompt_length",
+        "prompt_logprobs",
+        "rank",
         "request",
         "rng",
         "status",
@@ -50,7 +52,9 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []  # root, then one of each full block; made when needed
         self.cached_tokens = 0  # of the prompt, at first admission
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, …; as far as known
         self.status = Status.WAITING
+        self.rank = (request.priority, 0)  # the least runs first; the scheduler counts arrivals
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
         self.switch_at: int | None = None  # position from which on the answer's dial holds
@@ -90,6 +94,13 @@ class Sequence:
     def forced_token(self) -> int | None:
         """The next token where it is not the model's to choose."""
         return None if self.thinking is None else self.thinking.forced_token
+
+    @property
+    def unscored(self) -> range:
+        """Positions whose logits are still needed: each scores the prompt token behind it."""
+        if self.request.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(len(self.prompt_logprobs), self.prompt_length - 1)
 
     @property
     def reasoning_tokens(self) -> int:

@@ -22,6 +22,7 @@ class AnswerHead:
     system_fingerprint: str
     routing: Routing
     prompt_tokens: int  # of the longest prompt; counted once, however many choices
+    prompts: int = 1  # each of them with as many choices
     include_usage: bool = False  # in a stream
     include_reasoning: bool = True
     logprobs: bool = False
@@ -56,7 +57,9 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         completion_tokens = sum(choice.completion_tokens for choice in self.choices)
         reasoning_tokens = sum(choice.reasoning_tokens for choice in self.choices)
-        cached_tokens = self.choices[0].cached_tokens
+        choices = self.choices
+        of_prompts = choices[:: len(choices) // self.head.prompts]
+        cached_tokens = sum(choice.cached_tokens for choice in of_prompts)
         return {
             "prompt_tokens": self.head.prompt_tokens,
             "completion_tokens": completion_tokens,

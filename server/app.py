@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from server import __version__, chat
+from server import __version__, chat, completions, openapi, tokenization
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.profile_view import profile_view
 from server.request_log import RequestLog
@@ -53,6 +53,18 @@ def _add_routes(app: FastAPI) -> None:
     async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
         return await chat.chat_completions(request, service)
 
+    @app.post("/v1/completions", response_model=None)
+    async def text_completions(request: Request, service: ServiceOfApp) -> Response:
+        return await completions.completions(request, service)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request, service: ServiceOfApp) -> dict[str, Any]:
+        return await tokenization.tokenize(request, service)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request, service: ServiceOfApp) -> dict[str, str]:
+        return await tokenization.detokenize(request, service)
+
     @app.get("/v1/models")
     async def models(service: ServiceOfApp) -> dict[str, Any]:
         base = service.settings.model_name
@@ -82,6 +94,12 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics(service: ServiceOfApp) -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    description = openapi.document(__version__)
+
+    @app.get("/openapi.json")
+    async def openapi_document() -> dict[str, Any]:
+        return description
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -1,26 +1,32 @@
-"""`POST /v1/chat/completions`: from a wire request to an answer, every refusal before the 200."""
+"""`POST /v1/chat/completions`: from a wire request to an answer, every refusal before the 200.
+
+What does not depend on the form of prompt and answer serves `server.completions` too.
+"""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mi_runtime.request import Dial, EngineInfo, EngineRequest, SamplingParams
+from mi_runtime.request import Dial, EngineInfo, EngineRequest, SamplingParams, ThinkPolicy
 from server import dial
 from server.answer import Answer, AnswerHead
-from server.choice import Choice
+from server.choice import Choice, Observe, unobserved
 from server.dial import Routing
+from server.echo import Echo, EchoingChoice
 from server.errors import BodyTooLarge, InvalidRequest, Unavailable
 from server.generation import ClientLeft
 from server.inputs import budgets, read_inputs
-from server.prompt import Prompt
-from server.rendering import completion, sse
+from server.prompt import Ending, Prompt
+from server.reasoning import PlainText, Splitter
+from server.rendering import CHAT, Form, sse
 from server.request_log import Trace
 from server.sampling import seed_of_choice
-from server.schemas import ChatRequest, parse_chat_request
+from server.schemas import GenerationRequest, parse_chat_request
 from server.service import Service
 from server.watching import EventStream, watched
 
@@ -28,39 +34,53 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it stands in the log
 
 
 @dataclass(frozen=True, slots=True)
-class _AskedChoice:
+class AskedChoice:
     """What one choice starts from."""
 
     dial: Dial
     prompt: Prompt
     sampling: SamplingParams
+    echo: Echo | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A chat request, understood."""
+class Asked:
+    """A request for an answer, understood."""
 
-    wire: ChatRequest
+    wire: GenerationRequest
     routing: Routing
-    choices: Sequence[_AskedChoice]
+    choices: Sequence[AskedChoice]
     engine: EngineInfo
     trace: Trace
+    form: Form = CHAT
+    prompts: int = 1  # each of them with as many choices
+    include_reasoning: bool = True
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
+    return await respond(request, service, _understand)
+
+
+async def respond(
+    request: Request,
+    service: Service,
+    understand: Callable[[Request, Service, Trace], Awaitable[Asked]],
+) -> Response:
+    """The answer to what `understand` makes of a request. Raises what is refused."""
     try:
-        asked = await _understand(request, service, request.state.trace)
+        asked = await understand(request, service, request.state.trace)
         answer = _submit(asked, service)
     except Unavailable as error:
         service.metrics.rejected(error.code)
         raise
     headers = {dial.HEADER: asked.routing.header}
     if asked.wire.stream:
-        events = sse(answer, keep_alive=service.settings.keep_alive)
+        writer = asked.form.writer(answer.head)
+        events = sse(answer, writer, keep_alive=service.settings.keep_alive)
         return EventStream(events, answer.generation, headers)
     try:
         async with watched(answer.generation, request.receive):
-            return JSONResponse(await completion(answer), headers=headers)
+            return JSONResponse(await asked.form.whole(answer), headers=headers)
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -77,50 +97,55 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def _understand(request: Request, service: Service, trace: Trace) -> _Asked:
+async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
     """Everything that can be refused is refused here."""
     service.admitted()  # before the body is read
     wire = parse_chat_request(await read_body(request, service.settings.max_body_bytes))
     engine = service.admitted()
-    routing = _route(wire, request.headers.get(dial.HEADER), service, engine)
+    routing = route(wire, request.headers.get(dial.HEADER), service, engine)
+    ending = Ending.of(
+        continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
+    )
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
-    prompts = await asyncio.to_thread(service.prompts.build_each, wire.messages, routing.dials)
+    prompts = await asyncio.to_thread(
+        service.prompts.build_each, wire.messages, routing.dials, ending
+    )
     engine = service.admitted()
-    _note(trace, wire, routing)
+    note(trace, wire, routing)
     starts = [
-        _AskedChoice(
+        AskedChoice(
             setting,
             prompt,
             service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine),
         )
         for setting, prompt in zip(routing.dials, prompts, strict=True)
     ]
-    choices = starts if routing.fan_out else _copies(starts[0], wire.choices)
-    return _Asked(wire, routing, choices, engine, trace)
+    choices = starts if routing.fan_out else copies(starts[0], wire.choices)
+    return Asked(wire, routing, choices, engine, trace, include_reasoning=wire.shows_reasoning)
 
 
-def _route(wire: ChatRequest, header: str | None, service: Service, engine: EngineInfo) -> Routing:
+def route(
+    wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
+) -> Routing:
+    """The dials of a request, with the answer's and the cap."""
     routing = service.dials.route(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
     )
     if not service.prompts.vocabulary.has_think_tags:
-        _refuse_think_fields(wire)
+        refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
     routing = service.dials.with_answer(routing, wire.answer_lambda)
     return service.routing.route(routing, read_inputs(wire), under_load=service.under_load())
 
 
-def _refuse_think_fields(wire: ChatRequest) -> None:
-    """Without tags that are tokens the engine follows no think block."""
+def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
+    """Where the engine follows no think block."""
     fields = {"answer_lambda": wire.answer_lambda, **budgets(wire)}
     for param, value in fields.items():
         if value is not None and value >= 0:
-            raise InvalidRequest(
-                f"`{param}` needs think tags that are single tokens, which this model lacks",
-                param=param,
-            )
+            raise InvalidRequest(f"`{param}` {why}", param=param)
 
 
-def _copies(start: _AskedChoice, count: int) -> list[_AskedChoice]:
+def copies(start: AskedChoice, count: int) -> list[AskedChoice]:
     """The `n` choices at one λ, which differ in what they draw."""
     sampling = start.sampling
     return [
@@ -129,7 +154,7 @@ def _copies(start: _AskedChoice, count: int) -> list[_AskedChoice]:
     ]
 
 
-def _note(trace: Trace, wire: ChatRequest, routing: Routing) -> None:
+def note(trace: Trace, wire: GenerationRequest, routing: Routing) -> None:
     trace.notes |= {
         "lambda": routing.header,
         "source": routing.source,
@@ -142,7 +167,7 @@ def _note(trace: Trace, wire: ChatRequest, routing: Routing) -> None:
     }
 
 
-def _submit(asked: _Asked, service: Service) -> Answer:
+def _submit(asked: Asked, service: Service) -> Answer:
     """Hand the choices to the engine, each as a request of its own."""
     requests = _engine_requests(asked, service)
     generation = service.engine.submit(requests)
@@ -153,7 +178,7 @@ def _submit(asked: _Asked, service: Service) -> Answer:
     return Answer(_head(asked), choices, generation, notes=asked.trace.notes)
 
 
-def _engine_requests(asked: _Asked, service: Service) -> list[EngineRequest]:
+def _engine_requests(asked: Asked, service: Service) -> list[EngineRequest]:
     number = service.next_request_number()
     routing = asked.routing
     return [
@@ -162,22 +187,31 @@ def _engine_requests(asked: _Asked, service: Service) -> list[EngineRequest]:
             prompt=choice.prompt.token_ids,
             dial=choice.dial,
             sampling=choice.sampling,
-            think=service.think_blocks.policy(
-                opened_by_prompt=choice.prompt.opens_block, cap=routing.cap
-            ),
+            think=_think_policy(choice.prompt, routing.cap, service),
             cache_salt=asked.wire.cache_salt,
             answer_dial=None if routing.answer == choice.dial else routing.answer,
+            priority=asked.wire.priority,
         )
         for index, choice in enumerate(asked.choices)
     ]
 
 
-def _choice(index: int, asked: _Asked, service: Service) -> Choice:
-    start = asked.choices[index]
-    return Choice(
+def _think_policy(prompt: Prompt, cap: int | None, service: Service) -> ThinkPolicy | None:
+    if prompt.is_raw:
+        return None
+    return service.think_blocks.policy(opened_by_prompt=prompt.opens_block, cap=cap)
+
+
+def _choice(index: int, asked: Asked, service: Service) -> Choice:
+    start, vocabulary = asked.choices[index], service.prompts.vocabulary
+    write_logprobs = asked.form.logprobs(vocabulary)
+    make: Callable[..., Choice] = Choice
+    if start.echo is not None:
+        make = partial(EchoingChoice, echo=start.echo)
+    return make(
         index,
-        vocabulary=service.prompts.vocabulary,
-        splitter=service.think_blocks.splitter(opened_by_prompt=start.prompt.opens_block),
+        vocabulary=vocabulary,
+        splitter=_splitter(start.prompt, service),
         stop=asked.wire.stop_strings,
         meter=service.metrics.meter(
             start.dial.reasoning_lambda,
@@ -185,21 +219,40 @@ def _choice(index: int, asked: _Asked, service: Service) -> Choice:
             asked.trace.arrived,
             cap=asked.routing.cap,
         ),
-        logprobs=asked.wire.logprobs,
-        observe=service.observer(start.dial, asked.routing),
+        logprobs=None if asked.wire.alternatives is None else write_logprobs,
+        observe=_observer(start, asked, service),
     )
 
 
-def _head(asked: _Asked) -> AnswerHead:
+def _observer(start: AskedChoice, asked: Asked, service: Service) -> Observe:
+    """A raw prompt is no work of any class."""
+    return unobserved if start.prompt.is_raw else service.observer(start.dial, asked.routing)
+
+
+def _splitter(prompt: Prompt, service: Service) -> Splitter:
+    if prompt.is_raw:
+        return PlainText()
+    return service.think_blocks.splitter(opened_by_prompt=prompt.opens_block)
+
+
+def _head(asked: Asked) -> AnswerHead:
     trace = asked.trace
     return AnswerHead(
-        id=trace.request_id if trace.given else f"chatcmpl-{trace.request_id}",
+        id=trace.request_id if trace.given else f"{asked.form.id_prefix}-{trace.request_id}",
         created=int(time.time()),
         model=asked.wire.model,
         system_fingerprint=f"fp_{asked.engine.fingerprint[:16]}",
         routing=asked.routing,
-        prompt_tokens=max(len(choice.prompt.token_ids) for choice in asked.choices),
+        prompt_tokens=_prompt_tokens(asked),
+        prompts=asked.prompts,
         include_usage=asked.wire.include_usage,
-        include_reasoning=asked.wire.shows_reasoning,
-        logprobs=asked.wire.logprobs,
+        include_reasoning=asked.include_reasoning,
+        logprobs=asked.wire.alternatives is not None,
     )
+
+
+def _prompt_tokens(asked: Asked) -> int:
+    """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
+    lengths = [len(choice.prompt.token_ids) for choice in asked.choices]
+    each = len(lengths) // asked.prompts
+    return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))

@@ -6,16 +6,15 @@ not know how a chunk is written on the wire, nor who reads it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from mi_runtime.request import FinishReason, TokenEvent, TokenLogprobs
+from mi_runtime.request import FinishReason, TokenEvent
 from server.errors import RequestFailed
+from server.logprobs import WriteLogprobs
 from server.metrics import RequestMeter
 from server.reasoning import Split, Splitter
 from server.stop import StopStrings
 from server.vocabulary import TokenText, Vocabulary
-
-LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
 
 Observe = Callable[[int, bool], None]
 """Told the reasoning tokens of a choice that ended, and whether its think block was cut."""
@@ -49,9 +48,12 @@ class Choice:
         splitter: Splitter,
         stop: Sequence[str],
         meter: RequestMeter,
-        logprobs: bool = False,
+        logprobs: WriteLogprobs | None = None,
+        text_before: int = 0,
         observe: Observe = unobserved,
     ) -> None:
+        """`logprobs`: how those of a token are written, if at all; `text_before`: characters that
+        stand before the first token."""
         self.index = index
         self.meter = meter
         self.finish_reason: str | None = None
@@ -61,11 +63,11 @@ class Choice:
         self.forced_close = False
         self._cut_in_block = False
         self._observe = observe
-        self._vocabulary = vocabulary
         self._text = TokenText(vocabulary)
         self._splitter = splitter
         self._stop = StopStrings(stop)
-        self._wants_logprobs = logprobs
+        self._write_logprobs = logprobs
+        self._characters = text_before
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still held back
 
     @property
@@ -106,9 +108,12 @@ class Choice:
         if inside_block:
             self.reasoning_tokens = event.reasoning_tokens
         self.meter.token(at, queue_seconds=event.queue_seconds, inside_block=inside_block)
-        if self._wants_logprobs and event.logprobs is not None:
-            self._logprobs.append(self._logprob_entry(token_id, event.logprobs))
-        return "" if event.finish_reason is FinishReason.STOP else self._text.feed(token_id)
+        if self._write_logprobs is not None and event.logprobs is not None:
+            entry = self._write_logprobs(token_id, event.logprobs, self._characters)
+            self._logprobs.append(entry)
+        text = "" if event.finish_reason is FinishReason.STOP else self._text.feed(token_id)
+        self._characters += len(text)
+        return text
 
     def _end(self, text: str, event: TokenEvent) -> Split:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
@@ -135,16 +140,3 @@ class Choice:
             split.repeats_reasoning,
             forced_close=self.forced_close and self.finish_reason is not None,
         )
-
-    def _logprob_entry(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-        return {
-            **self._token_entry(token_id, logprobs.token),
-            "top_logprobs": [self._token_entry(other, value) for other, value in logprobs.top],
-        }
-
-    def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._vocabulary.token_text(token_id),
-            "logprob": max(logprob, LOWEST_LOGPROB),
-            "bytes": list(self._vocabulary.token_bytes(token_id)),
-        }

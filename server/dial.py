@@ -65,7 +65,10 @@ class Routing:
 
     def of_choice(self, choice: int) -> dict[str, Any]:
         """What a choice says of itself: in a fan-out its λ."""
-        return {"reasoning_lambda": self.dials[choice].reasoning_lambda} if self.fan_out else {}
+        if not self.fan_out:
+            return {}
+        dial = self.dials[choice % len(self.dials)]  # choices go prompt by prompt
+        return {"reasoning_lambda": dial.reasoning_lambda}
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,11 +51,11 @@ class InvalidRequest(ApiError):
 class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
-    def __init__(self, *, prompt_tokens: int, max_model_len: int) -> None:
+    def __init__(self, *, prompt_tokens: int, max_model_len: int, param: str = "messages") -> None:
         super().__init__(
             f"The prompt has {prompt_tokens} tokens, and at least 1 is needed for the answer; "
             f"this model's context holds {max_model_len} tokens",
-            param="messages",
+            param=param,
         )
 
 

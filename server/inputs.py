@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from server.errors import InvalidRequest
 from server.profiles import DEFAULT_CLASS
-from server.schemas import ChatRequest, EffortName
+from server.schemas import EffortName, GenerationRequest
 
 NO_BUDGET: Final = -1
 NONE: Final = "none"
@@ -46,7 +46,7 @@ class ReasoningInputs:
         return None if self.effort is None or self.effort == NONE else share_of(self.effort)
 
 
-def read_inputs(request: ChatRequest) -> ReasoningInputs:
+def read_inputs(request: GenerationRequest) -> ReasoningInputs:
     """Raises `InvalidRequest` that states the rule and names one of the fields in conflict."""
     said, efforts, switches = budgets(request), _efforts(request), _switches(request)
     _agree("budgets of reasoning tokens", said, said.values())
@@ -68,7 +68,7 @@ def share_of(effort: float | EffortName) -> float:
     return EFFORT_SHARES.get(effort, -1.0) if isinstance(effort, str) else effort
 
 
-def budgets(request: ChatRequest) -> dict[str, int]:
+def budgets(request: GenerationRequest) -> dict[str, int]:
     """Every budget of reasoning tokens that is written, by its field; -1: no budget."""
     thinking, reasoning = request.thinking, request.reasoning
     return _given(
@@ -81,7 +81,7 @@ def budgets(request: ChatRequest) -> dict[str, int]:
     )
 
 
-def _efforts(request: ChatRequest) -> dict[str, float | EffortName]:
+def _efforts(request: GenerationRequest) -> dict[str, float | EffortName]:
     reasoning = request.reasoning
     return _given(
         {
@@ -91,7 +91,7 @@ def _efforts(request: ChatRequest) -> dict[str, float | EffortName]:
     )
 
 
-def _switches(request: ChatRequest) -> dict[str, bool]:
+def _switches(request: GenerationRequest) -> dict[str, bool]:
     options, thinking = request.chat_template_kwargs, request.thinking
     reasoning = request.reasoning
     return _given(
@@ -123,7 +123,7 @@ def _agree(what: str, said: Mapping[str, Any], meant: Iterable[float]) -> None:
         )
 
 
-def _check_parts(request: ChatRequest) -> None:
+def _check_parts(request: GenerationRequest) -> None:
     """The rules inside `reasoning` and `thinking`."""
     reasoning, thinking = request.reasoning, request.thinking
     if reasoning and reasoning.effort is not None and reasoning.max_tokens is not None:

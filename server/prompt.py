@@ -1,23 +1,47 @@
-"""From messages to token ids: which template a λ takes, and whether it opens a think block."""
+"""From messages to token ids: which template a λ takes, and whether it opens a think block.
+
+A message that is to be continued gets a mark at its end before it is rendered, and the text is cut
+at the mark: so whatever a template writes behind a message, or strips from it, is left out.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import Enum, auto
+from typing import Any, Final, Literal
 
 from mi_runtime.request import Dial
 from server.checkpoint import Endpoint
-from server.reasoning import THINK_OPEN
+from server.errors import InvalidRequest
+from server.reasoning import THINK_CLOSE, THINK_OPEN
 from server.schemas import Message
 from server.templates import ChatTemplate
 from server.vocabulary import Vocabulary
 
 ReasoningTemplate = Literal["auto", "instruct", "thinking"]
 
+MARK: Final = "\ue000end of the final message\ue001"
+"""Private characters, which templates carry along and nobody writes."""
+
+
+class Ending(Enum):
+    """Where a prompt of messages ends."""
+
+    NEW_TURN = auto()  # at the assistant's first token
+    LAST_TURN = auto()  # behind the last message, which is complete
+    IN_LAST_MESSAGE = auto()  # it is the assistant's, and goes on
+
+    @classmethod
+    def of(cls, *, continues: bool, add_generation_prompt: bool | None) -> "Ending":
+        if continues:
+            return cls.IN_LAST_MESSAGE
+        return cls.LAST_TURN if add_generation_prompt is False else cls.NEW_TURN
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     token_ids: tuple[int, ...]
     opens_block: bool  # it ends inside `<think>`
+    is_raw: bool = False  # text as it is, in which a think block is text too
 
 
 class Prompts:
@@ -42,18 +66,31 @@ class Prompts:
         self._choice = template
         self._think_threshold = think_threshold
 
-    def build_each(self, messages: Sequence[Message], dials: Sequence[Dial]) -> list[Prompt]:
+    def build_each(
+        self,
+        messages: Sequence[Message],
+        dials: Sequence[Dial],
+        ending: Ending = Ending.NEW_TURN,
+    ) -> list[Prompt]:
         """One prompt a dial; dials that take the same template share it."""
         built: dict[ChatTemplate, Prompt] = {}
         for dial in dials:
             template = self._template(dial)
             if template not in built:
-                built[template] = self.build(messages, dial)
+                built[template] = self.build(messages, dial, ending)
         return [built[self._template(dial)] for dial in dials]
 
-    def build(self, messages: Sequence[Message], dial: Dial) -> Prompt:
+    def build(
+        self, messages: Sequence[Message], dial: Dial, ending: Ending = Ending.NEW_TURN
+    ) -> Prompt:
         """Raises `InvalidRequest` where the template refuses the messages."""
-        text = self._template(dial).render([_template_view(message) for message in messages])
+        template = self._template(dial)
+        views = [_template_view(message) for message in messages]
+        if ending is Ending.IN_LAST_MESSAGE:
+            text, opens_block = _continued(template, views)
+            return Prompt(tuple(self.vocabulary.encode(text)), opens_block)
+        new_turn = ending is Ending.NEW_TURN
+        text = template.render(views, add_generation_prompt=new_turn)
         return Prompt(
             token_ids=tuple(self.vocabulary.encode(text)),
             # The end alone decides: what the user wrote stands before it.
@@ -65,6 +102,40 @@ class Prompts:
             thinks = dial.reasoning_lambda > self._think_threshold()
             return self._thinking if thinks else self._instruct
         return self._thinking if self._choice == "thinking" else self._instruct
+
+
+def _continued(template: ChatTemplate, views: list[dict[str, Any]]) -> tuple[str, bool]:
+    """The prompt up to the end of the last message, and whether that is inside its think block.
+
+    A message that is reasoning alone, in its field or as `<think>` without an end, is continued
+    inside the block. A template that does not write the field gets the block as content.
+    """
+    *before, last = views
+    reasoning = _open_reasoning(last)
+    written = [last | {"content": last["content"] + MARK}]
+    if reasoning is not None:
+        as_field = {"content": "", "reasoning_content": reasoning + MARK}
+        as_content = {"content": f"{THINK_OPEN}\n{reasoning}{MARK}", "reasoning_content": None}
+        written = [last | as_field, last | as_content]
+    for view in written:
+        whole = template.render([*before, view], add_generation_prompt=False)
+        text, mark, _ = whole.rpartition(MARK)
+        if mark:
+            return text, reasoning is not None
+    raise InvalidRequest(
+        "The model's chat template does not write the end of the final message, so that it cannot "
+        "be continued",
+        param="continue_final_message",
+    )
+
+
+def _open_reasoning(message: dict[str, Any]) -> str | None:
+    """The reasoning of a message that is nothing else; None where it says more, or nothing."""
+    content: str = message["content"]
+    blanks, opened, inside = content.partition(THINK_OPEN)
+    if opened and THINK_CLOSE not in inside and not blanks.strip():
+        return inside.removeprefix("\n")
+    return None if content else message.get("reasoning_content")
 
 
 def _template_view(message: Message) -> dict[str, Any]:

@@ -122,6 +122,18 @@ class TextSplitter:
         return self._sides.feed(self._held).then(self._sides.finish(by_length=by_length))
 
 
+class PlainText:
+    """Of a raw prompt: no block, and tags are text."""
+
+    inside_block = False
+
+    def feed(self, text: str, token_id: int | None = None) -> Split:
+        return Split(content=text)
+
+    def finish(self, *, by_length: bool) -> Split:
+        return Split()
+
+
 class _Sides:
     """Reasoning while the block is open, then content; without the line breaks next to tags."""
 

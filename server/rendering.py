@@ -7,17 +7,30 @@ U+2028 and its like, which JSON allows bare.
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from server.answer import Answer, AnswerHead
 from server.choice import Chunk
 from server.errors import ApiError, RequestFailed
 from server.generation import ClientLeft
+from server.logprobs import WriteLogprobs, chat_logprobs
+from server.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one kind of answer is written."""
+
+    id_prefix: str
+    writer: "Callable[[AnswerHead], ChunkWriter]"  # of a stream
+    whole: Callable[[Answer], Awaitable[dict[str, Any]]]  # as one object
+    logprobs: Callable[[Vocabulary], WriteLogprobs]
+
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -26,12 +39,13 @@ FORCED_CLOSE: Final = {"forced_close": True}  # of the routing, where the engine
 # --- Server-sent events --------------------------------------------------------------------------
 
 
-async def sse(answer: Answer, *, keep_alive: float) -> AsyncGenerator[bytes, None]:
+async def sse(
+    answer: Answer, writer: "ChunkWriter", *, keep_alive: float
+) -> AsyncGenerator[bytes, None]:
     """The answer as events; a comment where none came for `keep_alive` seconds.
 
     This is an edge: the 200 is sent, so whatever fails from here on is an event too.
     """
-    writer = ChunkWriter(answer.head)
     chunks = answer.chunks(wake_after=keep_alive)
     try:
         yield writer.first(len(answer.choices))
@@ -57,23 +71,25 @@ async def sse(answer: Answer, *, keep_alive: float) -> AsyncGenerator[bytes, Non
 class ChunkWriter:
     """Writes the chunks of one answer."""
 
+    object: ClassVar[str] = "chat.completion.chunk"
+
     def __init__(self, head: AnswerHead) -> None:
         self._head = head
         opening = {
             "id": head.id,
-            "object": "chat.completion.chunk",
+            "object": self.object,
             "created": head.created,
             "model": head.model,
             "system_fingerprint": head.system_fingerprint,
         }
-        self._opening = _json(opening)[:-1]
+        self._opening = json_text(opening)[:-1]
         self._before = f'data: {self._opening},"choices":[{{"index":'
         self._plain_end = ',"logprobs":null,"finish_reason":null}]'
         self._end = (',"usage":null' if head.include_usage else "") + "}\n\n"
         routing = head.routing.body
         self._routing = {
-            False: f',"routing":{_json(routing)}',
-            True: f',"routing":{_json(routing | FORCED_CLOSE)}',
+            False: f',"routing":{json_text(routing)}',
+            True: f',"routing":{json_text(routing | FORCED_CLOSE)}',
         }  # by whether the engine closed a think block
 
     def first(self, choices: int) -> bytes:
@@ -91,13 +107,13 @@ class ChunkWriter:
 
     def usage(self, usage: dict[str, Any], *, forced_close: bool) -> bytes:
         routing = self._routing[forced_close]
-        text = f'data: {self._opening},"choices":[],"usage":{_json(usage)}{routing}}}'
+        text = f'data: {self._opening},"choices":[],"usage":{json_text(usage)}{routing}}}'
         return f"{text}\n\n".encode()
 
     def _of_choice(self, index: int) -> str:
         """The last fields of a choice, in its first and its last chunk."""
         fields = self._head.routing.of_choice(index)
-        return f",{_json(fields)[1:-1]}" if fields else ""
+        return f",{json_text(fields)[1:-1]}" if fields else ""
 
     def _chunk(self, chunk: Chunk) -> str:
         """One event; two where a token closed the block and began the content."""
@@ -116,8 +132,8 @@ class ChunkWriter:
     def _event(self, chunk: Chunk, delta: str) -> str:
         if chunk.finish_reason is None and not chunk.logprobs:
             return f'{self._before}{chunk.index},"delta":{delta}{self._plain_end}{self._end}'
-        logprobs = _json({"content": chunk.logprobs}) if self._head.logprobs else "null"
-        finish = _json(chunk.finish_reason)
+        logprobs = json_text({"content": chunk.logprobs}) if self._head.logprobs else "null"
+        finish = json_text(chunk.finish_reason)
         own, routing = "", ""
         if chunk.finish_reason is not None:
             own, routing = self._of_choice(chunk.index), self._routing[chunk.forced_close]
@@ -133,19 +149,19 @@ def _content_delta(chunk: Chunk) -> str:
     return f'{{"content":{quoted(chunk.content)}}}'
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {_json(body)}\n\n".encode()
+    return f"data: {json_text(body)}\n\n".encode()
 
 
 # --- One object ----------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Whole:
+class Whole:
     """The chunks of one choice, put together."""
 
     content: list[str] = field(default_factory=list)
@@ -163,13 +179,19 @@ class _Whole:
         self.finish_reason = chunk.finish_reason
 
 
-async def completion(answer: Answer) -> dict[str, Any]:
-    """The answer as one object. Raises what `Answer.chunks` raises."""
-    head = answer.head
-    wholes = [_Whole() for _ in answer.choices]
+async def gathered(answer: Answer) -> list[Whole]:
+    """The choices of an answer, complete. Raises what `Answer.chunks` raises."""
+    wholes = [Whole() for _ in answer.choices]
     async for batch in answer.chunks():
         for chunk in batch:
             wholes[chunk.index].add(chunk)
+    return wholes
+
+
+async def completion(answer: Answer) -> dict[str, Any]:
+    """The answer as one object. Raises what `Answer.chunks` raises."""
+    head = answer.head
+    wholes = await gathered(answer)
     return {
         "id": head.id,
         "object": "chat.completion",
@@ -182,7 +204,7 @@ async def completion(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _choice(index: int, whole: _Whole, head: AnswerHead) -> dict[str, Any]:
+def _choice(index: int, whole: Whole, head: AnswerHead) -> dict[str, Any]:
     message = {"role": "assistant", "content": "".join(whole.content)}
     reasoning = "".join(whole.reasoning)
     if reasoning and head.include_reasoning:
@@ -194,3 +216,6 @@ def _choice(index: int, whole: _Whole, head: AnswerHead) -> dict[str, Any]:
         "finish_reason": whole.finish_reason,
         **head.routing.of_choice(index),
     }
+
+
+CHAT: Final = Form("chatcmpl", ChunkWriter, completion, chat_logprobs)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mi_runtime.request import EngineInfo, SamplingParams
 from server.errors import ContextTooLong, InvalidRequest
-from server.schemas import ChatRequest
+from server.schemas import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +16,16 @@ class SamplingPolicy:
     eos_token_ids: frozenset[int]
 
     def resolve(
-        self, request: ChatRequest, *, prompt_tokens: int, engine: EngineInfo
+        self, request: GenerationRequest, *, prompt_tokens: int, engine: EngineInfo
     ) -> SamplingParams:
         """Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist."""
         room = engine.max_model_len - prompt_tokens
         if room < 1:
-            raise ContextTooLong(prompt_tokens=prompt_tokens, max_model_len=engine.max_model_len)
+            raise ContextTooLong(
+                prompt_tokens=prompt_tokens,
+                max_model_len=engine.max_model_len,
+                param=request.prompt_field,
+            )
         limit = request.answer_limit
         max_tokens = room if limit is None else min(limit, room)
         if request.min_tokens > max_tokens:
@@ -45,7 +49,8 @@ class SamplingPolicy:
             stop_token_ids=_stop_token_ids(request, engine.vocab_size),
             eos_token_ids=self.eos_token_ids,
             ignore_eos=request.ignore_eos,
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            logprobs=request.alternatives,
+            prompt_logprobs=request.prompt_alternatives,
         )
 
     def _default(self, name: str, given: float | None, neutral: float) -> float:
@@ -57,14 +62,14 @@ def seed_of_choice(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index) % 2**63
 
 
-def _logit_bias(request: ChatRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
+def _logit_bias(request: GenerationRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
     return tuple(
         (_token_id(key, vocab_size, f"logit_bias.{key}"), bias)
         for key, bias in request.logit_bias.items()
     )
 
 
-def _stop_token_ids(request: ChatRequest, vocab_size: int) -> frozenset[int]:
+def _stop_token_ids(request: GenerationRequest, vocab_size: int) -> frozenset[int]:
     return frozenset(
         _token_id(str(token_id), vocab_size, f"stop_token_ids[{index}]")
         for index, token_id in enumerate(request.stop_token_ids)

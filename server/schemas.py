@@ -6,7 +6,7 @@ missing feature is told, never ignored. `null` means "not given" for every field
 
 import difflib
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -32,10 +32,9 @@ ACCEPTED_WITHOUT_EFFECT: Final = (
 
 NOT_IMPLEMENTED: Final = frozenset(
     (
-        *("audio", "continue_final_message"),
-        *("function_call", "functions", "modalities", "moderation"),
+        *("audio", "function_call", "functions", "modalities", "moderation"),
         *("parallel_tool_calls", "prediction", "prompt_cache_options"),
-        *("prompt_cache_retention", "priority"),
+        *("prompt_cache_retention", "suffix"),
         *("tool_call_id", "tool_calls", "tool_choice", "tools"),
         "web_search_options",
     )
@@ -43,9 +42,15 @@ NOT_IMPLEMENTED: Final = frozenset(
 """Known to OpenAI's clients or planned here, without effect so far: refused by name."""
 
 MOST_CHOICES: Final = 128
+MOST_CHOICES_OF_PROMPTS: Final = 1024
+"""Of a completions request: its prompts times the choices of each."""
+MOST_PROMPT_TOKENS: Final = 2**20
 
 _BRANCHES: Final = frozenset(
-    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)", "(name)"}
+    {
+        *("(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)", "(name)"),
+        *("(texts)", "(token ids)", "(lists of token ids)"),
+    }
 )
 """Union tags that pydantic puts into the path of an error."""
 
@@ -68,9 +73,16 @@ class _Wire(BaseModel):
         return {key: value for key, value in data.items() if value is not None or key not in known}
 
 
+_Body = TypeVar("_Body", bound=_Wire)
+
+
 class TextPart(_Wire):
+    """A part of a message's content."""
+
     type: Literal["text"]
+    """Parts of other kinds are refused."""
     text: str
+    """Parts are joined as they are."""
 
 
 def _text_or_parts(value: Any) -> str:
@@ -78,14 +90,21 @@ def _text_or_parts(value: Any) -> str:
 
 
 class Message(_Wire):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
+    """Who speaks; `developer` is OpenAI's newer word for `system`."""
     content: Annotated[
         Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
         Discriminator(_text_or_parts),
     ]
+    """Text, or parts of it."""
     name: str | None = None
+    """A name for the speaker, where the chat template writes one."""
     reasoning_content: str | None = None
+    """Of an assistant's message, the text of its think block, where the chat template writes it."""
     reasoning: str | None = None
+    """Another name of `reasoning_content`, which counts first."""
 
     @property
     def text(self) -> str:
@@ -95,12 +114,19 @@ class Message(_Wire):
 
 
 class StreamOptions(_Wire):
+    """What a stream has beside its text."""
+
     include_usage: bool = False
-    include_obfuscation: bool = True  # without effect
+    """One more chunk at the end, without choices, has the usage."""
+    include_obfuscation: bool = True
+    """Without effect."""
 
 
 class ResponseFormat(_Wire):
+    """The form of the answer."""
+
     type: Literal["text"]
+    """Plain text."""
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -111,8 +137,12 @@ def _one_or_many(value: Any) -> str:
 
 
 class LayerLambdas(_Wire):
+    """λ by part of a layer."""
+
     attn: float | None = None
+    """Of the attention."""
     mlp: float | None = None
+    """Of the FFN."""
 
 
 def _number_or_parts(value: Any) -> str:
@@ -129,11 +159,17 @@ class GroupLambdas(_Wire):
     """λ by blend group; `server.groups` checks its ranges and values."""
 
     default: float | None = None
+    """Of every group that is not named; required unless all are."""
     attn: float | None = None
+    """Of the attention of every layer that `layers` does not name."""
     mlp: float | None = None
+    """Of the FFN of every layer that `layers` does not name."""
     embed: float | None = None
+    """Of the embeddings."""
     head: float | None = None
+    """Of the head and the norm before it."""
     layers: dict[str, OfLayers] = {}
+    """By range of layers, as `"0-11"` or `"3"`: a number, or one for each part."""
 
 
 def _form_of_lambda(value: Any) -> str:
@@ -184,11 +220,17 @@ class TemplateOptions(_Wire):
     enable_thinking: bool | None = None
 
 
-class ChatRequest(_Wire):
-    """The body of `POST /v1/chat/completions`. None as a sampling default: the pair's own."""
+class GenerationRequest(_Wire):
+    """What every request for an answer may say, however its prompt is given.
+
+    None as a sampling default: the pair's own.
+    """
+
+    prompt_field: ClassVar[str]
+    """What errors about the prompt name."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    """The served name, or an alias that names λ, as `NAME@0.6`."""
 
     reasoning_lambda: (
         Annotated[
@@ -222,34 +264,51 @@ class ChatRequest(_Wire):
     """Kind of work, whose curve of the profile applies; `default` where the profile has no such."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens the answer may have; default: what the context holds."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens before which the answer does not end by itself."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the most probable token; default: the pair's own."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None  # -1 and 0: off
+    """Draw from the most probable tokens that have this share together; default: the pair's own."""
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """Draw from so many most probable tokens; -1 and 0: off; default: the pair's own."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least probability, as a share of the most probable token's; default: the pair's own."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Above 1, tokens of prompt and answer become less probable; default: the pair's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken from the logit of every token that the answer has."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """The same, times how often it has it."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Equal requests with equal seeds draw equally; choices of one request draw apart."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    """Choices for each prompt; in a fan-out its length, or left out."""
     stop: Annotated[
         Annotated[StopString, Tag("(one)")]
         | Annotated[list[StopString], Field(max_length=4), Tag("(many)")],
         Discriminator(_one_or_many),
     ] = []
+    """Strings that end the answer; they are not part of it."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
+    """Tokens that end the answer."""
     ignore_eos: bool = False
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
+    """Go on behind the tokens with which the model ends its answers."""
 
     stream: bool = False
+    """Send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
-    include_reasoning: bool = True
+    """Needs `stream`."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    """Lower ones run earlier, equal ones in order of arrival; the last by priority is preempted
+    first. Nothing keeps a request from waiting behind an endless line of lower ones."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
+    """Requests of different salts share no KV."""
     user: Annotated[str, Field(max_length=512)] | None = None
+    """Stands in the server's log."""
     metadata: Annotated[
         dict[
             Annotated[str, Field(max_length=64)],
@@ -257,12 +316,7 @@ class ChatRequest(_Wire):
         ],
         Field(max_length=16),
     ] = {}
-
-    store: bool = False
-    service_tier: str | None = None
-    verbosity: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    """Stands in the server's log."""
 
     @property
     def stop_strings(self) -> Sequence[str]:
@@ -271,9 +325,17 @@ class ChatRequest(_Wire):
     @property
     def answer_limit(self) -> int | None:
         """Tokens the answer may have, if the client set a limit."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
         return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives beside the log-probability of each token; None: no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
 
     @property
     def choices(self) -> int:
@@ -282,43 +344,71 @@ class ChatRequest(_Wire):
         return 1 if self.n is None else self.n
 
     @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    prompt_field = "messages"
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    """The conversation so far."""
+    continue_final_message: bool = False
+    """The last message is the assistant's, and the answer goes on where it ends."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens a new turn of the assistant; default: unless
+    `continue_final_message`."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """OpenAI's newer name of `max_tokens`."""
+    logprobs: bool = False
+    """Log-probabilities of the answer's tokens, as the model has them before sampling settings."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """So many of the most probable tokens beside each; needs `logprobs`."""
+    response_format: ResponseFormat | None = None
+    """The form of the answer."""
+    include_reasoning: bool = True
+    """Whether the answer has the text of its think block; it is made all the same."""
+
+    store: bool = False
+    """Without effect."""
+    service_tier: str | None = None
+    """Without effect."""
+    verbosity: str | None = None
+    """Without effect."""
+    safety_identifier: str | None = None
+    """Without effect."""
+    prompt_cache_key: str | None = None
+    """Without effect."""
+
+    @property
+    def answer_limit(self) -> int | None:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+    @property
     def shows_reasoning(self) -> bool:
         """Whether the answer has the text of its reasoning."""
         return self.include_reasoning and not (self.reasoning and self.reasoning.exclude)
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Raises `InvalidRequest` that names the first bad field."""
-    try:
-        request = ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _invalid(details[0]) from None
-    _check_together(request)
-    return request
-
-
-def _check_together(request: ChatRequest) -> None:
-    """The rules between fields."""
+    request = _parse(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise InvalidRequest(
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
-    if request.n not in (None, request.choices):
-        raise InvalidRequest(
-            f"`reasoning_lambda` lists {request.choices} values and `n` is {request.n}; leave `n` "
-            "out or make them equal",
-            param="n",
-        )
+    check_continuation(request)
     excluded = request.reasoning and request.reasoning.exclude
     said = "include_reasoning" in request.model_fields_set
     if excluded is not None and said and excluded is request.include_reasoning:
@@ -326,24 +416,46 @@ def _check_together(request: ChatRequest) -> None:
             "`include_reasoning` and `reasoning.exclude` contradict each other; give one of them",
             param="reasoning.exclude",
         )
+    _check_together(request)
+    return request
 
 
-def _invalid(error: ErrorDetails) -> InvalidRequest:
+def _parse(kind: type[_Body], body: bytes) -> _Body:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _invalid(details[0], kind) from None
+
+
+def _check_together(request: GenerationRequest) -> None:
+    """The rules between fields that all requests share."""
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
+    if request.n not in (None, request.choices):
+        raise InvalidRequest(
+            f"`reasoning_lambda` lists {request.choices} values and `n` is {request.n}; leave `n` "
+            "out or make them equal",
+            param="n",
+        )
+
+
+def _invalid(error: ErrorDetails, kind: type[_Wire]) -> InvalidRequest:
     if error["type"] == "json_invalid":
         return InvalidRequest(f"The body is not JSON: {error['msg']}")
     path = [part for part in error["loc"] if part not in _BRANCHES]
     param = _dotted(path)
     if error["type"] == "extra_forbidden":
-        return InvalidRequest(_unknown(str(path[-1]), param), param=param)
+        return InvalidRequest(_unknown(str(path[-1]), param, kind), param=param)
     if not param:
         return InvalidRequest(f"The body must be an object: {error['msg']}")
     return InvalidRequest(f"`{param}`: {error['msg']}", param=param)
 
 
-def _unknown(name: str, param: str) -> str:
+def _unknown(name: str, param: str, kind: type[_Wire]) -> str:
     if name in NOT_IMPLEMENTED:
         return f"`{param}` is not implemented by this server"
-    known = [*ChatRequest.model_fields, *GroupLambdas.model_fields]
+    known = [*kind.model_fields, *GroupLambdas.model_fields]
     similar = difflib.get_close_matches(bounded(name, 64), known, n=1)
     hint = f"; did you mean `{similar[0]}`?" if similar else ""
     return f"Unknown field `{param}`{hint}"
@@ -355,3 +467,178 @@ def _dotted(path: Sequence[int | str]) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"
     return bounded(text.removeprefix("."), 200)
+
+
+# --- Messages for a chat template ----------------------------------------------------------------
+
+
+class Continuable(Protocol):
+    """What says how messages become a prompt."""
+
+    @property
+    def messages(self) -> Sequence[Message] | None: ...
+    @property
+    def continue_final_message(self) -> bool: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+
+
+def check_continuation(request: Continuable) -> None:
+    if not request.continue_final_message:
+        return
+    if request.add_generation_prompt:
+        raise InvalidRequest(
+            "`add_generation_prompt` begins a new message and `continue_final_message` goes on "
+            "with the last one; give one of them",
+            param="add_generation_prompt",
+        )
+    if not request.messages or request.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "`continue_final_message` needs a last message of the assistant",
+            param="continue_final_message",
+        )
+
+
+# --- Raw prompts ---------------------------------------------------------------------------------
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]],
+    Field(min_length=1, max_length=MOST_PROMPT_TOKENS),
+]
+
+
+def _form_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "(text)"
+    if value and isinstance(value[0], list):
+        return "(lists of token ids)"
+    return "(token ids)" if value and isinstance(value[0], int) else "(texts)"
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`: text is text, without template or think block."""
+
+    prompt_field = "prompt"
+
+    prompt: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[
+            list[str], Field(min_length=1, max_length=MOST_CHOICES_OF_PROMPTS), Tag("(texts)")
+        ]
+        | Annotated[TokenIds, Tag("(token ids)")]
+        | Annotated[
+            list[TokenIds],
+            Field(min_length=1, max_length=MOST_CHOICES_OF_PROMPTS),
+            Tag("(lists of token ids)"),
+        ],
+        Discriminator(_form_of_prompt),
+    ]
+    """One prompt or several, as text or as token ids. Choices are numbered prompt by prompt."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens, such as a begin of sequence, before a text."""
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    """Tokens of the answer; 0 with `echo` scores the prompt alone."""
+    echo: bool = False
+    """Begin every choice with its prompt."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Log-probability of each token, beside those of this many best ones; with `echo` of the
+    prompt's tokens too, the first of which has none."""
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    """Only the number of choices, which it means where it is not given."""
+
+    @property
+    def prompts(self) -> Sequence[str | Sequence[int]]:
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    request = _parse(CompletionRequest, body)
+    if request.best_of not in (None, request.choices):
+        raise InvalidRequest(
+            f"`best_of` ({request.best_of}) other than the number of choices ({request.choices}) "
+            "is not implemented by this server",
+            param="best_of",
+        )
+    if len(request.prompts) * request.choices > MOST_CHOICES_OF_PROMPTS:
+        raise InvalidRequest(
+            f"{len(request.prompts)} prompts with {request.choices} choices each are more than "
+            f"{MOST_CHOICES_OF_PROMPTS} choices",
+            param="prompt",
+        )
+    if request.reasoning is not None and request.reasoning.exclude is not None:
+        raise InvalidRequest(
+            "A completion has no reasoning to leave out", param="reasoning.exclude"
+        )
+    _check_together(request)
+    return request
+
+
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(_Wire):
+    """The body of `POST /tokenize`: a text, or messages for the chat template."""
+
+    model: str | None = None
+    """The served name or an alias, whose λ chooses the template."""
+    prompt: str | None = None
+    """A text. Exactly one of `prompt` and `messages` is given."""
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    """Messages, written by the chat template of the λ."""
+    reasoning_lambda: float | None = None
+    """λ that chooses the template of `messages`; default: the server's."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens before `prompt`; a template writes them itself."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens a new turn of the assistant; default: unless
+    `continue_final_message`."""
+    continue_final_message: bool = False
+    """The last message is the assistant's, and its end is left open."""
+    return_token_strs: bool = False
+    """Whether the answer has the text of every token."""
+
+
+class DetokenizeRequest(_Wire):
+    """The body of `POST /detokenize`."""
+
+    model: str | None = None
+    """The served name or an alias."""
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
+    """Token ids."""
+
+
+FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
+
+
+def parse_tokenize_request(body: bytes) -> TokenizeRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    request = _parse(TokenizeRequest, body)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
+    if request.prompt is not None:
+        _refuse_fields(request, "messages", *FIELDS_OF_MESSAGES)
+    else:
+        _refuse_fields(request, "prompt", "add_special_tokens")
+    check_continuation(request)
+    return request
+
+
+def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
+    for name in names:
+        if name in request.model_fields_set:
+            raise InvalidRequest(f"`{name}` needs `{needs}`", param=name)
+
+
+def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    return _parse(DetokenizeRequest, body)

@@ -32,11 +32,15 @@ class ChatTemplate:
             ) from error
         self._special_tokens = endpoint.special_tokens
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt, up to the assistant's first token."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt; with `add_generation_prompt` up to the assistant's first token."""
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
             )
         except TemplateError as error:
             raise InvalidRequest(

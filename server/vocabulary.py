@@ -4,11 +4,12 @@ Knows `tokenizer.json` through the `tokenizers` library, and nothing of template
 """
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from mi_runtime.thinking import TokenMarks
@@ -83,10 +84,19 @@ class Vocabulary:
             blanks=frozenset(index for index, text in spoken if not text.strip()),
         )
 
+    def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:
+        """Ids and offsets of a raw text; with the tokens that the tokenizer itself adds, or not."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt; the template has written every special token itself."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
 
     def token_text(self, token_id: int) -> str:
         text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
@@ -120,12 +130,13 @@ class Vocabulary:
 
 
 class TokenText:
-    """The text of one growing answer, a whole character at a time. Special tokens are hidden."""
+    """The text of one growing answer, a whole character at a time."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, hide_special: bool = True) -> None:
         self._tokenizer = vocabulary.tokenizer
-        self._tags = vocabulary.hidden_tags
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._hide_special = hide_special
+        self._tags = vocabulary.hidden_tags if hide_special else {}
+        self._stream = DecodeStream(skip_special_tokens=hide_special)
         self._pending: list[int] = []  # fed, but no text came out yet
 
     def feed(self, token_id: int) -> str:
@@ -143,9 +154,9 @@ class TokenText:
         """What an unfinished character leaves."""
         if not self._pending:
             return ""
-        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=self._hide_special)
         self._pending.clear()
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._hide_special)
         return text
 
 

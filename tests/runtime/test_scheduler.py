@@ -6,7 +6,7 @@ stale KV, or KV shared between dials or salts gives wrong tokens.
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -24,8 +24,9 @@ from mi_runtime.request import (
     SamplingParams,
     ThinkPolicy,
     TokenEvent,
+    TokenLogprobs,
 )
-from mi_runtime.scheduler import Chunk, Sampled, Scheduler
+from mi_runtime.scheduler import SCORED_ROWS, Chunk, Line, Sampled, Scheduler
 from mi_runtime.sequence import Sequence, Status
 
 VOCAB = 40
@@ -62,11 +63,17 @@ def request(
     max_tokens: int | None = None,
     min_tokens: int = 0,
     seed: int | None = 0,
+    prompt_logprobs: int | None = None,
+    priority: int = 0,
 ) -> EngineRequest:
     sampling = SamplingParams(
-        max_tokens=max_tokens, min_tokens=min_tokens, seed=seed, eos_token_ids=frozenset({EOS})
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        seed=seed,
+        eos_token_ids=frozenset({EOS}),
+        prompt_logprobs=prompt_logprobs,
     )
-    return EngineRequest(request_id, prompt, Dial(dial), sampling, think, salt)
+    return EngineRequest(request_id, prompt, Dial(dial), sampling, think, salt, priority=priority)
 
 
 # --- The fake model -----------------------------------------------------------------------------
@@ -81,9 +88,26 @@ def next_token(seq: Sequence, kv: tuple[int, ...]) -> int:
     return END_THINK if seq.forbids_ending and token in seq.ending_token_ids else token
 
 
+def score(entry: int, token: int) -> TokenLogprobs:
+    """Of a token behind the position whose KV entry is `entry`."""
+    return TokenLogprobs(float(hash((entry, token)) % 1000), ())
+
+
+def scores_alone(req: EngineRequest) -> tuple[TokenLogprobs, ...] | None:
+    if req.sampling.prompt_logprobs is None:
+        return None
+    scores, entry = list[TokenLogprobs](), 0
+    for token, behind in zip(req.prompt, req.prompt[1:], strict=False):
+        entry = kv_entry(req, token, entry)
+        scores.append(score(entry, behind))
+    return tuple(scores)
+
+
 def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishReason]:
     """What the request must get: no blocks, no batch, no scheduler."""
     seq, kv = Sequence(req), list[int]()
+    if req.sampling.max_tokens == 0:
+        return [], FinishReason.LENGTH
     while True:
         for token in seq.tokens[len(kv) :]:
             kv.append(kv_entry(req, token, kv[-1] if kv else 0))
@@ -126,15 +150,22 @@ class FakeEngine:
         self.scheduler.check_integrity()
 
     def step(self) -> list[Chunk]:
-        oldest = next((name for name in self.requests if not self.has_ended(name)), None)
+        first = self.first_of_running()
         chunks = self.scheduler.schedule()
-        self.check(chunks, oldest)
+        self.check(chunks, first)
         sampled = [sample for chunk in chunks for sample in self.run(chunk)]
+        scores = {chunk.sequence: self.score(chunk) for chunk in chunks if chunk.scored}
         self.before_update(self, chunks)
-        self.take(self.scheduler.update(chunks, sampled))
+        self.take(self.scheduler.update(chunks, sampled, scores))
         self.scheduler.check_integrity()
         self.steps += 1
         return chunks
+
+    def first_of_running(self) -> str | None:
+        """By priority, then arrival; where nothing runs, of the waiting."""
+        line = self.scheduler.running or self.scheduler.waiting
+        ids = [name for name in self.requests if line.get(name) is not None]
+        return min(ids, key=lambda name: self.requests[name].priority, default=None)
 
     def finish(self) -> None:
         while self.scheduler.unfinished:
@@ -153,17 +184,22 @@ class FakeEngine:
         kv = tuple(self.read(seq, position) for position in range(len(seq)))
         return [(next_token(seq, kv), None)]
 
+    def score(self, chunk: Chunk) -> list[TokenLogprobs]:
+        seq = chunk.sequence
+        return [score(self.read(seq, i), seq.tokens[i + 1]) for i in chunk.scored]
+
     def read(self, seq: Sequence, position: int) -> int:
         block, slot = divmod(position, self.limits.block_size)
         return self.kv[seq.block_table[block]][slot]
 
-    def check(self, chunks: list[Chunk], oldest: str | None) -> None:
-        """What holds for every batch. The oldest request is always in it, so none starves."""
+    def check(self, chunks: list[Chunk], first: str | None) -> None:
+        """What holds for every batch. The first of the running is always in it."""
         self.scheduler.check_integrity()
         ids = [chunk.sequence.request_id for chunk in chunks]
         assert len(set(ids)) == len(ids)
         assert sum(chunk.length for chunk in chunks) <= self.limits.max_batched_tokens
-        assert oldest is None or oldest in ids
+        assert sum(len(chunk.scored) for chunk in chunks) <= SCORED_ROWS
+        assert first is None or first in ids
         for chunk in chunks:
             assert chunk.start == chunk.sequence.computed
             assert 0 < chunk.length <= chunk.sequence.remaining
@@ -187,17 +223,30 @@ class FakeEngine:
             reasons = [event.finish_reason for event in self.events[request_id]]
             assert [reason for reason in reasons if reason] == reasons[-1:]
             expected, reason = answer_alone(req, self.limits)
+            self.check_scores(request_id, reasons[-1])
             if reasons[-1] in (FinishReason.ABORT, FinishReason.ERROR):
                 answer = self.tokens(request_id)
                 assert answer == expected[: len(answer)]
-                assert len(answer) < len(expected)
+                assert len(answer) < max(1, len(expected))
             else:
                 assert (self.tokens(request_id), reasons[-1]) == (expected, reason)
 
+    def check_scores(self, request_id: str, reason: FinishReason | None) -> None:
+        """The prompt's log-probabilities stand on the first event that is no failure."""
+        told = [event.prompt_logprobs for event in self.events[request_id]]
+        assert all(scores is None for scores in told[1:])
+        if len(told) > 1 or reason not in (FinishReason.ABORT, FinishReason.ERROR):
+            assert told[0] == scores_alone(self.requests[request_id])
+
     def check_order(self) -> None:
-        """No request ran before one that came earlier, save where that one was aborted first."""
-        came = [request_id for request_id in self.requests if request_id in self.first_runs]
-        assert self.first_runs == came
+        """Of equal priority, none ran before one that came earlier, unless that was aborted."""
+        came, ran = defaultdict[int, list[str]](list), defaultdict[int, list[str]](list)
+        for request_id in self.requests:
+            if request_id in self.first_runs:
+                came[self.requests[request_id].priority].append(request_id)
+        for request_id in self.first_runs:
+            ran[self.requests[request_id].priority].append(request_id)
+        assert ran == came
 
 
 # --- Admission ----------------------------------------------------------------------------------
@@ -242,9 +291,9 @@ def test_a_request_id_in_use_is_rejected_and_free_again_at_the_end() -> None:
     engine.scheduler.admit_or_raise(request())
 
 
-def test_max_tokens_below_one_is_rejected() -> None:
+def test_max_tokens_below_zero_is_rejected() -> None:
     with pytest.raises(RequestRejected) as rejection:
-        Limits().scheduler().admit_or_raise(request(max_tokens=0))
+        Limits().scheduler().admit_or_raise(request(max_tokens=-1))
     assert rejection.value.param == "max_tokens"
 
 
@@ -423,6 +472,107 @@ def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> 
     assert engine.events["second"][-1].reasoning_tokens == second.reasoning_tokens
 
 
+# --- Priority -----------------------------------------------------------------------------------
+
+
+def test_the_waiting_run_by_priority_and_of_equal_priority_by_arrival() -> None:
+    engine = FakeEngine(Limits(max_num_seqs=1))
+    for name, priority in [("a", 0), ("b", 5), ("c", -5), ("d", 0), ("e", -5)]:
+        engine.submit(request(name, max_tokens=1, priority=priority))
+    engine.finish()
+    assert engine.first_runs == ["c", "e", "a", "d", "b"]
+
+
+def test_the_last_by_priority_is_preempted_though_it_is_older() -> None:
+    engine = FakeEngine(Limits(num_blocks=6, max_model_len=24))
+    old = engine.submit(request("old", prompt=(5,) * 8, min_tokens=12, max_tokens=12, priority=1))
+    engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
+    while not engine.scheduler.preemptions:
+        engine.step()
+    assert old.status is Status.WAITING
+    engine.finish()
+    engine.check_answers()
+
+
+def test_nobody_is_preempted_for_one_that_waits() -> None:
+    engine = FakeEngine(Limits(max_num_seqs=1))
+    engine.submit(request("running", min_tokens=5, max_tokens=5, priority=9))
+    engine.step()
+    engine.submit(request("urgent", max_tokens=1, priority=-9))
+    engine.finish()
+    assert engine.scheduler.preemptions == 0
+    assert engine.first_runs == ["running", "urgent"]
+
+
+@given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), max_size=30), st.randoms())
+def test_a_line_is_sorted_whatever_enters_and_leaves(
+    moves: list[tuple[int, bool]], rng: random.Random
+) -> None:
+    line, inside = Line(), list[Sequence]()
+    for arrival, (priority, leave) in enumerate(moves):
+        if leave and inside:
+            line.remove(inside.pop(rng.randrange(len(inside))))
+        sequence = Sequence(request(str(arrival)))
+        sequence.rank = (priority, arrival)
+        line.add(sequence)
+        inside.append(sequence)
+        assert [*line] == sorted(inside, key=lambda one: one.rank)
+        assert [line.first, line.last] == [next(iter(line)), [*line][-1]]
+
+
+# --- Log-probabilities of the prompt ------------------------------------------------------------
+
+
+def test_a_request_for_no_tokens_ends_without_one_and_has_its_prompt_scored() -> None:
+    engine = FakeEngine(Limits(max_batched_tokens=4))
+    engine.submit(request("r", PROMPT, max_tokens=0, prompt_logprobs=1))
+    engine.finish()
+    (event,) = engine.events["r"]
+    assert (event.token_id, event.finish_reason) == (None, FinishReason.LENGTH)
+    assert event.prompt_logprobs == scores_alone(engine.requests["r"])
+    assert len(event.prompt_logprobs) == len(PROMPT) - 1
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
+    engine = FakeEngine(Limits())
+    engine.submit(request("r", (5,), max_tokens=0, prompt_logprobs=1))
+    engine.finish()
+    assert engine.events["r"][0].prompt_logprobs == ()
+
+
+def test_a_prompt_that_is_scored_takes_no_kv_from_the_cache_but_leaves_its_own() -> None:
+    engine = FakeEngine(Limits())
+    for name, scores in [("a", None), ("b", 1), ("c", None)]:
+        engine.submit(request(name, PROMPT, max_tokens=1, prompt_logprobs=scores))
+        engine.finish()
+    assert [engine.events[name][0].cached_tokens for name in "abc"] == [0, 0, 12]
+    engine.check_answers()
+
+
+def test_a_step_scores_only_so_many_positions_and_others_use_the_rest_of_it() -> None:
+    length = SCORED_ROWS + 100
+    engine = FakeEngine(
+        Limits(num_blocks=500, max_model_len=length + 9, max_batched_tokens=4 * SCORED_ROWS)
+    )
+    for name, scores in [("long", 0), ("next", 0), ("plain", None)]:
+        engine.submit(request(name, (5,) * length, max_tokens=1, prompt_logprobs=scores))
+    assert lengths(engine.step()) == [("long", SCORED_ROWS), ("plain", length)]
+    engine.finish()
+    engine.check_answers()
+
+
+def test_a_preempted_prompt_is_scored_once_and_from_where_it_was() -> None:
+    engine = FakeEngine(Limits(num_blocks=6, max_model_len=24, max_batched_tokens=3))
+    engine.submit(request("first", (5,) * 4, min_tokens=20, max_tokens=20))
+    scored = engine.submit(request("scored", (6,) * 14, max_tokens=2, prompt_logprobs=0))
+    while not engine.scheduler.preemptions:
+        engine.step()
+    known = len(scored.prompt_logprobs)
+    assert 0 < known < 13
+    engine.finish()
+    engine.check_answers()
+
+
 # --- The prefix cache ---------------------------------------------------------------------------
 
 PROMPT = tuple(range(5, 18))  # 13 tokens: three full blocks of four, and one token
@@ -535,9 +685,11 @@ def random_request(rng: random.Random, request_id: str, limits: Limits) -> Engin
         prompt[: limits.max_model_len - 1],
         dial=rng.choice([0.0, 0.5, 1.0]),
         salt=rng.choice(["", "", "", "s"]),
-        max_tokens=rng.choice([None, 1, 4, 30]),
+        max_tokens=rng.choice([None, 0, 1, 4, 30]),
         min_tokens=rng.choice([0, 0, 10]),
         seed=rng.choice([0, 1]),
+        prompt_logprobs=rng.choice([None, None, 0]),
+        priority=rng.choice([0, 0, 0, 1, -1]),
         think=rng.choice([None, ThinkPolicy(THINK, END_THINK)]),
     )
 
@@ -616,9 +768,11 @@ def small_requests(draw: st.DrawFn, request_id: str, limits: Limits) -> EngineRe
         tuple(draw(prompts)),
         dial=draw(st.sampled_from([0.0, 1.0])),
         salt=draw(st.sampled_from(["", "s"])),
-        max_tokens=draw(st.none() | st.integers(1, 8)),
+        max_tokens=draw(st.none() | st.integers(0, 8)),
         min_tokens=draw(st.integers(0, 8)),
         seed=draw(st.integers(0, 1)),
+        prompt_logprobs=draw(st.none() | st.just(0)),
+        priority=draw(st.integers(-1, 1)),
     )
 
 

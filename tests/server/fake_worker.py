@@ -56,6 +56,7 @@ class Running:
     eos: int
     marks: TokenMarks
     said: int = 0
+    scored: bool = False  # the prompt's log-probabilities are told
     scripted: int = 0  # the rest was forced
     thinking: ThinkingState | None = field(init=False)
 
@@ -67,6 +68,10 @@ class Running:
         sampling = self.request.sampling
         if self.command == "fail" and self.said == 2:
             return TokenEvent(self.request.request_id, None, FinishReason.ERROR, error="told to")
+        scores = self._prompt_logprobs()
+        if sampling.max_tokens == 0:
+            reason = FinishReason.LENGTH
+            return TokenEvent(self.request.request_id, None, reason, prompt_logprobs=scores)
         token = self._next_token()
         self.said += 1
         if self.thinking is not None:
@@ -84,6 +89,18 @@ class Running:
             reasoning_tokens=self.thinking.reasoning_tokens if self.thinking else 0,
             forced_close=self.thinking is not None and self.thinking.forced_close,
             queue_seconds=0.001,
+            prompt_logprobs=scores,
+        )
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """-1, -2, … for the tokens of the prompt, each the best one."""
+        count = self.request.sampling.prompt_logprobs
+        if count is None or self.scored:
+            return None
+        self.scored = True
+        return tuple(
+            TokenLogprobs(-i, tuple((token + j, -i - j) for j in range(count)))
+            for i, token in enumerate(self.request.prompt[1:], 1)
         )
 
     def _next_token(self) -> int:
@@ -111,6 +128,7 @@ def told(request: EngineRequest) -> dict[str, Any]:
         "think": None if think is None else [think.cap, think.soft_window, list(think.closing)],
         "seed": request.sampling.seed,
         "prompt": len(request.prompt),
+        "priority": request.priority,
     }
 
 
@@ -148,7 +166,7 @@ class FakeEngine:
 
     def submit(self, request: EngineRequest) -> None:
         text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
-        command = USER_TURN.findall(text)[-1]
+        command = (USER_TURN.findall(text) or [text])[-1]  # a raw prompt is the command itself
         new = Running(request, command, self.script(command, request), self.eos, self.marks)
         if command == "wait" or len(self.running) >= self.max_num_seqs:
             self.waiting[request.request_id] = new

@@ -404,3 +404,30 @@ def test_a_full_queue_refuses_before_the_200(
     client = make_client(max_num_seqs=1, max_waiting=0)
     check_error(chat(client, "say x", n=2), 400, "invalid_request_error", "n")
     assert message(client, "say x")["content"] == "x"
+
+
+# --- continuing the final message, and priority ---
+
+
+def test_a_final_message_that_is_not_the_assistants_cannot_be_continued(
+    client: TestClient,
+) -> None:
+    response = chat(client, "say hi", continue_final_message=True)
+    check_error(response, 400, "invalid_request_error", "continue_final_message")
+
+
+def test_a_message_is_continued_or_a_new_one_begun_not_both(client: TestClient) -> None:
+    fields = {"continue_final_message": True, "add_generation_prompt": True}
+    response = chat(client, "say hi", **fields)
+    check_error(response, 400, "invalid_request_error", "add_generation_prompt")
+
+
+def test_a_priority_reaches_the_engine(client: TestClient) -> None:
+    told = json.loads(message(client, "request", priority=7)["content"])
+    assert told["priority"] == 7
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 0.5, "1"])
+def test_a_priority_is_a_whole_number_within_bounds(client: TestClient, value: Any) -> None:
+    response = chat(client, "say hi", priority=value)
+    check_error(response, 400, "invalid_request_error", "priority")

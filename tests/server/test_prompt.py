@@ -1,4 +1,6 @@
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from mi_runtime.request import Dial
 from server.checkpoint import CheckpointError, Endpoint, local_directory
 from server.errors import InvalidRequest
-from server.prompt import Prompts
+from server.prompt import MARK, Ending, Prompts
 from server.schemas import Message
 from server.templates import ChatTemplate
 
@@ -198,3 +200,88 @@ def test_a_hub_id_brings_weights_and_text_but_no_code(
     name, patterns = asked
     assert name == "owner/pair"
     assert not {"*", "*.bin", "*.py", "*.pt"} & set(patterns)  # type: ignore[call-overload]
+
+
+# --- continuing the final message ---
+
+THINKING_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}U:{{ message.content }};
+    {%- else -%}A:<think>
+{{ (message.reasoning_content or '').strip('\\n') }}
+</think>
+
+{{ message.content.lstrip('\\n') }};
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}A:<think>{%- endif -%}"""
+PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }};{% endfor %}"
+
+
+@pytest.fixture
+def continued(
+    endpoints: tuple[Endpoint, Endpoint], tmp_path: Path
+) -> Callable[..., tuple[str, bool]]:
+    """`continued(template, …)`: the text of a prompt that ends in its last message, and whether
+    that is inside a think block."""
+
+    def prompt(template: str, content: str = "", reasoning: str | None = None) -> tuple[str, bool]:
+        one = replace(endpoints[0], chat_template=template)
+        prompts = Prompts(one, one)
+        last = Message(role="assistant", content=content, reasoning_content=reasoning)
+        user = Message(role="user", content="hi")
+        built = prompts.build([user, last], Dial(1.0), Ending.IN_LAST_MESSAGE)
+        return prompts.vocabulary.decode(built.token_ids), built.opens_block
+
+    return prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "text", "inside"),
+    [
+        (PLAIN_TEMPLATE, ("so ",), "[assistant]so ", False),
+        (PLAIN_TEMPLATE, ("",), "[assistant]", False),
+        (PLAIN_TEMPLATE, ("hi;",), "[assistant]hi;", False),  # said before, by the user
+        (PLAIN_TEMPLATE, ("", "so\n"), "[assistant]<think>\nso\n", True),
+        (PLAIN_TEMPLATE, ("<think>\nso",), "[assistant]<think>\nso", True),
+        (PLAIN_TEMPLATE, ("<think>",), "[assistant]<think>\n", True),
+        (PLAIN_TEMPLATE, ("<think>a</think>b",), "[assistant]<think>a</think>b", False),
+        (PLAIN_TEMPLATE, ("a <think> b",), "[assistant]a <think> b", False),
+        (THINKING_TEMPLATE, ("so ", "r"), "A:<think>\nr\n</think>\n\nso ", False),
+        (THINKING_TEMPLATE, ("", "r \n"), "A:<think>\nr \n", True),
+        (THINKING_TEMPLATE, ("<think>\nr",), "A:<think>\nr", True),
+    ],
+)
+def test_a_final_message_ends_where_its_text_does(
+    continued: Callable[..., tuple[str, bool]],
+    template: str,
+    message: tuple[str, ...],
+    text: str,
+    inside: bool,
+) -> None:
+    prompt, opens_block = continued(template, *message)
+    assert prompt.endswith(text)
+    assert MARK not in prompt
+    assert opens_block is inside
+
+
+def test_a_template_that_drops_the_final_message_cannot_continue_it(
+    continued: Callable[..., tuple[str, bool]],
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        continued("{{ messages[0].content }}", "so")
+    assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("ending", "end"),
+    [(Ending.NEW_TURN, "A:<think>"), (Ending.LAST_TURN, "U:hi;")],
+)
+def test_a_new_turn_is_opened_or_not(
+    endpoints: tuple[Endpoint, Endpoint], ending: Ending, end: str
+) -> None:
+    one = replace(endpoints[0], chat_template=THINKING_TEMPLATE)
+    prompts = Prompts(one, one)
+    built = prompts.build([Message(role="user", content="hi")], Dial(1.0), ending)
+    assert prompts.vocabulary.decode(built.token_ids).endswith(end)
+    assert built.opens_block == end.endswith("<think>")

@@ -1,0 +1,211 @@
+"""The shapes of answers, for the OpenAPI description; answers themselves are written by hand.
+
+A field with a default is left out where it does not apply. Tests hold real answers against these.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ErrorDetail(_Answer):
+    message: str
+    type: str
+    param: str | None
+    """The field that the error is about."""
+    code: str
+
+
+class Error(_Answer):
+    """Every error of every route; in a stream it is an event of its own, the last."""
+
+    error: ErrorDetail
+
+
+class CachedTokens(_Answer):
+    cached_tokens: int
+    """Prompt tokens whose KV was there."""
+
+
+class ReasoningTokens(_Answer):
+    reasoning_tokens: int
+    """Tokens inside think blocks."""
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    """Every prompt once, however many choices it has."""
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
+
+
+class RoutingOfAnswer(_Answer):
+    """What the request ran at, and why."""
+
+    reasoning_lambda: float | dict[str, Any] | list[float]
+    source: str
+    answer_lambda: float = 0.0
+    cap: int = 0
+    """Reasoning tokens allowed."""
+    forced_close: bool = False
+    """The server closed a think block."""
+
+
+class _Identity(_Answer):
+    id: str
+    created: int
+    """Seconds since 1970."""
+    model: str
+    system_fingerprint: str
+
+
+class TopLogprob(_Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Answer):
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(_Answer):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str = ""
+    reasoning: str = ""
+    """The same as `reasoning_content`; clients read one of them."""
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class _Choice(_Answer):
+    index: int
+    reasoning_lambda: float = 0.0
+    """Of the choice, in a fan-out."""
+
+
+class ChatChoice(_Choice):
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(_Identity):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+    routing: RoutingOfAnswer
+
+
+class ChatDelta(_Answer):
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    reasoning_content: str = ""
+    reasoning: str = ""
+
+
+class ChatChunkChoice(_Choice):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(_Identity):
+    """The data of one event of a stream, which `[DONE]` ends."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    routing: RoutingOfAnswer | None = None
+    """In the first and the last chunk of every choice."""
+
+
+class TextLogprobs(_Answer):
+    """Columns of equal length; the first token of an echoed prompt has null in two of them."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(_Choice):
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason
+
+
+class TextChunkChoice(_Choice):
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(_Identity):
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+    usage: Usage
+    routing: RoutingOfAnswer
+
+
+class CompletionChunk(_Identity):
+    """The data of one event of a stream, which `[DONE]` ends."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+    routing: RoutingOfAnswer | None = None
+    """In the first and the last chunk of every choice."""
+
+
+class Model(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    """The served name."""
+    parent: str | None
+    """Of an alias, the served name."""
+    max_model_len: int | None
+    """Tokens of prompt and answer together; null while the engine loads."""
+    reasoning_lambda: float = 0.0
+    """Of an alias."""
+
+
+class ModelList(_Answer):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(_Answer):
+    count: int
+    max_model_len: int | None
+    """Null while the engine loads."""
+    tokens: list[int]
+    token_strs: list[str] | None
+    """The text of each token, where it was asked for."""
+
+
+class Text(_Answer):
+    prompt: str
+
+
+class Status(_Answer):
+    status: str
+
+
+class Version(_Answer):
+    version: str
