@@ -103,6 +103,13 @@ OPERATIONS: Final = (
     ),
     Operation(
         "get",
+        "/v1/profiles",
+        "The active profile, and what the router makes of it",
+        {JSON: answers.ActiveProfile},
+        (*OF_ANY, 503),
+    ),
+    Operation(
+        "get",
         "/health",
         "Whether server and engine are alive",
         {JSON: answers.Status},

@@ -50,9 +50,18 @@ class RoutingOfAnswer(_Answer):
 
     reasoning_lambda: float | dict[str, Any] | list[float]
     source: str
+    """`body`, `model`, `header`, `budget`, `effort`, `enable_thinking` or `default`."""
+    profile: str
+    """The active profile; `neutral` where nobody measured the pair."""
+    routing_class: str
+    """Whose curve applied."""
     answer_lambda: float = 0.0
     cap: int = 0
     """Reasoning tokens allowed."""
+    expected_reasoning_tokens: float = 0.0
+    """Mean at this λ by the profile, at most the cap."""
+    elastic: bool = False
+    """Cheaper than asked, because of load."""
     forced_close: bool = False
     """The server closed a think block."""
 
@@ -209,3 +218,23 @@ class Status(_Answer):
 
 class Version(_Answer):
     version: str
+
+
+class ActiveProfile(_Answer):
+    """The routing curves; docs/routing.md tells every key."""
+
+    object: Literal["profile"]
+    name: str
+    measured: bool
+    """False: nobody measured this pair, and classes have no points."""
+    think_threshold: float
+    default_lambda: float
+    adapt: bool
+    """Whether observed lengths route."""
+    classes: dict[str, Any]
+    """By routing class: measured points, λ of every effort, observed lengths."""
+    source: dict[str, Any]
+    """Where the numbers come from."""
+    version: int = 1
+    pair: dict[str, Any] = {}
+    """Which pair was measured."""

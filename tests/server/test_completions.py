@@ -61,7 +61,7 @@ def test_a_text_is_continued_without_a_template(client: TestClient) -> None:
     assert choice == {"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}
     assert answer["object"] == "text_completion"
     assert answer["id"].startswith("cmpl-")
-    assert answer["routing"] == {"reasoning_lambda": 0.3, "source": "body"}
+    assert answer["routing"]["reasoning_lambda"] == 0.3
     assert answer["usage"]["prompt_tokens"] == len("say hi")  # a token each
     assert answer["usage"]["completion_tokens"] == 3  # and the end
 
@@ -257,7 +257,8 @@ def test_a_failure_in_a_stream_is_its_last_event(client: TestClient) -> None:
         ({"messages": []}, "messages"),
         ({"answer_lambda": 0.5}, "answer_lambda"),
         ({"thinking_token_budget": 5}, "thinking_token_budget"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
+        ({"reasoning": {"exclude": True}}, "reasoning.exclude"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"priority": 2**31}, "priority"),
         ({"reasoning_lambda": 2}, "reasoning_lambda"),
