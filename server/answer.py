@@ -8,7 +8,7 @@ from typing import Any
 from mi_runtime.request import TokenEvent
 from server.choice import Choice, Chunk
 from server.dial import Routing
-from server.errors import ApiError
+from server.errors import ApiError, DeadlineExceeded
 from server.generation import Generation
 
 
@@ -81,8 +81,8 @@ class Answer:
                     chunks = [chunk for chunk in taken if chunk is not None]
                     if chunks or not events:
                         yield chunks
-        except ApiError:
-            unfinished = "error"
+        except ApiError as error:
+            unfinished = "deadline" if isinstance(error, DeadlineExceeded) else "error"
             raise
         finally:
             alarm.cancel()

@@ -9,12 +9,15 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from server import __version__, chat
+from server import __version__, chat, dial, request_log
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
+from server.gate import Gate
 from server.request_log import RequestLog
+from server.responses import error_response
 from server.service import Service
 
 LISTED_LAMBDAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -36,7 +39,28 @@ def create_app(service: Service) -> ASGIApp:
     app.state.service = service
     _add_routes(app)
     _add_error_handlers(app)
-    return RequestLog(app)
+    return RequestLog(_guarded(app, service))
+
+
+def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
+    """Behind the gate; browsers of known origins may read even what it refuses."""
+    settings = service.settings
+    gate = Gate(
+        app,
+        keys=service.keys,
+        limits=service.rate_limits,
+        request_timeout=settings.request_timeout,
+        rejected=service.metrics.rejected,
+    )
+    if not settings.cors_origin:
+        return gate
+    return CORSMiddleware(
+        gate,
+        allow_origins=settings.cors_origin,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[request_log.HEADER, dial.HEADER, "Retry-After"],
+    )
 
 
 def _service(request: Request) -> Service:
@@ -107,7 +131,7 @@ def _model(name: str, service: Service) -> dict[str, Any]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
-        return _error_response(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -121,8 +145,4 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:
-        return _error_response(RequestFailed("The server failed to answer this request"))
-
-
-def _error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, headers=error.headers)
+        return error_response(RequestFailed("The server failed to answer this request"))

@@ -11,9 +11,17 @@ from starlette.responses import JSONResponse, Response
 from mi_runtime.request import Dial, EngineInfo, EngineRequest, SamplingParams
 from server import dial
 from server.answer import Answer, AnswerHead
+from server.callers import Caller
 from server.choice import Choice
+from server.deadline import Deadline
 from server.dial import Routing
-from server.errors import BodyTooLarge, InvalidRequest, Unavailable
+from server.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    InvalidRequest,
+    RateLimited,
+    Unavailable,
+)
 from server.generation import ClientLeft
 from server.prompt import Prompt
 from server.rendering import completion, sse
@@ -44,15 +52,24 @@ class _Asked:
     choices: Sequence[_AskedChoice]
     engine: EngineInfo
     trace: Trace
+    caller: Caller
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the longest prompt; counted once, however many choices."""
+        return max(len(choice.prompt.token_ids) for choice in self.choices)
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
+    deadline: Deadline = request.state.deadline
     try:
-        asked = await _understand(request, service, request.state.trace)
+        async with deadline.kept():
+            asked = await _understand(request, service, request.state.trace)
         answer = _submit(asked, service)
-    except Unavailable as error:
+    except (Unavailable, RateLimited, DeadlineExceeded) as error:
         service.metrics.rejected(error.code)
         raise
+    deadline.bound(answer.generation)
     headers = {dial.HEADER: asked.routing.header}
     if asked.wire.stream:
         events = sse(answer, keep_alive=service.settings.keep_alive)
@@ -95,7 +112,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> _Aske
         for setting, prompt in zip(routing.dials, prompts, strict=True)
     ]
     choices = starts if routing.fan_out else _copies(starts[0], wire.choices)
-    return _Asked(wire, routing, choices, engine, trace)
+    return _Asked(wire, routing, choices, engine, trace, request.state.caller)
 
 
 def _route(wire: ChatRequest, header: str | None, service: Service, engine: EngineInfo) -> Routing:
@@ -143,7 +160,9 @@ def _note(trace: Trace, wire: ChatRequest, routing: Routing) -> None:
 def _submit(asked: _Asked, service: Service) -> Answer:
     """Hand the choices to the engine, each as a request of its own."""
     requests = _engine_requests(asked, service)
+    service.rate_limits.check_tokens(asked.caller)
     generation = service.engine.submit(requests)
+    service.rate_limits.spend(asked.caller, asked.prompt_tokens)
     choices = {
         request.request_id: _choice(index, asked, service) for index, request in enumerate(requests)
     }
@@ -162,7 +181,7 @@ def _engine_requests(asked: _Asked, service: Service) -> list[EngineRequest]:
             think=service.think_blocks.policy(
                 opened_by_prompt=choice.prompt.opens_block, cap=routing.cap
             ),
-            cache_salt=asked.wire.cache_salt,
+            cache_salt=asked.caller.cache_salt(asked.wire.cache_salt),
             answer_dial=None if routing.answer == choice.dial else routing.answer,
         )
         for index, choice in enumerate(asked.choices)
@@ -191,7 +210,7 @@ def _head(asked: _Asked) -> AnswerHead:
         model=asked.wire.model,
         system_fingerprint=f"fp_{asked.engine.fingerprint[:16]}",
         routing=asked.routing,
-        prompt_tokens=max(len(choice.prompt.token_ids) for choice in asked.choices),
+        prompt_tokens=asked.prompt_tokens,
         include_usage=asked.wire.include_usage,
         include_reasoning=asked.wire.include_reasoning,
         logprobs=asked.wire.logprobs,

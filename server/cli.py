@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
+from server.callers import KeyFileError
 from server.checkpoint import CheckpointError, Endpoint, local_directory
 from server.config import ConfigError, Settings, load_settings
 from server.engine_client import WORKER_COMMAND, EngineClient
@@ -33,7 +34,7 @@ def main(
     _, flags = parser.parse_known_args(arguments)
     try:
         return serve(load_settings(flags), worker_command)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, KeyFileError) as error:
         print(f"mi-server: {error}", file=sys.stderr)
         return UNSERVABLE
 

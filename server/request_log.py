@@ -54,6 +54,12 @@ class RequestLog:
             _log(scope, status, trace)
 
 
+def path_of(scope: Scope) -> str:
+    """The path as the routes know it, without the prefix of a gateway."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _trace(given: str | None) -> Trace:
     """An id that could not stand in a log line is replaced."""
     if given is not None and _ACCEPTABLE_ID.fullmatch(given):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from mi_runtime.request import EngineInfo
+from server.callers import KeyRing
 from server.checkpoint import Endpoint
 from server.config import Settings
 from server.dial import DialPolicy
@@ -12,6 +13,7 @@ from server.engine_client import EngineClient
 from server.errors import ApiError, Draining, EngineDead, Loading
 from server.metrics import EngineState, Metrics
 from server.prompt import Prompts
+from server.rate_limits import RateLimits
 from server.sampling import SamplingPolicy
 from server.thinking import ThinkBlocks
 
@@ -45,6 +47,10 @@ class Service:
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
+        self.keys = KeyRing.of(settings.api_key, settings.api_key_file)
+        self.rate_limits = RateLimits(
+            requests=settings.rate_limit_requests, tokens=settings.rate_limit_tokens
+        )
 
     @property
     def refusal(self) -> ApiError | None:
