@@ -1,5 +1,6 @@
 """The ASGI app: routes, the one shape of errors, and the engine's life around them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -34,12 +35,14 @@ def create_app(service: Service) -> ASGIApp:
             yield
         finally:
             await service.engine.stop()
+            if service.tracing is not None:
+                await asyncio.to_thread(service.tracing.close)
 
     app = FastAPI(title="mi-server", version=__version__, lifespan=lifespan, openapi_url=None)
     app.state.service = service
     _add_routes(app)
     _add_error_handlers(app)
-    return RequestLog(_guarded(app, service))
+    return RequestLog(_guarded(app, service), service.tracing)
 
 
 def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
@@ -130,7 +133,8 @@ def _model(name: str, service: Service) -> dict[str, Any]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: ApiError) -> Response:
+        request.state.trace.notes["error"] = error.code
         return error_response(error)
 
     @app.exception_handler(HTTPException)

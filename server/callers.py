@@ -84,7 +84,8 @@ def _keys_of(file: Path | None) -> Iterator[tuple[str, str]]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{file}: not readable (--api-key-file): {error}") from None
-    keys = [line.split(maxsplit=1) for line in (it.partition("#")[0] for it in lines) if line.strip()]
+    words = (line.partition("#")[0].split(maxsplit=1) for line in lines)
+    keys = [line for line in words if line]
     if not keys:
         raise KeyFileError(f"{file}: no keys in it (--api-key-file)")
     for key, *name in keys:

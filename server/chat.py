@@ -147,6 +147,7 @@ def _copies(start: _AskedChoice, count: int) -> list[_AskedChoice]:
 
 def _note(trace: Trace, wire: ChatRequest, routing: Routing) -> None:
     trace.notes |= {
+        "model": wire.model,
         "lambda": routing.header,
         "source": routing.source,
         "stream": int(wire.stream),
@@ -162,6 +163,7 @@ def _submit(asked: _Asked, service: Service) -> Answer:
     requests = _engine_requests(asked, service)
     service.rate_limits.check_tokens(asked.caller)
     generation = service.engine.submit(requests)
+    asked.trace.notes["prepare_s"] = round(time.perf_counter() - asked.trace.arrived, 4)
     service.rate_limits.spend(asked.caller, asked.prompt_tokens)
     choices = {
         request.request_id: _choice(index, asked, service) for index, request in enumerate(requests)

@@ -5,6 +5,7 @@ over the defaults below. Keys nobody knows are refused in all three. Nothing cha
 """
 
 import os
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -196,6 +197,25 @@ class Settings(BaseSettings):
         if self.ssl_certfile is None and any(other is not None for other in others):
             raise ValueError("--ssl-keyfile, its password and --ssl-ca-certs need --ssl-certfile")
         return self
+
+    def check_certificate(self) -> None:
+        """Raises `ConfigError` where the files for TLS cannot be used."""
+        if self.ssl_certfile is None:
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # Never None: OpenSSL would ask for the password on the terminal.
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, self.key_password or "")
+            if self.ssl_ca_certs is not None:
+                context.load_verify_locations(self.ssl_ca_certs)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"The files of --ssl-… cannot be used: {error}") from None
+
+    @property
+    def key_password(self) -> str | None:
+        """Of the certificate's private key."""
+        secret = self.ssl_keyfile_password
+        return None if secret is None else secret.get_secret_value()
 
     @property
     def instruct_endpoint(self) -> str:

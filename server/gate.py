@@ -45,6 +45,7 @@ class Gate:
             caller = self._admit(scope)
         except ApiError as error:
             self._rejected(error.code)
+            scope["state"]["trace"].notes["error"] = error.code
             await error_response(error)(scope, receive, send)
             return
         try:

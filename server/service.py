@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mi_runtime.request import EngineInfo
 from server.callers import KeyRing
@@ -17,14 +18,23 @@ from server.rate_limits import RateLimits
 from server.sampling import SamplingPolicy
 from server.thinking import ThinkBlocks
 
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
 
 class Service:
     """Built once by `serve`; the app's routes read it, and only `draining` ever changes."""
 
     def __init__(
-        self, settings: Settings, instruct: Endpoint, thinking: Endpoint, engine: EngineClient
+        self,
+        settings: Settings,
+        instruct: Endpoint,
+        thinking: Endpoint,
+        engine: EngineClient,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self.settings = settings
+        self.tracing = tracing
         self.engine = engine
         self.created = int(time.time())
         self.draining = False
