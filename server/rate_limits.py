@@ -1,23 +1,24 @@
 """What each caller may have a minute: requests, and tokens.
 
-Counted in this process, which is the only one that serves HTTP, over a sliding window of `limits`.
-What an answer will cost is not known before: a request is let in while its caller has tokens left,
-and what it takes beyond them is owed, to be paid from the minutes that follow.
+Counted in this process, which is the only one that serves HTTP. Requests are counted over a sliding
+window by `limits`. What an answer will cost is not known before, so tokens are a leaky bucket that
+may be overdrawn: a request is let in while its caller has tokens left, and the next one once what
+was taken beyond them has come back at the rate of the limit.
 """
 
 import math
 import time
 from typing import Final
 
-from limits import RateLimitItem, RateLimitItemPerMinute
+from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from server.callers import Caller
 from server.errors import RateLimited
 
-REQUESTS: Final = "requests"
-TOKENS: Final = "tokens"
+MINUTE: Final = 60.0  # seconds
+MANY: Final = 10_000  # callers, at which those that owe nothing are forgotten
 
 
 class RateLimits:
@@ -26,40 +27,36 @@ class RateLimits:
     def __init__(self, *, requests: int | None, tokens: int | None) -> None:
         self._window = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._requests = None if requests is None else RateLimitItemPerMinute(requests)
-        self._tokens = None if tokens is None else RateLimitItemPerMinute(tokens)
-        self._owed: dict[str, int] = {}  # tokens, by the callers that took more than they had
+        self._tokens = tokens
+        self._whole_at: dict[str, float] = {}  # when a caller has all tokens of a minute again
 
     def take_request(self, caller: Caller) -> None:
         """Count one request. Raises `RateLimited` where none is left, or no tokens are."""
         self.check_tokens(caller)
-        if self._requests and not self._window.hit(self._requests, REQUESTS, caller.identity):
-            raise self._exceeded(self._requests, REQUESTS, caller)
+        limit = self._requests
+        if limit is not None and not self._window.hit(limit, caller.identity):
+            until = self._window.get_window_stats(limit, caller.identity).reset_time
+            raise _exceeded(limit.amount, "requests", until - time.time())
 
     def check_tokens(self, caller: Caller) -> None:
-        """Raises `RateLimited` where the caller's tokens of this minute are spent."""
+        """Raises `RateLimited` where the caller has no token left."""
         if self._tokens is None:
             return
-        self.spend(caller, 0)
-        if caller.identity in self._owed or not self._left(self._tokens, caller):
-            raise self._exceeded(self._tokens, TOKENS, caller)
+        missing = self._whole_at.get(caller.identity, 0.0) - time.monotonic()  # seconds' worth
+        if missing >= MINUTE:
+            raise _exceeded(self._tokens, "tokens", missing - MINUTE)
 
     def spend(self, caller: Caller, tokens: int) -> None:
-        """Count tokens that were used; those beyond the quota are owed."""
-        if self._tokens is None:
+        """Count tokens that were used."""
+        if self._tokens is None or not tokens:
             return
-        owed = self._owed.pop(caller.identity, 0) + tokens
-        paid = min(owed, self._left(self._tokens, caller))
-        if paid and self._window.hit(self._tokens, TOKENS, caller.identity, cost=paid):
-            owed -= paid
-        if owed:
-            self._owed[caller.identity] = owed
+        now = time.monotonic()
+        if len(self._whole_at) >= MANY:
+            self._whole_at = {who: at for who, at in self._whole_at.items() if at > now}
+        whole_at = max(now, self._whole_at.get(caller.identity, now))
+        self._whole_at[caller.identity] = whole_at + tokens * MINUTE / self._tokens
 
-    def _left(self, limit: RateLimitItem, caller: Caller) -> int:
-        return self._window.get_window_stats(limit, TOKENS, caller.identity).remaining
 
-    def _exceeded(self, limit: RateLimitItem, what: str, caller: Caller) -> RateLimited:
-        until = self._window.get_window_stats(limit, what, caller.identity).reset_time
-        return RateLimited(
-            f"The limit of {limit.amount} {what} a minute is reached",
-            retry_after=math.ceil(until - time.time()),
-        )
+def _exceeded(limit: int, what: str, seconds: float) -> RateLimited:
+    message = f"The limit of {limit} {what} a minute is reached"
+    return RateLimited(message, retry_after=math.floor(seconds) + 1)
