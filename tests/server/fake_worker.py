@@ -111,6 +111,7 @@ def told(request: EngineRequest) -> dict[str, Any]:
         "think": None if think is None else [think.cap, think.soft_window, list(think.closing)],
         "seed": request.sampling.seed,
         "prompt": len(request.prompt),
+        "cache_salt": request.cache_salt,
     }
 
 
