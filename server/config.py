@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     """TCP port to listen on; 0 takes a free one."""
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
     """Name that requests call the pair by; default: the Thinking endpoint's."""
-    root_path: str = ""
+    root_path: Annotated[str, Field(pattern=r"^(/[^/]+)*$")] = ""
     """Path under which a gateway serves this server, and which it strips: `/mi`."""
     forwarded_allow_ips: str | None = None
     """Addresses of proxies, separated by commas, whose X-Forwarded-For and -Proto are believed;
