@@ -96,6 +96,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 async def _understand(request: Request, service: Service, trace: Trace) -> _Asked:
     """Everything that can be refused is refused here."""
     service.admitted()  # before the body is read
+    service.engine.check_room()
     wire = parse_chat_request(await read_body(request, service.settings.max_body_bytes))
     engine = service.admitted()
     routing = _route(wire, request.headers.get(dial.HEADER), service, engine)

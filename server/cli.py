@@ -30,6 +30,7 @@ def main(
     parser = argparse.ArgumentParser(
         prog="mi-server",
         description="Serve an Instruct and a Thinking checkpoint at every λ between them.",
+        epilog="mi-server COMMAND --help tells the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"mi-server {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

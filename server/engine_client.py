@@ -145,7 +145,7 @@ class EngineClient:
 
     def submit(self, requests: Sequence[EngineRequest]) -> Generation:
         """Hand the requests of one answer to the engine, or raise `Overloaded`."""
-        self._admit(len(requests), sum(len(it.prompt) for it in requests))
+        self.check_room(len(requests), sum(len(it.prompt) for it in requests))
         generation = Generation([it.request_id for it in requests], self._release)
         for request in requests:
             self._open[request.request_id] = generation
@@ -162,7 +162,8 @@ class EngineClient:
         for generation in set(self._open.values()):
             generation.fail(Draining("The server shut down before the answer was complete"))
 
-    def _admit(self, count: int, prompt_tokens: int) -> None:
+    def check_room(self, count: int = 1, prompt_tokens: int = 1) -> None:
+        """Raises `Overloaded` where the queue has no room for so many requests and tokens."""
         if self.ended is not None:
             raise EngineDead("The engine process is gone")
         capacity = self._config.max_num_seqs + self._max_waiting

@@ -7,7 +7,7 @@ without news, not an hour of silence. Knows no clock; the engine client looks at
 from dataclasses import dataclass
 from typing import Final
 
-LOOKS: Final = 4  # without news, until an engine counts as hung
+LOOKS: Final = 4  # in the time that an engine may be silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +35,4 @@ class Watchdog:
         """Look once more; whether the engine hangs."""
         self._silent = 0 if traffic.has_news_since(self._last) else self._silent + 1
         self._last = traffic
-        return self._silent >= LOOKS
+        return self._silent > LOOKS  # the first may have come right after the last news

@@ -253,6 +253,8 @@ def test_a_full_queue_is_overloaded_and_an_empty_one_is_not(play: Callable[..., 
         with bench.submit("forever", "forever"), bench.submit("say 1"):
             await until(lambda: bench.client.stats.waiting == 1)
             with pytest.raises(Overloaded):
+                bench.client.check_room()
+            with pytest.raises(Overloaded):
                 bench.submit("say 2")
         assert await take_all(bench.submit("say 3"))
 

@@ -10,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.app import create_app
+from server.errors import Overloaded
 from server.service import Service
 
 MakeClient = Callable[..., TestClient]
@@ -100,6 +101,18 @@ def test_a_server_that_takes_no_requests_reads_no_body(make_client: MakeClient) 
     client = make_client()
     service: Service = client.app_state["service"]
     service.draining = True
+    assert first_answer(service, {}) == (503, 0)
+
+
+def test_a_full_queue_reads_no_body(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service: Service = make_client().app_state["service"]
+
+    def full() -> None:
+        raise Overloaded("full", retry_after=7)
+
+    monkeypatch.setattr(service.engine, "check_room", full)
     assert first_answer(service, {}) == (503, 0)
 
 

@@ -10,13 +10,13 @@ START = Traffic(received=5, given=3, sent=3)
 
 def test_an_engine_without_a_word_hangs_after_some_looks() -> None:
     watchdog = Watchdog(START)
-    assert [watchdog.look(START) for _ in range(LOOKS)] == [False] * (LOOKS - 1) + [True]
+    assert [watchdog.look(START) for _ in range(LOOKS + 1)] == [False] * LOOKS + [True]
 
 
 def test_a_single_word_starts_the_count_again() -> None:
     watchdog = Watchdog(START)
     for received in range(6, 40):
-        for _ in range(LOOKS - 1):
+        for _ in range(LOOKS + 1):
             assert not watchdog.look(replace(START, received=received))
 
 
