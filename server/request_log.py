@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.logs import loggable
 
-if TYPE_CHECKING:  # where no traces are asked for, OpenTelemetry is not even imported
+if TYPE_CHECKING:  # OpenTelemetry is imported only where traces are asked for
     from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
