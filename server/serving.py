@@ -106,12 +106,13 @@ class _Server(uvicorn.Server):
         if self._service.settings.log_format == "json":
             logger.info("Ready", extra={"fields": {"address": address, "model": name}})
             return
+        key = " -H 'Authorization: Bearer KEY'" if self._service.keys else ""
         print(
             f"Ready: {name} ({info.model_type}, {info.dtype} on {info.device}, context "
             f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
             f"{_size(info.peak_bytes)} at the peak of loading) at {address}\n"
             f"Try:\n"
-            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '"
+            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"
             f'{{"model": "{name}", "reasoning_lambda": 0.6, "messages": [{{"role": "user", '
             f'"content": "a=6,b=a-2,c=b+6,d=c-3. d?"}}]}}\'',
             flush=True,

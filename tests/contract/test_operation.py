@@ -107,6 +107,7 @@ def test_keys_come_from_a_file_and_are_told_nowhere(start_fake: Start, tmp_path:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
     wait_until(lambda: "key=team" in process.output)
+    assert "-H 'Authorization: Bearer KEY'" in process.output  # in what it says to try
     assert "sk-" not in process.output
 
 
