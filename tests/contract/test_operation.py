@@ -36,7 +36,7 @@ def code(line: str) -> str:
 
 
 def test_a_hung_engine_ends_every_stream_and_the_server(start_fake: Start) -> None:
-    process = start_fake("--engine-timeout", "1")
+    process = start_fake("--engine-timeout", "3")
     waiting, wedged = streamed(process, "wait"), streamed(process, "wedge")
     next(waiting)
     *_, last = wedged
@@ -59,7 +59,7 @@ def test_a_hung_engine_does_not_hold_up_the_drain(start_fake: Start) -> None:
 
 
 def test_deadlines_are_kept_while_draining(start_fake: Start) -> None:
-    process = start_fake("--request-timeout", "1.5", "--drain-timeout", "60")
+    process = start_fake("--request-timeout", "3", "--drain-timeout", "60")
     lines = streamed(process, "wait")
     next(lines)
     process.terminate()
