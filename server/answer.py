@@ -8,7 +8,7 @@ from typing import Any
 from mi_runtime.request import TokenEvent
 from server.choice import Choice, Chunk
 from server.dial import Routing
-from server.errors import ApiError
+from server.errors import ApiError, DeadlineExceeded
 from server.generation import Generation
 
 
@@ -84,8 +84,9 @@ class Answer:
                     chunks = [chunk for chunk in taken if chunk is not None]
                     if chunks or not events:
                         yield chunks
-        except ApiError:
-            unfinished = "error"
+        except ApiError as error:
+            unfinished = "deadline" if isinstance(error, DeadlineExceeded) else "error"
+            self._notes["error"] = error.code
             raise
         finally:
             alarm.cancel()
@@ -103,7 +104,6 @@ class Answer:
         return chunk
 
     def _note(self, unfinished: str) -> None:
-        meter = self.choices[0].meter
         usage = self.usage
         self._notes |= {
             "finish": ",".join(choice.finish_reason or unfinished for choice in self.choices),
@@ -112,8 +112,7 @@ class Answer:
             "reasoning": usage["completion_tokens_details"]["reasoning_tokens"],
             **({"forced_close": 1} if self.forced_close else {}),
             "cached": usage["prompt_tokens_details"]["cached_tokens"],
-            "queue_s": round(meter.queue_seconds, 4),
-            "first_token_s": round(meter.first_token_seconds or 0.0, 4),
+            **self.choices[0].meter.stages(prepared=self._notes.get("prepare_s", 0.0)),
         }
 
 

@@ -1,5 +1,6 @@
 """The ASGI app: routes, the one shape of errors, and the engine's life around them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -9,13 +10,16 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from server import __version__, chat, completions, openapi, tokenization
+from server import __version__, chat, completions, dial, openapi, request_log, tokenization
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
+from server.gate import Gate
 from server.profile_view import profile_view
 from server.request_log import RequestLog
+from server.responses import error_response
 from server.service import Service
 
 LISTED_LAMBDAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -32,12 +36,35 @@ def create_app(service: Service) -> ASGIApp:
             yield
         finally:
             await service.engine.stop()
+            if service.tracing is not None:
+                await asyncio.to_thread(service.tracing.close)
 
     app = FastAPI(title="mi-server", version=__version__, lifespan=lifespan, openapi_url=None)
     app.state.service = service
     _add_routes(app)
     _add_error_handlers(app)
-    return RequestLog(app)
+    return RequestLog(_guarded(app, service), service.tracing)
+
+
+def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
+    """Behind the gate; browsers of known origins may read even what it refuses."""
+    settings = service.settings
+    gate = Gate(
+        app,
+        keys=service.keys,
+        limits=service.rate_limits,
+        request_timeout=settings.request_timeout,
+        rejected=service.metrics.rejected,
+    )
+    if not settings.cors_origin:
+        return gate
+    return CORSMiddleware(
+        gate,
+        allow_origins=settings.cors_origin,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[request_log.HEADER, dial.HEADER, "Retry-After"],
+    )
 
 
 def _service(request: Request) -> Service:
@@ -130,8 +157,9 @@ def _model(name: str, service: Service) -> dict[str, Any]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return _error_response(error)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        request.state.trace.notes["error"] = error.code
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -145,8 +173,4 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:
-        return _error_response(RequestFailed("The server failed to answer this request"))
-
-
-def _error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, headers=error.headers)
+        return error_response(RequestFailed("The server failed to answer this request"))

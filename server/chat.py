@@ -15,10 +15,18 @@ from starlette.responses import JSONResponse, Response
 from mi_runtime.request import Dial, EngineInfo, EngineRequest, SamplingParams, ThinkPolicy
 from server import dial
 from server.answer import Answer, AnswerHead
+from server.callers import Caller
 from server.choice import Choice, Observe, unobserved
+from server.deadline import Deadline
 from server.dial import Routing
 from server.echo import Echo, EchoingChoice
-from server.errors import BodyTooLarge, InvalidRequest, Unavailable
+from server.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    InvalidRequest,
+    RateLimited,
+    Unavailable,
+)
 from server.generation import ClientLeft
 from server.inputs import budgets, read_inputs
 from server.prompt import Ending, Prompt
@@ -52,9 +60,17 @@ class Asked:
     choices: Sequence[AskedChoice]
     engine: EngineInfo
     trace: Trace
+    caller: Caller
     form: Form = CHAT
     prompts: int = 1  # each of them with as many choices
     include_reasoning: bool = True
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
+        lengths = [len(choice.prompt.token_ids) for choice in self.choices]
+        each = len(lengths) // self.prompts
+        return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
@@ -67,12 +83,17 @@ async def respond(
     understand: Callable[[Request, Service, Trace], Awaitable[Asked]],
 ) -> Response:
     """The answer to what `understand` makes of a request. Raises what is refused."""
+    deadline: Deadline = request.state.deadline
     try:
-        asked = await understand(request, service, request.state.trace)
+        service.admitted()  # before the body is read
+        service.engine.check_room()
+        async with deadline.kept():
+            asked = await understand(request, service, request.state.trace)
         answer = _submit(asked, service)
-    except Unavailable as error:
+    except (Unavailable, RateLimited, DeadlineExceeded) as error:
         service.metrics.rejected(error.code)
         raise
+    deadline.bound(answer.generation)
     headers = {dial.HEADER: asked.routing.header}
     if asked.wire.stream:
         writer = asked.form.writer(answer.head)
@@ -99,7 +120,6 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
     """Everything that can be refused is refused here."""
-    service.admitted()  # before the body is read
     wire = parse_chat_request(await read_body(request, service.settings.max_body_bytes))
     engine = service.admitted()
     routing = route(wire, request.headers.get(dial.HEADER), service, engine)
@@ -121,7 +141,15 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
         for setting, prompt in zip(routing.dials, prompts, strict=True)
     ]
     choices = starts if routing.fan_out else copies(starts[0], wire.choices)
-    return Asked(wire, routing, choices, engine, trace, include_reasoning=wire.shows_reasoning)
+    return Asked(
+        wire,
+        routing,
+        choices,
+        engine,
+        trace,
+        request.state.caller,
+        include_reasoning=wire.shows_reasoning,
+    )
 
 
 def route(
@@ -156,6 +184,7 @@ def copies(start: AskedChoice, count: int) -> list[AskedChoice]:
 
 def note(trace: Trace, wire: GenerationRequest, routing: Routing) -> None:
     trace.notes |= {
+        "model": wire.model,
         "lambda": routing.header,
         "source": routing.source,
         "stream": int(wire.stream),
@@ -170,8 +199,11 @@ def note(trace: Trace, wire: GenerationRequest, routing: Routing) -> None:
 def _submit(asked: Asked, service: Service) -> Answer:
     """Hand the choices to the engine, each as a request of its own."""
     requests = _engine_requests(asked, service)
+    service.rate_limits.check_tokens(asked.caller)
     generation = service.engine.submit(requests)
     service.metrics.routed(asked.routing)
+    asked.trace.notes["prepare_s"] = round(time.perf_counter() - asked.trace.arrived, 4)
+    service.rate_limits.spend(asked.caller, asked.prompt_tokens)
     choices = {
         request.request_id: _choice(index, asked, service) for index, request in enumerate(requests)
     }
@@ -188,7 +220,7 @@ def _engine_requests(asked: Asked, service: Service) -> list[EngineRequest]:
             dial=choice.dial,
             sampling=choice.sampling,
             think=_think_policy(choice.prompt, routing.cap, service),
-            cache_salt=asked.wire.cache_salt,
+            cache_salt=asked.caller.cache_salt(asked.wire.cache_salt),
             answer_dial=None if routing.answer == choice.dial else routing.answer,
             priority=asked.wire.priority,
         )
@@ -243,16 +275,9 @@ def _head(asked: Asked) -> AnswerHead:
         model=asked.wire.model,
         system_fingerprint=f"fp_{asked.engine.fingerprint[:16]}",
         routing=asked.routing,
-        prompt_tokens=_prompt_tokens(asked),
+        prompt_tokens=asked.prompt_tokens,
         prompts=asked.prompts,
         include_usage=asked.wire.include_usage,
         include_reasoning=asked.include_reasoning,
         logprobs=asked.wire.alternatives is not None,
     )
-
-
-def _prompt_tokens(asked: Asked) -> int:
-    """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
-    lengths = [len(choice.prompt.token_ids) for choice in asked.choices]
-    each = len(lengths) // asked.prompts
-    return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))

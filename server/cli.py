@@ -10,15 +10,19 @@ cannot be served.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from server import __version__, merging
+from server import __version__, logs, merging
+from server.callers import KeyFileError
 from server.checkpoint import CheckpointError, Endpoint, local_directory
 from server.config import ConfigError, Settings, load_settings
 from server.engine_client import WORKER_COMMAND, EngineClient
 from server.profiles import ProfileError
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 UNSERVABLE = 2
 
@@ -29,6 +33,7 @@ def main(
     parser = argparse.ArgumentParser(
         prog="mi-server",
         description="Serve an Instruct and a Thinking checkpoint at every λ between them.",
+        epilog="mi-server COMMAND --help tells the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"mi-server {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -40,7 +45,7 @@ def main(
             merging.main(flags)
             return 0
         return serve(load_settings(flags), worker_command)
-    except (ConfigError, CheckpointError, ProfileError) as error:
+    except (ConfigError, CheckpointError, KeyFileError, ProfileError) as error:
         print(f"mi-server: {error}", file=sys.stderr)
         return UNSERVABLE
 
@@ -48,17 +53,18 @@ def main(
 def serve(settings: Settings, worker_command: Sequence[str]) -> int:
     """Serve until the end; returns the exit code.
 
-    Raises `ConfigError`, `CheckpointError` and `ProfileError`.
+    Raises `ConfigError`, `CheckpointError`, `KeyFileError` and `ProfileError`.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
+    settings.check_certificate()
+    tracing = _tracing(settings)
     instruct = local_directory(settings.instruct_endpoint)
     thinking = local_directory(settings.thinking_endpoint)
     engine = EngineClient(
         settings.engine_config(instruct=instruct, thinking=thinking),
         max_waiting=settings.max_waiting,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        timeout=settings.engine_timeout,
         command=worker_command,
     )
     engine.start()  # it loads while this process still imports and reads
@@ -66,11 +72,24 @@ def serve(settings: Settings, worker_command: Sequence[str]) -> int:
         from server.service import Service
         from server.serving import run
 
-        service = Service(settings, Endpoint.read(instruct), Endpoint.read(thinking), engine)
+        endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
+        service = Service(settings, *endpoints, engine, tracing)
     except BaseException:
         engine.discard()
         raise
     return run(service)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ImportError as error:
+        raise ConfigError(
+            f"--otlp-traces-endpoint needs OpenTelemetry: pip install 'mi-server[otel]' ({error})"
+        ) from error
+    return Tracing(settings.otlp_traces_endpoint)
 
 
 if __name__ == "__main__":

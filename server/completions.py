@@ -45,7 +45,6 @@ async def completions(request: Request, service: Service) -> Response:
 
 async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
     """Everything that can be refused is refused here."""
-    service.admitted()  # before the body is read
     wire = parse_completion_request(await read_body(request, service.settings.max_body_bytes))
     engine = service.admitted()
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
@@ -59,7 +58,16 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
         for prompt in prompts
         for choice in _choices(prompt, wire, routing.dials, service, engine)
     ]
-    return Asked(wire, routing, choices, engine, trace, form=TEXT, prompts=len(prompts))
+    return Asked(
+        wire,
+        routing,
+        choices,
+        engine,
+        trace,
+        request.state.caller,
+        form=TEXT,
+        prompts=len(prompts),
+    )
 
 
 def _choices(

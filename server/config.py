@@ -4,18 +4,18 @@ Flags win over the environment (`MI_PORT`), the environment over a YAML file (`-
 over the defaults below. Keys nobody knows are refused in all three. Nothing changes after start.
 """
 
-import argparse
 import os
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
-    CliSettingsSource,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -23,11 +23,34 @@ from pydantic_settings import (
 
 from mi_runtime.config import BlendPolicy, Device, Dtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
+from server import flags
 
 ENVIRONMENT_PREFIX: Final = "MI_"
 KUBERNETES_PREFIX: Final = "MI_SERVER_"
 """Of the variables that Kubernetes sets in every pod beside a service named `mi-server`."""
 EMBEDDED_NAME: Final = "mi-embedded"
+SECTIONS: Final = {
+    "Configuration": "config",
+    "The pair": "instruct",
+    "The dial": "default_lambda",
+    "The engine": "max_model_len",
+    "The server": "host",
+    "Limits": "max_waiting",
+    "Security": "api_key",
+    "Observability": "log_level",
+}
+"""Titles of the groups of settings, each with the first of its settings."""
+
+
+def _listed(value: Any) -> Any:
+    """Commas separate the values of a list in one flag or variable."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    return [part for text in texts for part in map(str.strip, text.split(",")) if part]
+
+
+Listed = (NoDecode, BeforeValidator(_listed))
 
 
 class ConfigError(Exception):
@@ -43,9 +66,7 @@ class Settings(BaseSettings):
         frozen=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
+        hide_input_in_errors=True,
     )
 
     config: Path | None = None
@@ -126,22 +147,95 @@ class Settings(BaseSettings):
     """TCP port to listen on; 0 takes a free one."""
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
     """Name that requests call the pair by; default: the Thinking endpoint's."""
-    max_waiting: Annotated[int, Field(ge=0)] = 1024
-    """Requests that may wait for the engine; more get a 503."""
-    max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**20
-    """Bytes of a request's body; more get a 413."""
+    root_path: Annotated[str, Field(pattern=r"^(/[^/]+)*$")] = ""
+    """Path under which a gateway serves this server, and which it strips: `/mi`."""
+    forwarded_allow_ips: str | None = None
+    """Addresses of proxies, separated by commas, whose X-Forwarded-For and -Proto are believed;
+    `*`: everybody's; default: nobody's."""
     keep_alive: Annotated[float, Field(gt=0)] = 15.0
     """Seconds of silence in a stream before a comment is sent."""
     drain_timeout: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests may take after SIGTERM."""
+
+    # Limits
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    """Requests that may wait for the engine; more get a 503."""
+    max_waiting_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens that may wait for their first token; more get a 503; default: no limit."""
+    max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**20
+    """Bytes of a request's body; more get a 413."""
+    request_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds a request may take, queue included; more get a 504. Requests may ask for less by the
+    header X-Request-Timeout; default: no limit."""
+    engine_timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without a word from an engine that has work, after which it counts as hung and the
+    server ends. Longer than the longest step."""
+    rate_limit_requests: Annotated[int, Field(ge=1)] | None = None
+    """Requests a minute for each API key, or each client address where there are no keys; more get
+    a 429; default: no limit."""
+    rate_limit_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens a minute, prompts and answers, for each API key or client address; default: no
+    limit."""
+
+    # Security
+    api_key: Annotated[list[SecretStr], *Listed] = []
+    """Key that requests must bring as `Authorization: Bearer KEY`; may be repeated. A flag can be
+    read by every user of the machine: prefer a file or the environment."""
+    api_key_file: Path | None = None
+    """File of keys, one a line, each with an optional name behind it for the log; # begins a
+    comment."""
+    cors_origin: Annotated[list[str], *Listed] = []
+    """Origin whose web pages may send requests, as `https://example.org`, or `*`; may be
+    repeated; default: none."""
+    ssl_certfile: Path | None = None
+    """Certificate chain in PEM; with it the server speaks TLS."""
+    ssl_keyfile: Path | None = None
+    """Private key in PEM; default: in the file of the certificate."""
+    ssl_keyfile_password: SecretStr | None = None
+    """Password of the private key."""
+    ssl_ca_certs: Path | None = None
+    """Authorities in PEM; with them only clients that show a certificate of theirs are served."""
+
+    # Observability
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """Lines to read, or one JSON object a line."""
+    otlp_traces_endpoint: str | None = None
+    """URL that OpenTelemetry spans are sent to over HTTP, as `http://collector:4318/v1/traces`;
+    needs `pip install 'mi-server[otel]'`; default: no traces."""
 
     @model_validator(mode="after")
     def _whole_pair(self) -> "Settings":
         if (self.instruct is None) != (self.thinking is None):
             raise ValueError("--instruct and --thinking belong together; give both or neither")
         return self
+
+    @model_validator(mode="after")
+    def _whole_certificate(self) -> "Settings":
+        others = (self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs)
+        if self.ssl_certfile is None and any(other is not None for other in others):
+            raise ValueError("--ssl-keyfile, its password and --ssl-ca-certs need --ssl-certfile")
+        return self
+
+    def check_certificate(self) -> None:
+        """Raises `ConfigError` where the files for TLS cannot be used."""
+        if self.ssl_certfile is None:
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # Never None: OpenSSL would ask for the password on the terminal.
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, self.key_password or "")
+            if self.ssl_ca_certs is not None:
+                context.load_verify_locations(self.ssl_ca_certs)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"The files of --ssl-… cannot be used: {error}") from None
+
+    @property
+    def key_password(self) -> str | None:
+        """Of the certificate's private key."""
+        secret = self.ssl_keyfile_password
+        return None if secret is None else secret.get_secret_value()
 
     @property
     def instruct_endpoint(self) -> str:
@@ -197,25 +291,14 @@ class Settings(BaseSettings):
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
 
 
-class _Help(argparse.HelpFormatter):
-    """Leaves out defaults that say nothing: where there is none, the description tells."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help and action.help.replace(" (default: null)", "")
-
-
 def load_settings(arguments: Sequence[str]) -> Settings:
     """The settings from flags, environment and file. Raises `ConfigError`; `--help` exits."""
     _refuse_unknown_environment()
-    file = _config_file(arguments)
-    flags: CliSettingsSource[Any] = CliSettingsSource(
-        Settings,
-        cli_prog_name="mi-server serve",
-        cli_parse_args=list(arguments),
-        formatter_class=_Help,
-    )
-    given: dict[str, Any] = {"_cli_settings_source": flags}
+    given = flags.parse(Settings, SECTIONS, arguments)
+    file = given.get("config", os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"))
     if file is not None:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file}: no such file (--config)")
         given["config"] = file
     try:
         return Settings(**given)
@@ -223,16 +306,6 @@ def load_settings(arguments: Sequence[str]) -> Settings:
         raise ConfigError("\n".join(_said(detail) for detail in error.errors())) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not readable as YAML: {error}") from None
-
-
-def _config_file(arguments: Sequence[str]) -> Path | None:
-    """The file's path is needed before the settings are read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"))
-    name: str | None = parser.parse_known_args(arguments)[0].config
-    if name is not None and not Path(name).is_file():
-        raise ConfigError(f"{name}: no such file (--config)")
-    return None if name is None else Path(name)
 
 
 def _refuse_unknown_environment() -> None:

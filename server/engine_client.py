@@ -4,7 +4,8 @@
     event loop ◀── one call a message ── reader thread ◀── pipe ◀──┘
 
 Two threads, so that neither a full pipe nor an unpickled message ever blocks the loop. The engine
-process dying is the end of the pipe: every open answer gets an error, and `ended` tells why.
+process dying is the end of the pipe: every open answer gets an error, and `ended` tells why. One
+that lives and says nothing, though it has work, is killed.
 """
 
 import asyncio
@@ -33,10 +34,13 @@ from mi_runtime.request import (
     Report,
     StepReport,
     Submit,
+    TokenEvent,
 )
 from mi_runtime.thinking import TokenMarks
 from server.errors import Draining, EngineDead, InvalidRequest, Overloaded
 from server.generation import Generation
+from server.pace import Pace
+from server.watchdog import LOOKS, Traffic, Watchdog
 
 _T = TypeVar("_T")
 
@@ -59,14 +63,23 @@ class EngineClient:
         config: EngineConfig,
         *,
         max_waiting: int,
+        max_waiting_tokens: int | None = None,
+        timeout: float = 300.0,
         command: Sequence[str] = WORKER_COMMAND,
         stop_grace: float = 5.0,
     ) -> None:
         self._config = config
         self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens  # of prompts; None: any number
+        self._timeout = timeout  # seconds of silence of an engine that has work
         self._command = command
         self._stop_grace = stop_grace  # seconds between the pipe's end and a kill
         self._open: dict[str, Generation] = {}
+        self._unstarted: dict[str, int] = {}  # prompt tokens of open requests without an event
+        self._owed: set[str] = set()  # requests whose end the engine has not told, aborted or not
+        self._pace = Pace()
+        self._received = self._given = self._sent = 0  # messages
+        self._watch: asyncio.TimerHandle | None = None  # while the engine owes
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -108,6 +121,8 @@ class EngineClient:
     async def stop(self) -> None:
         """End the pipe, wait for the engine process, and kill it if it does not go by itself."""
         self._stopping = True
+        if self._watch is not None:
+            self._watch.cancel()
         self._commands.put(None)
         if self.info is None:
             self._process.terminate()  # it loads, and does not look at its pipe
@@ -130,11 +145,16 @@ class EngineClient:
 
     def submit(self, requests: Sequence[EngineRequest]) -> Generation:
         """Hand the requests of one answer to the engine, or raise `Overloaded`."""
-        self._admit(len(requests))
+        self.check_room(len(requests), sum(len(it.prompt) for it in requests))
         generation = Generation([it.request_id for it in requests], self._release)
         for request in requests:
             self._open[request.request_id] = generation
-            self._commands.put(Submit(request))
+            self._unstarted[request.request_id] = len(request.prompt)
+            self._owed.add(request.request_id)
+            self._give(Submit(request))
+        if self._watch is None:
+            self._watchdog = Watchdog(self._traffic)
+            self._look_later()
         return generation
 
     def end_open_requests(self) -> None:
@@ -142,7 +162,8 @@ class EngineClient:
         for generation in set(self._open.values()):
             generation.fail(Draining("The server shut down before the answer was complete"))
 
-    def _admit(self, count: int) -> None:
+    def check_room(self, count: int = 1, prompt_tokens: int = 1) -> None:
+        """Raises `Overloaded` where the queue has no room for so many requests and tokens."""
         if self.ended is not None:
             raise EngineDead("The engine process is gone")
         capacity = self._config.max_num_seqs + self._max_waiting
@@ -152,24 +173,41 @@ class EngineClient:
         waiting = min(self.stats.waiting, len(self._open))
         queue_is_full = waiting > 0 and waiting + count > self._max_waiting
         if queue_is_full or len(self._open) + count > capacity:
-            raise Overloaded(
+            raise self._overloaded(
                 f"{waiting} requests are waiting and {len(self._open)} are open; "
                 f"the server's limit is {self._max_waiting} waiting"
             )
+        tokens, limit = sum(self._unstarted.values()), self._max_waiting_tokens
+        if limit is not None and tokens and tokens + prompt_tokens > limit:
+            raise self._overloaded(
+                f"{tokens} prompt tokens are waiting; the server's limit is {limit}"
+            )
+
+    def _overloaded(self, message: str) -> Overloaded:
+        """Comes with the time that the requests before this one will take."""
+        seconds = self._pace.seconds_for(max(1, len(self._unstarted)), time.perf_counter())
+        return Overloaded(message, retry_after=seconds)
 
     def _release(self, request_id: str, engine_works_on_it: bool) -> None:
         self._open.pop(request_id, None)
+        self._unstarted.pop(request_id, None)
         if engine_works_on_it and self.ended is None:
-            self._commands.put(Abort(request_id))
+            self._give(Abort(request_id))
+
+    def _give(self, command: Command) -> None:
+        self._given += 1
+        self._commands.put(command)
 
     # --- messages, on the event loop -------------------------------------------------------------
 
     def _receive(self, report: Report) -> None:
+        self._received += 1
         match report:
             case StepReport(events, stats):
                 self.stats = stats
                 now = time.perf_counter()
                 for event in events:
+                    self._note(now, event)
                     generation = self._open.get(event.request_id)
                     if generation is not None:
                         generation.push(now, event)
@@ -178,6 +216,12 @@ class EngineClient:
                 self.settled.set()
             case LoadFailed(message):
                 self._end(EngineEnded(message, exit_code=2))
+
+    def _note(self, now: float, event: TokenEvent) -> None:
+        self._unstarted.pop(event.request_id, None)
+        if event.finish_reason is not None:
+            self._owed.discard(event.request_id)
+            self._pace.ended(now)
 
     def _end(self, reason: EngineEnded) -> None:
         """The first reason counts: a failed load is followed by the pipe's end."""
@@ -188,6 +232,31 @@ class EngineClient:
         for generation in set(self._open.values()):
             generation.fail(EngineDead(str(reason)))
 
+    # --- an engine that hangs --------------------------------------------------------------------
+
+    @property
+    def _traffic(self) -> Traffic:
+        return Traffic(self._received, self._given, self._sent)
+
+    def _look_later(self) -> None:
+        self._watch = self._loop.call_later(self._timeout / LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._watch = None
+        if not self._owed or self.ended is not None:
+            return
+        if self._watchdog.look(self._traffic):
+            self._end(
+                EngineEnded(
+                    f"The engine process hangs: it owes {len(self._owed)} answers and has said "
+                    f"nothing for {self._timeout:g} s (--engine-timeout)",
+                    exit_code=1,
+                )
+            )
+            self._process.kill()
+        else:
+            self._look_later()
+
     # --- threads ---------------------------------------------------------------------------------
 
     def _write(self) -> None:
@@ -195,7 +264,11 @@ class EngineClient:
             self._pipe.send(self._config)
             while (command := self._commands.get()) is not None:
                 self._pipe.send(command)
-        # Unlike a close, a shutdown also ends the reader's wait.
+                self._sent += 1
+        self._shut()
+
+    def _shut(self) -> None:
+        """Unlike a close, this also ends what waits on the pipe in another thread."""
         with suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)
 
@@ -219,11 +292,15 @@ class EngineClient:
             self._loop.call_soon_threadsafe(call, argument)
 
     def _reap(self) -> None:
-        try:
-            self._process.wait(timeout=self._stop_grace)
-        except subprocess.TimeoutExpired:
+        if not self._exits():
             self._process.kill()
-            self._process.wait()
+            self._exits()  # where even that has to wait for a driver, the server goes without it
+        self._shut()
         for thread in self._threads:
             thread.join()
         self._pipe.close()
+
+    def _exits(self) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=self._stop_grace)
+        return self._process.returncode is not None

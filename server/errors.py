@@ -3,21 +3,25 @@
 ApiError
 ├── InvalidRequest          400 invalid_request_error
 │   └── ContextTooLong      400 context_length_exceeded
+├── InvalidApiKey           401 invalid_api_key
 ├── NotFound                404 not_found
 │   └── ModelNotFound       404 model_not_found
 ├── BodyTooLarge            413 request_too_large
+├── RateLimited             429 rate_limit_exceeded, with Retry-After
 ├── RequestFailed           500 internal_error
-└── Unavailable             503, with Retry-After
-    ├── Overloaded              overloaded
-    ├── Draining                draining
-    ├── Loading                 loading
-    └── EngineDead              engine_dead
+├── Unavailable             503, with Retry-After
+│   ├── Overloaded              overloaded
+│   ├── Draining                draining
+│   ├── Loading                 loading
+│   └── EngineDead              engine_dead
+└── DeadlineExceeded        504 deadline_exceeded
 """
 
 from typing import Any, ClassVar, Final
 
 LONGEST_MESSAGE: Final = 500  # characters; an error never echoes its input unboundedly
 LONGEST_PARAM: Final = 200
+LONGEST_RETRY: Final = 120  # seconds; beyond them the OpenAI client does not come back
 
 
 class ApiError(Exception):
@@ -26,10 +30,14 @@ class ApiError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
-    retry_after: ClassVar[int | None] = None  # seconds
+    retry_after: int | None = None  # seconds
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
+        if retry_after is not None:
+            self.retry_after = min(max(retry_after, 1), LONGEST_RETRY)
         self.message = bounded(message, LONGEST_MESSAGE)
         self.param = None if param is None else bounded(param, LONGEST_PARAM)
 
@@ -59,6 +67,16 @@ class ContextTooLong(InvalidRequest):
         )
 
 
+class InvalidApiKey(ApiError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
 class NotFound(ApiError):
     status = 404
     type = "invalid_request_error"
@@ -80,6 +98,12 @@ class BodyTooLarge(ApiError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class RateLimited(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class RequestFailed(ApiError):
@@ -108,6 +132,11 @@ class Loading(Unavailable):
 class EngineDead(Unavailable):
     code = "engine_dead"
     retry_after = 10
+
+
+class DeadlineExceeded(ApiError):
+    status = 504
+    code = "deadline_exceeded"
 
 
 def error_body(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The open engine requests of one answer, and the events that came for them.
 
-The engine client pushes; one task takes, as many events at a time as are there. Leaving early, for
-whatever reason, aborts in the engine what is still open.
+The engine client pushes; one task takes, as many events at a time as are there. Leaving early and
+failing, for whatever reason, abort in the engine what is still open.
 """
 
 import asyncio
@@ -23,8 +23,9 @@ class Generation:
         self._open = set(request_ids)
         self._release = release  # (request id, whether the engine still works on it)
         self._events: list[tuple[float, TokenEvent]] = []
-        self._failure: Exception | None = None
+        self._failure: ApiError | ClientLeft | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._expiry: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> "Generation":
         return self
@@ -35,13 +36,15 @@ class Generation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
         for request_id in list(self._open):
             self.abort(request_id)
 
     @property
     def is_open(self) -> bool:
         """Whether events are still to come, or to be taken."""
-        return bool(self._open or self._events)
+        return bool(self._open or self._events or self._failure)
 
     async def take(self) -> list[tuple[float, TokenEvent]]:
         """The events that came, each with the time it did; empty after a `wake`."""
@@ -73,9 +76,19 @@ class Generation:
             self.wake()
 
     def fail(self, error: ApiError | ClientLeft) -> None:
-        """End the answer: the taker gets this error after the events that are there."""
-        self._failure = self._failure or error
+        """End an answer that is not complete: the taker gets this error after the events that are
+        there. The engine stops at once, also where the taker is held up by a slow reader."""
+        if not self._open:
+            return
+        self._failure = error
+        for request_id in self._open:
+            self._release(request_id, True)
+        self._open.clear()
         self.wake()
+
+    def expire(self, seconds: float, error: ApiError) -> None:
+        """Fail with `error` in `seconds`, if the answer is not complete by then."""
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

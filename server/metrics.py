@@ -144,8 +144,8 @@ class RequestMeter:
         self._last_token: float | None = None
         self._first_answer_seen = False
         self._closed = False
-        self.first_token_seconds: float | None = None
-        self.queue_seconds = 0.0
+        self._first_token: float | None = None
+        self._queue_seconds = 0.0
 
     def token(self, at: float, *, queue_seconds: float, inside_block: bool) -> None:
         self._generated.inc()
@@ -174,10 +174,24 @@ class RequestMeter:
         if self._cap and reason in ("stop", "length"):
             metrics._budget_used.labels(*self._labels).observe(reasoning_tokens / self._cap)
 
+    def stages(self, *, prepared: float) -> dict[str, float]:
+        """Seconds of each stage of a request that was submitted `prepared` seconds after its
+        arrival; empty before its first token."""
+        if self._first_token is None or self._last_token is None:
+            return {}
+        first = self._first_token - self._arrived
+        stages = {
+            "queue_s": self._queue_seconds,
+            "prefill_s": max(0.0, first - prepared - self._queue_seconds),
+            "first_token_s": first,
+            "decode_s": self._last_token - self._first_token,
+        }
+        return {name: round(seconds, 4) for name, seconds in stages.items()}
+
     def _first(self, at: float, queue_seconds: float) -> None:
-        self.first_token_seconds = at - self._arrived
-        self.queue_seconds = queue_seconds
-        self._metrics._ttft.labels(*self._labels).observe(self.first_token_seconds)
+        self._first_token = at
+        self._queue_seconds = queue_seconds
+        self._metrics._ttft.labels(*self._labels).observe(at - self._arrived)
         self._metrics._queue.labels(*self._labels).observe(queue_seconds)
 
 

@@ -1,14 +1,22 @@
-"""Every request has an id that comes back in `X-Request-Id`, and leaves one line in the log."""
+"""Every request has an id that comes back in `X-Request-Id`, and leaves one line in the log.
+
+Where traces are asked for it leaves a span as well, with the same facts.
+"""
 
 import logging
 import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.logs import loggable
+
+if TYPE_CHECKING:  # OpenTelemetry is imported only where traces are asked for
+    from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +38,9 @@ class Trace:
 class RequestLog:
     """ASGI middleware, the outermost: errors have an id as well."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracing: "Tracing | None" = None) -> None:
         self._app = app
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,7 +60,29 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            _log(scope, status, trace)
+            self._told(scope, status, trace)
+
+    def _told(self, scope: Scope, status: int, trace: Trace) -> None:
+        quiet = path_of(scope) in QUIET_PATHS
+        seconds = time.perf_counter() - trace.arrived
+        trace.notes = {"id": trace.request_id, **trace.notes}
+        if self._tracing is not None and not quiet:
+            trace.notes["trace_id"] = self._tracing.record(
+                method=scope["method"],
+                path=path_of(scope),
+                status=status,
+                headers=Headers(scope=scope),
+                notes=trace.notes,
+                seconds=seconds,
+            )
+        trace.notes["total_s"] = round(seconds, 4)
+        _log(logging.DEBUG if quiet else logging.INFO, scope, status, trace.notes)
+
+
+def path_of(scope: Scope) -> str:
+    """The path as the routes know it, without the prefix of a gateway."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _trace(given: str | None) -> Trace:
@@ -61,18 +92,8 @@ def _trace(given: str | None) -> Trace:
     return Trace(uuid.uuid4().hex, False, time.perf_counter())
 
 
-def _log(scope: Scope, status: int, trace: Trace) -> None:
-    level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
-    if not logger.isEnabledFor(level):
-        return
-    seconds = time.perf_counter() - trace.arrived
-    notes = {"id": trace.request_id, **trace.notes, "total_s": round(seconds, 4)}
-    said = " ".join(f"{name}={_loggable(value)}" for name, value in notes.items())
+def _log(level: int, scope: Scope, status: int, notes: dict[str, Any]) -> None:
+    method, path = scope["method"], scope["path"]
+    fields = {"method": method, "path": path, "status": status, **notes}
     # Quoted as JSON would: a path is the client's text, and may hold line breaks.
-    logger.log(level, "%s %s %d %s", scope["method"], _loggable(scope["path"]), status, said)
-
-
-def _loggable(value: Any) -> str:
-    """One word on one line, whatever a client sent."""
-    text = str(value)
-    return text if text.isprintable() and " " not in text else ascii(text)
+    logger.log(level, "%s %s %d", method, loggable(path), status, extra={"fields": fields})

@@ -5,8 +5,10 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from mi_runtime.request import Dial, EngineInfo
+from server.callers import KeyRing
 from server.checkpoint import Endpoint
 from server.choice import Observe, unobserved
 from server.config import Settings
@@ -17,10 +19,14 @@ from server.errors import ApiError, Draining, EngineDead, Loading
 from server.metrics import EngineState, Metrics
 from server.profiles import Profile, load_profile, profile_of
 from server.prompt import Prompts
+from server.rate_limits import RateLimits
 from server.routing import RoutingPolicy, RoutingSettings
 from server.routing_metrics import RoutingCollector, RoutingState
 from server.sampling import SamplingPolicy
 from server.thinking import ThinkBlocks
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +39,15 @@ class Service:
     """
 
     def __init__(
-        self, settings: Settings, instruct: Endpoint, thinking: Endpoint, engine: EngineClient
+        self,
+        settings: Settings,
+        instruct: Endpoint,
+        thinking: Endpoint,
+        engine: EngineClient,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self.settings = settings
+        self.tracing = tracing
         self.engine = engine
         self.created = int(time.time())
         self._profile = None if settings.profile is None else load_profile(settings.profile)
@@ -61,6 +73,10 @@ class Service:
         self.metrics.follow_engine(self._engine_state)
         self.elastic = Elastic(_elastic_limits(settings)) if settings.elastic else None
         self.metrics.registry.register(RoutingCollector(settings.model_name, self._routing_state))
+        self.keys = KeyRing.of(settings.api_key, settings.api_key_file)
+        self.rate_limits = RateLimits(
+            requests=settings.rate_limit_requests, tokens=settings.rate_limit_tokens
+        )
 
     @property
     def refusal(self) -> ApiError | None:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 import time
 from types import FrameType
 from typing import Final
@@ -40,6 +41,14 @@ class _Server(uvicorn.Server):
                 create_app(service),
                 host=settings.host,
                 port=settings.port,
+                root_path=settings.root_path,
+                proxy_headers=settings.forwarded_allow_ips is not None,
+                forwarded_allow_ips=settings.forwarded_allow_ips,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+                ssl_keyfile_password=settings.key_password,
+                ssl_ca_certs=None if settings.ssl_ca_certs is None else str(settings.ssl_ca_certs),
+                ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -93,16 +102,18 @@ class _Server(uvicorn.Server):
         await engine.settled.wait()
         if engine.info is None:
             return
-        address = self._address()
-        name = self._service.settings.model_name
-        info = engine.info
+        address, name, info = self._address(), self._service.settings.model_name, engine.info
+        if self._service.settings.log_format == "json":
+            logger.info("Ready", extra={"fields": {"address": address, "model": name}})
+            return
+        key = " -H 'Authorization: Bearer KEY'" if self._service.keys else ""
         print(
             f"Ready: {name} ({info.model_type}, {info.dtype} on {info.device}, context "
             f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
             f"{_size(info.peak_bytes)} at the peak of loading; profile "
             f"{self._service.routing.name}) at {address}\n"
             f"Try:\n"
-            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '"
+            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"
             f'{{"model": "{name}", "reasoning_lambda": 0.6, "messages": [{{"role": "user", '
             f'"content": "a=6,b=a-2,c=b+6,d=c-3. d?"}}]}}\'',
             flush=True,
@@ -110,7 +121,8 @@ class _Server(uvicorn.Server):
 
     def _address(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._service.settings.ssl_certfile is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _size(count: int) -> str:

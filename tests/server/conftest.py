@@ -15,6 +15,7 @@ from server.checkpoint import Endpoint
 from server.config import Settings
 from server.engine_client import EngineClient
 from server.service import Service
+from server.tracing import Tracing
 from server.vocabulary import Vocabulary
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -73,11 +74,15 @@ def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFa
         engine = EngineClient(
             given.engine_config(instruct=instruct_directory, thinking=endpoint),
             max_waiting=given.max_waiting,
+            max_waiting_tokens=given.max_waiting_tokens,
+            timeout=given.engine_timeout,
             command=[sys.executable, str(FAKE_WORKER), *worker_flags],
             stop_grace=0.5,
         )
         engine.start()
-        return Service(given, Endpoint.read(instruct_directory), Endpoint.read(endpoint), engine)
+        tracing = Tracing(given.otlp_traces_endpoint) if given.otlp_traces_endpoint else None
+        endpoints = Endpoint.read(instruct_directory), Endpoint.read(endpoint)
+        return Service(given, *endpoints, engine, tracing)
 
     return make
 

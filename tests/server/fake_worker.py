@@ -129,6 +129,7 @@ def told(request: EngineRequest) -> dict[str, Any]:
         "seed": request.sampling.seed,
         "prompt": len(request.prompt),
         "priority": request.priority,
+        "cache_salt": request.cache_salt,
     }
 
 

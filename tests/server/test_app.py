@@ -10,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import server
+from server import logs
 
 MakeClient = Callable[..., TestClient]
 WaitUntil = Callable[[Callable[[], bool]], None]
@@ -373,11 +374,15 @@ def test_every_request_leaves_one_line_with_its_timings(
     with caplog.at_level("INFO", "server.request_log"):
         chat(client, THOUGHT, stream=True, reasoning_lambda=0.6, user="a\nb c")
     (record,) = [it for it in caplog.records if it.name == "server.request_log"]
-    line = record.getMessage()
-    assert line.startswith("POST /v1/chat/completions 200 id=")
-    for part in ("lambda=0.6", "source=body", "finish=stop", "reasoning=5", "first_token_s="):
+    line = logs.formatter("text").format(record)
+    assert " INFO server.request_log: POST /v1/chat/completions 200 id=" in line
+    for part in ("lambda=0.6", "source=body", "finish=stop", "reasoning=5"):
         assert part in line
     assert r"user='a\nb c'" in line
+    seconds = [record.fields[f"{stage}_s"] for stage in ("prepare", "queue", "prefill", "decode")]
+    assert min(seconds) >= 0
+    assert sum(seconds) <= record.fields["total_s"] + 0.001
+    assert record.fields["first_token_s"] > 0
 
 
 def gauge(client: TestClient, name: str) -> float:

@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+from server import logs
 
 MakeClient = Callable[..., TestClient]
 
@@ -289,6 +290,7 @@ def test_a_request_with_a_cap_leaves_it_in_the_log(
     client = make_client(opening=True)
     with caplog.at_level("INFO", "server.request_log"):
         said(client, "say abcd", reasoning_lambda=1, answer_lambda=0.5, thinking_budget=2)
-    line = next(it.getMessage() for it in caplog.records if it.name == "server.request_log")
+    record = next(it for it in caplog.records if it.name == "server.request_log")
+    line = logs.formatter("text").format(record)
     for part in ("lambda=1", "answer_lambda=0.5", "cap=2", "forced_close=1"):
         assert f" {part} " in line

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError, Settings, load_settings
+from server import flags
+from server.config import SECTIONS, ConfigError, Settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,66 @@ def test_every_setting_reaches_the_engine_under_its_name() -> None:
     assert (config.threads, config.prefix_caching) == (3, False)
     assert (config.max_model_len, config.num_blocks) == (99, 7)
     assert (config.blend_policy, config.blend_cache_bytes) == ("pair", 1000)
+
+
+def test_a_list_is_a_repeated_flag_a_variable_with_commas_or_a_list_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mi.yaml"
+    file.write_text("cors_origin: [https://a, https://b]\n")
+    assert load_settings(["--config", str(file)]).cors_origin == ["https://a", "https://b"]
+    monkeypatch.setenv("MI_CORS_ORIGIN", "https://c, https://d")
+    assert load_settings(["--config", str(file)]).cors_origin == ["https://c", "https://d"]
+    flags = ["--cors-origin", "https://e", "--cors-origin", "https://f"]
+    assert load_settings(flags).cors_origin == ["https://e", "https://f"]
+
+
+def test_a_key_is_shown_nowhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MI_API_KEY", "sk-one,sk-two")
+    settings = load_settings([])
+    assert [key.get_secret_value() for key in settings.api_key] == ["sk-one", "sk-two"]
+    assert "sk-" not in repr(settings) + str(settings) + str(settings.model_dump())
+    with pytest.raises(SystemExit):
+        load_settings(["--help"])
+    assert "sk-" not in capsys.readouterr().out
+    file = tmp_path / "mi.yaml"
+    file.write_text("api_key: {sk-three: 1}\n")
+    monkeypatch.delenv("MI_API_KEY")
+    with pytest.raises(ConfigError, match="api_key") as caught:
+        load_settings(["--config", str(file)])
+    assert "sk-" not in str(caught.value)
+
+
+def test_what_belongs_to_a_certificate_needs_one() -> None:
+    with pytest.raises(ConfigError, match="--ssl-certfile"):
+        load_settings(["--ssl-keyfile", "key.pem"])
+
+
+def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").write_text("no certificate")
+    for name in ("cert.pem", "none.pem"):
+        with pytest.raises(ConfigError, match="--ssl-"):
+            load_settings(["--ssl-certfile", str(tmp_path / name)]).check_certificate()
+
+
+def test_the_help_has_a_section_for_each_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["--port", "1", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles == ["options", *SECTIONS]
+    limits = text.partition("\nLimits:\n")[2].partition("\n\n")[0]
+    assert "--max-waiting N " in limits
+    assert "[1024]" in limits
+    assert "--port" not in limits
+
+
+def test_every_setting_stands_in_one_section() -> None:
+    listed = [name for _, group in flags.sections(Settings, SECTIONS) for name in group]
+    assert listed == list(Settings.model_fields)
 
 
 def test_the_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

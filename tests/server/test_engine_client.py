@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,10 +23,10 @@ FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 class Bench:
     """A client on a fake engine, and requests for it."""
 
-    def __init__(self, directory: Path, vocabulary: Vocabulary, max_waiting: int) -> None:
+    def __init__(self, directory: Path, vocabulary: Vocabulary, **limits: Any) -> None:
         config = EngineConfig(instruct=str(directory), thinking=str(directory), max_num_seqs=2)
         command = [sys.executable, str(FAKE_WORKER)]
-        self.client = EngineClient(config, max_waiting=max_waiting, command=command, stop_grace=0.3)
+        self.client = EngineClient(config, command=command, stop_grace=0.3, **limits)
         self.vocabulary = vocabulary
         self.count = 0
 
@@ -60,9 +61,10 @@ Scenario = Callable[[Bench], Awaitable[None]]
 def play(instruct_directory: Path, vocabulary: Vocabulary) -> Callable[..., None]:
     """Run a scenario on a fresh engine."""
 
-    def run(scenario: Scenario, max_waiting: int = 8) -> None:
+    def run(scenario: Scenario, max_waiting: int = 8, **limits: Any) -> None:
         async def whole() -> None:
-            async with Bench(instruct_directory, vocabulary, max_waiting).running() as bench:
+            limits["max_waiting"] = max_waiting
+            async with Bench(instruct_directory, vocabulary, **limits).running() as bench:
                 await asyncio.wait_for(scenario(bench), 20)
 
         asyncio.run(whole())
@@ -187,10 +189,71 @@ def test_an_engine_that_hangs_is_killed_at_the_end(
         os.kill(pids[0], 0)
 
 
+def test_an_engine_that_falls_silent_is_noticed_and_killed(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        with pytest.raises(EngineDead, match="hangs"), bench.submit("wedge") as generation:  # noqa: PT012
+            while True:
+                await generation.take()
+        assert bench.client.ended is not None
+        assert bench.client.ended.exit_code == 1
+        with pytest.raises(EngineDead):
+            bench.submit("say x")
+        await asyncio.to_thread(bench.client._process.wait)
+
+    play(scenario, timeout=0.8)
+
+
+def test_an_engine_that_hangs_is_noticed_though_its_client_left(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        seen = 0
+        with bench.submit("wedge") as generation:
+            while seen < 3:
+                seen += len(await generation.take())
+        assert bench.client.open_requests == 0
+        await until(lambda: bench.client.ended is not None)
+
+    play(scenario, timeout=0.8)
+
+
+def test_an_engine_that_does_not_read_holds_up_nobody(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.submit("wedge")
+        long = bench.submit("say " + "a" * 500_000)  # more than the pipe takes
+        with pytest.raises(EngineDead), long:
+            await long.take()
+
+    play(scenario, timeout=0.5)
+
+
+def test_an_engine_without_work_may_be_silent(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert await take_all(bench.submit("say 1"))
+        await until(lambda: bench.client._watch is None)  # it looked, and nothing was owed
+        assert bench.client.ended is None
+        assert await take_all(bench.submit("say 1"))
+
+    play(scenario, timeout=1.0)
+
+
+def test_prompt_tokens_that_wait_are_bounded(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        with bench.submit("wait"):  # a single prompt is never too long to wait
+            with pytest.raises(Overloaded, match="prompt tokens") as caught:
+                bench.submit("say 1")
+            assert caught.value.retry_after == 1
+        with bench.submit("forever") as generation:
+            await generation.take()
+            assert await take_all(bench.submit("say 1"))
+
+    play(scenario, max_waiting_tokens=1)
+
+
 def test_a_full_queue_is_overloaded_and_an_empty_one_is_not(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         with bench.submit("forever", "forever"), bench.submit("say 1"):
             await until(lambda: bench.client.stats.waiting == 1)
+            with pytest.raises(Overloaded):
+                bench.client.check_room()
             with pytest.raises(Overloaded):
                 bench.submit("say 2")
         assert await take_all(bench.submit("say 3"))

@@ -1,0 +1,63 @@
+"""One pipeline for every log line of this process, uvicorn's included: text to read, or JSON.
+
+A record may carry facts of its own: `logger.info("…", extra={"fields": {...}})`. Libraries' records
+carry none. The engine process writes to the same stream by itself.
+"""
+
+import logging
+from typing import Any, Final, Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+SHOWN_FIRST: Final = ("timestamp", "level", "logger", "event")
+IN_EVENT: Final = frozenset({"method", "path", "status"})
+"""Fields that the text of a request's line says already."""
+
+
+def configure(level: str, format: Literal["text", "json"]) -> None:
+    """Set up the root logger, once, before anything is logged."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter(format))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def formatter(format: Literal["text", "json"]) -> logging.Formatter:
+    as_text = format == "text"
+    renderer: Processor = _text if as_text else structlog.processors.JSONRenderer(default=str)
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.processors.TimeStamper(
+                fmt="%Y-%m-%d %H:%M:%S" if as_text else "iso", utc=not as_text
+            ),
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.stdlib.ExtraAdder(allow=["fields"]),
+            _with_fields,
+            structlog.processors.format_exc_info,
+        ],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+    )
+
+
+def loggable(value: Any) -> str:
+    """One word on one line, whatever a client sent."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else ascii(text)
+
+
+def _with_fields(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    return {**event.pop("fields", {}), **event}
+
+
+def _text(_: WrappedLogger, __: str, event: EventDict) -> str:
+    trouble = event.pop("exception", None)
+    fields = [
+        f"{name}={loggable(value)}"
+        for name, value in event.items()
+        if name not in SHOWN_FIRST and name not in IN_EVENT
+    ]
+    start = f"{event['timestamp']} {event['level'].upper()} {event['logger']}: {event['event']}"
+    line = " ".join([start, *fields])
+    return line if trouble is None else f"{line}\n{trouble}"
