@@ -170,7 +170,7 @@ def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
 
 def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     content = {
-        media: {"schema": {} if model is None else refs[model]}
+        media: {"schema": _schema(media, {} if model is None else refs[model])}
         for media, model in operation.answer.items()
     }
     headers = {"X-Request-Id": _header("The request's id, the client's own where it gave one")}
@@ -180,6 +180,14 @@ def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     if EVENTS in content:
         description += "; with `stream` as events, each with a chunk as data, then `[DONE]`"
     return {"description": description, "content": content, "headers": headers}
+
+
+def _schema(media: str, of_data: dict[str, Any]) -> dict[str, Any]:
+    """Of a stream, the schema of one event, whose data is JSON (the last one's is `[DONE]`)."""
+    if media != EVENTS:
+        return of_data
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": of_data}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _refusal(status: int, error: dict[str, Any]) -> dict[str, Any]:

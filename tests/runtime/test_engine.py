@@ -403,7 +403,7 @@ def test_an_id_can_be_used_again_after_its_end(
         ({"prompt": (1,) * 32}, "prompt", "context_length_exceeded"),
         ({"prompt": (1, VOCABULARY)}, "prompt", None),
         ({"prompt": (-1, 1)}, "prompt", None),
-        ({"max_tokens": 0}, "max_tokens", None),
+        ({"max_tokens": -1}, "max_tokens", None),
         ({"logit_bias": ((VOCABULARY, 1.0),)}, "logit_bias", None),
         ({"logit_bias": ((-1, 1.0),)}, "logit_bias", None),
     ],

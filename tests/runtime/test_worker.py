@@ -196,12 +196,12 @@ def test_aborting_the_only_request_is_reported_at_once(worker: Worker) -> None:
 
 
 def test_a_rejected_request_ends_with_an_error_and_the_worker_goes_on(worker: Worker) -> None:
-    worker.submit("bad", max_tokens=0)
+    worker.submit("bad", max_tokens=-1)
     worker.submit("good")
     events = worker.events_until_end("bad", "good")
     (error,) = [event for event in events if event.request_id == "bad"]
     assert (error.token_id, error.finish_reason) == (None, FinishReason.ERROR)
-    assert error.error == "max_tokens must be at least 1, not 0"
+    assert error.error == "max_tokens must not be negative: -1"
     assert len(tokens(events, "good")) == 6
 
 

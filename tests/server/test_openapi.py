@@ -28,8 +28,10 @@ def resolved(ref: dict[str, Any]) -> dict[str, Any]:
 
 def check(method: str, path: str, status: int, media: str, body: Any) -> None:
     responses = DOCUMENT["paths"][path][method]["responses"]
-    content = responses[str(status)]["content"]
-    jsonschema.Draft202012Validator(resolved(content[media]["schema"])).validate(body)
+    schema = responses[str(status)]["content"][media]["schema"]
+    if media == "text/event-stream":
+        schema = schema["properties"]["data"]["contentSchema"]
+    jsonschema.Draft202012Validator(resolved(schema)).validate(body)
 
 
 def check_request(path: str, body: dict[str, Any]) -> None:
