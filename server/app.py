@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -12,7 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
+from mi_runtime.request import EngineInfo
 from server import __version__, chat
+from server.config import Settings
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.request_log import RequestLog
 from server.service import Service
@@ -95,6 +98,7 @@ def _model(name: str, service: Service) -> dict[str, Any]:
         "root": base,
         "parent": None if alias is None else base,
         "max_model_len": None if info is None else info.max_model_len,
+        "pair": None if info is None else _pair(info, service.settings),
     }
     if alias is None:
         return card
@@ -102,6 +106,16 @@ def _model(name: str, service: Service) -> dict[str, Any]:
         raise ModelNotFound(name, base)
     routing = service.dials.route(model=name, body=None, header=None)
     return card | {"reasoning_lambda": routing.dials[0].reasoning_lambda}
+
+
+def _pair(info: EngineInfo, settings: Settings) -> dict[str, Any]:
+    """Which pair it is, by content and by the endpoints' names."""
+    return {
+        "identity": info.pair_identity,
+        "instruct": Path(settings.instruct_endpoint).name,
+        "thinking": Path(settings.thinking_endpoint).name,
+        "layers": info.layers,
+    }
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -1,6 +1,8 @@
 """The command `mi-server`.
 
     mi-server serve [flags]     serve a pair; without one named, the embedded pair
+    mi-server sweep [flags]     ask many questions at every λ and report what the dial does
+    mi-server calibrate [flags] measure the profile that the router reads
     mi-server --version
 
 Exit codes: 0 after a drained shutdown, 1 where the engine died, 2 where settings or the pair
@@ -30,12 +32,24 @@ def main(
     parser.add_argument("--version", action="version", version=f"mi-server {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve a pair of checkpoints", add_help=False)
-    _, flags = parser.parse_known_args(arguments)
+    commands.add_parser("sweep", help="measure what λ does, and report it", add_help=False)
+    commands.add_parser("calibrate", help="measure a profile for the router", add_help=False)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command, flags = parser.parse_args(words[:1]).command, words[1:]
+    if command != "serve":
+        return measure(command, flags)
     try:
         return serve(load_settings(flags), worker_command)
     except (ConfigError, CheckpointError) as error:
         print(f"mi-server: {error}", file=sys.stderr)
         return UNSERVABLE
+
+
+def measure(command: str, flags: Sequence[str]) -> int:
+    """Run `sweep` or `calibrate`; returns the exit code."""
+    from server.sweep import commands
+
+    return commands.sweep(flags) if command == "sweep" else commands.calibrate(flags)
 
 
 def serve(settings: Settings, worker_command: Sequence[str]) -> int:

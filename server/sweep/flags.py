@@ -1,0 +1,129 @@
+"""The flags of `mi-server sweep` and `mi-server calibrate`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from server.sweep.errors import BadParameters
+from server.sweep.graders import GRADERS
+from server.sweep.settings import ALL, Decoding
+from server.sweep.tasks import EMBEDDED
+
+GRID: Final = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype")
+"""Of `mi-server serve`, that may stand among the command's own; all others come behind `--`."""
+
+
+def sweep_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "sweep",
+        "Ask many questions at every λ and report what the dial does: scores, lengths, think rate, "
+        "the three stages. Writes report.json, report.html, points.csv and samples.jsonl.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the report; a killed run goes on in it")
+    add("--lambdas", type=_numbers(0, 1), default=GRID, help="λ values (default: %(default)s)")
+    add("--samples", type=_count(1), default=8, help="samples of each question (default: 8)")
+    add("--temperature", type=_numbers(0, 2), default="0.7", help="one or several (default: 0.7)")
+    add("--top-p", type=_numbers(1e-6, 1), default="1", help="one or several (default: 1)")
+    add("--top-k", type=_count(0), default=0, help="0: off (default)")
+    add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
+        help="how λ = 0 is drawn, where it differs")  # fmt: skip
+    add("--dials", type=_names, default=ALL, metavar="NAMES",
+        help="blend groups that λ goes to, the others at 0: all, mlp, attn, 0-3, 0-3.mlp; several "
+        "make an ablation (default: all)")  # fmt: skip
+    add("--ablate", action="store_true", help="the dials of the paper's ablation")
+    return parser
+
+
+def calibrate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "calibrate",
+        "Measure the profile that the router reads: a grid of λ, then more where the curve bends.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True,
+        help="the profile, a JSON file; samples and report go to the folder OUT.work")  # fmt: skip
+    add("--name", help="of the profile (default: the model's)")
+    add("--lambdas", type=_numbers(0, 1), default=GRID, help="first grid (default: %(default)s)")
+    add("--samples", type=_count(2), default=4, help="samples of each question at a new λ (4)")
+    add("--target-interval", type=float, default=0.05,
+        help="width of a λ's 95 %% interval that is tight enough (default: 0.05)")  # fmt: skip
+    add("--budget-samples", type=_count(1), help="samples in all (default: thrice the first grid)")
+    add("--temperature", type=float, default=0.7, help="(default: 0.7)")
+    add("--top-p", type=float, default=1.0, help="(default: 1)")
+    add("--top-k", type=_count(0), default=0, help="0: off (default)")
+    add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
+        help="how λ = 0 is drawn, where it differs")  # fmt: skip
+    add("--think-threshold", type=float, default=0.0,
+        help="highest λ that takes Instruct's chat template; a server at --url must run with the "
+        "same (0)")  # fmt: skip
+    return parser
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"mi-server {name}",
+        description=description,
+        epilog="Flags of `mi-server serve` may follow behind `--`, for the server it starts.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--task", default=EMBEDDED, help="`embedded` (default) or a JSONL file of questions")
+    add("--grader", choices=GRADERS, help="how answers are graded; a file needs one")
+    add("--pattern", help="regular expression of --grader regex; its first group is the answer")
+    add("--questions", type=_count(1), help="how many (default: embedded 150, a file all)")
+    add("--max-tokens", type=_count(1), help="of an answer (default: what the context holds)")
+    add("--seed", type=int, default=0, help="of questions, samples and intervals (default: 0)")
+    add("--url", help="a running mi-server; without it the command starts one")
+    add("--api-key", help="sent to --url")
+    add("--model", help="name of the pair at --url (default: the one it serves)")
+    add("--concurrency", type=_count(1), default=128, help="requests in flight (default: 128)")
+    add("--timeout", type=float, default=3600.0, help="seconds that an answer may take (3600)")
+    for flag in PAIR_FLAGS:
+        add(f"--{flag}", help="as in `mi-server serve`")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags; `serve` holds those for the server."""
+    words = list(arguments)
+    at = words.index("--") if "--" in words else len(words)
+    flags = parser.parse_args(words[:at])
+    given = {name: getattr(flags, name) for name in PAIR_FLAGS}
+    own = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    flags.serve = [*own, *words[at + 1 :]]
+    if flags.url and flags.serve:
+        raise BadParameters(f"{flags.serve[0]} is for a server of our own; --url names another")
+    if not flags.url and flags.api_key:
+        raise BadParameters("--api-key goes with --url")
+    return flags
+
+
+def _numbers(least: float, most: float) -> Callable[[str], list[float]]:
+    def numbers(text: str) -> list[float]:
+        values = [float(part) for part in text.split(",")]
+        if not all(least <= value <= most for value in values):
+            raise argparse.ArgumentTypeError(f"numbers must be between {least:g} and {most:g}")
+        return list(dict.fromkeys(values))
+
+    return numbers
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
+    return count
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(text.split(",")))
+
+
+def _decoding(text: str) -> Decoding:
+    temperature, top_p, top_k = text.split(",")
+    return Decoding(float(temperature), float(top_p), int(top_k))
