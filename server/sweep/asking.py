@@ -19,6 +19,7 @@ from server.sweep.samples import Sample, SampleLog
 from server.sweep.settings import Unit, wire_dial
 
 TRIES: Final = 6
+FIRST_TRIES: Final = 3  # of the first contact: an address may be wrong
 LONGEST_PAUSE: Final = 30.0  # seconds between two tries
 STRAY_TAGS: Final = ("<think>", "</think>", "<tool_call>")
 _LAMBDA_HEADER: Final = "X-Reasoning-Lambda"
@@ -47,12 +48,20 @@ class Asking:
 class Server:
     """A running server at `url`. Use it as an asynchronous context."""
 
-    def __init__(self, url: str, *, api_key: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        timeout: float,  # seconds that an answer may take
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._url = url
         self._http = httpx.AsyncClient(
             base_url=url.rstrip("/").removesuffix("/v1"),
             headers=headers,
+            transport=transport,
             timeout=httpx.Timeout(timeout, connect=10.0, pool=None),
             limits=httpx.Limits(max_connections=None),
         )
@@ -65,7 +74,7 @@ class Server:
 
     async def pair(self, model: str | None) -> ServedPair:
         """The pair behind `model`, or the only one, once it is loaded. Raises `SweepError`."""
-        await self._request("GET", "/ready")
+        await self._request("GET", "/ready", tries=FIRST_TRIES)
         cards = (await self._request("GET", "/v1/models")).json()["data"]
         names = [card["id"] for card in cards if card.get("parent") is None]
         name = names[0] if model is None and names else model
@@ -81,13 +90,15 @@ class Server:
         return await self._request("POST", "/v1/chat/completions", body)
 
     async def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, tries: int = TRIES
     ) -> httpx.Response:
         """Tries again where the server was busy or the connection failed; raises `SweepError`."""
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, tries + 1):
             pause = min(2.0 ** (attempt - 1), LONGEST_PAUSE)
             try:
                 response = await self._http.request(method, path, json=body)
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+                raise BadParameters(f"{self._url!r} is no URL of a server: {error}") from None
             except httpx.TransportError as error:
                 why = str(error) or type(error).__name__
             else:
@@ -97,9 +108,9 @@ class Server:
                 if response.status_code not in (408, 429, 502, 503, 504):
                     raise SweepError(f"{self._url} refused: {why}")
                 pause = _asked_pause(response, pause)
-            if attempt < TRIES:
+            if attempt < tries:
                 await asyncio.sleep(pause)
-        raise SweepError(f"{self._url} did not answer in {TRIES} tries: {why}")
+        raise SweepError(f"{self._url} did not answer in {tries} tries: {why}")
 
 
 def _refusal(response: httpx.Response) -> str:

@@ -14,7 +14,7 @@ from typing import Final
 
 from server.sweep.errors import BadParameters, SweepError, missing_library
 from server.sweep.flags import calibrate_parser, parsed, sweep_parser
-from server.sweep.graders import GRADERS, Grader, grader_named
+from server.sweep.graders import Grader, grader_named
 from server.sweep.tasks import EMBEDDED, Task, embedded_task, read_task
 
 FAILED: Final = 1
@@ -37,7 +37,7 @@ def _ended(run: Callable[[], None]) -> int:
         run()
     except BadParameters as error:
         return _tell(str(error), UNUSABLE)
-    except SweepError as error:
+    except (SweepError, OSError) as error:  # OSError: the folder, or a full disk
         return _tell(f"{error}\nWhat is finished is kept; the same command goes on.", FAILED)
     except KeyboardInterrupt:
         return _tell("stopped. What is finished is kept; the same command goes on.", INTERRUPTED)
@@ -67,15 +67,12 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _prepared(flags: argparse.Namespace) -> tuple[Task, Grader]:
-    """Everything that can be refused before a server is there. The grader's name goes to flags."""
+    """Everything that can be refused before a server is there."""
     for module in ("httpx", "matplotlib"):
         if find_spec(module) is None:
             raise missing_library(module, "measure")
     if flags.task == EMBEDDED:
         task = embedded_task(flags.questions, flags.seed)
-        flags.grader = flags.grader or EMBEDDED
-    elif flags.grader is None:
-        raise BadParameters(f"--task {flags.task} needs --grader: one of {', '.join(GRADERS)}")
     else:
         task = read_task(Path(flags.task), flags.questions)
     grader = grader_named(flags.grader, flags.pattern)

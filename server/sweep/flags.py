@@ -1,6 +1,7 @@
 """The flags of `mi-server sweep` and `mi-server calibrate`."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -48,15 +49,15 @@ def calibrate_parser() -> argparse.ArgumentParser:
     add("--name", help="of the profile (default: the model's)")
     add("--lambdas", type=_numbers(0, 1), default=GRID, help="first grid (default: %(default)s)")
     add("--samples", type=_count(2), default=4, help="samples of each question at a new λ (4)")
-    add("--target-interval", type=float, default=0.05,
+    add("--target-interval", type=_number(1e-3, 1), default=0.05,
         help="width of a λ's 95 %% interval that is tight enough (default: 0.05)")  # fmt: skip
     add("--budget-samples", type=_count(1), help="samples in all (default: thrice the first grid)")
-    add("--temperature", type=float, default=0.7, help="(default: 0.7)")
-    add("--top-p", type=float, default=1.0, help="(default: 1)")
+    add("--temperature", type=_number(0, 2), default=0.7, help="(default: 0.7)")
+    add("--top-p", type=_number(1e-6, 1), default=1.0, help="(default: 1)")
     add("--top-k", type=_count(0), default=0, help="0: off (default)")
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
         help="how λ = 0 is drawn, where it differs")  # fmt: skip
-    add("--think-threshold", type=float, default=0.0,
+    add("--think-threshold", type=_number(0, 1), default=0.0,
         help="highest λ that takes Instruct's chat template; a server at --url must run with the "
         "same (0)")  # fmt: skip
     return parser
@@ -77,17 +78,22 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--max-tokens", type=_count(1), help="of an answer (default: what the context holds)")
     add("--seed", type=int, default=0, help="of questions, samples and intervals (default: 0)")
     add("--url", help="a running mi-server; without it the command starts one")
-    add("--api-key", help="sent to --url")
+    add("--api-key", help="sent with every request")
     add("--model", help="name of the pair at --url (default: the one it serves)")
     add("--concurrency", type=_count(1), default=128, help="requests in flight (default: 128)")
-    add("--timeout", type=float, default=3600.0, help="seconds that an answer may take (3600)")
+    add(
+        "--timeout",
+        type=_number(1e-3),
+        default=3600.0,
+        help="seconds that an answer may take (3600)",
+    )
     for flag in PAIR_FLAGS:
         add(f"--{flag}", help="as in `mi-server serve`")
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags; `serve` holds those for the server."""
+    """The flags; `serve` holds those for the server. Raises `BadParameters`."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:at])
@@ -96,17 +102,28 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     flags.serve = [*own, *words[at + 1 :]]
     if flags.url and flags.serve:
         raise BadParameters(f"{flags.serve[0]} is for a server of our own; --url names another")
-    if not flags.url and flags.api_key:
-        raise BadParameters("--api-key goes with --url")
+    if flags.task == EMBEDDED:
+        flags.grader = flags.grader or EMBEDDED
+    elif flags.grader is None:
+        raise BadParameters(f"--task {flags.task} needs --grader: one of {', '.join(GRADERS)}")
     return flags
 
 
+def _number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+        return value
+
+    return number
+
+
 def _numbers(least: float, most: float) -> Callable[[str], list[float]]:
+    number = _number(least, most)
+
     def numbers(text: str) -> list[float]:
-        values = [float(part) for part in text.split(",")]
-        if not all(least <= value <= most for value in values):
-            raise argparse.ArgumentTypeError(f"numbers must be between {least:g} and {most:g}")
-        return list(dict.fromkeys(values))
+        return list(dict.fromkeys(number(part) for part in text.split(",")))
 
     return numbers
 
@@ -126,4 +143,4 @@ def _names(text: str) -> list[str]:
 
 def _decoding(text: str) -> Decoding:
     temperature, top_p, top_k = text.split(",")
-    return Decoding(float(temperature), float(top_p), int(top_k))
+    return Decoding(_number(0, 2)(temperature), _number(1e-6, 1)(top_p), _count(0)(top_k))

@@ -145,7 +145,7 @@ def _digit(text: str) -> str | None:
 
 
 class Boxed:
-    """Mathematical equality of what stands in `\\boxed{}`, by math-verify."""
+    """Mathematical equality of what stands in the last `\\boxed{}`, by math-verify."""
 
     votes = True
 
@@ -162,10 +162,12 @@ class Boxed:
     def grade(self, question: Question, text: str) -> Grade:
         from math_verify import LatexExtractionConfig, parse, verify
 
-        if "\\boxed" not in text:
+        _, box, last = text.rpartition("\\boxed")
+        if not box:
             return Grade(None, False)
         boxes = LatexExtractionConfig(boxed_match_priority=0)
-        found = parse(text, extraction_config=[boxes])
+        # Several boxes in one text would be read as one.
+        found = parse(box + last, extraction_config=[boxes])
         if not found:
             return Grade(None, False)
         return Grade(str(found[0]), bool(verify(self._parsed(question.answer), found)))

@@ -51,7 +51,7 @@ def _section(report: ClassReport) -> str:
 
 
 def _curve(curve: Curve) -> str:
-    head = "".join(f"<th>{name}" for name in ("λ", *(name for name, _, _ in COLUMNS)))
+    head = "".join(f"<th>{name}" for name in ("λ", "k", *(name for name, _, _ in COLUMNS)))
     best = curve.front
     rows = "".join(_row(point, on_front=point in best) for point in curve.points)
     points = curve.points
@@ -64,7 +64,7 @@ def _curve(curve: Curve) -> str:
 def _row(point: MeasuredPoint, *, on_front: bool) -> str:
     cells = "".join(_cell(point, name, form) for _, name, form in COLUMNS)
     mark = " class='front'" if on_front else ""
-    return f"<tr{mark}><td>{point.reasoning_lambda:g}{cells}</tr>"
+    return f"<tr{mark}><td>{point.reasoning_lambda:g}<td>{point.k}{cells}</tr>"
 
 
 def _cell(point: MeasuredPoint, name: str, form: str) -> str:

@@ -201,11 +201,11 @@ COLUMNS: Final = (
     ("Pass@k", "pass_at_k", "{:.3f}"),
     ("Vote@k", "vote_at_k", "{:.3f}"),
     ("tokens", "tokens_mean", "{:.1f}"),
-    ("p50", "tokens_p50", "{:.0f}"),
-    ("p90", "tokens_p90", "{:.0f}"),
+    ("tokens p50", "tokens_p50", "{:.0f}"),
+    ("tokens p90", "tokens_p90", "{:.0f}"),
     ("reasoning", "reasoning_tokens_mean", "{:.1f}"),
-    ("p50", "reasoning_tokens_p50", "{:.0f}"),
-    ("p90", "reasoning_tokens_p90", "{:.0f}"),
+    ("reasoning p50", "reasoning_tokens_p50", "{:.0f}"),
+    ("reasoning p90", "reasoning_tokens_p90", "{:.0f}"),
     ("malformed", "malformed", "{:.3f}"),
     ("unfinished", "unfinished", "{:.3f}"),
 )
@@ -222,9 +222,9 @@ def _curve_table(name: str, curve: Curve) -> str:
     title = "all questions" if name == DEFAULT_CLASS else f"class {name}"
     found = curve.stages
     lines = [
-        f"{title} ({points[0].questions} × {points[0].k}), {curve.name}: {found or NO_TRANSITION}",
-        "| λ | Mean@k 95 % | " + " | ".join(head for head, _, _ in COLUMNS) + " |",
-        "|---" * (2 + len(COLUMNS)) + "|",
+        f"{title} ({points[0].questions}), {curve.name}: {found or NO_TRANSITION}",
+        "| λ | k | Mean@k 95 % | " + " | ".join(head for head, _, _ in COLUMNS) + " |",
+        "|---" * (3 + len(COLUMNS)) + "|",
     ]
     best = curve.front
     return "\n".join(lines + [_row(point, on_front=point in best) for point in points])
@@ -237,5 +237,5 @@ def _row(point: MeasuredPoint, *, on_front: bool) -> str:
         for _, name, form in COLUMNS
     ]
     mark = "*" if on_front else ""
-    head = f"| {point.reasoning_lambda:g}{mark} | {score.low:.3f}–{score.high:.3f} | "
+    head = f"| {point.reasoning_lambda:g}{mark} | {point.k} | {score.low:.3f}–{score.high:.3f} | "
     return head + " | ".join(cells) + " |"

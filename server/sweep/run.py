@@ -148,13 +148,24 @@ async def run_sweep(flags: argparse.Namespace, task: Task, grader: Grader) -> No
     async with running(flags, task, grader, flags.out) as run:
         curves = _curves(flags, run.pair.layers)
         settings = settings_of(curves)
-        parameters = run.parameters(
-            samples=flags.samples, settings=[setting.label for setting in settings]
-        )
+        parameters = run.parameters(**_grid(flags, curves))
         total = len(settings) * flags.samples * len(task.questions)
         with run.open_log(parameters) as log, Progress(total, len(log.samples)) as progress:
             await run.ask([(it, range(flags.samples)) for it in settings], log, progress)
     run.report(log.samples.values(), curves, parameters)
+
+
+def _grid(flags: argparse.Namespace, curves: Sequence[Sequence[Setting]]) -> dict[str, Any]:
+    """What tells this sweep's settings from another's."""
+    return {
+        "samples": flags.samples,
+        "lambdas": [setting.reasoning_lambda for setting in curves[0]],
+        "dials": list(dict.fromkeys(curve[0].dial for curve in curves)),
+        "temperature": flags.temperature,
+        "top_p": flags.top_p,
+        "top_k": flags.top_k,
+        "instruct_decoding": flags.instruct_decoding and str(flags.instruct_decoding),
+    }
 
 
 def _curves(flags: argparse.Namespace, layers: int) -> list[list[Setting]]:

@@ -17,7 +17,7 @@ from server.sweep.errors import BadParameters
 from server.sweep.tasks import Question
 
 ALL: Final = "all"
-_DIAL: Final = re.compile(r"(?:(\d{1,4})-(\d{1,4}))?(?:(?<=\d)\.)?(attn|mlp)?", re.ASCII)
+_DIAL: Final = re.compile(r"(\d{1,4})-(\d{1,4})(?:\.(attn|mlp))?|(attn|mlp)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +139,9 @@ def wire_dial(dial: str, value: float, layers: int) -> float | dict[str, Any]:
 def _parsed(dial: str, layers: int) -> tuple[int, int, str | None]:
     """First and last layer, and the part of a layer or None for both."""
     match = _DIAL.fullmatch(dial)
-    if match is None or not dial:
+    if match is None:
         raise BadParameters(f"{dial!r} is no dial; write `all`, `mlp`, `attn`, `0-3` or `0-3.mlp`")
     first, last = int(match[1] or 0), layers - 1 if match[2] is None else int(match[2])
     if not first <= last < layers:
         raise BadParameters(f"dial {dial!r}: this model has layers 0 to {layers - 1}")
-    return first, last, match[3]
+    return first, last, match[3] or match[4]

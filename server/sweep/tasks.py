@@ -82,10 +82,11 @@ def read_task(path: Path, count: int | None) -> Task:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadParameters(f"{path}: {error}") from None
-    questions = list(_questions(path, lines))[:count]
-    if not questions:
-        raise BadParameters(f"{path}: no questions")
+    questions = list(_questions(path, lines))
+    if len(questions) < (count or 1):
+        raise BadParameters(f"{path}: {len(questions)} questions, asked for {count or 1}")
     _check_ids(path, questions)
+    questions = questions[:count]
     return Task(path.name, tuple(questions))
 
 
