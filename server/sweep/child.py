@@ -81,7 +81,9 @@ def main() -> int:
 
 
 def _leave_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not the buffered `sys.stdin`: the interpreter cannot end while a thread waits in that.
+    while os.read(0, 1):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,6 +1,5 @@
 """The three stages and the Pareto front."""
 
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +35,9 @@ def test_stages_are_where_the_rule_says(
 
 
 @given(st.lists(shares, max_size=12))
-def test_below_the_first_stage_nothing_thinks_and_above_the_last_all_do(values: list[float]) -> None:
+def test_below_the_first_stage_nothing_thinks_and_above_the_last_all_do(
+    values: list[float],
+) -> None:
     curve = rates(*values)
     found = stages(curve)
     if found is None:

@@ -80,12 +80,12 @@ def test_two_runs_never_write_one_file(path: Path) -> None:
 def test_a_damaged_line_is_named_by_its_number(path: Path) -> None:
     head, first, second = path.read_text().splitlines()
     path.write_text(f"{head}\n{first[:-9]}\n{second}\n")
-    with pytest.raises(BadParameters, match="samples.jsonl:2: not a sample"):
+    with pytest.raises(BadParameters, match=r"samples\.jsonl:2: not a sample"):
         SampleLog(path, PARAMETERS)
 
 
 @pytest.mark.parametrize("head", ["[]", "{}", "nonsense", '{"format": 9, "parameters": {}}'])
 def test_a_file_of_something_else_is_refused(path: Path, head: str) -> None:
     path.write_text(head + "\n")
-    with pytest.raises(BadParameters, match="not a file of samples|another version"):
+    with pytest.raises(BadParameters, match=r"not a file of samples|another version"):
         SampleLog(path, PARAMETERS)

@@ -49,9 +49,7 @@ def test_a_file_holds_questions_or_whole_conversations(tmp_path: Path) -> None:
 
 
 def test_a_count_takes_the_first_questions_and_never_fewer(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "q.jsonl", *({"question": str(n), "answer": str(n)} for n in range(5))
-    )
+    path = write(tmp_path / "q.jsonl", *({"question": str(n), "answer": str(n)} for n in range(5)))
     assert [it.answer for it in read_task(path, 2).questions] == ["0", "1"]
     with pytest.raises(BadParameters, match="5 questions, asked for 6"):
         read_task(path, 6)
