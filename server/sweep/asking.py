@@ -9,6 +9,8 @@ malformed.
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import cycle
+from math import ceil
 from typing import Any, Final, Self
 
 import httpx
@@ -23,6 +25,8 @@ FIRST_TRIES: Final = 3  # of the first contact: an address may be wrong
 LONGEST_PAUSE: Final = 30.0  # seconds between two tries
 STRAY_TAGS: Final = ("<think>", "</think>", "<tool_call>")
 _LAMBDA_HEADER: Final = "X-Reasoning-Lambda"
+_CONNECTIONS: Final = 16
+"""Of one client: at every request it looks through all that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +58,30 @@ class Server:
         *,
         api_key: str | None,
         timeout: float,  # seconds that an answer may take
+        concurrency: int = 1,  # requests in flight
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._url = url
-        self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/").removesuffix("/v1"),
-            headers=headers,
-            transport=transport,
-            timeout=httpx.Timeout(timeout, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None),
-        )
+        self.concurrency = concurrency
+        context = httpx.create_ssl_context()  # costs as much as ten answers
+        self._clients = [
+            httpx.AsyncClient(
+                base_url=url.rstrip("/").removesuffix("/v1"),
+                headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+                verify=context,
+                transport=transport,
+                timeout=httpx.Timeout(timeout, connect=10.0, pool=None),
+            )
+            for _ in range(ceil(concurrency / _CONNECTIONS))
+        ]
+        self._next = cycle(self._clients)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._http.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def pair(self, model: str | None) -> ServedPair:
         """The pair behind `model`, or the only one, once it is loaded. Raises `SweepError`."""
@@ -96,7 +107,7 @@ class Server:
         for attempt in range(1, tries + 1):
             pause = min(2.0 ** (attempt - 1), LONGEST_PAUSE)
             try:
-                response = await self._http.request(method, path, json=body)
+                response = await next(self._next).request(method, path, json=body)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
                 raise BadParameters(f"{self._url!r} is no URL of a server: {error}") from None
             except httpx.TransportError as error:
@@ -131,15 +142,13 @@ async def ask_all(
     pair: ServedPair,
     asking: Asking,
     log: SampleLog,
-    *,
-    concurrency: int,
     on_sample: Callable[[Sample], None],
 ) -> None:
     """Ask for every unit that the log lacks. The first error ends all; the log keeps the rest."""
     left = iter([unit for unit in units if unit.key not in log.samples])
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
+            for _ in range(server.concurrency):
                 group.create_task(_work(left, server, pair, asking, log, on_sample))
     except* SweepError as errors:
         error: BaseException = errors

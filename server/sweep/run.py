@@ -80,7 +80,6 @@ class Run:
             self.pair,
             Asking(self.flags.seed, self.flags.max_tokens, self._grader),
             log,
-            concurrency=self.flags.concurrency,
             on_sample=progress.count,
         )
 
@@ -107,7 +106,9 @@ async def running(
 ) -> AsyncIterator[Run]:
     """A run on the server at `--url`, or on one of its own with the flags `serve` as well."""
     with _url(flags, folder, serve) as url:
-        async with Server(url, api_key=flags.api_key, timeout=flags.timeout) as server:
+        async with Server(
+            url, api_key=flags.api_key, timeout=flags.timeout, concurrency=flags.concurrency
+        ) as server:
             yield Run(flags, task, grader, server, await server.pair(flags.model), folder)
 
 

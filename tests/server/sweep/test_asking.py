@@ -51,21 +51,27 @@ def answered(body: Any = None, **fields: Any) -> httpx.Response:
     )
 
 
-def at(answer: Answer, url: str = "http://server") -> Server:
-    return Server(url, api_key="secret", timeout=5, transport=httpx.MockTransport(answer))
+def at(answer: Answer, concurrency: int = 1) -> Server:
+    transport = httpx.MockTransport(answer)
+    return Server(
+        "http://server/v1",
+        api_key="secret",
+        timeout=5,
+        concurrency=concurrency,
+        transport=transport,
+    )
 
 
 def ask(answer: Answer, path: Path, units: list[Unit], concurrency: int = 4) -> SampleLog:
     async def run() -> SampleLog:
         with SampleLog(path, {}) as log:
-            async with at(answer) as server:
+            async with at(answer, concurrency) as server:
                 await ask_all(
                     units,
                     server,
                     PAIR,
                     ASKING,
                     log,
-                    concurrency=concurrency,
                     on_sample=lambda sample: None,
                 )
         return log
