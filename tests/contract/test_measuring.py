@@ -1,6 +1,7 @@
 """`mi-server sweep` and `calibrate` on the embedded pair, as anyone runs them."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from server.cli import main
 from server.profiles import load_profile
+from server.sweep.flags import calibrate_parser, parsed
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--lambdas", "0,0.5,1", "--questions", "12", "--samples", "3", "--seed", "5"]
@@ -146,6 +148,19 @@ def test_a_calibration_writes_a_profile_with_its_command(real_server: Any, tmp_p
     assert command is not None
     assert command.startswith("mi-server calibrate --url")
     assert calibrated("two.json").classes == profile.classes
+
+
+def test_the_built_in_profile_is_of_the_embedded_pair(real_server: Any) -> None:
+    """Whoever changes the pair measures it again, with the command in the file."""
+    profile = load_profile(ROOT / "server" / "builtin_profiles" / "embedded.json")
+    card = real_server.get("/v1/models").json()["data"][0]
+    assert profile.pair.model_dump() == {
+        name: card["pair"][name] for name in ("identity", "instruct", "thinking")
+    }
+    assert set(profile.classes) == {"default", "short", "long"}
+    command = profile.source.command
+    assert command is not None
+    parsed(calibrate_parser(), shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize(
