@@ -95,7 +95,8 @@ class Server:
         pair = card.get("pair")
         if pair is None:
             raise BadParameters(f"{self._url} is no mi-server, or an older one: it names no pair")
-        return ServedPair(model=card["id"], **pair)
+        facts = (pair[name] for name in ("identity", "instruct", "thinking", "layers"))
+        return ServedPair(card["id"], *facts)
 
     async def complete(self, body: Mapping[str, Any]) -> httpx.Response:
         return await self._request("POST", "/v1/chat/completions", body)

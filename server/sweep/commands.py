@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from server.sweep.errors import BadParameters, SweepError, missing_library
-from server.sweep.flags import calibrate_parser, parsed, sweep_parser
+from server.sweep.flags import calibrate_parser, parsed, sweep_parser, told
 from server.sweep.graders import Grader, grader_named
 from server.sweep.tasks import EMBEDDED, Task, embedded_task, read_task
 
@@ -52,18 +52,21 @@ def _tell(message: str, code: int) -> int:
 def _sweep(arguments: Sequence[str]) -> None:
     flags = parsed(sweep_parser(), arguments)
     task, grader = _prepared(flags)
-    from server.sweep.run import run_sweep
+    from server.sweep.run import run_sweep, server_url
 
-    asyncio.run(run_sweep(flags, task, grader))
+    with server_url(flags, flags.out) as url:
+        asyncio.run(run_sweep(url, flags, task, grader))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
     flags = parsed(calibrate_parser(), arguments)
     task, grader = _prepared(flags)
-    from server.sweep.run import run_calibration
+    from server.sweep.run import run_calibration, server_url, work_folder
 
-    command = shlex.join(["mi-server", "calibrate", *arguments])
-    asyncio.run(run_calibration(flags, task, grader, command))
+    command = shlex.join(["mi-server", "calibrate", *told(arguments)])
+    threshold = f"--think-threshold={flags.think_threshold}"
+    with server_url(flags, work_folder(flags.out), threshold) as url:
+        asyncio.run(run_calibration(url, flags, task, grader, command))
 
 
 def _prepared(flags: argparse.Namespace) -> tuple[Task, Grader]:

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +16,8 @@ from server.sweep.tasks import EMBEDDED
 GRID: Final = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype")
 """Of `mi-server serve`, that may stand among the command's own; all others come behind `--`."""
+
+_KEY: Final = "--api-key"
 
 
 def sweep_parser() -> argparse.ArgumentParser:
@@ -107,6 +111,12 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     elif flags.grader is None:
         raise BadParameters(f"--task {flags.task} needs --grader: one of {', '.join(GRADERS)}")
     return flags
+
+
+def told(words: Sequence[str]) -> list[str]:
+    """The words of a command as they may be written down: without API keys."""
+    shown = [re.sub(rf"^({_KEY})=.*", r"\1=…", word, flags=re.DOTALL) for word in words]
+    return ["…" if before == _KEY else word for before, word in pairwise(["", *shown])]
 
 
 def _number(least: float, most: float = math.inf) -> Callable[[str], float]:

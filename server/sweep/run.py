@@ -15,6 +15,7 @@ from server.sweep.asking import Asking, ServedPair, Server, ask_all
 from server.sweep.calibrate import measured_so_far, profile_of
 from server.sweep.child import own_server
 from server.sweep.errors import BadParameters
+from server.sweep.flags import told
 from server.sweep.graders import Grader
 from server.sweep.page import write_page
 from server.sweep.report import ClassReport, measure, table, write_numbers
@@ -56,7 +57,7 @@ class Run:
         return {
             "model": self.pair.model,
             "pair_identity": self.pair.identity,
-            "serve": flags.serve,
+            "serve": told(flags.serve),
             "task": self.task.name,
             "questions": len(self.task.questions),
             "questions_digest": self.task.digest,
@@ -102,18 +103,17 @@ class Run:
 
 @asynccontextmanager
 async def running(
-    flags: argparse.Namespace, task: Task, grader: Grader, folder: Path, *serve: str
+    url: str, flags: argparse.Namespace, task: Task, grader: Grader, folder: Path
 ) -> AsyncIterator[Run]:
-    """A run on the server at `--url`, or on one of its own with the flags `serve` as well."""
-    with _url(flags, folder, serve) as url:
-        async with Server(
-            url, api_key=flags.api_key, timeout=flags.timeout, concurrency=flags.concurrency
-        ) as server:
-            yield Run(flags, task, grader, server, await server.pair(flags.model), folder)
+    async with Server(
+        url, api_key=flags.api_key, timeout=flags.timeout, concurrency=flags.concurrency
+    ) as server:
+        yield Run(flags, task, grader, server, await server.pair(flags.model), folder)
 
 
 @contextmanager
-def _url(flags: argparse.Namespace, folder: Path, serve: Sequence[str]) -> Iterator[str]:
+def server_url(flags: argparse.Namespace, folder: Path, *serve: str) -> Iterator[str]:
+    """That of `--url`, or of a server of its own, which gets the flags `serve` as well."""
     if flags.url:
         yield flags.url
         return
@@ -145,8 +145,8 @@ class Progress:
 # --- sweep ----------------------------------------------------------------------------------------
 
 
-async def run_sweep(flags: argparse.Namespace, task: Task, grader: Grader) -> None:
-    async with running(flags, task, grader, flags.out) as run:
+async def run_sweep(url: str, flags: argparse.Namespace, task: Task, grader: Grader) -> None:
+    async with running(url, flags, task, grader, flags.out) as run:
         curves = _curves(flags, run.pair.layers)
         settings = settings_of(curves)
         parameters = run.parameters(**_grid(flags, curves))
@@ -181,14 +181,17 @@ def _curves(flags: argparse.Namespace, layers: int) -> list[list[Setting]]:
 # --- calibrate ------------------------------------------------------------------------------------
 
 
+def work_folder(out: Path) -> Path:
+    """Of a calibration's samples and report."""
+    return out.with_name(out.name + ".work")
+
+
 async def run_calibration(
-    flags: argparse.Namespace, task: Task, grader: Grader, command: str
+    url: str, flags: argparse.Namespace, task: Task, grader: Grader, command: str
 ) -> None:
     """`command` is told in the profile."""
     rules = _rules(flags, len(task.questions))
-    folder = flags.out.with_name(flags.out.name + ".work")
-    threshold = f"--think-threshold={flags.think_threshold}"
-    async with running(flags, task, grader, folder, threshold) as run:
+    async with running(url, flags, task, grader, work_folder(flags.out)) as run:
         parameters = run.parameters(**_pinned(flags, rules))
         with run.open_log(parameters) as log, Progress(rules.budget, len(log.samples)) as progress:
             curve = await _ask_in_rounds(run, rules, log, progress)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.sweep.errors import BadParameters
-from server.sweep.flags import calibrate_parser, parsed, sweep_parser
+from server.sweep.flags import calibrate_parser, parsed, sweep_parser, told
 from server.sweep.settings import Decoding
 
 
@@ -78,6 +78,12 @@ def test_a_bad_value_is_refused_with_exit_code_two(
 def test_a_calibration_needs_two_samples_to_know_a_spread() -> None:
     with pytest.raises(SystemExit):
         parsed(calibrate_parser(), ["--out", "p", "--samples", "1"])
+
+
+def test_a_command_is_told_without_its_keys() -> None:
+    words = ["--api-key", "s1", "--out", "p", "--api-key=s2", "--", "--api-key", "s3"]
+    assert told(words) == ["--api-key", "…", "--out", "p", "--api-key=…", "--", "--api-key", "…"]
+    assert told([]) == []
 
 
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
