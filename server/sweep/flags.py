@@ -35,7 +35,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     add("--top-k", type=_count(0), default=0, help="0: off (default)")
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
         help="how λ = 0 is drawn, where it differs")  # fmt: skip
-    add("--dials", type=_names, default=ALL, metavar="NAMES",
+    add("--dials", type=_names, default=[ALL], metavar="NAMES",
         help="blend groups that λ goes to, the others at 0: all, mlp, attn, 0-3, 0-3.mlp; several "
         "make an ablation (default: all)")  # fmt: skip
     add("--ablate", action="store_true", help="the dials of the paper's ablation")
@@ -55,6 +55,8 @@ def calibrate_parser() -> argparse.ArgumentParser:
     add("--samples", type=_count(2), default=4, help="samples of each question at a new λ (4)")
     add("--target-interval", type=_number(1e-3, 1), default=0.05,
         help="width of a λ's 95 %% interval that is tight enough (default: 0.05)")  # fmt: skip
+    add("--least-gap", type=_number(0.01, 1), default=0.02,
+        help="of λ between two points, no finer than the server's grid (0.02)")  # fmt: skip
     add("--budget-samples", type=_count(1), help="samples in all (default: thrice the first grid)")
     add("--temperature", type=_number(0, 2), default=0.7, help="(default: 0.7)")
     add("--top-p", type=_number(1e-6, 1), default=1.0, help="(default: 1)")
@@ -85,12 +87,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--api-key", help="sent with every request")
     add("--model", help="name of the pair at --url (default: the one it serves)")
     add("--concurrency", type=_count(1), default=128, help="requests in flight (default: 128)")
-    add(
-        "--timeout",
-        type=_number(1e-3),
-        default=3600.0,
-        help="seconds that an answer may take (3600)",
-    )
+    add("--timeout", type=_number(1), default=3600.0, help="seconds for an answer (default: 3600)")
     for flag in PAIR_FLAGS:
         add(f"--{flag}", help="as in `mi-server serve`")
     return parser
@@ -104,13 +101,22 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     given = {name: getattr(flags, name) for name in PAIR_FLAGS}
     own = [f"--{name}={value}" for name, value in given.items() if value is not None]
     flags.serve = [*own, *words[at + 1 :]]
-    if flags.url and flags.serve:
-        raise BadParameters(f"{flags.serve[0]} is for a server of our own; --url names another")
+    _check_together(flags)
     if flags.task == EMBEDDED:
         flags.grader = flags.grader or EMBEDDED
     elif flags.grader is None:
         raise BadParameters(f"--task {flags.task} needs --grader: one of {', '.join(GRADERS)}")
     return flags
+
+
+def _check_together(flags: argparse.Namespace) -> None:
+    if flags.url and flags.serve:
+        raise BadParameters(f"{flags.serve[0]} is for a server of our own; --url names another")
+    for word in flags.serve:
+        if word.partition("=")[0] in ("--host", "--port", "--drain-timeout"):
+            raise BadParameters(f"{word}: the server of our own has that from this command")
+    if getattr(flags, "ablate", False) and flags.dials != [ALL]:
+        raise BadParameters("--ablate names the dials; leave --dials out")
 
 
 def told(words: Sequence[str]) -> list[str]:

@@ -243,7 +243,7 @@ def _rules(flags: argparse.Namespace, questions: int) -> Rules:
     budget = 3 * first if flags.budget_samples is None else flags.budget_samples
     if budget < first:
         raise BadParameters(f"--budget-samples {budget} is less than the first grid takes: {first}")
-    return Rules(grid, flags.samples, budget, flags.target_interval)
+    return Rules(grid, flags.samples, budget, flags.target_interval, least_gap=flags.least_gap)
 
 
 def _pinned(flags: argparse.Namespace, rules: Rules) -> dict[str, Any]:
@@ -254,5 +254,6 @@ def _pinned(flags: argparse.Namespace, rules: Rules) -> dict[str, Any]:
         "grid": rules.grid,
         "samples": rules.samples,
         "target_interval": rules.target_interval,
+        "least_gap": rules.least_gap,
         "budget": rules.budget,
     }
