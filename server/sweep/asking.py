@@ -111,13 +111,15 @@ class Server:
                 response = await next(self._next).request(method, path, json=body)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
                 raise BadParameters(f"{self._url!r} is no URL of a server: {error}") from None
+            except httpx.ReadTimeout:  # a second try would take as long
+                raise SweepError(f"{self._url} sent no answer within --timeout") from None
             except httpx.TransportError as error:
                 why = str(error) or type(error).__name__
             else:
                 if response.is_success:
                     return response
                 why = _refusal(response)
-                if response.status_code not in (408, 429, 502, 503, 504):
+                if response.status_code not in (408, 429, 502, 503):
                     raise SweepError(f"{self._url} refused: {why}")
                 pause = _asked_pause(response, pause)
             if attempt < tries:

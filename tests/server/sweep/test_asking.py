@@ -196,12 +196,31 @@ def test_a_server_that_stays_busy_ends_the_run_and_what_is_finished_is_kept(path
     assert len(ask(lambda request: answered(), path, units(2)).samples) == 2
 
 
-def test_a_refusal_ends_the_run_at_once(path: Path) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        return answered({"error": {"message": "no such field"}}, status=400)
+@pytest.mark.parametrize("status", [400, 401, 500, 504])
+def test_a_refusal_ends_the_run_at_once(path: Path, status: int) -> None:
+    tries = 0
 
-    with pytest.raises(SweepError, match="refused: 400 no such field"):
-        ask(answer, path, units(5))
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        return answered({"error": {"message": "no such field"}}, status=status)
+
+    with pytest.raises(SweepError, match=f"refused: {status} no such field"):
+        ask(answer, path, units(5), concurrency=1)
+    assert tries == 1
+
+
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(path: Path) -> None:
+    tries = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        raise httpx.ReadTimeout("late")
+
+    with pytest.raises(SweepError, match="no answer within --timeout"):
+        ask(answer, path, units(5), concurrency=1)
+    assert tries == 1
 
 
 def test_a_server_on_a_coarser_grid_is_noticed(path: Path) -> None:
