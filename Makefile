@@ -35,6 +35,7 @@ bench: $(VENV)/.tested
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.merge
 	$(BIN)/python -m bench.host
+	$(BIN)/python -m bench.sweep
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
 pair: $(VENV)/.installed

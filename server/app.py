@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -14,7 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
+from mi_runtime.request import EngineInfo
 from server import __version__, chat, completions, dial, openapi, request_log, tokenization
+from server.config import Settings
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.gate import Gate
 from server.profile_view import profile_view
@@ -146,6 +149,7 @@ def _model(name: str, service: Service) -> dict[str, Any]:
         "root": base,
         "parent": None if alias is None else base,
         "max_model_len": None if info is None else info.max_model_len,
+        "pair": None if info is None else _pair(info, service.settings),
     }
     if alias is None:
         return card
@@ -153,6 +157,16 @@ def _model(name: str, service: Service) -> dict[str, Any]:
         raise ModelNotFound(name, base)
     routing = service.dials.route(model=name, body=None, header=None)
     return card | {"reasoning_lambda": routing.dials[0].reasoning_lambda}
+
+
+def _pair(info: EngineInfo, settings: Settings) -> dict[str, Any]:
+    """Which pair it is, by content and by the endpoints' names."""
+    return {
+        "identity": info.pair_identity,
+        "instruct": Path(settings.instruct_endpoint).name,
+        "thinking": Path(settings.thinking_endpoint).name,
+        "layers": info.layers,
+    }
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -3,6 +3,8 @@
     mi-server serve [flags]     serve a pair; without one named, the embedded pair
     mi-server merge --lambda 0.6 --out DIR
                                 write one λ as a checkpoint of its own
+    mi-server sweep [flags]     ask many questions at every λ and report what the dial does
+    mi-server calibrate [flags] measure the profile that the router reads
     mi-server --version
 
 Exit codes: 0 after a drained shutdown, 1 where the engine died, 2 where settings or the pair
@@ -39,15 +41,27 @@ def main(
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve a pair of checkpoints", add_help=False)
     commands.add_parser("merge", help="write one λ as a checkpoint of its own", add_help=False)
-    chosen, flags = parser.parse_known_args(arguments)
+    commands.add_parser("sweep", help="measure what λ does, and report it", add_help=False)
+    commands.add_parser("calibrate", help="measure a profile for the router", add_help=False)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command, flags = parser.parse_args(words[:1]).command, words[1:]
+    if command in ("sweep", "calibrate"):
+        return measure(command, flags)
     try:
-        if chosen.command == "merge":
+        if command == "merge":
             merging.main(flags)
             return 0
         return serve(load_settings(flags), worker_command)
     except (ConfigError, CheckpointError, KeyFileError, ProfileError) as error:
         print(f"mi-server: {error}", file=sys.stderr)
         return UNSERVABLE
+
+
+def measure(command: str, flags: Sequence[str]) -> int:
+    """Run `sweep` or `calibrate`; returns the exit code."""
+    from server.sweep import commands
+
+    return commands.sweep(flags) if command == "sweep" else commands.calibrate(flags)
 
 
 def serve(settings: Settings, worker_command: Sequence[str]) -> int:

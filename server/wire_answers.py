@@ -179,6 +179,15 @@ class CompletionChunk(_Identity):
     """In the first and the last chunk of every choice."""
 
 
+class PairOfModel(_Answer):
+    """Which pair it is, by content and by the endpoints' names."""
+
+    identity: str
+    instruct: str
+    thinking: str
+    layers: int
+
+
 class Model(_Answer):
     id: str
     object: Literal["model"]
@@ -190,6 +199,8 @@ class Model(_Answer):
     """Of an alias, the served name."""
     max_model_len: int | None
     """Tokens of prompt and answer together; null while the engine loads."""
+    pair: PairOfModel | None
+    """Null while the engine loads."""
     reasoning_lambda: float = 0.0
     """Of an alias."""
 

@@ -97,5 +97,12 @@ def test_policy_brings_in_no_tensors_when_it_is_imported() -> None:
     assert not TENSORS & modules
 
 
+def test_serving_brings_in_nothing_of_measuring() -> None:
+    modules = modules_after_importing("server.app")
+    foreign = {"httpx", "matplotlib", "math_verify", "tqdm"}
+    assert not [name for name in modules if name.startswith("server.sweep")]
+    assert not foreign & modules
+
+
 def test_naming_the_embedded_pair_brings_in_no_tensors() -> None:
     assert not TENSORS & modules_after_importing("mi_runtime.embedded_pair")

@@ -1,0 +1,194 @@
+"""A sweep of 11 λ values against mixed decoding, and against eleven merged checkpoints in turn.
+
+    python -m bench.sweep [--questions 30] [--samples 4] [--rounds N]
+
+Everything on the embedded pair in fp32, T = 0.7, the same questions and seeds in every row of a
+round. Rows, in new tokens a second:
+
+    engine, 32 λ    row c of bench.engine: 32 requests, 32 λ values, 128 new tokens, no HTTP
+    sweep           `mi-server sweep`'s own way: all λ values at once, over HTTP, from the first
+                    question to the last answer; server and client share the cores
+    merges in turn  eleven merged checkpoints one after another, each in an engine of its own that
+                    is there already; in this process, no HTTP
+
+How far one sweep is ahead depends on the answers that each λ asks for: few of them make small
+batches, and every run has its own last long answer. The last two rows are seconds, as one who
+starts the commands waits for them:
+
+    sweep, from start   start a server, ask everything, end it
+    servers in turn     eleven times: merge a checkpoint, start a server on it, ask, end it
+"""
+
+import argparse
+import asyncio
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench.engine import speed
+from bench.report import interleaved, publish
+from bench.static import StaticEngine, blended_config, write_merged
+from bench.workload import BUILD, EMBEDDED_PAIR, REQUESTS
+from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
+from mi_runtime.engine import Engine
+from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.worker import default_threads
+from server.checkpoint import Endpoint
+from server.prompt import Prompts
+from server.schemas import Message
+from server.sweep.asking import Asking, Server, ask_all
+from server.sweep.child import own_server
+from server.sweep.graders import grader_named
+from server.sweep.samples import SampleLog
+from server.sweep.settings import Unit, curves_of, units_of
+from server.sweep.tasks import embedded_task
+
+LAMBDAS = [value / 10 for value in range(11)]
+MAX_TOKENS = 512
+CONCURRENCY = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--questions", type=int, default=30)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(default_threads())
+    seeds = itertools.count()
+
+    def work() -> list[Unit]:
+        return units(arguments.questions, arguments.samples, next(seeds))
+
+    with tempfile.TemporaryDirectory() as folder, own_server([], Path(folder, "server")) as url:
+        values = interleaved(rows(url, work, seeds), arguments.rounds)
+    values |= interleaved(
+        {
+            "sweep, from start": lambda: swept_from_start(work()),
+            "servers in turn": lambda: servers_in_turn(work()),
+        },
+        arguments.rounds,
+    )
+    middle = {name: median(measured) for name, measured in values.items()}
+    publish("sweep", "tokens/s (from start: s)", values, {
+        "sweep / engine, 32 λ": middle["sweep"] / middle["engine, 32 λ"],
+        "sweep / merges in turn": middle["sweep"] / middle["merges in turn"],
+        "seconds, servers in turn / sweep": (
+            middle["servers in turn"] / middle["sweep, from start"]
+        ),
+        "answers for each λ": arguments.questions * arguments.samples,
+    })  # fmt: skip
+
+
+def rows(
+    url: str, work: Callable[[], list[Unit]], seeds: "itertools.count[int]"
+) -> dict[str, Callable[[], float]]:
+    engine = Engine(blended_config(EMBEDDED_PAIR))
+    spread = [(index + 0.5) / REQUESTS for index in range(REQUESTS)]
+    ready = {value: static_engine(value, BUILD / "embedded" / f"{value}") for value in LAMBDAS}
+    return {
+        "engine, 32 λ": lambda: speed(engine, EMBEDDED_PAIR, spread, next(seeds)).both,
+        "sweep": lambda: swept(url, work()),
+        "merges in turn": lambda: in_turn(work(), ready.__getitem__),
+    }
+
+
+def units(questions: int, samples: int, seed: int) -> list[Unit]:
+    (curve,) = curves_of(LAMBDAS, ["all"], [0.7], [1.0])
+    task = embedded_task(questions, seed)
+    return list(units_of([(setting, range(samples)) for setting in curve], task.questions))
+
+
+# --- The sweep -----------------------------------------------------------------------------------
+
+
+def swept(url: str, work: Iterable[Unit]) -> float:
+    return asyncio.run(_swept(url, work))
+
+
+async def _swept(url: str, work: Iterable[Unit]) -> float:
+    asking = Asking(seed=0, max_tokens=MAX_TOKENS, grader=grader_named("embedded"))
+    server = Server(url, api_key=None, timeout=600, concurrency=CONCURRENCY)
+    with tempfile.TemporaryDirectory() as folder, SampleLog(Path(folder, "samples"), {}) as log:
+        async with server:
+            pair = await server.pair(None)
+            started = time.perf_counter()
+            await ask_all(work, server, pair, asking, log, lambda sample: None)
+            seconds = time.perf_counter() - started
+        return sum(sample.tokens for sample in log.samples.values()) / seconds
+
+
+def swept_from_start(work: list[Unit], *flags: str) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, own_server(flags, Path(folder, "server")) as url:
+        swept(url, work)
+    return time.perf_counter() - started
+
+
+def servers_in_turn(work: list[Unit]) -> float:
+    """Seconds, merging included. Both endpoints are the merge, and the one at λ = 0 is asked."""
+    started = time.perf_counter()
+    for value in LAMBDAS:
+        own = [
+            replace(unit, setting=replace(unit.setting, reasoning_lambda=0.0))
+            for unit in work
+            if unit.setting.reasoning_lambda == value
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            merged = write_merged(EMBEDDED_PAIR, value, Path(folder))
+            for file in THINKING_DIRECTORY.iterdir():
+                if file.suffix != ".safetensors":
+                    shutil.copy(file, merged)
+            swept_from_start(own, "--instruct", str(merged), "--thinking", str(merged))
+    return time.perf_counter() - started
+
+
+# --- Merged checkpoints in turn ------------------------------------------------------------------
+
+
+def static_engine(value: float, directory: Path) -> StaticEngine:
+    return StaticEngine(
+        write_merged(EMBEDDED_PAIR, value, directory), blended_config(EMBEDDED_PAIR)
+    )
+
+
+def in_turn(work: list[Unit], engine_at: Callable[[float], StaticEngine]) -> float:
+    prompts = Prompts(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
+    requests = {
+        value: [engine_request(unit, prompts) for unit in work
+                if unit.setting.reasoning_lambda == value]
+        for value in LAMBDAS
+    }  # fmt: skip
+    tokens = 0
+    started = time.perf_counter()
+    for value, own in requests.items():
+        answers = engine_at(value).generate(own)
+        tokens += sum(map(len, answers.values()))
+    return tokens / (time.perf_counter() - started)
+
+
+def engine_request(unit: Unit, prompts: Prompts) -> EngineRequest:
+    dial = Dial(unit.setting.reasoning_lambda)
+    (said,) = unit.question.messages
+    prompt = prompts.build([Message(**said)], dial)
+    sampling = SamplingParams(
+        max_tokens=MAX_TOKENS,
+        temperature=unit.setting.decoding.temperature,
+        seed=unit.seed(0),
+        eos_token_ids=frozenset(prompts.vocabulary.encode("<|im_end|>")),
+    )
+    return EngineRequest(" ".join(map(str, unit.key)), prompt.token_ids, dial, sampling)
+
+
+if __name__ == "__main__":
+    main()

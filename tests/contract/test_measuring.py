@@ -1,0 +1,183 @@
+"""`mi-server sweep` and `calibrate` on the embedded pair, as anyone runs them."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from server.cli import main
+from server.profiles import load_profile
+from server.sweep.flags import calibrate_parser, parsed
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--lambdas", "0,0.5,1", "--questions", "12", "--samples", "3", "--seed", "5"]
+
+
+def sweep(out: Path, *more: str) -> dict[str, Any]:
+    assert main(["sweep", *SMALL, "--out", str(out), *more]) == 0
+    told: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return told
+
+
+@pytest.fixture(scope="module")
+def swept(real_server: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("sweep")
+    return out, sweep(out, "--url", real_server.url)
+
+
+def test_a_sweep_of_a_running_server_reports_every_lambda(swept: tuple[Path, Any]) -> None:
+    out, told = swept
+    instruct, _, thinking = told["points"]
+    assert [point["lambda"] for point in told["points"]] == [0, 0.5, 1]
+    assert all((point["questions"], point["samples"]) == (12, 36) for point in told["points"])
+    assert (instruct["think_rate"], thinking["think_rate"]) == (0, 1)
+    assert instruct["mean_at_k"] < thinking["mean_at_k"]
+    assert instruct["reasoning_tokens_p90"] == 0 < thinking["reasoning_tokens_p50"]
+    assert told["curves"][0]["stages"]["found"]
+    assert {"report.html", "points.csv", "samples.jsonl"} <= {it.name for it in out.iterdir()}
+
+
+def test_the_order_of_answers_changes_nothing(
+    real_server: Any, swept: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """One at a time, and many at once."""
+    _, told = swept
+    assert sweep(tmp_path, "--url", real_server.url, "--concurrency", "3") == told
+
+
+def test_another_seed_gives_other_samples(
+    real_server: Any, swept: tuple[Path, Any], tmp_path: Path
+) -> None:
+    _, told = swept
+    assert sweep(tmp_path, "--url", real_server.url, "--seed", "6")["points"] != told["points"]
+
+
+def test_a_finished_sweep_asks_nothing_and_reports_again(
+    real_server: Any, swept: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out, told = swept
+    (tmp_path / "samples.jsonl").write_bytes((out / "samples.jsonl").read_bytes())
+    answered = real_server.get("/metrics").text
+    assert sweep(tmp_path, "--url", real_server.url) == told
+    count = "mi_request_success_total"
+    assert lines_of(real_server.get("/metrics").text, count) == lines_of(answered, count)
+
+
+def lines_of(text: str, name: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(name)]
+
+
+def test_another_parameter_is_refused_by_name(
+    real_server: Any,
+    swept: tuple[Path, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, _ = swept
+    (tmp_path / "samples.jsonl").write_bytes((out / "samples.jsonl").read_bytes())
+    words = [*SMALL, "--url", real_server.url, "--out", str(tmp_path), "--temperature", "0.6"]
+    assert main(["sweep", *words]) == 2
+    assert "`temperature` was [0.7] and is [0.6]" in capsys.readouterr().err
+
+
+def test_a_killed_sweep_takes_its_server_along_and_goes_on_where_it_was(
+    swept: tuple[Path, Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """It starts a server for itself; the uninterrupted one asked a running server."""
+    samples = tmp_path / "samples.jsonl"
+    words = [*SMALL, "--out", str(tmp_path), "--concurrency", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "sweep", *words], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 20, 60)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    finished = samples.read_bytes()
+    assert len(below) == 2
+    assert finished.count(b"\n") < 1 + 3 * 12 * 3, "it was not killed on its way"
+    wait_until(lambda: not any(it.is_running() for it in below))
+
+    told = sweep(tmp_path)
+    assert samples.read_bytes().startswith(finished[: finished.rindex(b"\n")])
+    assert told["points"] == swept[1]["points"]
+
+
+def test_an_ablation_and_a_file_of_questions(real_server: Any, tmp_path: Path) -> None:
+    task = tmp_path / "digits.jsonl"
+    lines = [{"question": f"a={n},b=a+1. b?", "answer": str(n + 1)} for n in range(4)]
+    task.write_text("\n".join(map(json.dumps, lines)))
+    words = ["--task", str(task), "--grader", "numeric", "--samples", "1", "--lambdas", "0.8"]
+    words += ["--ablate", "--url", real_server.url, "--temperature", "0", "--out", str(tmp_path)]
+    assert main(["sweep", *words]) == 0
+    told = json.loads((tmp_path / "report.json").read_text())
+    dials = ["all", "mlp", "attn", "0-3", "2-5", "0-1", "2-3", "4-5"]
+    assert [point["dial"] for point in told["points"]] == dials
+    rates = {point["dial"]: point["think_rate"] for point in told["points"]}
+    assert rates["all"] == 1
+    assert rates["0-1"] == 0
+
+
+def test_a_calibration_writes_a_profile_with_its_command(real_server: Any, tmp_path: Path) -> None:
+    out = tmp_path / "profile.json"
+    words = ["--url", real_server.url, "--lambdas", "0,0.4,0.6,1", "--questions", "10"]
+    words += ["--samples", "2", "--budget-samples", "160", "--target-interval", "0.2"]
+    words += ["--api-key", "secret", "--out", str(out)]
+    assert main(["calibrate", *words]) == 0
+    profile = load_profile(out)
+    points = profile.classes["default"].points
+    lambdas = [point.reasoning_lambda for point in points]
+    assert {0, 0.4, 0.6, 1} < set(lambdas)
+    assert any(0.4 < value < 0.6 for value in lambdas), "the bend was not looked at"
+    assert sum(point.samples or 0 for point in points) <= 160
+    assert points[0].think_rate == 0 < points[-1].reasoning_tokens.mean
+    assert profile.name == "pair"
+    command = profile.source.command
+    assert command is not None
+    assert command.startswith("mi-server calibrate --url")
+    assert "secret" not in command
+
+    samples = (out.with_name("profile.json.work") / "samples.jsonl").read_bytes()
+    assert main(["calibrate", *words]) == 0  # it plans the same rounds, and asks nothing
+    assert (out.with_name("profile.json.work") / "samples.jsonl").read_bytes() == samples
+    assert load_profile(out).classes == profile.classes
+
+
+def test_the_built_in_profile_is_of_the_embedded_pair(real_server: Any) -> None:
+    """Whoever changes the pair measures it again, with the command in the file."""
+    profile = load_profile(ROOT / "server" / "builtin_profiles" / "embedded.json")
+    card = real_server.get("/v1/models").json()["data"][0]
+    assert profile.pair.model_dump() == {
+        name: card["pair"][name] for name in ("identity", "instruct", "thinking")
+    }
+    assert set(profile.classes) == {"default", "short", "long"}
+    command = profile.source.command
+    assert command is not None
+    parsed(calibrate_parser(), shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--instruct", "nowhere", "--thinking", "nowhere"], "the server refused to start"),
+        (["--", "--no-such-flag"], "the server refused to start"),
+        (["--url", "http://127.0.0.1:1", "--dials", "ffn"], "did not answer"),
+        (["--task", "none.jsonl", "--grader", "exact"], "none.jsonl"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(
+    words: list[str],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.sweep.asking.FIRST_TRIES", 1)
+    assert main(["sweep", *SMALL, "--out", str(tmp_path / "out"), *words]) in (1, 2)
+    assert reason in capsys.readouterr().err

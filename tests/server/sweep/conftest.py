@@ -1,0 +1,36 @@
+"""Samples and questions, built from what a test says about them."""
+
+from collections.abc import Callable
+
+import pytest
+
+from server.sweep.samples import Sample
+from server.sweep.settings import Decoding, Setting
+
+MakeSample = Callable[..., Sample]
+
+
+@pytest.fixture(scope="session")
+def setting() -> Setting:
+    return Setting(0.5, "all", Decoding(0.7, 1.0))
+
+
+@pytest.fixture(scope="session")
+def make_sample(setting: Setting) -> MakeSample:
+    def make(question: str = "q", sample: int = 0, **fields: object) -> Sample:
+        defaults = {
+            "setting": setting.label,
+            "question": question,
+            "sample": sample,
+            "correct": True,
+            "said": "7",
+            "tokens": 10,
+            "reasoning_tokens": 4,
+            "thought": True,
+            "malformed": False,
+            "unfinished": False,
+            "text": "Answer: 7",
+        }
+        return Sample(**(defaults | fields))  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,95 @@
+"""The flags of both commands."""
+
+from pathlib import Path
+
+import pytest
+
+from server.sweep.errors import BadParameters
+from server.sweep.flags import calibrate_parser, parsed, sweep_parser, told
+from server.sweep.settings import Decoding
+
+
+def test_a_sweep_needs_an_out_and_nothing_else() -> None:
+    flags = parsed(sweep_parser(), ["--out", "d"])
+    assert flags.out == Path("d")
+    assert flags.lambdas == [value / 10 for value in range(11)]
+    assert (flags.temperature, flags.top_p, flags.top_k) == ([0.7], [1.0], 0)
+    assert (flags.task, flags.grader, flags.samples, flags.seed) == ("embedded", "embedded", 8, 0)
+    assert (flags.dials, flags.serve) == (["all"], [])
+
+
+def test_lists_are_read_and_said_once() -> None:
+    words = "--out d --lambdas 0,0.5,0.50 --temperature 0.6,0.7 --dials all,mlp,all"
+    flags = parsed(sweep_parser(), words.split())
+    assert (flags.lambdas, flags.temperature) == ([0, 0.5], [0.6, 0.7])
+    assert flags.dials == ["all", "mlp"]
+
+
+def test_the_pair_and_what_stands_behind_the_dashes_goes_to_the_server() -> None:
+    words = "--out d --instruct A --thinking B -- --threads 2 --seed-is-not-ours 3"
+    flags = parsed(sweep_parser(), words.split())
+    assert flags.serve == [
+        "--instruct=A", "--thinking=B", "--threads", "2", "--seed-is-not-ours", "3"
+    ]  # fmt: skip
+
+
+def test_the_decoding_of_lambda_zero_is_three_numbers() -> None:
+    flags = parsed(calibrate_parser(), ["--out", "p", "--instruct-decoding", "0.7,0.8,20"])
+    assert flags.instruct_decoding == Decoding(0.7, 0.8, 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--url http://x --device cpu", "--device=cpu is for a server of our own"),
+        ("--url http://x -- --threads 2", "--threads is for a server of our own"),
+        ("-- --port=1", "--port=1: the server of our own has that"),
+        ("--ablate --dials mlp", "--ablate names the dials"),
+        ("--task sums.jsonl", "--task sums.jsonl needs --grader"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(words: str, reason: str) -> None:
+    with pytest.raises(BadParameters, match=reason):
+        parsed(sweep_parser(), ["--out", "d", *words.split()])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lambdas 0,1.1",
+        "--lambdas nan",
+        "--lambdas x",
+        "--samples 0",
+        "--temperature 2.1",
+        "--top-p 0",
+        "--timeout inf",
+        "--instruct-decoding 0.7,0.8",
+        "--grader guess",
+        "--lambda 0",  # no abbreviations: a typo is no other flag
+    ],
+)
+def test_a_bad_value_is_refused_with_exit_code_two(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(sweep_parser(), ["--out", "d", *words.split()])
+    assert ended.value.code == 2
+    assert "mi-server sweep: error:" in capsys.readouterr().err
+
+
+def test_a_calibration_needs_two_samples_to_know_a_spread() -> None:
+    with pytest.raises(SystemExit):
+        parsed(calibrate_parser(), ["--out", "p", "--samples", "1"])
+
+
+def test_a_command_is_told_without_its_keys() -> None:
+    words = ["--api-key", "s1", "--out", "p", "--api-key=s2", "--", "--api-key", "s3"]
+    assert told(words) == ["--api-key", "…", "--out", "p", "--api-key=…", "--", "--api-key", "…"]
+    assert told([]) == []
+
+
+def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    for parser in (sweep_parser(), calibrate_parser()):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--help"])
+        assert "embedded" in capsys.readouterr().out

@@ -1,0 +1,49 @@
+"""`docs/measuring.md` against the commands it speaks of."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from server.sweep.curves import THINKS_NEARLY_ALWAYS, THINKS_RARELY
+from server.sweep.estimates import RESAMPLES
+from server.sweep.flags import calibrate_parser, parsed, sweep_parser
+from server.sweep.graders import GRADERS
+
+PAGE = (Path(__file__).parents[3] / "docs" / "measuring.md").read_text()
+COMMANDS = re.findall(r"^mi-server (?:sweep|calibrate) .*$", PAGE, re.MULTILINE)
+PARSERS = {"sweep": sweep_parser, "calibrate": calibrate_parser}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command: str) -> None:
+    _, name, *words = shlex.split(command)
+    parsed(PARSERS[name](), words)
+
+
+def test_every_flag_is_spoken_of() -> None:
+    flags = {
+        flag
+        for parser in PARSERS.values()
+        for action in parser()._actions
+        for flag in action.option_strings
+        if flag.startswith("--") and flag != "--help"
+    }
+    said = {flag for flag in flags if re.search(rf"{flag}\b", PAGE)}
+    assert flags - said == set()
+
+
+def test_every_grader_has_its_row() -> None:
+    assert [name for name in GRADERS if name != "embedded" and f"| `{name}` |" not in PAGE] == []
+
+
+def test_the_rules_have_the_numbers_of_the_code() -> None:
+    assert f"below\n{THINKS_RARELY:g};" in PAGE
+    assert f"at least {THINKS_NEARLY_ALWAYS:g};" in PAGE
+    assert f"{RESAMPLES:,} resamples" in PAGE
+
+
+def test_the_script_that_makes_the_files_is_python() -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    compile(script, "measuring.md", "exec")
