@@ -4,12 +4,20 @@ from collections.abc import Iterable
 
 from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
+from mi_runtime.grammar import Grammars
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import blend_bytes, measure_costs
 from mi_runtime.memory import free_bytes
 from mi_runtime.pair import Pair, PairError, check_pair, fingerprint
 from mi_runtime.planner import REMEMBERED, Planner
-from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
+from mi_runtime.request import (
+    Dial,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    RequestRejected,
+    TokenEvent,
+)
 from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Scheduler
@@ -58,6 +66,8 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         self._marks = config.marks
+        vocabulary = config.grammar_vocabulary
+        self._grammars = None if vocabulary is None else Grammars(vocabulary)
         self._groups = model.groups
         self._groups.cache.budget = _blend_budget(config, model, num_blocks)
         planner = Planner(
@@ -77,7 +87,9 @@ class Engine:
     def submit(self, request: EngineRequest) -> None:
         """Accepts a request, or raises RequestRejected and keeps nothing of it."""
         self.scheduler.admit_or_raise(request)
-        self.scheduler.add(Sequence(request, self._marks))
+        if request.grammar is not None and self._grammars is None:
+            raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
+        self.scheduler.add(Sequence(request, self._marks, self._grammars))
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request and frees its blocks; None when it is unknown or has ended."""
@@ -92,11 +104,19 @@ class Engine:
         self._steps += 1
         sampling = [chunk for chunk in chunks if chunk.samples]
         events = [
-            self.scheduler.fail(chunk.sequence, NOTHING_TO_DRAW)
+            self._end_undrawn(chunk.sequence)
             for chunk, result in zip(sampling, results, strict=True)
             if result is None
         ]
         return events + self.scheduler.update(chunks, [one or (0, None) for one in results])
+
+    def _end_undrawn(self, sequence: Sequence) -> TokenEvent:
+        grammar = sequence.grammar
+        if grammar is None or not grammar.exhausted:
+            return self.scheduler.fail(sequence, NOTHING_TO_DRAW)
+        if grammar.failure is not None:
+            return self.scheduler.fail(sequence, grammar.failure)
+        return self.scheduler.complete(sequence)
 
     def generate(self, requests: Iterable[EngineRequest]) -> dict[str, list[TokenEvent]]:
         """Answers all requests together; the events of each by its id."""

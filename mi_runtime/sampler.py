@@ -1,10 +1,11 @@
 """Draws the next token of every row of logits at once.
 
 Order: the model's log-probabilities are read first; then penalties, bias and forbidden ends change
-the logits; then greedy rows take their maximum, and the others are divided by their temperature,
-cut by top-k, top-p (of what top-k left) and min-p (of the best token's probability), and drawn by
-inverting the cumulative distribution at one uniform number of the sequence's own generator. So a
-row's token depends on its own logits and its own generator, never on the batch it came in.
+the logits, and what a row's grammar does not allow is masked; then greedy rows take their maximum,
+and the others are divided by their temperature, cut by top-k, top-p (of what top-k left) and min-p
+(of the best token's probability), and drawn by inverting the cumulative distribution at one uniform
+number of the sequence's own generator. So a row's token depends on its own logits and its own
+generator, never on the batch it came in.
 """
 
 from collections.abc import Iterable
@@ -45,8 +46,8 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> list[Sampled | None]:
         """One token a row of `logits` `[rows, vocabulary]`.
 
-        None for a row that is not finite, or where penalties, bias and forbidden ends leave nothing
-        to draw from.
+        None for a row that is not finite, or where penalties, bias, forbidden ends and grammar
+        leave nothing to draw from.
         """
         drawable = logits.isfinite().all(1)
         if not drawable.all():
@@ -68,7 +69,8 @@ class Sampler:
     def _change(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         self._penalize(logits, sequences)
         _add_bias(logits, sequences)
-        _forbid_ends(logits, sequences)
+        _forbid(logits, sequences)
+        _constrain(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         rows = [row for row, sequence in enumerate(sequences) if _has_penalty(sequence)]
@@ -106,7 +108,8 @@ def _changes_logits(sequence: Sequence) -> bool:
     return (
         _has_penalty(sequence)
         or bool(sequence.request.sampling.logit_bias)
-        or sequence.forbids_ending
+        or bool(sequence.forbidden_token_ids)
+        or sequence.constrained_by is not None
     )
 
 
@@ -132,17 +135,45 @@ def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         logits.index_put_(index, _column(biases, logits).squeeze(1), accumulate=True)
 
 
-def _forbid_ends(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
+def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
     entries = [
         (row, token)
         for row, sequence in enumerate(sequences)
-        if sequence.forbids_ending
-        for token in sequence.ending_token_ids
+        for token in sequence.forbidden_token_ids
         if 0 <= token < logits.shape[1]  # a config may name an end that the vocabulary lacks
     ]
     if entries:
         rows, tokens = zip(*entries, strict=True)
         logits[list(rows), list(tokens)] = -torch.inf
+
+
+def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
+    """Leaves the rows under a grammar what it allows; of all rows at once, but for the masks."""
+    held = {row: one.constrained_by for row, one in enumerate(sequences)}
+    states = {row: state for row, state in held.items() if state is not None}
+    if not states:
+        return
+    rows = list(states)
+    allowed = _allowed([state.mask() for state in states.values()], logits)
+    beside = [(at, state.beside) for at, state in enumerate(states.values())]
+    for at, token in beside:
+        if token is not None:
+            allowed[at, token] = True
+    mine = logits[rows].masked_fill(~allowed, -torch.inf)
+    logits[rows] = mine
+    for state, best in zip(states.values(), mine.amax(1).tolist(), strict=True):
+        state.exhausted = best == -torch.inf
+
+
+def _allowed(masks: list[bytes], like: Tensor) -> Tensor:
+    """Bool `[rows, vocabulary]` of bit masks; what a mask is too short for is not allowed."""
+    width = -(-like.shape[1] // 32) * 4  # bytes, in words of 32 bits
+    packed = b"".join(mask[:width].ljust(width, b"\0") for mask in masks)
+    words = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(like.device)
+    bits = torch.ones(32, dtype=torch.int32, device=like.device) << torch.arange(
+        32, dtype=torch.int32, device=like.device
+    )
+    return (words.view(len(masks), -1, 1) & bits).ne(0).flatten(1)[:, : like.shape[1]]
 
 
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> list[int]:
