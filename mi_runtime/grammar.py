@@ -32,7 +32,7 @@ class GrammarVocabulary:
 
 
 def parser_limits() -> LLParserLimits:
-    """What a grammar may cost: some 50 ms to compile, and a few in the worst step."""
+    """What a grammar may cost: some 100 ms to compile, and a few in the worst step."""
     return LLParserLimits(
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=100_000,
@@ -41,6 +41,12 @@ def parser_limits() -> LLParserLimits:
         max_grammar_size=100_000,
         verbose_errors=False,
     )
+
+
+def fault_of(source: str) -> str | None:
+    """Why a grammar cannot be used, without a vocabulary; None: it can."""
+    is_fault, messages = LLMatcher.validate_grammar_with_warnings(source, limits=parser_limits())
+    return messages[0] if is_fault else None
 
 
 class Grammars:

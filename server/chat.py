@@ -44,6 +44,12 @@ class _Asked:
     choices: Sequence[_AskedChoice]
     engine: EngineInfo
     trace: Trace
+    grammar: str | None  # that every choice's answer obeys
+
+    @property
+    def tools(self) -> bool:
+        """Whether the model may call any."""
+        return bool(self.wire.offered_tools)
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
@@ -83,7 +89,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> _Aske
     engine = service.admitted()
     routing = _route(wire, request.headers.get(dial.HEADER), service, engine)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
-    prompts = await asyncio.to_thread(service.prompts.build_each, wire.messages, routing.dials)
+    grammar, prompts = await asyncio.to_thread(_prepare, wire, routing, service)
     engine = service.admitted()
     _note(trace, wire, routing)
     starts = [
@@ -95,7 +101,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> _Aske
         for setting, prompt in zip(routing.dials, prompts, strict=True)
     ]
     choices = starts if routing.fan_out else _copies(starts[0], wire.choices)
-    return _Asked(wire, routing, choices, engine, trace)
+    return _Asked(wire, routing, choices, engine, trace, grammar)
 
 
 def _route(wire: ChatRequest, header: str | None, service: Service, engine: EngineInfo) -> Routing:
@@ -117,6 +123,23 @@ def _refuse_think_fields(wire: ChatRequest) -> None:
                 f"`{param}` needs think tags that are single tokens, which this model lacks",
                 param=param,
             )
+
+
+def _prepare(
+    wire: ChatRequest, routing: Routing, service: Service
+) -> tuple[str | None, list[Prompt]]:
+    """What the answer obeys, and the prompt at each dial."""
+    grammar = service.constraint.grammar(wire)
+    prompts = service.prompts.build_each(wire.messages, routing.dials, wire.offered_tools)
+    has_tags = service.prompts.vocabulary.has_think_tags
+    if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):
+        # The engine cannot see the block end, and so not where the answer begins.
+        param = "tools" if wire.offered_tools else "response_format"
+        raise InvalidRequest(
+            f"`{param}` needs think tags that are single tokens, which this model lacks",
+            param=param,
+        )
+    return grammar, prompts
 
 
 def _copies(start: _AskedChoice, count: int) -> list[_AskedChoice]:
@@ -160,10 +183,14 @@ def _engine_requests(asked: _Asked, service: Service) -> list[EngineRequest]:
             dial=choice.dial,
             sampling=choice.sampling,
             think=service.think_blocks.policy(
-                opened_by_prompt=choice.prompt.opens_block, cap=routing.cap
+                opened_by_prompt=choice.prompt.opens_block,
+                cap=routing.cap,
+                tools=asked.tools,
+                constrained=asked.grammar is not None,
             ),
             cache_salt=asked.wire.cache_salt,
             answer_dial=None if routing.answer == choice.dial else routing.answer,
+            grammar=asked.grammar,
         )
         for index, choice in enumerate(asked.choices)
     ]
@@ -174,12 +201,15 @@ def _choice(index: int, asked: _Asked, service: Service) -> Choice:
     return Choice(
         index,
         vocabulary=service.prompts.vocabulary,
-        splitter=service.think_blocks.splitter(opened_by_prompt=start.prompt.opens_block),
+        splitter=service.think_blocks.splitter(
+            opened_by_prompt=start.prompt.opens_block, tools=asked.tools
+        ),
         stop=asked.wire.stop_strings,
         meter=service.metrics.meter(
             start.dial.reasoning_lambda, len(start.prompt.token_ids), asked.trace.arrived
         ),
         logprobs=asked.wire.logprobs,
+        tools=asked.tools,
     )
 
 

@@ -1,13 +1,15 @@
 """From messages to token ids: which template a λ takes, and whether it opens a think block."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mi_runtime.request import Dial
 from server.checkpoint import Endpoint
+from server.errors import InvalidRequest
 from server.reasoning import THINK_OPEN
-from server.schemas import Message
+from server.schemas import FunctionTool, Message, ToolCall
 from server.templates import ChatTemplate
 from server.vocabulary import Vocabulary
 
@@ -41,18 +43,30 @@ class Prompts:
         self._choice = template
         self._think_threshold = think_threshold
 
-    def build_each(self, messages: Sequence[Message], dials: Sequence[Dial]) -> list[Prompt]:
+    def build_each(
+        self,
+        messages: Sequence[Message],
+        dials: Sequence[Dial],
+        tools: Sequence[FunctionTool] = (),
+    ) -> list[Prompt]:
         """One prompt a dial; dials that take the same template share it."""
         built: dict[ChatTemplate, Prompt] = {}
         for dial in dials:
             template = self._template(dial)
             if template not in built:
-                built[template] = self.build(messages, dial)
+                built[template] = self.build(messages, dial, tools)
         return [built[self._template(dial)] for dial in dials]
 
-    def build(self, messages: Sequence[Message], dial: Dial) -> Prompt:
-        """Raises `InvalidRequest` where the template refuses the messages."""
-        text = self._template(dial).render([_template_view(message) for message in messages])
+    def build(
+        self, messages: Sequence[Message], dial: Dial, tools: Sequence[FunctionTool] = ()
+    ) -> Prompt:
+        """Raises `InvalidRequest` where the template refuses the messages or has no tools."""
+        template = self._template(dial)
+        if tools and not template.takes_tools:
+            raise InvalidRequest("This model's chat template has no place for tools", param="tools")
+        text = template.render(
+            [_template_view(message) for message in messages], [_tool_view(it) for it in tools]
+        )
         return Prompt(
             token_ids=tuple(self.vocabulary.encode(text)),
             # The end alone decides: what the user wrote stands before it.
@@ -68,7 +82,7 @@ class Prompts:
 
 def _template_view(message: Message) -> dict[str, Any]:
     """A message as templates read it: `developer` is OpenAI's newer word for `system`."""
-    view = {
+    view: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,
     }
@@ -77,4 +91,25 @@ def _template_view(message: Message) -> dict[str, Any]:
     reasoning = message.reasoning_content or message.reasoning
     if reasoning is not None:
         view["reasoning_content"] = reasoning
+    if message.tool_calls:
+        view["tool_calls"] = [_call_view(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        view["tool_call_id"] = message.tool_call_id
     return view
+
+
+def _call_view(call: ToolCall) -> dict[str, Any]:
+    """With its arguments as an object, which templates write as JSON; as text if they are none."""
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        arguments = call.function.arguments
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _tool_view(tool: FunctionTool) -> dict[str, Any]:
+    shown = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+    return {"type": "function", "function": shown}

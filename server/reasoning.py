@@ -86,8 +86,8 @@ class TokenSplitter:
                 assert token_id is not None
                 return self._sides.close(text.removesuffix(self._tags[token_id]))
         if token_id is not None and self._tags.get(token_id) == THINK_CLOSE:
-            before = self._sides.feed(text.removesuffix(THINK_CLOSE))
-            return before.then(self._sides.feed_closing_tag())
+            last = self._sides.feed(text.removesuffix(THINK_CLOSE))
+            return last.then(self._sides.feed_closing_tag())
         return self._sides.feed(text)
 
     def finish(self, *, by_length: bool) -> Split:

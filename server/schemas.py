@@ -34,18 +34,28 @@ NOT_IMPLEMENTED: Final = frozenset(
     (
         *("audio", "chat_template_kwargs", "continue_final_message"),
         *("enable_thinking", "function_call", "functions", "modalities", "moderation"),
-        *("parallel_tool_calls", "prediction", "prompt_cache_options"),
+        *("prediction", "prompt_cache_options"),
         *("prompt_cache_retention", "priority", "reasoning", "reasoning_effort"),
-        *("routing_class", "tool_call_id", "tool_calls", "tool_choice", "tools"),
-        "web_search_options",
+        *("routing_class", "web_search_options"),
     )
 )
 """Known to OpenAI's clients or planned here, without effect so far: refused by name."""
 
 MOST_CHOICES: Final = 128
+MOST_TOOLS: Final = 128
 
 _BRANCHES: Final = frozenset(
-    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)"}
+    {
+        "(text)",
+        "(parts)",
+        "(one)",
+        "(many)",
+        "(number)",
+        "(groups)",
+        "(fan-out)",
+        "(name)",
+        "(tool)",
+    }
 )
 """Union tags that pydantic puts into the path of an error."""
 
@@ -77,21 +87,43 @@ def _text_or_parts(value: Any) -> str:
     return "(parts)" if isinstance(value, list) else "(text)"
 
 
+class CalledFunction(_Wire):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(_Wire):
+    """A call that the assistant made, in an earlier answer."""
+
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(_Wire):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
-        Discriminator(_text_or_parts),
-    ]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
+            Discriminator(_text_or_parts),
+        ]
+        | None
+    ) = None
+    """Left out or null only where the assistant called tools."""
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] = []
+    """Of the assistant."""
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    """Of a tool's message: which call it answers."""
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class StreamOptions(_Wire):
@@ -99,8 +131,49 @@ class StreamOptions(_Wire):
     include_obfuscation: bool = True  # without effect
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Schema = dict[str, Any]
+"""A JSON schema; `server.constraint` checks it."""
+
+
+class JsonSchemaFormat(_Wire):
+    name: Name
+    description: str | None = None  # for people
+    schema_: Annotated[Schema, Field(alias="schema")]
+    strict: bool = False
+    """Refuse a schema with keywords that cannot be enforced; else they are left unenforced."""
+
+
 class ResponseFormat(_Wire):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class FunctionTool(_Wire):
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None
+    """The schema of its arguments; without one it takes none."""
+    strict: bool = False
+    """Hold calls that the model makes by itself to the schema; refuse one that cannot be."""
+
+
+class Tool(_Wire):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(_Wire):
+    name: Name
+
+
+class NamedTool(_Wire):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _name_or_tool(value: Any) -> str:
+    return "(tool)" if isinstance(value, dict | NamedTool) else "(name)"
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -204,6 +277,19 @@ class ChatRequest(_Wire):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
 
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("(name)")]
+            | Annotated[NamedTool, Tag("(tool)")],
+            Discriminator(_name_or_tool),
+        ]
+        | None
+    ) = None
+    """Default: auto."""
+    parallel_tool_calls: bool = True
+    """False: at most one call."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     include_reasoning: bool = True
@@ -257,6 +343,13 @@ class ChatRequest(_Wire):
         return None if cap < 0 else cap
 
     @property
+    def offered_tools(self) -> Sequence[FunctionTool]:
+        """The functions that the model may call."""
+        if self.tools is None or self.tool_choice == "none":
+            return []
+        return [tool.function for tool in self.tools]
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -296,6 +389,49 @@ def _check_together(request: ChatRequest) -> None:
             f"The request names different budgets of reasoning tokens: {listed}; give one of them",
             param=list(budgets)[-1],
         )
+    for index, message in enumerate(request.messages):
+        _check_message(message, f"messages[{index}]")
+    _check_tools(request)
+    form = request.response_format
+    if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
+        raise InvalidRequest(
+            "`response_format.json_schema` goes with `type: json_schema`, and only with it",
+            param="response_format.json_schema",
+        )
+
+
+def _check_message(message: Message, path: str) -> None:
+    """Which fields a role needs, and which it may have."""
+    if message.content is None and not message.tool_calls:
+        raise InvalidRequest(f"`{path}.content`: Field required", param=f"{path}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(
+            f"`{path}.tool_calls` are the assistant's, not of role {message.role!r}",
+            param=f"{path}.tool_calls",
+        )
+    if (message.tool_call_id is not None) is not (message.role == "tool"):
+        raise InvalidRequest(
+            f"`{path}.tool_call_id` goes with role 'tool', and only with it",
+            param=f"{path}.tool_call_id",
+        )
+
+
+def _check_tools(request: ChatRequest) -> None:
+    names = [tool.function.name for tool in request.tools or []]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidRequest(
+                f"`tools[{index}].function.name`: there is another tool {name!r}",
+                param=f"tools[{index}].function.name",
+            )
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise InvalidRequest(
+            f"`tool_choice` names {choice.function.name!r}, which is none of the tools",
+            param="tool_choice.function.name",
+        )
+    if choice == "required" and not names:
+        raise InvalidRequest("`tool_choice: required` needs `tools`", param="tool_choice")
 
 
 def _invalid(error: ErrorDetails) -> InvalidRequest:

@@ -4,6 +4,7 @@ Knows `tokenizer.json` through the `tokenizers` library, and nothing of template
 """
 
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -11,6 +12,7 @@ from typing import Final
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from mi_runtime.grammar import GrammarVocabulary
 from mi_runtime.thinking import TokenMarks
 from server.checkpoint import CheckpointError
 from server.reasoning import THINK_CLOSE, THINK_OPEN, TOOL_CALL
@@ -82,6 +84,15 @@ class Vocabulary:
             ),
             blanks=frozenset(index for index, text in spoken if not text.strip()),
         )
+
+    def for_grammars(
+        self, directory: Path, eos_token_ids: Iterable[int]
+    ) -> GrammarVocabulary | None:
+        """What the engine needs to hold answers to a grammar; None where no token can end one."""
+        known = [it for it in sorted(eos_token_ids) if self.tokenizer.id_to_token(it) is not None]
+        if not known:
+            return None
+        return GrammarVocabulary(str(directory / "tokenizer.json"), tuple(known))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt; the template has written every special token itself."""
