@@ -12,9 +12,8 @@ from typing import Any, Final
 
 from mi_runtime.grammar import fault_of
 from server.errors import InvalidRequest, bounded
-from server.reasoning import TOOL_CALL
+from server.reasoning import TOOL_CALL, TOOL_CALL_END
 from server.schemas import ChatRequest, FunctionTool, NamedTool
-from server.tools import TOOL_CALL_END
 from server.vocabulary import Vocabulary
 
 LARGEST_SCHEMA: Final = 64 * 1024  # bytes of JSON, without white space

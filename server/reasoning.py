@@ -25,6 +25,7 @@ THINK_OPEN: Final = "<think>"
 THINK_CLOSE: Final = "</think>"
 TOOL_CALL: Final = "<tool_call>"
 """Merged models write it where `</think>` belongs (arXiv 2510.10977, Table 6)."""
+TOOL_CALL_END: Final = "</tool_call>"
 
 
 @dataclass(slots=True)

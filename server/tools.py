@@ -19,9 +19,8 @@ from typing import Final
 from uuid import uuid4
 
 from server.matching import unfinished_length
-from server.reasoning import TOOL_CALL
+from server.reasoning import TOOL_CALL, TOOL_CALL_END
 
-TOOL_CALL_END: Final = "</tool_call>"
 _HEAD: Final = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)+")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
 )

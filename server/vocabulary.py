@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 from mi_runtime.grammar import GrammarVocabulary
 from mi_runtime.thinking import TokenMarks
 from server.checkpoint import CheckpointError
-from server.reasoning import THINK_CLOSE, THINK_OPEN, TOOL_CALL
+from server.reasoning import THINK_CLOSE, THINK_OPEN, TOOL_CALL, TOOL_CALL_END
 
 SENTENCE_ENDS: Final = (".", "!", "?", "…", "。", "！", "？")
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -51,7 +51,8 @@ class Vocabulary:
     @cached_property
     def tags(self) -> dict[int, str]:
         """The tags that are single tokens, by id."""
-        ids = {tag: self.tokenizer.token_to_id(tag) for tag in (THINK_OPEN, THINK_CLOSE, TOOL_CALL)}
+        tags = (THINK_OPEN, THINK_CLOSE, TOOL_CALL, TOOL_CALL_END)
+        ids = {tag: self.tokenizer.token_to_id(tag) for tag in tags}
         return {index: tag for tag, index in ids.items() if index is not None}
 
     @cached_property

@@ -138,14 +138,18 @@ def test_a_bad_schema_is_refused_strict_or_not(schema: dict[str, Any]) -> None:
         assert error.param == "response_format.json_schema.schema"
 
 
-def test_a_schema_is_not_read_from_elsewhere_nor_from_a_deep_nest() -> None:
+def nested(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"}
-    for _ in range(40):
-        schema = {"type": "object", "properties": {"a": schema}}
-    grammar(response_format=json_schema(schema))
-    for _ in range(60):
-        schema = {"not": schema}
-    assert refusal(response_format=json_schema(schema)).param is not None
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+def test_a_schema_nested_too_deep_is_refused() -> None:
+    assert grammar(response_format=json_schema(nested(50))) is not None
+    error = refusal(response_format=json_schema(nested(70)))
+    assert error.param == "response_format.json_schema.schema"
+    assert "recursion limit" in error.message
 
 
 def test_a_schema_too_large_is_refused() -> None:
