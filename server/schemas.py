@@ -32,11 +32,11 @@ ACCEPTED_WITHOUT_EFFECT: Final = (
 
 NOT_IMPLEMENTED: Final = frozenset(
     (
-        *("audio", "chat_template_kwargs", "continue_final_message"),
+        *("annotations", "audio", "chat_template_kwargs", "continue_final_message"),
         *("enable_thinking", "function_call", "functions", "modalities", "moderation"),
         *("prediction", "prompt_cache_options"),
         *("prompt_cache_retention", "priority", "reasoning", "reasoning_effort"),
-        *("routing_class", "web_search_options"),
+        *("refusal", "routing_class", "web_search_options"),
     )
 )
 """Known to OpenAI's clients or planned here, without effect so far: refused by name."""
