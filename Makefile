@@ -33,6 +33,7 @@ bench: $(VENV)/.tested
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.serving
 	$(BIN)/python -m bench.host
+	$(BIN)/python -m bench.grammar
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
 pair: $(VENV)/.installed

@@ -15,6 +15,7 @@ from mi_runtime.request import (
     EngineInfo,
     EngineRequest,
     EngineStats,
+    FinishReason,
     RequestRejected,
     TokenEvent,
 )
@@ -68,6 +69,7 @@ class Engine:
         self._marks = config.marks
         vocabulary = config.grammar_vocabulary
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
+        self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
         self._groups = model.groups
         self._groups.cache.budget = _blend_budget(config, model, num_blocks)
         planner = Planner(
@@ -82,21 +84,29 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return self.scheduler.unfinished == 0
+        return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:
         """Accepts a request, or raises RequestRejected and keeps nothing of it."""
         self.scheduler.admit_or_raise(request)
         if request.grammar is not None and self._grammars is None:
             raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
-        self.scheduler.add(Sequence(request, self._marks, self._grammars))
+        assert request.request_id not in self._compiling
+        sequence = Sequence(request, self._marks, self._grammars)
+        if sequence.grammar is None or sequence.grammar.ready:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling[request.request_id] = sequence
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request and frees its blocks; None when it is unknown or has ended."""
+        if self._compiling.pop(request_id, None) is not None:
+            return TokenEvent(request_id, None, FinishReason.ABORT)
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
         """Runs one batch. At least one request advances unless the engine is idle."""
+        self._add_compiled()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -109,6 +119,16 @@ class Engine:
             if result is None
         ]
         return events + self.scheduler.update(chunks, [one or (0, None) for one in results])
+
+    def _add_compiled(self) -> None:
+        """Puts in line what waited for its grammar; waits for one if there is nothing else."""
+        waiting = [(one, one.grammar) for one in self._compiling.values() if one.grammar]
+        if waiting and not self.scheduler.unfinished:
+            waiting[0][1].wait()
+        for sequence, grammar in waiting:
+            if grammar.ready:
+                del self._compiling[sequence.request_id]
+                self.scheduler.add(sequence)
 
     def _end_undrawn(self, sequence: Sequence) -> TokenEvent:
         grammar = sequence.grammar
@@ -133,7 +153,7 @@ class Engine:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._compiling),
             used_blocks=blocks.referenced,
             total_blocks=blocks.num_blocks,
             running_lambdas=scheduler.running.lambdas,

@@ -6,12 +6,12 @@ instead of beginning the answer; after closing it by itself, it may write what t
 has behind the tag, and then the answer begins.
 
 Knows grammars as `llguidance` reads them (its Lark dialect, or JSON), and token ids; a mask is
-bytes, and nothing here knows a tensor. Grammars are compiled in a thread of their own while the
-prompt is computed; a sequence waits for its own when it first needs it, and not before.
+bytes, and nothing here knows a tensor. Grammars are compiled in a thread of their own, and a
+sequence is to run once its own is there: no step ever waits for one.
 """
 
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -86,6 +86,15 @@ class GrammarState:
         self._led = 0  # tokens of the closing sequence that the model wrote behind its own tag
         self.exhausted = False  # nothing that the request allows can follow
         self.failure: str | None = None  # why the answer cannot be held to its grammar
+
+    @property
+    def ready(self) -> bool:
+        """Whether the grammar is compiled, or has turned out not to compile."""
+        return self._compiled.done()
+
+    def wait(self) -> None:
+        """Until `ready`."""
+        wait([self._compiled])
 
     @property
     def constrains(self) -> bool:

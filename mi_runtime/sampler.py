@@ -20,6 +20,8 @@ from mi_runtime.sequence import Sequence
 
 SMALLEST = 2**-126  # the smallest normal float32
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+EIGHT_TIMES = 0x0101_0101_0101_0101  # times a byte: that byte in each of eight
+ONE_BIT_EACH = 0x8040_2010_0804_0201 - 2**64  # bit n of byte n, as a signed word
 
 
 class TokenCounts:
@@ -57,7 +59,9 @@ class Sampler:
             if changed is logits:  # the model's own are read again for log-probabilities
                 changed = logits.clone()
             self._change(changed, sequences)
-            drawable &= changed.amax(1).isfinite()
+            left = changed.amax(1).isfinite()
+            _note_exhausted(sequences, (drawable & ~left).tolist())
+            drawable &= left
             changed[~drawable] = 0.0
         tokens = _choose(changed, sequences)
         logprobs = _logprobs(logits, tokens, sequences)
@@ -148,32 +152,38 @@ def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
 
 
 def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-    """Leaves the rows under a grammar what it allows; of all rows at once, but for the masks."""
-    held = {row: one.constrained_by for row, one in enumerate(sequences)}
-    states = {row: state for row, state in held.items() if state is not None}
+    """Leaves the rows under a grammar what it allows."""
+    held = [(row, one.constrained_by) for row, one in enumerate(sequences)]
+    states = {row: state for row, state in held if state is not None}
     if not states:
         return
-    rows = list(states)
-    allowed = _allowed([state.mask() for state in states.values()], logits)
-    beside = [(at, state.beside) for at, state in enumerate(states.values())]
-    for at, token in beside:
-        if token is not None:
-            allowed[at, token] = True
-    mine = logits[rows].masked_fill(~allowed, -torch.inf)
-    logits[rows] = mine
-    for state, best in zip(states.values(), mine.amax(1).tolist(), strict=True):
-        state.exhausted = best == -torch.inf
+    forbidden = _forbidden([state.mask() for state in states.values()], logits)
+    for at, state in enumerate(states.values()):
+        if state.beside is not None:
+            forbidden[at, state.beside] = False
+    if len(states) == len(sequences):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        rows = list(states)
+        logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
-def _allowed(masks: list[bytes], like: Tensor) -> Tensor:
-    """Bool `[rows, vocabulary]` of bit masks; what a mask is too short for is not allowed."""
-    width = -(-like.shape[1] // 32) * 4  # bytes, in words of 32 bits
+def _note_exhausted(sequences: tuple[Sequence, ...], nothing_left: list[bool]) -> None:
+    for sequence, nothing in zip(sequences, nothing_left, strict=True):
+        if nothing and sequence.constrained_by is not None:
+            sequence.constrained_by.exhausted = True
+
+
+def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
+    """Bool `[rows, vocabulary]` of bit masks; what a mask is too short for is forbidden.
+
+    A byte of a mask is repeated to the eight bytes of a word, and of each of them one bit is kept.
+    """
+    width = -(-like.shape[1] // 8)  # bytes of a row
     packed = b"".join(mask[:width].ljust(width, b"\0") for mask in masks)
-    words = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(like.device)
-    bits = torch.ones(32, dtype=torch.int32, device=like.device) << torch.arange(
-        32, dtype=torch.int32, device=like.device
-    )
-    return (words.view(len(masks), -1, 1) & bits).ne(0).flatten(1)[:, : like.shape[1]]
+    octets = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(like.device).long()
+    bits = (octets * EIGHT_TIMES) & ONE_BIT_EACH
+    return bits.view(torch.uint8).view(len(masks), -1)[:, : like.shape[1]].eq(0)
 
 
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> list[int]:

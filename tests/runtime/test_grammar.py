@@ -7,6 +7,7 @@ an instance of the schema.
 import json
 import random
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
@@ -32,6 +34,7 @@ from mi_runtime.request import (
     ThinkPolicy,
     TokenEvent,
 )
+from mi_runtime.sampler import _forbidden
 from mi_runtime.thinking import Phase, ThinkingState, TokenMarks
 from tests.runtime.conftest import MakeEngine, PairOf
 
@@ -197,6 +200,15 @@ def test_grammars_that_were_pushed_out_are_compiled_again(vocabulary: GrammarVoc
     states = [grammars.state(f'start: "{n}"', None) for n in range(MOST_KEPT + 2)]
     again = grammars.state('start: "0"', None)
     assert allowed(states[0]) == allowed(again) == set(encode("0"))
+
+
+@given(st.lists(st.binary(max_size=12), min_size=1, max_size=3), st.integers(1, 99))
+def test_bits_of_masks_say_what_is_forbidden(masks: list[bytes], vocabulary: int) -> None:
+    forbidden = _forbidden(masks, torch.zeros(len(masks), vocabulary))
+    for row, mask in enumerate(masks):
+        bits = [byte >> bit & 1 for byte in mask for bit in range(8)][:vocabulary]
+        bits += [0] * (vocabulary - len(bits))
+        assert forbidden[row].tolist() == [not bit for bit in bits]
 
 
 # --- an engine ---
@@ -396,6 +408,51 @@ def test_a_failing_grammar_fails_its_request_alone(engine: Engine) -> None:
     assert end.finish_reason is FinishReason.ERROR
     assert "grammar" in (end.error or "")
     assert answers["good"][-1].finish_reason is FinishReason.COMPLETE
+
+
+class Gate:
+    """Holds back the thread that compiles until it is opened."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._open = threading.Event()
+        assert engine._grammars is not None
+        engine._grammars._thread.submit(self._open.wait)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_nobody_waits_for_the_grammar_of_another(engine: Engine) -> None:
+    gate = Gate(engine)
+    engine.submit(request("held", 'start: "held"'))
+    assert engine.stats().waiting == 1
+    free = run_until_ended(engine, request("free", None, max_tokens=5))
+    assert len(free) == 5
+    assert not engine.idle
+    gate.open()
+    events = [event for _ in range(9) for event in engine.step()]  # the first waits
+    assert events[-1].finish_reason is FinishReason.COMPLETE
+    assert engine.idle
+
+
+def run_until_ended(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
+    engine.submit(one)
+    events: list[TokenEvent] = []
+    while not events or events[-1].finish_reason is None:
+        events += engine.step()
+    assert {event.request_id for event in events} == {one.request_id}
+    return events
+
+
+def test_a_request_may_be_given_up_while_its_grammar_compiles(engine: Engine) -> None:
+    gate = Gate(engine)
+    engine.submit(request("r", 'start: "given up"'))
+    event = engine.abort("r")
+    assert event is not None
+    assert event.finish_reason is FinishReason.ABORT
+    assert engine.idle
+    assert engine.abort("r") is None
+    gate.open()
 
 
 def test_an_engine_without_a_vocabulary_refuses_grammars(make_engine: MakeEngine) -> None:
