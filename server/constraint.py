@@ -6,7 +6,8 @@ which a grammar names as tokens where the vocabulary has them.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -18,10 +19,12 @@ from server.vocabulary import Vocabulary
 
 LARGEST_SCHEMA: Final = 64 * 1024  # bytes of JSON, without white space
 LARGEST_GRAMMAR: Final = 512 * 1024  # of all tools of a request
-CHECKED: Final = 256  # verdicts that are kept
+CHECKED: Final = 64  # verdicts that are kept
 WHITE_SPACE: Final = r"[ \n\t]{0,20}"
 """Between the parts of JSON. Bounded: a model at a loss writes white space for ever."""
 
+_FOR_PEOPLE: Final = frozenset({"title", "description", "$comment", "default", "examples"})
+"""Keywords whose text no answer has to say."""
 _ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
 _NO_ARGUMENTS: Final = _ANY_OBJECT | {"properties": {}, "additionalProperties": False}
 
@@ -30,9 +33,9 @@ class Constraint:
     """The rules of one server. Safe to use from several threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._tags_are_tokens = all(
-            vocabulary.tokenizer.token_to_id(tag) is not None for tag in (TOOL_CALL, TOOL_CALL_END)
-        )
+        self._opening = _tag(TOOL_CALL, vocabulary)
+        self._closing = _tag(TOOL_CALL_END, vocabulary)
+        self._whole_tokens = _whole_tokens(vocabulary)
         self._fault_of = lru_cache(CHECKED)(fault_of)
 
     def grammar(self, request: ChatRequest) -> str | None:
@@ -79,6 +82,13 @@ class Constraint:
             raise InvalidRequest(
                 f"`{param}` is larger than {LARGEST_SCHEMA} bytes of JSON", param=param
             )
+        token = next(filter(None, map(self._whole_tokens.search, _strings(schema))), None)
+        if token is not None:
+            raise InvalidRequest(
+                f"`{param}` holds {token[0]!r}, which is a token of this model and cannot be said "
+                "as text",
+                param=param,
+            )
         fault = self._fault_of(alone)
         if fault is not None:
             raise InvalidRequest(
@@ -107,27 +117,51 @@ class Constraint:
         return self._free_text(_as_far_as_strict(request.offered_tools, tools), several=several)
 
     def _calls(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
-        opening = TOOL_CALL if self._tags_are_tokens else json.dumps(TOOL_CALL)
-        return [f"call: {opening} body", 'BREAK: "\\n"', *self._bodies(tools)]
+        return [f"call: {self._opening} body", 'BREAK: "\\n"', *self._bodies(tools)]
 
     def _free_text(self, tools: dict[str, dict[str, Any]], *, several: bool) -> str:
         """Any text, in which an opening tag begins a call."""
-        opening = ["opening[lazy]: TEXT " + json.dumps(TOOL_CALL)]
-        if self._tags_are_tokens:
-            opening = [f"opening: TEXT {TOOL_CALL}"]
+        lazy = "" if self._opening == TOOL_CALL else "[lazy]"  # spelled, it is found in the text
+        opening = f"opening{lazy}: TEXT {self._opening}"
         start = "start: (opening body)* TEXT" if several else "start: TEXT | opening body"
-        return _lark(start, *opening, r"TEXT: /(.|\n)*/", *self._bodies(tools))
+        return _lark(start, opening, r"TEXT: /(.|\n)*/", *self._bodies(tools))
 
     def _bodies(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
         """From behind the opening tag to the closing one."""
-        closing = TOOL_CALL_END if self._tags_are_tokens else json.dumps(TOOL_CALL_END)
         rules = ["body: " + " | ".join(f"body_{index}" for index in range(len(tools)))]
         for index, (name, schema) in enumerate(tools.items()):
             head = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
             tail = json.dumps("}\n")
-            rules.append(f"body_{index}: {head} arguments_{index} {tail} {closing}")
+            rules.append(f"body_{index}: {head} arguments_{index} {tail} {self._closing}")
             rules.append(f"arguments_{index}: {_json(schema)}")
         return rules
+
+
+def _tag(tag: str, vocabulary: Vocabulary) -> str:
+    """As a grammar names it: the token where there is one, else its text."""
+    is_token = vocabulary.tokenizer.token_to_id(tag) is not None
+    return tag if is_token else json.dumps(tag)
+
+
+def _whole_tokens(vocabulary: Vocabulary) -> re.Pattern[str]:
+    """Finds the tokens that are never text to a grammar: `<|im_end|>`, `<think>`, …"""
+    added = vocabulary.tokenizer.get_added_tokens_decoder().values()
+    names = [re.escape(it.content) for it in added if it.special or it.content.startswith("<")]
+    return re.compile("|".join(names) or r"(?!)")
+
+
+def _strings(schema: Any) -> Iterator[str]:
+    """What the schema may make an answer say."""
+    if isinstance(schema, str):
+        yield schema
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _strings(item)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            yield key
+            if key not in _FOR_PEOPLE or isinstance(value, dict):
+                yield from _strings(value)
 
 
 def _as_far_as_strict(

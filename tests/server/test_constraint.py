@@ -17,20 +17,24 @@ from server.tools import ToolCalls, joined
 from server.vocabulary import Vocabulary
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-TAGS = ["<tool_call>", "</tool_call>"]
+TAGS = ("<tool_call>", "</tool_call>")
+
+
+Tags = tuple[str, ...]  # that are tokens
+SPELLED: Tags = ()
 
 
 @cache
-def tokenizer(tags_are_tokens: bool) -> Tokenizer:
+def tokenizer(tags: Tags) -> Tokenizer:
     made = build_tokenizer()
-    if tags_are_tokens:
-        made.add_tokens(TAGS)
+    made.add_tokens(list(tags))
     return made
 
 
-@pytest.fixture(params=[False, True], ids=["spelled tags", "tags are tokens"])
-def tags_are_tokens(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+@pytest.fixture(params=[SPELLED, TAGS, TAGS[:1]], ids=["spelled", "tokens", "mixed"])
+def tags(request: pytest.FixtureRequest) -> Tags:
+    found: Tags = request.param
+    return found
 
 
 def tool(name: str, **fields: Any) -> dict[str, Any]:
@@ -44,10 +48,10 @@ def json_schema(schema: Any, *, strict: bool | None = None) -> dict[str, Any]:
     }
 
 
-def grammar(tags_are_tokens: bool = False, **fields: Any) -> str | None:
+def grammar(tags: Tags = SPELLED, **fields: Any) -> str | None:
     base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
     request = parse_chat_request(json.dumps(base | fields).encode())
-    return Constraint(Vocabulary(tokenizer(tags_are_tokens))).grammar(request)
+    return Constraint(Vocabulary(tokenizer(tags))).grammar(request)
 
 
 def refusal(**fields: Any) -> InvalidRequest:
@@ -60,11 +64,11 @@ def refusal(**fields: Any) -> InvalidRequest:
 class Answers:
     """What a grammar accepts, token by token."""
 
-    def __init__(self, directory: Path, tags_are_tokens: bool, **fields: Any) -> None:
-        source = grammar(tags_are_tokens, **fields)
+    def __init__(self, directory: Path, tags: Tags, **fields: Any) -> None:
+        source = grammar(tags, **fields)
         assert source is not None
         path = directory / "tokenizer.json"
-        self._tokenizer = tokenizer(tags_are_tokens)
+        self._tokenizer = tokenizer(tags)
         self._tokenizer.save(str(path))
         eos = self._tokenizer.token_to_id(TURN_END)
         self._matcher = LLMatcher(LLTokenizer(str(path), eos_token=[eos]), source, log_level=0)
@@ -92,7 +96,7 @@ def test_text_is_held_to_nothing(fields: dict[str, Any]) -> None:
 
 
 def test_a_json_object_is_any_object(tmp_path: Path) -> None:
-    answers = Answers(tmp_path, False, response_format={"type": "json_object"})
+    answers = Answers(tmp_path, SPELLED, response_format={"type": "json_object"})
     assert answers.take('{"a": [1, {"b": null}]}')
     assert answers.take("{\n  }")
     assert not answers.take("[1]")
@@ -101,14 +105,14 @@ def test_a_json_object_is_any_object(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strict", [None, False, True])
 def test_a_schema_holds_whether_it_is_strict_or_not(tmp_path: Path, strict: bool | None) -> None:
-    answers = Answers(tmp_path, False, response_format=json_schema(SCHEMA, strict=strict))
+    answers = Answers(tmp_path, SPELLED, response_format=json_schema(SCHEMA, strict=strict))
     assert answers.take('{"a": 1}')
     assert not answers.take('{"a": "1"}')
     assert not answers.take("{}")
 
 
 def test_white_space_is_bounded(tmp_path: Path) -> None:
-    answers = Answers(tmp_path, False, response_format=json_schema(SCHEMA))
+    answers = Answers(tmp_path, SPELLED, response_format=json_schema(SCHEMA))
     assert answers.take('{\n    "a":   1\n}')
     assert not answers.take("{" + " " * 21 + '"a": 1}')
 
@@ -118,7 +122,7 @@ def test_strict_refuses_what_cannot_be_enforced_and_else_it_is_left_out(tmp_path
     error = refusal(response_format=json_schema(schema, strict=True))
     assert error.param == "response_format.json_schema.schema"
     assert "uniqueItems" in error.message
-    assert Answers(tmp_path, False, response_format=json_schema(schema)).take("[1, 1]")
+    assert Answers(tmp_path, SPELLED, response_format=json_schema(schema)).take("[1, 1]")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,27 @@ def test_a_schema_nested_too_deep_is_refused() -> None:
     assert "recursion limit" in error.message
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "a<think>"},
+        {"enum": [1, ["<|im_end|>"]]},
+        {"properties": {"<think>": {}}},
+        {"properties": {"description": {"const": "</think>"}}},
+    ],
+)
+def test_a_schema_that_wants_a_special_token_said_is_refused(schema: dict[str, Any]) -> None:
+    """Its text is one token, and that token is no text: the answer would have failed."""
+    error = refusal(response_format=json_schema(schema))
+    assert error.param == "response_format.json_schema.schema"
+    assert "is a token of this model" in error.message
+
+
+def test_a_special_token_in_what_is_for_people_is_no_matter() -> None:
+    schema = {"properties": {"a": {"description": "no <think>", "const": "<b>"}}}
+    assert grammar(response_format=json_schema(schema)) is not None
+
+
 def test_a_schema_too_large_is_refused() -> None:
     schema = {"enum": ["x" * LARGEST_SCHEMA]}
     assert "larger" in refusal(response_format=json_schema(schema)).message
@@ -168,11 +193,9 @@ def test_in_auto_calls_are_free_unless_one_is_strict_or_only_one_may_be() -> Non
     assert grammar(tools=tools, parallel_tool_calls=False) is not None
 
 
-def test_required_is_one_call_or_more_and_nothing_else(
-    tmp_path: Path, tags_are_tokens: bool
-) -> None:
+def test_required_is_one_call_or_more_and_nothing_else(tmp_path: Path, tags: Tags) -> None:
     tools = [tool("f", parameters=SCHEMA), tool("g")]
-    answers = Answers(tmp_path, tags_are_tokens, tools=tools, tool_choice="required")
+    answers = Answers(tmp_path, tags, tools=tools, tool_choice="required")
     f, g = call("f", '{"a": 1}'), call("g", "{}")
     assert answers.take(f)
     assert answers.take(f"{f}\n{g}")
@@ -183,26 +206,24 @@ def test_required_is_one_call_or_more_and_nothing_else(
     assert not answers.take('{"a": 1}')
 
 
-def test_without_parallel_calls_required_is_one(tmp_path: Path, tags_are_tokens: bool) -> None:
+def test_without_parallel_calls_required_is_one(tmp_path: Path, tags: Tags) -> None:
     fields: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
-    answers = Answers(tmp_path, tags_are_tokens, tools=[tool("g")], **fields)
+    answers = Answers(tmp_path, tags, tools=[tool("g")], **fields)
     assert answers.take(call("g", "{}"))
     assert not answers.take(call("g", "{}") + "\n" + call("g", "{}"))
 
 
-def test_a_named_function_is_called_once(tmp_path: Path, tags_are_tokens: bool) -> None:
+def test_a_named_function_is_called_once(tmp_path: Path, tags: Tags) -> None:
     tools = [tool("f", parameters=SCHEMA), tool("g")]
-    answers = Answers(tmp_path, tags_are_tokens, tools=tools, tool_choice=tool("g"))
+    answers = Answers(tmp_path, tags, tools=tools, tool_choice=tool("g"))
     assert answers.take(call("g", "{}"))
     assert not answers.take(call("f", '{"a": 1}'))
     assert not answers.take(call("g", "{}") + "\n" + call("g", "{}"))
 
 
-def test_a_strict_function_is_held_in_auto_and_text_is_free(
-    tmp_path: Path, tags_are_tokens: bool
-) -> None:
+def test_a_strict_function_is_held_in_auto_and_text_is_free(tmp_path: Path, tags: Tags) -> None:
     tools = [tool("f", parameters=SCHEMA, strict=True), tool("g")]
-    answers = Answers(tmp_path, tags_are_tokens, tools=tools)
+    answers = Answers(tmp_path, tags, tools=tools)
     assert answers.take("No call at all, a < b.\n")
     f, g = call("f", '{"a": 1}'), call("g", '{"any": []}')
     assert answers.take(f"So: {f}\n{g} done")
@@ -210,20 +231,16 @@ def test_a_strict_function_is_held_in_auto_and_text_is_free(
     assert not answers.take(call("h", "{}"))
 
 
-def test_without_parallel_calls_auto_is_text_or_one_call(
-    tmp_path: Path, tags_are_tokens: bool
-) -> None:
-    answers = Answers(tmp_path, tags_are_tokens, tools=[tool("f")], parallel_tool_calls=False)
+def test_without_parallel_calls_auto_is_text_or_one_call(tmp_path: Path, tags: Tags) -> None:
+    answers = Answers(tmp_path, tags, tools=[tool("f")], parallel_tool_calls=False)
     assert answers.take("No call")
     assert answers.take("So: " + call("f", "{}"))
     assert not answers.take(call("f", "{}") + "\n" + call("f", "{}"))
 
 
-def test_with_a_format_auto_is_an_answer_in_it_or_calls(
-    tmp_path: Path, tags_are_tokens: bool
-) -> None:
+def test_with_a_format_auto_is_an_answer_in_it_or_calls(tmp_path: Path, tags: Tags) -> None:
     form = json_schema(SCHEMA)
-    answers = Answers(tmp_path, tags_are_tokens, tools=[tool("g")], response_format=form)
+    answers = Answers(tmp_path, tags, tools=[tool("g")], response_format=form)
     assert answers.take('{"a": 1}')
     assert answers.take(call("g", "{}"))
     assert not answers.take("text")
@@ -235,7 +252,7 @@ def test_a_reference_is_to_its_own_schema(tmp_path: Path) -> None:
         return {"properties": properties, "required": ["x"], "$defs": {"x": {"type": kind}}}
 
     tools = [tool("f", parameters=of("integer")), tool("g", parameters=of("boolean"))]
-    answers = Answers(tmp_path, False, tools=tools, tool_choice="required")
+    answers = Answers(tmp_path, SPELLED, tools=tools, tool_choice="required")
     assert answers.take(call("f", '{"x": 1}'))
     assert answers.take(call("g", '{"x": true}'))
     assert not answers.take(call("g", '{"x": 1}'))
@@ -244,7 +261,7 @@ def test_a_reference_is_to_its_own_schema(tmp_path: Path) -> None:
 def test_what_the_grammar_writes_the_parser_reads(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"tools": [tool("f", parameters=SCHEMA)], "tool_choice": "required"}
     text = call("f", '{"a": 1, "b": "</tool_call>"}')
-    assert Answers(tmp_path, False, **fields).take(text)
+    assert Answers(tmp_path, SPELLED, **fields).take(text)
     (read,) = joined(ToolCalls().feed(text).calls)
     assert read["function"] == {"name": "f", "arguments": '{"a": 1, "b": "</tool_call>"}'}
 
