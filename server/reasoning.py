@@ -86,7 +86,8 @@ class TokenSplitter:
             case Phase.INSIDE, Phase.CLOSED:
                 assert token_id is not None
                 return self._sides.close(text.removesuffix(self._tags[token_id]))
-        if token_id is not None and self._tags.get(token_id) == THINK_CLOSE:
+        is_tag = token_id is not None and self._tags.get(token_id) == THINK_CLOSE
+        if is_tag and text.endswith(THINK_CLOSE):  # not where it ended the answer, unshown
             last = self._sides.feed(text.removesuffix(THINK_CLOSE))
             return last.then(self._sides.feed_closing_tag())
         return self._sides.feed(text)

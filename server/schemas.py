@@ -45,17 +45,8 @@ MOST_CHOICES: Final = 128
 MOST_TOOLS: Final = 128
 
 _BRANCHES: Final = frozenset(
-    {
-        "(text)",
-        "(parts)",
-        "(one)",
-        "(many)",
-        "(number)",
-        "(groups)",
-        "(fan-out)",
-        "(name)",
-        "(tool)",
-    }
+    {"(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)"}
+    | {"(name)", "(tool)"}
 )
 """Union tags that pydantic puts into the path of an error."""
 

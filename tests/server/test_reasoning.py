@@ -98,6 +98,15 @@ def test_a_closing_tag_written_once_more_belongs_to_the_end_of_the_block(between
     assert split(said, opened=True) == split_text([said]) == Parts("a", "b")
 
 
+def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
+    """As a stop token, it comes without text."""
+    splitter = BLOCKS.splitter(opened_by_prompt=True)
+    close = IDS[THINK_CLOSE][0]
+    splitter.feed("</think>", close)
+    assert splitter.feed("b", IDS["a"][0]) == Split(content="b")
+    assert splitter.feed("", close) == Split()
+
+
 def test_only_one_closing_tag_more_belongs_to_the_end_of_the_block() -> None:
     said = "a</think>\n</think></think>b"
     assert split(said, opened=True) == split_text([said]) == Parts("a", "</think>b")
