@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mi_runtime.grammar import GrammarVocabulary
 from mi_runtime.thinking import TokenMarks
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -32,6 +33,7 @@ class EngineConfig:
     blend_policy: BlendPolicy = "auto"  # auto: the cheapest; the others force one way
     blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
     marks: TokenMarks = field(default_factory=TokenMarks)  # of the pair's vocabulary
+    grammar_vocabulary: GrammarVocabulary | None = None  # None: no request may bring a grammar
     threads: int | None = None  # CPU threads of the engine process; None: all cores but one
 
     def __post_init__(self) -> None:

@@ -4,12 +4,21 @@ from collections.abc import Iterable
 
 from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
+from mi_runtime.grammar import Grammars
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import blend_bytes, measure_costs
 from mi_runtime.memory import free_bytes
 from mi_runtime.pair import Pair, PairError, check_pair, fingerprint
 from mi_runtime.planner import REMEMBERED, Planner
-from mi_runtime.request import Dial, EngineInfo, EngineRequest, EngineStats, TokenEvent
+from mi_runtime.request import (
+    Dial,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    RequestRejected,
+    TokenEvent,
+)
 from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Scheduler
@@ -58,6 +67,9 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         self._marks = config.marks
+        vocabulary = config.grammar_vocabulary
+        self._grammars = None if vocabulary is None else Grammars(vocabulary)
+        self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
         self._groups = model.groups
         self._groups.cache.budget = _blend_budget(config, model, num_blocks)
         planner = Planner(
@@ -72,31 +84,60 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return self.scheduler.unfinished == 0
+        return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:
         """Accepts a request, or raises RequestRejected and keeps nothing of it."""
         self.scheduler.admit_or_raise(request)
-        self.scheduler.add(Sequence(request, self._marks))
+        if request.grammar is not None and self._grammars is None:
+            raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
+        assert request.request_id not in self._compiling
+        sequence = Sequence(request, self._marks, self._grammars)
+        if sequence.grammar is None or sequence.grammar.ready:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling[request.request_id] = sequence
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request and frees its blocks; None when it is unknown or has ended."""
+        if self._compiling.pop(request_id, None) is not None:
+            return TokenEvent(request_id, None, FinishReason.ABORT)
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
         """Runs one batch. At least one request advances unless the engine is idle."""
+        self._add_compiled()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
         results = self._runner.run(chunks)
         self._steps += 1
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        lost = [one for one, result in zip(sampling, results, strict=True) if result is None]
+        undrawn = [one for one, result in zip(sampling, results, strict=True) if result is None]
         scores = self._runner.scores
-        lost += [one for one, found in scores.items() if found is None and one not in lost]
-        events = [self.scheduler.fail(sequence, NOTHING_TO_DRAW) for sequence in lost]
+        unscored = [one for one, found in scores.items() if found is None and one not in undrawn]
+        events = [self._end_undrawn(sequence) for sequence in undrawn]
+        events += [self.scheduler.fail(sequence, NOTHING_TO_DRAW) for sequence in unscored]
         known = {sequence: found for sequence, found in scores.items() if found is not None}
         return events + self.scheduler.update(chunks, [one or (0, None) for one in results], known)
+
+    def _add_compiled(self) -> None:
+        """Puts in line what waited for its grammar; waits for one if there is nothing else."""
+        waiting = [(one, one.grammar) for one in self._compiling.values() if one.grammar]
+        if waiting and not self.scheduler.unfinished:
+            waiting[0][1].wait()
+        for sequence, grammar in waiting:
+            if grammar.ready:
+                del self._compiling[sequence.request_id]
+                self.scheduler.add(sequence)
+
+    def _end_undrawn(self, sequence: Sequence) -> TokenEvent:
+        grammar = sequence.grammar
+        if grammar is None or not grammar.exhausted:
+            return self.scheduler.fail(sequence, NOTHING_TO_DRAW)
+        if grammar.failure is not None:
+            return self.scheduler.fail(sequence, grammar.failure)
+        return self.scheduler.complete(sequence)
 
     def generate(self, requests: Iterable[EngineRequest]) -> dict[str, list[TokenEvent]]:
         """Answers all requests together; the events of each by its id."""
@@ -113,7 +154,7 @@ class Engine:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._compiling),
             used_blocks=blocks.referenced,
             total_blocks=blocks.num_blocks,
             running_lambdas=scheduler.running.lambdas,

@@ -13,6 +13,7 @@ class FinishReason(StrEnum):
     """Why a request ended. Every accepted request ends with exactly one of them."""
 
     STOP = "stop"  # an end-of-sequence or stop token
+    COMPLETE = "complete"  # nothing may follow by the grammar; the last token is part of the answer
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # the caller asked for it
     ERROR = "error"  # this request failed in the engine; the others went on
@@ -104,6 +105,11 @@ class ThinkPolicy:
         if self.cap is not None and self.cap < 0:
             raise ValueError(f"the cap must not be negative: {self.cap}")
 
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """What the closing sequence has behind the tag."""
+        return self.closing[self.closing.index(self.close_id) + 1 :]
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -117,6 +123,7 @@ class EngineRequest:
     cache_salt: str = ""  # requests of different salts share no KV
     answer_dial: Dial | None = None  # from the think block's closing tag on; None: as before
     priority: int = 0  # lower ones run earlier; equal ones in order of arrival
+    grammar: str | None = None  # that the answer, not the think block, obeys; as llguidance has it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 """Draws the next token of every row of logits at once.
 
 Order: the model's log-probabilities are read first; then penalties, bias and forbidden ends change
-the logits; then greedy rows take their maximum, and the others are divided by their temperature,
-cut by top-k, top-p (of what top-k left) and min-p (of the best token's probability), and drawn by
-inverting the cumulative distribution at one uniform number of the sequence's own generator. So a
-row's token depends on its own logits and its own generator, never on the batch it came in.
+the logits, and what a row's grammar does not allow is masked; then greedy rows take their maximum,
+and the others are divided by their temperature, cut by top-k, top-p (of what top-k left) and min-p
+(of the best token's probability), and drawn by inverting the cumulative distribution at one uniform
+number of the sequence's own generator. So a row's token depends on its own logits and its own
+generator, never on the batch it came in.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from mi_runtime.sequence import Sequence
 
 SMALLEST = 2**-126  # the smallest normal float32
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+EIGHT_TIMES = 0x0101_0101_0101_0101  # times a byte: that byte in each of eight
+ONE_BIT_EACH = 0x8040_2010_0804_0201 - 2**64  # bit n of byte n, as a signed word
 
 
 class TokenCounts:
@@ -46,8 +49,8 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> list[Sampled | None]:
         """One token a row of `logits` `[rows, vocabulary]`.
 
-        None for a row that is not finite, or where penalties, bias and forbidden ends leave nothing
-        to draw from.
+        None for a row that is not finite, or where penalties, bias, forbidden ends and grammar
+        leave nothing to draw from.
         """
         drawable = logits.isfinite().all(1)
         if not drawable.all():
@@ -57,7 +60,9 @@ class Sampler:
             if changed is logits:  # the model's own are read again for log-probabilities
                 changed = logits.clone()
             self._change(changed, sequences)
-            drawable &= changed.amax(1).isfinite()
+            left = changed.amax(1).isfinite()
+            _note_exhausted(sequences, (drawable & ~left).tolist())
+            drawable &= left
             changed[~drawable] = 0.0
         tokens = _choose(changed, sequences)
         logprobs = _logprobs(logits, tokens, sequences)
@@ -69,7 +74,8 @@ class Sampler:
     def _change(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         self._penalize(logits, sequences)
         _add_bias(logits, sequences)
-        _forbid_ends(logits, sequences)
+        _forbid(logits, sequences)
+        _constrain(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         rows = [row for row, sequence in enumerate(sequences) if _has_penalty(sequence)]
@@ -107,7 +113,8 @@ def _changes_logits(sequence: Sequence) -> bool:
     return (
         _has_penalty(sequence)
         or bool(sequence.request.sampling.logit_bias)
-        or sequence.forbids_ending
+        or bool(sequence.forbidden_token_ids)
+        or sequence.constrained_by is not None
     )
 
 
@@ -133,17 +140,51 @@ def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         logits.index_put_(index, _column(biases, logits).squeeze(1), accumulate=True)
 
 
-def _forbid_ends(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
+def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
     entries = [
         (row, token)
         for row, sequence in enumerate(sequences)
-        if sequence.forbids_ending
-        for token in sequence.ending_token_ids
+        for token in sequence.forbidden_token_ids
         if 0 <= token < logits.shape[1]  # a config may name an end that the vocabulary lacks
     ]
     if entries:
         rows, tokens = zip(*entries, strict=True)
         logits[list(rows), list(tokens)] = -torch.inf
+
+
+def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
+    """Leaves the rows under a grammar what it allows."""
+    held = [(row, one.constrained_by) for row, one in enumerate(sequences)]
+    states = {row: state for row, state in held if state is not None}
+    if not states:
+        return
+    forbidden = _forbidden([state.mask() for state in states.values()], logits)
+    for at, state in enumerate(states.values()):
+        if state.beside is not None:
+            forbidden[at, state.beside] = False
+    if len(states) == len(sequences):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        rows = list(states)
+        logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+
+
+def _note_exhausted(sequences: tuple[Sequence, ...], nothing_left: list[bool]) -> None:
+    for sequence, nothing in zip(sequences, nothing_left, strict=True):
+        if nothing and sequence.constrained_by is not None:
+            sequence.constrained_by.exhausted = True
+
+
+def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
+    """Bool `[rows, vocabulary]` of bit masks; what a mask is too short for is forbidden.
+
+    A byte of a mask is repeated to the eight bytes of a word, and of each of them one bit is kept.
+    """
+    width = -(-like.shape[1] // 8)  # bytes of a row
+    packed = b"".join(mask[:width].ljust(width, b"\0") for mask in masks)
+    octets = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(like.device).long()
+    bits = (octets * EIGHT_TIMES) & ONE_BIT_EACH
+    return bits.view(torch.uint8).view(len(masks), -1)[:, : like.shape[1]].eq(0)
 
 
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> list[int]:

@@ -200,6 +200,10 @@ class Scheduler:
         self.blocks.forget(sequence.block_table)
         return self._end(sequence, FinishReason.ERROR, message)
 
+    def complete(self, sequence: Sequence) -> TokenEvent:
+        """Ends a request after whose last token its grammar allows nothing."""
+        return self._end(sequence, FinishReason.COMPLETE)
+
     def schedule(self) -> list[Chunk]:
         """The next step. Never empty while a sequence is unfinished."""
         chunks = self._decodes()
@@ -365,11 +369,17 @@ class Scheduler:
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:
             self._leave(sequence)
-        return _event(sequence, token_id=token_id, finish_reason=reason, logprobs=logprobs)
+        error = None if sequence.grammar is None else sequence.grammar.failure
+        return _event(sequence, token_id, reason, logprobs, error)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        grammar = sequence.grammar
+        if grammar is not None and grammar.failure is not None:
+            return FinishReason.ERROR
         if token_id in sequence.ending_token_ids:
             return FinishReason.STOP
+        if grammar is not None and grammar.complete:
+            return FinishReason.COMPLETE
         if sequence.output_length == sequence.request.sampling.max_tokens:
             return FinishReason.LENGTH
         return FinishReason.LENGTH if len(sequence) == self.max_model_len else None

@@ -7,6 +7,7 @@ import random
 import time
 from enum import Enum, auto
 
+from mi_runtime.grammar import Grammars, GrammarState
 from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
 from mi_runtime.thinking import ThinkingState, TokenMarks
 
@@ -33,6 +34,7 @@ class Sequence:
         "computed",
         "ending_token_ids",
         "first_run",
+        "grammar",
         "prompt_length",
         "prompt_logprobs",
         "rank",
@@ -44,7 +46,12 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest, marks: TokenMarks | None = None) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        marks: TokenMarks | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.request = request
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
@@ -59,6 +66,10 @@ class Sequence:
         self.ending_token_ids = request.sampling.ending_token_ids
         self.switch_at: int | None = None  # position from which on the answer's dial holds
         self.thinking = None if request.think is None else ThinkingState(request.think, marks)
+        self.grammar: GrammarState | None = None
+        if request.grammar is not None:
+            assert grammars is not None
+            self.grammar = grammars.state(request.grammar, self.thinking)
         self.arrival = time.monotonic()  # seconds
         self.first_run: float | None = None  # seconds, of the same clock
 
@@ -89,6 +100,21 @@ class Sequence:
         if self.output_length < self.request.sampling.min_tokens:
             return True
         return self.thinking is not None and self.thinking.forbids_eos
+
+    @property
+    def forbidden_token_ids(self) -> frozenset[int]:
+        """What the next token may not be, whatever the model says."""
+        params = self.request.sampling
+        forbidden = self.ending_token_ids if self.forbids_ending else frozenset[int]()
+        if self.grammar is not None and params.ignore_eos:  # a grammar allows an end when complete
+            forbidden |= params.eos_token_ids
+        return forbidden
+
+    @property
+    def constrained_by(self) -> GrammarState | None:
+        """The grammar, where the next token is the grammar's to allow."""
+        grammar = self.grammar
+        return grammar if grammar is not None and grammar.constrains else None
 
     @property
     def forced_token(self) -> int | None:
@@ -125,6 +151,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Takes a sampled token. The one that closes the think block is the first of the answer."""
         self.tokens.append(token_id)
+        if self.grammar is not None:
+            self.grammar.observe(token_id)
         if (
             self.thinking is not None
             and self.thinking.observe(token_id)

@@ -41,6 +41,10 @@ class ThinkingState:
         self._close_if_due(None)
 
     @property
+    def policy(self) -> ThinkPolicy:
+        return self._policy
+
+    @property
     def forced_token(self) -> int | None:
         """The token that must come next, if the closing sequence is being written."""
         return self._forced[0] if self._forced else None

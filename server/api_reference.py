@@ -67,7 +67,8 @@ def _type(schema: Mapping[str, Any]) -> str:
         case "array":
             return f"list of {_type(schema['items'])}{_length(schema, 'Items', '')}"
         case "object":
-            return f"object of {_type(schema['additionalProperties'])}"
+            values = schema["additionalProperties"]
+            return "object" if values is True else f"object of {_type(values)}"
         case "string":
             return f"string{_length(schema, 'Length', ' characters')}"
     return str(schema["type"]) + _range(schema)

@@ -34,7 +34,7 @@ from server.reasoning import PlainText, Splitter
 from server.rendering import CHAT, Form, sse
 from server.request_log import Trace
 from server.sampling import seed_of_choice
-from server.schemas import GenerationRequest, parse_chat_request
+from server.schemas import ChatRequest, GenerationRequest, parse_chat_request
 from server.service import Service
 from server.watching import EventStream, watched
 
@@ -64,6 +64,8 @@ class Asked:
     form: Form = CHAT
     prompts: int = 1  # each of them with as many choices
     include_reasoning: bool = True
+    tools: bool = False  # the model may call some
+    grammar: str | None = None  # that every choice's answer obeys
 
     @property
     def prompt_tokens(self) -> int:
@@ -127,9 +129,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
-    prompts = await asyncio.to_thread(
-        service.prompts.build_each, wire.messages, routing.dials, ending
-    )
+    grammar, prompts = await asyncio.to_thread(_prepare, wire, routing, ending, service)
     engine = service.admitted()
     note(trace, wire, routing)
     starts = [
@@ -149,6 +149,8 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
         trace,
         request.state.caller,
         include_reasoning=wire.shows_reasoning,
+        tools=bool(wire.offered_tools),
+        grammar=grammar,
     )
 
 
@@ -171,6 +173,23 @@ def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
     for param, value in fields.items():
         if value is not None and value >= 0:
             raise InvalidRequest(f"`{param}` {why}", param=param)
+
+
+def _prepare(
+    wire: ChatRequest, routing: Routing, ending: Ending, service: Service
+) -> tuple[str | None, list[Prompt]]:
+    """What the answer obeys, and the prompt at each dial."""
+    grammar = service.constraint.grammar(wire)
+    prompts = service.prompts.build_each(wire.messages, routing.dials, ending, wire.offered_tools)
+    has_tags = service.prompts.vocabulary.has_think_tags
+    if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):
+        # The engine cannot see the block end, and so not where the answer begins.
+        param = "tools" if wire.offered_tools else "response_format"
+        raise InvalidRequest(
+            f"`{param}` needs think tags that are single tokens, which this model lacks",
+            param=param,
+        )
+    return grammar, prompts
 
 
 def copies(start: AskedChoice, count: int) -> list[AskedChoice]:
@@ -219,19 +238,25 @@ def _engine_requests(asked: Asked, service: Service) -> list[EngineRequest]:
             prompt=choice.prompt.token_ids,
             dial=choice.dial,
             sampling=choice.sampling,
-            think=_think_policy(choice.prompt, routing.cap, service),
+            think=_think_policy(choice.prompt, asked, service),
             cache_salt=asked.caller.cache_salt(asked.wire.cache_salt),
             answer_dial=None if routing.answer == choice.dial else routing.answer,
             priority=asked.wire.priority,
+            grammar=asked.grammar,
         )
         for index, choice in enumerate(asked.choices)
     ]
 
 
-def _think_policy(prompt: Prompt, cap: int | None, service: Service) -> ThinkPolicy | None:
+def _think_policy(prompt: Prompt, asked: Asked, service: Service) -> ThinkPolicy | None:
     if prompt.is_raw:
         return None
-    return service.think_blocks.policy(opened_by_prompt=prompt.opens_block, cap=cap)
+    return service.think_blocks.policy(
+        opened_by_prompt=prompt.opens_block,
+        cap=asked.routing.cap,
+        tools=asked.tools,
+        constrained=asked.grammar is not None,
+    )
 
 
 def _choice(index: int, asked: Asked, service: Service) -> Choice:
@@ -243,7 +268,7 @@ def _choice(index: int, asked: Asked, service: Service) -> Choice:
     return make(
         index,
         vocabulary=vocabulary,
-        splitter=_splitter(start.prompt, service),
+        splitter=_splitter(start.prompt, asked, service),
         stop=asked.wire.stop_strings,
         meter=service.metrics.meter(
             start.dial.reasoning_lambda,
@@ -253,6 +278,7 @@ def _choice(index: int, asked: Asked, service: Service) -> Choice:
         ),
         logprobs=None if asked.wire.alternatives is None else write_logprobs,
         observe=_observer(start, asked, service),
+        tools=asked.tools,
     )
 
 
@@ -261,10 +287,10 @@ def _observer(start: AskedChoice, asked: Asked, service: Service) -> Observe:
     return unobserved if start.prompt.is_raw else service.observer(start.dial, asked.routing)
 
 
-def _splitter(prompt: Prompt, service: Service) -> Splitter:
+def _splitter(prompt: Prompt, asked: Asked, service: Service) -> Splitter:
     if prompt.is_raw:
         return PlainText()
-    return service.think_blocks.splitter(opened_by_prompt=prompt.opens_block)
+    return service.think_blocks.splitter(opened_by_prompt=prompt.opens_block, tools=asked.tools)
 
 
 def _head(asked: Asked) -> AnswerHead:

@@ -14,6 +14,7 @@ from server.logprobs import WriteLogprobs
 from server.metrics import RequestMeter
 from server.reasoning import Split, Splitter
 from server.stop import StopStrings
+from server.tools import CallDelta, Said, ToolCalls
 from server.vocabulary import TokenText, Vocabulary
 
 Observe = Callable[[int, bool], None]
@@ -35,6 +36,7 @@ class Chunk:
     finish_reason: str | None = None  # set on a choice's last chunk only
     repeats_reasoning: bool = False  # content is the text that was reasoning until now
     forced_close: bool = False  # the engine closed the block; told on the last chunk
+    calls: list[CallDelta] = field(default_factory=list)
 
 
 class Choice:
@@ -51,6 +53,7 @@ class Choice:
         logprobs: WriteLogprobs | None = None,
         text_before: int = 0,
         observe: Observe = unobserved,
+        tools: bool = False,
     ) -> None:
         """`logprobs`: how those of a token are written, if at all; `text_before`: characters that
         stand before the first token."""
@@ -66,6 +69,7 @@ class Choice:
         self._text = TokenText(vocabulary)
         self._splitter = splitter
         self._stop = StopStrings(stop)
+        self._calls = ToolCalls() if tools else None
         self._write_logprobs = logprobs
         self._characters = text_before
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still held back
@@ -87,7 +91,7 @@ class Choice:
             self.finish_reason = "stop"
         elif self.finish_reason is not None:
             content += self._stop.finish()
-        return self._chunk(split, content)
+        return self._chunk(split, self._without_calls(content))
 
     def close(self, unfinished: str) -> None:
         """Nothing more comes; `unfinished` says why, if the choice has no finish of its own."""
@@ -118,7 +122,7 @@ class Choice:
     def _end(self, text: str, event: TokenEvent) -> Split:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise RequestFailed(event.error or "The engine gave the request up")
-        self.finish_reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
+        self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
         split = self._splitter.feed(text, event.token_id)
         split = split.then(self._splitter.feed(self._text.finish()))
         self._cut_in_block = self.finish_reason == "length" and self._splitter.inside_block
@@ -127,16 +131,28 @@ class Choice:
             self.reasoning_tokens = 0
         return split
 
-    def _chunk(self, split: Split, content: str) -> Chunk | None:
-        if not (content or split.reasoning or self.finish_reason):
+    def _without_calls(self, content: str) -> Said:
+        """Content and tool calls, where the request has tools."""
+        if self._calls is None:
+            return Said(content)
+        said = self._calls.feed(content)
+        if self.finish_reason is not None:
+            said = said.then(self._calls.finish())
+            if self._calls.count and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        return said
+
+    def _chunk(self, split: Split, said: Said) -> Chunk | None:
+        if not (said.content or said.calls or split.reasoning or self.finish_reason):
             return None
         logprobs, self._logprobs = self._logprobs, []
         return Chunk(
             self.index,
-            content,
+            said.content,
             split.reasoning,
             logprobs,
             self.finish_reason,
             split.repeats_reasoning,
             forced_close=self.forced_close and self.finish_reason is not None,
+            calls=said.calls,
         )

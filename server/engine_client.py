@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import Final, TypeVar
 
 from mi_runtime.config import EngineConfig
+from mi_runtime.grammar import GrammarVocabulary
 from mi_runtime.request import (
     Abort,
     Command,
@@ -103,10 +104,10 @@ class EngineClient:
             )
         self._pipe = Connection(ours.detach())
 
-    def tell(self, marks: TokenMarks) -> None:
+    def tell(self, marks: TokenMarks, for_grammars: GrammarVocabulary | None = None) -> None:
         """Add what the vocabulary says to the settings, which `attach` sends."""
         assert not self._threads
-        self._config = replace(self._config, marks=marks)
+        self._config = replace(self._config, marks=marks, grammar_vocabulary=for_grammars)
 
     def attach(self) -> None:
         """Begin to talk, from the running event loop."""

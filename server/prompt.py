@@ -4,6 +4,7 @@ A message that is to be continued gets a mark at its end before it is rendered, 
 at the mark: so whatever a template writes behind a message, or strips from it, is left out.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -13,7 +14,7 @@ from mi_runtime.request import Dial
 from server.checkpoint import Endpoint
 from server.errors import InvalidRequest
 from server.reasoning import THINK_CLOSE, THINK_OPEN
-from server.schemas import Message
+from server.schemas import FunctionTool, Message, ToolCall
 from server.templates import ChatTemplate
 from server.vocabulary import Vocabulary
 
@@ -71,26 +72,34 @@ class Prompts:
         messages: Sequence[Message],
         dials: Sequence[Dial],
         ending: Ending = Ending.NEW_TURN,
+        tools: Sequence[FunctionTool] = (),
     ) -> list[Prompt]:
         """One prompt a dial; dials that take the same template share it."""
         built: dict[ChatTemplate, Prompt] = {}
         for dial in dials:
             template = self._template(dial)
             if template not in built:
-                built[template] = self.build(messages, dial, ending)
+                built[template] = self.build(messages, dial, ending, tools)
         return [built[self._template(dial)] for dial in dials]
 
     def build(
-        self, messages: Sequence[Message], dial: Dial, ending: Ending = Ending.NEW_TURN
+        self,
+        messages: Sequence[Message],
+        dial: Dial,
+        ending: Ending = Ending.NEW_TURN,
+        tools: Sequence[FunctionTool] = (),
     ) -> Prompt:
-        """Raises `InvalidRequest` where the template refuses the messages."""
+        """Raises `InvalidRequest` where the template refuses the messages or has no tools."""
         template = self._template(dial)
+        if tools and not template.takes_tools:
+            raise InvalidRequest("This model's chat template has no place for tools", param="tools")
         views = [_template_view(message) for message in messages]
+        shown = [_tool_view(tool) for tool in tools]
         if ending is Ending.IN_LAST_MESSAGE:
-            text, opens_block = _continued(template, views)
+            text, opens_block = _continued(template, views, shown)
             return Prompt(tuple(self.vocabulary.encode(text)), opens_block)
         new_turn = ending is Ending.NEW_TURN
-        text = template.render(views, add_generation_prompt=new_turn)
+        text = template.render(views, shown, add_generation_prompt=new_turn)
         return Prompt(
             token_ids=tuple(self.vocabulary.encode(text)),
             # The end alone decides: what the user wrote stands before it.
@@ -104,7 +113,9 @@ class Prompts:
         return self._thinking if self._choice == "thinking" else self._instruct
 
 
-def _continued(template: ChatTemplate, views: list[dict[str, Any]]) -> tuple[str, bool]:
+def _continued(
+    template: ChatTemplate, views: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> tuple[str, bool]:
     """The prompt up to the end of the last message, and whether that is inside its think block.
 
     A message that is reasoning alone, in its field or as `<think>` without an end, is continued
@@ -118,7 +129,7 @@ def _continued(template: ChatTemplate, views: list[dict[str, Any]]) -> tuple[str
         as_content = {"content": f"{THINK_OPEN}\n{reasoning}{MARK}", "reasoning_content": None}
         written = [last | as_field, last | as_content]
     for view in written:
-        whole = template.render([*before, view], add_generation_prompt=False)
+        whole = template.render([*before, view], tools, add_generation_prompt=False)
         text, mark, _ = whole.rpartition(MARK)
         if mark:
             return text, reasoning is not None
@@ -140,7 +151,7 @@ def _open_reasoning(message: dict[str, Any]) -> str | None:
 
 def _template_view(message: Message) -> dict[str, Any]:
     """A message as templates read it: `developer` is OpenAI's newer word for `system`."""
-    view = {
+    view: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,
     }
@@ -149,4 +160,25 @@ def _template_view(message: Message) -> dict[str, Any]:
     reasoning = message.reasoning_content or message.reasoning
     if reasoning is not None:
         view["reasoning_content"] = reasoning
+    if message.tool_calls:
+        view["tool_calls"] = [_call_view(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        view["tool_call_id"] = message.tool_call_id
     return view
+
+
+def _call_view(call: ToolCall) -> dict[str, Any]:
+    """With its arguments as an object, which templates write as JSON; as text if they are none."""
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        arguments = call.function.arguments
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _tool_view(tool: FunctionTool) -> dict[str, Any]:
+    shown = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+    return {"type": "function", "function": shown}

@@ -17,6 +17,7 @@ from server.choice import Chunk
 from server.errors import ApiError, RequestFailed
 from server.generation import ClientLeft
 from server.logprobs import WriteLogprobs, chat_logprobs
+from server.tools import CallDelta, joined
 from server.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -116,18 +117,24 @@ class ChunkWriter:
         return f",{json_text(fields)[1:-1]}" if fields else ""
 
     def _chunk(self, chunk: Chunk) -> str:
-        """One event; two where a token closed the block and began the content."""
-        reasoning = chunk.reasoning if self._head.include_reasoning else ""
-        if not reasoning:
-            if not (chunk.content or chunk.finish_reason or chunk.logprobs):
+        """One event; more where a token closed the block and began the content, or a call."""
+        deltas = self._deltas(chunk)
+        if not deltas:
+            if not (chunk.finish_reason or chunk.logprobs):
                 return ""
-            return self._event(chunk, _content_delta(chunk))
-        text = quoted(reasoning)
-        delta = f'{{"reasoning_content":{text},"reasoning":{text}}}'
-        if not chunk.content:
-            return self._event(chunk, delta)
-        first = self._event(Chunk(chunk.index), delta)
-        return first + self._event(chunk, _content_delta(chunk))
+            deltas = ["{}"]
+        first = [self._event(Chunk(chunk.index), delta) for delta in deltas[:-1]]
+        return "".join(first) + self._event(chunk, deltas[-1])
+
+    def _deltas(self, chunk: Chunk) -> list[str]:
+        deltas = []
+        if chunk.reasoning and self._head.include_reasoning:
+            text = quoted(chunk.reasoning)
+            deltas.append(f'{{"reasoning_content":{text},"reasoning":{text}}}')
+        if chunk.content:
+            deltas.append(f'{{"content":{quoted(chunk.content)}}}')
+        deltas += [json_text({"tool_calls": [delta.on_wire]}) for delta in chunk.calls]
+        return deltas
 
     def _event(self, chunk: Chunk, delta: str) -> str:
         if chunk.finish_reason is None and not chunk.logprobs:
@@ -141,12 +148,6 @@ class ChunkWriter:
             f'{self._before}{chunk.index},"delta":{delta},"logprobs":{logprobs},'
             f'"finish_reason":{finish}{own}}}]{routing}{self._end}'
         )
-
-
-def _content_delta(chunk: Chunk) -> str:
-    if not chunk.content:
-        return "{}"
-    return f'{{"content":{quoted(chunk.content)}}}'
 
 
 def json_text(value: Any) -> str:
@@ -166,6 +167,7 @@ class Whole:
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -175,6 +177,7 @@ class Whole:
         else:
             self.reasoning.append(chunk.reasoning)
         self.content.append(chunk.content)
+        self.calls += chunk.calls
         self.logprobs += chunk.logprobs
         self.finish_reason = chunk.finish_reason
 
@@ -205,10 +208,12 @@ async def completion(answer: Answer) -> dict[str, Any]:
 
 
 def _choice(index: int, whole: Whole, head: AnswerHead) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "".join(whole.content)}
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(whole.content)}
     reasoning = "".join(whole.reasoning)
     if reasoning and head.include_reasoning:
         message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    if whole.calls:
+        message |= {"content": message["content"] or None, "tool_calls": joined(whole.calls)}
     return {
         "index": index,
         "message": message,

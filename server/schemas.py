@@ -32,10 +32,8 @@ ACCEPTED_WITHOUT_EFFECT: Final = (
 
 NOT_IMPLEMENTED: Final = frozenset(
     (
-        *("audio", "function_call", "functions", "modalities", "moderation"),
-        *("parallel_tool_calls", "prediction", "prompt_cache_options"),
-        *("prompt_cache_retention", "suffix"),
-        *("tool_call_id", "tool_calls", "tool_choice", "tools"),
+        *("annotations", "audio", "function_call", "functions", "modalities", "moderation"),
+        *("prediction", "prompt_cache_options", "prompt_cache_retention", "refusal", "suffix"),
         "web_search_options",
     )
 )
@@ -45,11 +43,12 @@ MOST_CHOICES: Final = 128
 MOST_CHOICES_OF_PROMPTS: Final = 1024
 """Of a completions request: its prompts times the choices of each."""
 MOST_PROMPT_TOKENS: Final = 2**20
+MOST_TOOLS: Final = 128
 
 _BRANCHES: Final = frozenset(
     {
         *("(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)", "(name)"),
-        *("(texts)", "(token ids)", "(lists of token ids)"),
+        *("(texts)", "(token ids)", "(lists of token ids)", "(tool)"),
     }
 )
 """Union tags that pydantic puts into the path of an error."""
@@ -89,28 +88,55 @@ def _text_or_parts(value: Any) -> str:
     return "(parts)" if isinstance(value, list) else "(text)"
 
 
+class CalledFunction(_Wire):
+    """What was called."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    """Its name."""
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(_Wire):
+    """A call that the assistant made, in an earlier answer."""
+
+    id: Annotated[str, Field(max_length=256)]
+    """As the answer gave it; the tool's message names it."""
+    type: Literal["function"] = "function"
+    """The only value."""
+    function: CalledFunction
+    """What was called."""
+
+
 class Message(_Wire):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """Who speaks; `developer` is OpenAI's newer word for `system`."""
-    content: Annotated[
-        Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
-        Discriminator(_text_or_parts),
-    ]
-    """Text, or parts of it."""
+    content: (
+        Annotated[
+            Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
+            Discriminator(_text_or_parts),
+        ]
+        | None
+    ) = None
+    """Text, or parts of it. Left out or null only where the assistant called tools."""
     name: str | None = None
     """A name for the speaker, where the chat template writes one."""
     reasoning_content: str | None = None
     """Of an assistant's message, the text of its think block, where the chat template writes it."""
     reasoning: str | None = None
     """Another name of `reasoning_content`, which counts first."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] = []
+    """Of the assistant."""
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    """Of a tool's message: which call it answers."""
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class StreamOptions(_Wire):
@@ -122,11 +148,73 @@ class StreamOptions(_Wire):
     """Without effect."""
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Schema = dict[str, Any]
+"""A JSON schema; `server.constraint` checks it."""
+
+
+class JsonSchemaFormat(_Wire):
+    """The schema of an answer."""
+
+    name: Name
+    """For people."""
+    description: str | None = None
+    """For people."""
+    schema_: Annotated[Schema, Field(alias="schema")]
+    """What the answer obeys."""
+    strict: bool = False
+    """Refuse a schema with keywords that cannot be enforced; else they are left unenforced."""
+
+
 class ResponseFormat(_Wire):
     """The form of the answer."""
 
-    type: Literal["text"]
-    """Plain text."""
+    type: Literal["text", "json_object", "json_schema"]
+    """Plain text; any JSON object; or JSON of the schema."""
+    json_schema: JsonSchemaFormat | None = None
+    """With type `json_schema`, and only with it."""
+
+
+class FunctionTool(_Wire):
+    """A function that the model may call."""
+
+    name: Name
+    """What the model calls it by."""
+    description: str | None = None
+    """What it does, for the model."""
+    parameters: Schema | None = None
+    """The schema of its arguments; without one it takes none."""
+    strict: bool = False
+    """Hold calls that the model makes by itself to the schema; refuse one that cannot be."""
+
+
+class Tool(_Wire):
+    """One tool; functions are the only kind."""
+
+    type: Literal["function"]
+    """The only value."""
+    function: FunctionTool
+    """The function."""
+
+
+class NamedFunction(_Wire):
+    """Which function."""
+
+    name: Name
+    """One of the tools'."""
+
+
+class NamedTool(_Wire):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    """The only value."""
+    function: NamedFunction
+    """Which function."""
+
+
+def _name_or_tool(value: Any) -> str:
+    return "(tool)" if isinstance(value, dict | NamedTool) else "(name)"
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -366,6 +454,19 @@ class ChatRequest(GenerationRequest):
     """Log-probabilities of the answer's tokens, as the model has them before sampling settings."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """So many of the most probable tokens beside each; needs `logprobs`."""
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    """Functions that the model may call."""
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("(name)")]
+            | Annotated[NamedTool, Tag("(tool)")],
+            Discriminator(_name_or_tool),
+        ]
+        | None
+    ) = None
+    """None, as the model likes, at least one, or the one named; default: auto."""
+    parallel_tool_calls: bool = True
+    """False: at most one call."""
     response_format: ResponseFormat | None = None
     """The form of the answer."""
     include_reasoning: bool = True
@@ -389,6 +490,13 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens
 
     @property
+    def offered_tools(self) -> Sequence[FunctionTool]:
+        """The functions that the model may call."""
+        if self.tools is None or self.tool_choice == "none":
+            return []
+        return [tool.function for tool in self.tools]
+
+    @property
     def shows_reasoning(self) -> bool:
         """Whether the answer has the text of its reasoning."""
         return self.include_reasoning and not (self.reasoning and self.reasoning.exclude)
@@ -409,13 +517,11 @@ def parse_chat_request(body: bytes) -> ChatRequest:
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
     check_continuation(request)
-    excluded = request.reasoning and request.reasoning.exclude
-    said = "include_reasoning" in request.model_fields_set
-    if excluded is not None and said and excluded is request.include_reasoning:
-        raise InvalidRequest(
-            "`include_reasoning` and `reasoning.exclude` contradict each other; give one of them",
-            param="reasoning.exclude",
-        )
+    for index, message in enumerate(request.messages):
+        _check_message(message, f"messages[{index}]")
+    _check_tools(request)
+    _check_format(request.response_format)
+    _check_reasoning_shown(request)
     _check_together(request)
     return request
 
@@ -437,6 +543,58 @@ def _check_together(request: GenerationRequest) -> None:
             f"`reasoning_lambda` lists {request.choices} values and `n` is {request.n}; leave `n` "
             "out or make them equal",
             param="n",
+        )
+
+
+def _check_message(message: Message, path: str) -> None:
+    """Which fields a role needs, and which it may have."""
+    if message.content is None and not message.tool_calls:
+        raise InvalidRequest(f"`{path}.content`: Field required", param=f"{path}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(
+            f"`{path}.tool_calls` are the assistant's, not of role {message.role!r}",
+            param=f"{path}.tool_calls",
+        )
+    if (message.tool_call_id is not None) is not (message.role == "tool"):
+        raise InvalidRequest(
+            f"`{path}.tool_call_id` goes with role 'tool', and only with it",
+            param=f"{path}.tool_call_id",
+        )
+
+
+def _check_tools(request: ChatRequest) -> None:
+    names = [tool.function.name for tool in request.tools or []]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidRequest(
+                f"`tools[{index}].function.name`: there is another tool {name!r}",
+                param=f"tools[{index}].function.name",
+            )
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise InvalidRequest(
+            f"`tool_choice` names {choice.function.name!r}, which is none of the tools",
+            param="tool_choice.function.name",
+        )
+    if choice == "required" and not names:
+        raise InvalidRequest("`tool_choice: required` needs `tools`", param="tool_choice")
+
+
+def _check_format(form: ResponseFormat | None) -> None:
+    if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
+        raise InvalidRequest(
+            "`response_format.json_schema` goes with `type: json_schema`, and only with it",
+            param="response_format.json_schema",
+        )
+
+
+def _check_reasoning_shown(request: ChatRequest) -> None:
+    excluded = request.reasoning and request.reasoning.exclude
+    said = "include_reasoning" in request.model_fields_set
+    if excluded is not None and said and excluded is request.include_reasoning:
+        raise InvalidRequest(
+            "`include_reasoning` and `reasoning.exclude` contradict each other; give one of them",
+            param="reasoning.exclude",
         )
 
 

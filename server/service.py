@@ -12,6 +12,7 @@ from server.callers import KeyRing
 from server.checkpoint import Endpoint
 from server.choice import Observe, unobserved
 from server.config import Settings
+from server.constraint import Constraint
 from server.dial import DialPolicy, Routing
 from server.elastic import Elastic, ElasticLimits, Pressure
 from server.engine_client import EngineClient
@@ -65,9 +66,12 @@ class Service:
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        engine.tell(self.prompts.vocabulary.marks)
-        self.sampling = SamplingPolicy(
-            thinking.sampling_defaults, self._eos_token_ids((instruct, thinking))
+        self.constraint = Constraint(self.prompts.vocabulary)
+        eos_token_ids = self._eos_token_ids((instruct, thinking))
+        self.sampling = SamplingPolicy(thinking.sampling_defaults, eos_token_ids)
+        engine.tell(
+            self.prompts.vocabulary.marks,
+            self.prompts.vocabulary.for_grammars(thinking.directory, eos_token_ids),
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -24,21 +24,29 @@ class ChatTemplate:
     """One endpoint's template, compiled."""
 
     def __init__(self, endpoint: Endpoint) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(endpoint.chat_template)
+            variables = meta.find_undeclared_variables(environment.parse(endpoint.chat_template))
+            self._template = environment.from_string(endpoint.chat_template)
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"{endpoint.directory}: the chat template does not parse: {error}"
             ) from error
         self._special_tokens = endpoint.special_tokens
+        self.takes_tools = "tools" in variables
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt; with `add_generation_prompt` up to the assistant's first token."""
         try:
             return self._template.render(
                 messages=messages,
+                tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )

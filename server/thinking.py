@@ -37,8 +37,20 @@ class ThinkBlocks:
             )
         return cls(vocabulary, ids, soft_window)
 
-    def policy(self, *, opened_by_prompt: bool, cap: int | None) -> ThinkPolicy | None:
-        """What the engine needs to follow the block; None if the tags are not tokens."""
+    def policy(
+        self,
+        *,
+        opened_by_prompt: bool,
+        cap: int | None,
+        tools: bool = False,
+        constrained: bool = False,
+    ) -> ThinkPolicy | None:
+        """What the engine needs to follow the block; None if the tags are not tokens.
+
+        `tools`: the model may call some, so that the tag of a call means a call. `constrained`: a
+        grammar waits behind the block, which must therefore be closed; what the closing sequence
+        writes of the answer itself would be against it.
+        """
         open_id, close_id = self.vocabulary.think_open_id, self.vocabulary.think_close_id
         if open_id is None or close_id is None:
             return None
@@ -47,18 +59,28 @@ class ThinkBlocks:
             close_id,
             opened_by_prompt=opened_by_prompt,
             cap=cap,
-            closing=self.closing,
+            closing=self._bare_closing if constrained else self.closing,
             soft_window=0 if cap is None else self._soft_window(cap),
-            close_aliases=self.vocabulary.close_aliases,
+            close_aliases=frozenset() if tools else self.vocabulary.close_aliases,
+            forbid_eos=constrained,
         )
 
-    def splitter(self, *, opened_by_prompt: bool) -> Splitter:
+    def splitter(self, *, opened_by_prompt: bool, tools: bool = False) -> Splitter:
         """Splits an answer's text where the engine sees the block begin and end."""
-        policy = self.policy(opened_by_prompt=opened_by_prompt, cap=None)
+        policy = self.policy(opened_by_prompt=opened_by_prompt, cap=None, tools=tools)
         if policy is None:
-            return TextSplitter(opened=opened_by_prompt, closing=self.vocabulary.closing_tags)
+            closing = (THINK_CLOSE,) if tools else self.vocabulary.closing_tags
+            return TextSplitter(opened=opened_by_prompt, closing=closing)
         thinking = ThinkingState(policy, self.vocabulary.marks)
         return TokenSplitter(thinking, self.vocabulary.tags)
+
+    @property
+    def _bare_closing(self) -> tuple[int, ...]:
+        """Without text behind the tag; line breaks there are no text."""
+        assert self.vocabulary.think_close_id is not None
+        end = self.closing.index(self.vocabulary.think_close_id) + 1
+        behind = self.vocabulary.tokenizer.decode(list(self.closing[end:]))
+        return self.closing[:end] if behind.strip("\n") else self.closing
 
     def _soft_window(self, cap: int) -> int:
         if self.soft_window is not None:

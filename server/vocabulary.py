@@ -4,7 +4,7 @@ Knows `tokenizer.json` through the `tokenizers` library, and nothing of template
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -12,9 +12,10 @@ from typing import Final
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from mi_runtime.grammar import GrammarVocabulary
 from mi_runtime.thinking import TokenMarks
 from server.checkpoint import CheckpointError
-from server.reasoning import THINK_CLOSE, THINK_OPEN, TOOL_CALL
+from server.reasoning import THINK_CLOSE, THINK_OPEN, TOOL_CALL, TOOL_CALL_END
 
 SENTENCE_ENDS: Final = (".", "!", "?", "…", "。", "！", "？")
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -50,7 +51,8 @@ class Vocabulary:
     @cached_property
     def tags(self) -> dict[int, str]:
         """The tags that are single tokens, by id."""
-        ids = {tag: self.tokenizer.token_to_id(tag) for tag in (THINK_OPEN, THINK_CLOSE, TOOL_CALL)}
+        tags = (THINK_OPEN, THINK_CLOSE, TOOL_CALL, TOOL_CALL_END)
+        ids = {tag: self.tokenizer.token_to_id(tag) for tag in tags}
         return {index: tag for tag, index in ids.items() if index is not None}
 
     @cached_property
@@ -87,6 +89,15 @@ class Vocabulary:
     def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:
         """Ids and offsets of a raw text; with the tokens that the tokenizer itself adds, or not."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def for_grammars(
+        self, directory: Path, eos_token_ids: Iterable[int]
+    ) -> GrammarVocabulary | None:
+        """What the engine needs to hold answers to a grammar; None where no token can end one."""
+        known = [it for it in sorted(eos_token_ids) if self.tokenizer.id_to_token(it) is not None]
+        if not known:
+            return None
+        return GrammarVocabulary(str(directory / "tokenizer.json"), tuple(known))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt; the template has written every special token itself."""

@@ -88,15 +88,45 @@ class ChatLogprobs(_Answer):
     content: list[TokenLogprob]
 
 
+class FunctionOfCall(_Answer):
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class Call(_Answer):
+    id: str
+    type: Literal["function"]
+    function: FunctionOfCall
+
+
+class FunctionOfCallDelta(_Answer):
+    name: str = ""
+    """In a call's first delta."""
+    arguments: str
+    """The next piece."""
+
+
+class CallDelta(_Answer):
+    index: int
+    id: str = ""
+    """In a call's first delta."""
+    type: Literal["function"] = "function"
+    function: FunctionOfCallDelta
+
+
 class AnswerMessage(_Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null where there are only calls."""
+    tool_calls: list[Call] = []
     reasoning_content: str = ""
     reasoning: str = ""
     """The same as `reasoning_content`; clients read one of them."""
 
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class _Choice(_Answer):
@@ -108,7 +138,7 @@ class _Choice(_Answer):
 class ChatChoice(_Choice):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(_Identity):
@@ -121,6 +151,7 @@ class ChatCompletion(_Identity):
 class ChatDelta(_Answer):
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    tool_calls: list[CallDelta] = []
     reasoning_content: str = ""
     reasoning: str = ""
 
@@ -128,7 +159,7 @@ class ChatDelta(_Answer):
 class ChatChunkChoice(_Choice):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(_Identity):

@@ -126,6 +126,7 @@ def told(request: EngineRequest) -> dict[str, Any]:
         "dial": [dial.reasoning_lambda, dict(dial.groups)],
         "answer": None if answer is None else [answer.reasoning_lambda, dict(answer.groups)],
         "think": None if think is None else [think.cap, think.soft_window, list(think.closing)],
+        "grammar": request.grammar,
         "seed": request.sampling.seed,
         "prompt": len(request.prompt),
         "priority": request.priority,

@@ -14,6 +14,7 @@ from server.metrics import Metrics
 from server.reasoning import Split, Splitter
 from server.stop import StopStrings
 from server.thinking import ThinkBlocks
+from server.tools import ToolCalls, joined
 from server.vocabulary import TokenText, Vocabulary
 
 VOCABULARY = Vocabulary(build_tokenizer())
@@ -34,13 +35,16 @@ def splitter(opened: bool) -> Splitter:
     return BLOCKS.splitter(opened_by_prompt=opened)
 
 
-def new_choice(opened: bool = False, stop: list[str] | None = None) -> Choice:
+def new_choice(
+    opened: bool = False, stop: list[str] | None = None, *, tools: bool = False
+) -> Choice:
     return Choice(
         0,
         vocabulary=VOCABULARY,
         splitter=splitter(opened),
         stop=stop or [],
         meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
+        tools=tools,
     )
 
 
@@ -116,3 +120,34 @@ def test_an_ending_token_is_counted_but_not_shown() -> None:
 def test_an_error_of_the_engine_is_raised() -> None:
     with pytest.raises(RequestFailed, match="no luck"):
         new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error="no luck"))
+
+
+def test_an_answer_that_its_grammar_completed_shows_its_last_token() -> None:
+    choice = new_choice()
+    (brace,) = VOCABULARY.encode("}")
+    chunk = choice.take(0.0, TokenEvent("r", brace, FinishReason.COMPLETE))
+    assert chunk is not None
+    assert (chunk.content, chunk.finish_reason) == ("}", "stop")
+
+
+def test_an_answer_may_be_complete_without_another_token() -> None:
+    choice = new_choice()
+    chunk = choice.take(0.0, TokenEvent("r", None, FinishReason.COMPLETE))
+    assert chunk is not None
+    assert (chunk.content, chunk.finish_reason) == ("", "stop")
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+WITH_CALLS = st.lists(st.sampled_from([CALL, "so", "\n", "<tool_call>", "é🙂", "{", CALL[:30]]))
+
+
+@given(WITH_CALLS)
+def test_token_by_token_calls_are_those_of_the_whole_text(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    chunks = chunks_of(new_choice(tools=True), VOCABULARY.encode(text))
+    whole = ToolCalls()
+    said = whole.feed(text).then(whole.finish())
+    assert "".join(chunk.content for chunk in chunks) == said.content
+    read = joined([delta for chunk in chunks for delta in chunk.calls])
+    assert [it["function"] for it in read] == [it["function"] for it in joined(said.calls)]
+    assert chunks[-1].finish_reason == ("tool_calls" if said.calls else "stop")

@@ -78,6 +78,8 @@ def test_every_field_and_every_model_of_a_request_says_what_it_means() -> None:
             assert silent == []
 
 
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CHAT = {"model": "pair", "messages": HI}
 CHATS = [
     {},
@@ -85,6 +87,7 @@ CHATS = [
     {"reasoning_lambda": [0.1, 0.9]},
     {"reasoning_lambda": {"default": 0.5, "layers": {"0-1": {"mlp": 0.1}}}, "answer_lambda": 0.2},
     {"thinking_token_budget": 1},
+    {"messages": [{"role": "user", "content": f"say {CALL}"}], "tools": [TOOL]},
 ]
 TEXTS = [
     {"prompt": "say hi"},

@@ -9,7 +9,7 @@ from mi_runtime.request import Dial
 from server.checkpoint import CheckpointError, Endpoint, local_directory
 from server.errors import InvalidRequest
 from server.prompt import MARK, Ending, Prompts
-from server.schemas import Message
+from server.schemas import CalledFunction, FunctionTool, Message, ToolCall
 from server.templates import ChatTemplate
 
 
@@ -285,3 +285,61 @@ def test_a_new_turn_is_opened_or_not(
     built = prompts.build([Message(role="user", content="hi")], Dial(1.0), ending)
     assert prompts.vocabulary.decode(built.token_ids).endswith(end)
     assert built.opens_block == end.endswith("<think>")
+
+
+# --- tools ---
+
+ADD = FunctionTool(name="add", description="Adds.", parameters={"type": "object"}, strict=True)
+
+
+def calling(arguments: str) -> Message:
+    call = ToolCall(id="c", function=CalledFunction(name="add", arguments=arguments))
+    return Message(role="assistant", tool_calls=[call])
+
+
+def test_a_template_says_whether_it_has_a_place_for_tools() -> None:
+    assert ChatTemplate(endpoint("{% if tools %}{{ tools }}{% endif %}")).takes_tools
+    assert not ChatTemplate(endpoint("{{ messages }}{% set tools = 1 %}")).takes_tools
+
+
+def test_tools_are_shown_as_the_client_described_them(
+    endpoints: tuple[Endpoint, Endpoint],
+) -> None:
+    prompts = Prompts(*endpoints)
+    prompt = prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
+    text = prompts.vocabulary.tokenizer.decode(list(prompt.token_ids))
+    shown = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+    assert json.dumps({"type": "function", "function": shown}) in text
+
+
+def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
+    endpoints: tuple[Endpoint, Endpoint],
+) -> None:
+    deaf = replace(endpoints[0], chat_template="{{ messages[0].content }}")
+    prompts = Prompts(deaf, deaf)
+    with pytest.raises(InvalidRequest) as caught:
+        prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
+    assert caught.value.param == "tools"
+    prompts.build([Message(role="user", content="hi")], Dial(0.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [('{"a": "é"}', '{"a":"é"}'), ("[1]", '"[1]"'), ("{nonsense", '"{nonsense"')],
+)
+def test_arguments_of_a_call_are_an_object_to_the_template_where_they_are_one(
+    endpoints: tuple[Endpoint, Endpoint], arguments: str, seen: str
+) -> None:
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson | replace(': ', ':') }}"
+    prompts = Prompts(*[replace(endpoints[0], chat_template=template)] * 2)
+    prompt = prompts.build([calling(arguments)], Dial(0.0))
+    assert prompts.vocabulary.tokenizer.decode(list(prompt.token_ids)) == seen
+
+
+def test_a_call_and_its_answer_are_rendered_in_turn(endpoints: tuple[Endpoint, Endpoint]) -> None:
+    prompts = Prompts(*endpoints)
+    answer = Message(role="tool", tool_call_id="c", content="6")
+    messages = [Message(role="user", content="hi"), calling('{"a":1}'), answer]
+    text = prompts.vocabulary.tokenizer.decode(list(prompts.build(messages, Dial(0.0)).token_ids))
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in text
+    assert "<tool_response>\n6\n</tool_response>" in text

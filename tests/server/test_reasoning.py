@@ -1,5 +1,6 @@
 """The rule "where reasoning ends": examples first, then properties over any tokens and cutting."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,6 +91,33 @@ def test_a_second_closing_tag_is_plain_text() -> None:
     assert split("a</think>b</think>c", opened=True) == Parts("a", "b</think>c")
 
 
+@pytest.mark.parametrize("between", ["", "\n\n", " \n \n"])
+def test_a_closing_tag_written_once_more_belongs_to_the_end_of_the_block(between: str) -> None:
+    """As a model does whose block the engine closed: the tag stood in the answer's text."""
+    said = f"a</think>{between}</think>\n\nb"
+    assert split(said, opened=True) == split_text([said]) == Parts("a", "b")
+
+
+def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
+    """As a stop token, it comes without text."""
+    splitter = BLOCKS.splitter(opened_by_prompt=True)
+    close = IDS[THINK_CLOSE][0]
+    splitter.feed("</think>", close)
+    assert splitter.feed("b", IDS["a"][0]) == Split(content="b")
+    assert splitter.feed("", close) == Split()
+
+
+def test_only_one_closing_tag_more_belongs_to_the_end_of_the_block() -> None:
+    said = "a</think>\n</think></think>b"
+    assert split(said, opened=True) == split_text([said]) == Parts("a", "</think>b")
+
+
+def test_blanks_behind_the_block_are_content_but_for_the_line_breaks_at_the_tag() -> None:
+    for end in ("", "b"):
+        said = f"a</think>\n \n{end}"
+        assert split(said, opened=True) == split_text([said]) == Parts("a", f" \n{end}")
+
+
 def test_an_opening_tag_inside_the_block_is_plain_text() -> None:
     assert split("<think>a<think>b</think>c", opened=False) == Parts("a<think>b", "c")
 
@@ -129,7 +157,11 @@ def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
         start += 1
     ends = [index for index in range(start, len(ids)) if tag_of[index] in CLOSING]
     if ends:
-        reasoning, content = decode(ids[start : ends[0]]), decode(ids[ends[0] + 1 :])
+        reasoning, rest = decode(ids[start : ends[0]]), ends[0] + 1
+        again = [index for index in range(rest, len(ids)) if tag_of[index] == THINK_CLOSE]
+        if again and not decode(ids[rest : again[0]]).strip():
+            rest = again[0] + 1
+        content = decode(ids[rest:])
         return Parts(reasoning.strip("\n"), content.lstrip("\n"))
     text = decode(ids[start:]).lstrip("\n")
     return Parts(text, "") if by_length else Parts("", text, True)
@@ -234,6 +266,26 @@ def test_nothing_is_lost_and_nothing_said_twice(text: str, by_length: bool) -> N
     parts = split_text([text], by_length=by_length)
     said = parts.content if parts.repeated else parts.reasoning + parts.content
     assert without_tags_and_breaks(said) == without_tags_and_breaks(text)
+
+
+@given(CUT_TEXTS, st.booleans())
+def test_piece_by_piece_it_says_what_the_whole_text_says(
+    pieces: list[str], by_length: bool
+) -> None:
+    parts, text = split_text(pieces, by_length=by_length), "".join(pieces)
+    if parts.repeated:
+        parts.reasoning = ""
+    assert parts == slow_split_text(text, by_length=by_length)
+
+
+def slow_split_text(text: str, *, by_length: bool) -> Parts:
+    """The slow twin: looks at the whole text of a block that the prompt opened."""
+    end = re.search(f"{THINK_CLOSE}|{TOOL_CALL}", text)
+    if end is not None:
+        content = re.sub(rf"^\s*{THINK_CLOSE}", "", text[end.end() :])
+        return Parts(text[: end.start()].strip("\n"), content.lstrip("\n"))
+    text = text.lstrip("\n")
+    return Parts(text, "") if by_length else Parts("", text, True)
 
 
 @given(CUT_TEXTS)

@@ -11,6 +11,7 @@ from server.answer import AnswerHead
 from server.choice import Chunk
 from server.dial import Routing
 from server.rendering import ChunkWriter
+from server.tools import CallDelta
 
 
 def head(**fields: Any) -> AnswerHead:
@@ -89,6 +90,18 @@ def test_reasoning_that_nobody_wants_is_left_out() -> None:
     writer = ChunkWriter(head(include_reasoning=False))
     assert writer.write([Chunk(0, reasoning="r")]) == b""
     assert read(writer.write([Chunk(0, "a", "r")])) == [event({"content": "a"})]
+
+
+def test_a_call_is_written_behind_the_content_an_event_for_each_of_its_pieces() -> None:
+    begun = CallDelta(1, name="f", id="call_0")
+    chunk = Chunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
+    head_of_call = {"index": 1, "id": "call_0", "type": "function"}
+    assert read(ChunkWriter(head()).write([chunk])) == [
+        event({"content": "a"}),
+        event({"tool_calls": [head_of_call | {"function": {"name": "f", "arguments": ""}}]}),
+        event({"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}, "tool_calls")
+        | ROUTING,
+    ]
 
 
 def test_line_separators_that_json_allows_are_escaped() -> None:

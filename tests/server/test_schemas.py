@@ -17,6 +17,23 @@ def parse(**fields: Any) -> ChatRequest:
     return parse_chat_request(json.dumps(base | fields).encode())
 
 
+USER = {"role": "user", "content": "x"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLING = {"role": "assistant", "tool_calls": [CALL]}
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def json_schema(**fields: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": {}} | fields}
+
+
 def refusal(**fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse(**fields)
@@ -123,6 +140,33 @@ def test_reasoning_is_shown_unless_it_is_excluded(fields: dict[str, Any], shown:
     assert parse(**fields).shows_reasoning is shown
 
 
+# --- tools ---
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_an_assistant_that_called_tools_needs_no_content(content: dict[str, Any]) -> None:
+    message = parse(messages=[CALLING | content]).messages[0]
+    assert message.text == ""
+    assert message.tool_calls[0].function.name == "f"
+
+
+def test_a_tools_message_says_which_call_it_answers() -> None:
+    answer = {"role": "tool", "tool_call_id": "c", "content": "6"}
+    assert parse(messages=[USER, CALLING, answer]).messages[2].tool_call_id == "c"
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "required", named("f")])
+def test_tools_are_offered_unless_none_is_to_be_called(choice: Any) -> None:
+    assert [it.name for it in parse(tools=[tool("f")], tool_choice=choice).offered_tools] == ["f"]
+    assert parse(tools=[tool("f")], tool_choice="none").offered_tools == []
+    assert parse().offered_tools == []
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "none"}, {"parallel_tool_calls": False}])
+def test_what_is_true_without_tools_may_be_said_without_them(fields: dict[str, Any]) -> None:
+    parse(**fields)
+
+
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_a_lambda_that_is_not_finite_is_refused(text: str) -> None:
     body = '{"model":"pair","messages":[{"role":"user","content":"x"}],"reasoning_lambda":%s}'
@@ -166,16 +210,26 @@ def test_obfuscation_is_accepted_in_stream_options() -> None:
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "tool_call_id": "c"}]}, "messages[0].content"),
+        ({"messages": [USER | {"tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [USER, USER | {"tool_calls": [CALL]}]}, "messages[1].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [CALLING | {"tool_calls": []}]}, "messages[0].content"),
+        (
+            {"messages": [CALLING | {"tool_calls": [CALL | {"type": "custom"}]}]},
+            "messages[0].tool_calls[0].type",
+        ),
+        (
+            {"messages": [CALLING | {"tool_calls": [CALL | {"function": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},
-            "messages[0].tool_calls",
         ),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
@@ -192,7 +246,28 @@ def test_obfuscation_is_accepted_in_stream_options() -> None:
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": json_schema() | {"type": "text"}}, "response_format.json_schema"),
+        ({"response_format": json_schema(name="a b")}, "response_format.json_schema.name"),
+        ({"response_format": json_schema(schema=True)}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema=None)}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schma={})}, "response_format.json_schema.schma"),
+        ({"tools": []}, "tools"),
+        ({"tools": [tool(f"f{n}") for n in range(129)]}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [tool("f"), tool("no spaces")]}, "tools[1].function.name"),
+        ({"tools": [tool("f" * 65)]}, "tools[0].function.name"),
+        ({"tools": [tool("f"), tool("f")]}, "tools[1].function.name"),
+        ({"tools": [tool("f", parameters=[])]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", returns={})]}, "tools[0].function.returns"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "any", "tools": [tool("f")]}, "tool_choice"),
+        ({"tool_choice": named("f")}, "tool_choice.function.name"),
+        ({"tool_choice": named("g"), "tools": [tool("f")]}, "tool_choice.function.name"),
+        ({"tool_choice": {"type": "allowed_tools"}, "tools": [tool("f")]}, "tool_choice.type"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": "yes"}, "stream"),
         ({"seed": 2**63}, "seed"),

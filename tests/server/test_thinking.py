@@ -72,6 +72,35 @@ def test_a_tool_call_tag_closes_a_block_as_well_where_it_is_a_token() -> None:
     assert not plain.close_aliases
 
 
+def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
+    tokenizer: Tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool_call>"])
+    rules = ThinkBlocks.of(Vocabulary(tokenizer), closing=CLOSING, soft_window=None)
+    policy = rules.policy(opened_by_prompt=True, cap=None, tools=True)
+    assert policy is not None
+    assert not policy.close_aliases
+    splitter = rules.splitter(opened_by_prompt=True, tools=True)
+    assert splitter.feed("<tool_call>", tokenizer.token_to_id("<tool_call>")).content == ""
+    assert splitter.inside_block
+
+
+@pytest.mark.parametrize(
+    ("closing", "tail"),
+    [(CLOSING, "\n\n"), ("</think>", ""), ("\n</think>\n\nAnswer: ", ""), ("</think> \n", "")],
+)
+def test_a_block_that_a_grammar_waits_behind_must_close_and_without_text(
+    closing: str, tail: str
+) -> None:
+    policy = blocks(closing).policy(opened_by_prompt=True, cap=7, constrained=True)
+    assert policy is not None
+    assert policy.forbid_eos
+    assert VOCABULARY.tokenizer.decode(list(policy.tail)) == tail
+    free = blocks(closing).policy(opened_by_prompt=True, cap=7)
+    assert free is not None
+    assert not free.forbid_eos
+    assert free.closing == blocks(closing).closing
+
+
 def test_without_tags_that_are_tokens_the_engine_follows_nothing() -> None:
     vocabulary = Vocabulary(without_tags())
     rules = ThinkBlocks.of(vocabulary, closing="anything", soft_window=None)
