@@ -22,6 +22,7 @@ from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.gate import Gate
 from server.profile_view import profile_view
 from server.request_log import RequestLog
+from server.respond import CLIENT_CLOSED_REQUEST
 from server.responses import error_response
 from server.service import Service
 
@@ -183,7 +184,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def left_while_sending(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=chat.CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:

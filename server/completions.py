@@ -13,20 +13,13 @@ from starlette.responses import Response
 
 from mi_runtime.request import Dial, EngineInfo
 from server import dial
-from server.chat import (
-    Asked,
-    AskedChoice,
-    copies,
-    note,
-    read_body,
-    refuse_think_fields,
-    respond,
-    route,
-)
+from server.asked import Asked, AskedChoice, copies, note, refuse_think_fields, route
+from server.body import read_body
 from server.echo import Echo
 from server.errors import InvalidRequest
 from server.prompt import Prompt
 from server.request_log import Trace
+from server.respond import respond
 from server.schemas import CompletionRequest, parse_completion_request
 from server.service import Service
 from server.text_rendering import TEXT

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 
 from server import dial
-from server.chat import read_body
+from server.body import read_body
 from server.errors import InvalidRequest
 from server.prompt import Ending
 from server.schemas import (
