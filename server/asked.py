@@ -30,7 +30,6 @@ class AskedChoice:
 
 
 @dataclass(frozen=True, slots=True)
-@dataclass(frozen=True, slots=True)
 class Asked:
     """A request for an answer, understood."""
 
