@@ -37,6 +37,7 @@ bench: $(VENV)/.tested
 	$(BIN)/python -m bench.host
 	$(BIN)/python -m bench.sweep
 	$(BIN)/python -m bench.grammar
+	$(BIN)/python -m bench.routing
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
 pair: $(VENV)/.installed

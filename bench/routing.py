@@ -1,0 +1,55 @@
+"""What choosing λ costs a request: everything that its inputs say, read, checked and routed.
+
+    python -m bench.routing
+
+Per built-in profile and way of asking, the median of many decisions, each of a request that is
+parsed already: `read_inputs`, then `RoutingPolicy.route`.
+"""
+
+import json
+import time
+from typing import Any
+
+from bench.report import publish
+from server.dial import DialPolicy, Routing
+from server.inputs import read_inputs
+from server.profiles import builtin_profiles
+from server.routing import RoutingPolicy, RoutingSettings
+from server.schemas import ChatRequest, parse_chat_request
+
+DECISIONS = 2000
+WAYS: dict[str, dict[str, Any]] = {
+    "explicit λ": {"reasoning_lambda": 0.6},
+    "effort": {"reasoning_effort": "medium"},
+    "budget": {"thinking_token_budget": 5000},
+    "nothing said": {},
+}
+
+
+def main() -> None:
+    rows = {}
+    for profile in builtin_profiles():
+        policy = RoutingPolicy(profile, RoutingSettings(default=0.8, step=0.01, think_threshold=0))
+        for way, fields in WAYS.items():
+            rows[f"{profile.name}, {way}"] = microseconds(policy, request(fields))
+    publish("routing", "µs", rows, {})
+
+
+def request(fields: dict[str, Any]) -> ChatRequest:
+    messages = [{"role": "user", "content": "Hello"}]
+    return parse_chat_request(json.dumps({"model": "m", "messages": messages} | fields).encode())
+
+
+def microseconds(policy: RoutingPolicy, wire: ChatRequest) -> list[float]:
+    dials = DialPolicy("m", step=0.01, default=0.8)
+    spent = []
+    for _ in range(DECISIONS):
+        started = time.perf_counter()
+        said: Routing = dials.route(model="m", body=wire.reasoning_lambda, header=None)
+        policy.route(said, read_inputs(wire))
+        spent.append((time.perf_counter() - started) * 1e6)
+    return spent
+
+
+if __name__ == "__main__":
+    main()
