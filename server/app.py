@@ -20,6 +20,7 @@ from server import __version__, chat, completions, dial, openapi, request_log, t
 from server.config import Settings
 from server.errors import ApiError, ModelNotFound, RequestFailed, error_body
 from server.gate import Gate
+from server.playground import playground
 from server.profile_view import profile_view
 from server.request_log import RequestLog
 from server.respond import CLIENT_CLOSED_REQUEST
@@ -80,6 +81,10 @@ ServiceOfApp = Annotated[Service, Depends(_service)]
 
 
 def _add_routes(app: FastAPI) -> None:
+    @app.get("/", response_model=None)
+    async def page() -> Response:
+        return playground()
+
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
         return await chat.chat_completions(request, service)

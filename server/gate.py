@@ -16,7 +16,7 @@ from server.rate_limits import RateLimits
 from server.request_log import QUIET_PATHS, Trace, path_of
 from server.responses import error_response
 
-OPEN_PATHS: Final = QUIET_PATHS | {"/version"}
+OPEN_PATHS: Final = QUIET_PATHS | {"/version", "/"}
 
 
 class Gate:

@@ -17,6 +17,7 @@ from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, To
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 PLAIN: Final = "text/plain"
+HTML: Final = "text/html"
 
 REFUSALS: Final = {
     400: "The request is not valid; `param` names the field",
@@ -122,6 +123,7 @@ OPERATIONS: Final = (
         {JSON: answers.Status},
         (500, 503),
     ),
+    Operation("get", "/", "The playground page", {HTML: None}, (500,)),
     Operation("get", "/metrics", "What Prometheus reads", {PLAIN: None}, (500,)),
     Operation("get", "/version", "The server's version", {JSON: answers.Version}, OF_ANY),
     Operation("get", "/openapi.json", "This document", {JSON: None}, OF_ANY),
