@@ -220,6 +220,17 @@ def test_a_broken_body_is_a_400_in_the_one_shape(server: ServerProcess, body: by
     assert len(response.content) < 1500
 
 
+@pytest.mark.parametrize("value", [{"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1}])
+@pytest.mark.parametrize("penalty", [0.01, 10])
+def test_the_extremes_of_sampling_still_draw_tokens(
+    server: ServerProcess, value: dict[str, float], penalty: float
+) -> None:
+    fields = value | {"repetition_penalty": penalty, "presence_penalty": -2}
+    body = long_answer(server, **{"max_tokens": 20, "temperature": 1} | fields)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    assert answer.json()["usage"]["completion_tokens"] == 20
+
+
 def test_a_body_that_is_too_long_is_a_413_before_it_was_sent_whole(server: ServerProcess) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(raw_request(b" " * (9 * 2**20), length=2**33))
