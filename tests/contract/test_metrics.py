@@ -31,7 +31,7 @@ KINDS = {name: kind for name, kind, _ in ROWS}
 LABELS = {name: set(re.findall(r"`(\w+)`", labels)) for name, _, labels in ROWS}
 BUCKETS = {f"{low / 10:.1f}-{(low + 1) / 10:.1f}" for low in range(10)}
 FLAGS = (
-    *("--max-num-seqs", "4", "--max-waiting", "6", "--num-blocks", "40", "--max-model-len", "512"),
+    *("--max-num-seqs", "4", "--max-waiting", "6", "--num-blocks", "48", "--max-model-len", "512"),
     *("--blend-policy", "blended", "--blend-cache-bytes", "6000000"),
     *("--elastic", "--elastic-waiting", "2", "--elastic-dwell", "0"),
     *("--adapt", "--adapt-min-samples", "2"),
@@ -100,7 +100,7 @@ class Caller:
 
     def leave(self) -> None:
         """A stream, after its first events."""
-        body = self.endless(stream=True)
+        body = self.endless(stream=True, max_tokens=450)
         with httpx.stream("POST", self.server.url + CHAT, json=body, headers=self.headers) as it:
             next(it.iter_lines())
 
@@ -162,8 +162,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         by_every_input(caller)
         busy, statuses = asyncio.run(under_load(caller))
         caller.leave()
-        hurried = caller.headers | {"X-Request-Timeout": "0.3"}
-        assert caller.status(hurried, **caller.endless(n=4)) == 504
+        hurried = caller.headers | {"X-Request-Timeout": "0.4"}
+        assert caller.status(hurried, **caller.endless(n=4, max_tokens=450)) == 504
         assert caller.status() == 401
         wait_until(lambda: server.gauge("mi_num_requests_running") == 0)
         wait_until(
@@ -212,9 +212,10 @@ def test_gauges_tell_of_load_while_it_lasts(story: Story) -> None:
 def test_gauges_of_what_is_held_tell_it(story: Story) -> None:
     assert story.first.total("mi_blend_cache_bytes") == 0
     assert 0 < story.last.total("mi_blend_cache_bytes") <= 6_000_000
-    shape = {"block_size": "16", "num_gpu_blocks": "40", "max_model_len": "512"}
+    shape = {"block_size": "16", "num_gpu_blocks": "48", "max_model_len": "512"}
     assert story.last.total("mi_cache_config_info", **shape) == 1
-    assert story.busy.total("mi_lambda_blends_info", running="pair@0.5") > 1e9  # the time
+    running = story.busy.by("mi_lambda_blends_info", "running")
+    assert all("pair@0.5" in names.split(",") and at > 1e9 for names, at in running.items())
     assert story.last.total("mi_lambda_blends_info", running="", waiting="") > 1e9
 
 
@@ -240,7 +241,7 @@ def test_tokens_are_those_that_usage_told(story: Story) -> None:
     answered = sum(it["completion_tokens"] for it in usage)
     loaded = ENDLESS * (story.statuses[200] - 1) + 5
     generated = story.last.total("mi_generation_tokens_total")
-    assert answered + loaded <= generated <= answered + loaded + 5 * ENDLESS
+    assert answered + loaded <= generated <= answered + loaded + 7 * ENDLESS
     cached = sum(it["prompt_tokens_details"]["cached_tokens"] for it in usage)
     assert 0 < cached <= story.last.total("mi_prefix_cache_hits_total")
     prompts = story.last.total("mi_prompt_tokens_total")

@@ -65,8 +65,8 @@ def described() -> dict[str, Any]:
     for schema in it["components"]["schemas"].values():
         if schema["title"].endswith("Request"):
             may_be_left_out = "model" not in schema.get("required", ())
-            names = ["pair", "pair@0.3"] + [None] * may_be_left_out
-            schema["properties"]["model"] = {"enum": names}
+            names = ["pair", "pair@0.3"]
+            schema["properties"]["model"] = {"enum": [*names, None] if may_be_left_out else names}
     return it
 
 
@@ -137,7 +137,7 @@ OF_CHATS = OF_ANY_ANSWER | {
             {"type": "json_schema", "json_schema": {"name": "x", "schema": ARGUMENTS}},
         ]
     },
-    "last": ASKED,
+    "last": ASKED,  # which `consistent` puts behind the messages
 }
 OF_TEXTS = OF_ANY_ANSWER | {
     "prompt": {
