@@ -172,23 +172,25 @@ def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
 
 def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     content = {
-        media: {"schema": _schema(media, {} if model is None else refs[model])}
+        media: {"schema": {} if model is None else refs[model]}
         for media, model in operation.answer.items()
     }
+    if EVENTS in content:
+        content[EVENTS]["schema"] = _event(content[EVENTS]["schema"], refs[answers.Error])
     headers = {"X-Request-Id": _header("The request's id, the client's own where it gave one")}
     if operation.tells_lambda:
         headers["X-Reasoning-Lambda"] = _header("λ that the answer ran at")
     description = operation.summary
     if EVENTS in content:
-        description += "; with `stream` as events, each with a chunk as data, then `[DONE]`"
+        description += "; with `stream` as events of a chunk each, the last of `[DONE]` or an error"
     return {"description": description, "content": content, "headers": headers}
 
 
-def _schema(media: str, of_data: dict[str, Any]) -> dict[str, Any]:
-    """Of a stream, the schema of one event, whose data is JSON (the last one's is `[DONE]`)."""
-    if media != EVENTS:
-        return of_data
-    data = {"type": "string", "contentMediaType": JSON, "contentSchema": of_data}
+def _event(chunk: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one event, whose data is JSON, or what ends a stream that had no error."""
+    of_data = {"anyOf": [chunk, error]}
+    json_text = {"type": "string", "contentMediaType": JSON, "contentSchema": of_data}
+    data = {"anyOf": [{"const": "[DONE]"}, json_text]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

@@ -363,7 +363,7 @@ class GenerationRequest(_Wire):
     """Draw from so many most probable tokens; -1 and 0: off; default: the pair's own."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Least probability, as a share of the most probable token's; default: the pair's own."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Above 1, tokens of prompt and answer become less probable; default: the pair's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Taken from the logit of every token that the answer has."""

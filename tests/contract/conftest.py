@@ -42,6 +42,20 @@ class ServerProcess:
         command = ["-m", "server.cli", "serve", "--port", "0", "--served-model-name", "pair"]
         return cls([*command, *flags], log)
 
+    @classmethod
+    def of_fake_engine(
+        cls,
+        log: Path,
+        pair: Path,
+        *flags: str,
+        worker: Sequence[str] = (),
+        thinking: Path | None = None,
+    ) -> "ServerProcess":
+        """The server on the fake engine, with the tokenizer and templates of `pair`."""
+        command = [str(ROOT / "tests" / "contract" / "serve_fake.py"), "--port", "0"]
+        command += ["--instruct", str(pair), "--thinking", str(thinking or pair)]
+        return cls([*command, "--served-model-name", "pair", *flags, "--", *worker], log)
+
     @property
     def output(self) -> str:
         return self.log.read_text()
@@ -116,10 +130,10 @@ def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[Callable[..., S
         thinking: Path = pair_directory,
         wait: bool = True,
     ) -> ServerProcess:
-        command = [str(ROOT / "tests" / "contract" / "serve_fake.py"), "--port", "0"]
-        command += ["--instruct", str(pair_directory), "--thinking", str(thinking)]
-        command += ["--served-model-name", "pair", *flags, "--", *worker]
-        server = ServerProcess(command, tmp_path / f"server{len(started)}.log")
+        log = tmp_path / f"server{len(started)}.log"
+        server = ServerProcess.of_fake_engine(
+            log, pair_directory, *flags, worker=worker, thinking=thinking
+        )
         started.append(server)
         return server.wait_ready() if wait else server
 

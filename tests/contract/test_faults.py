@@ -11,6 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ CAPACITY = MAX_NUM_SEQS + MAX_WAITING
 ABORTS = 500
 LARGEST_SEND_BUFFER = 4 * 2**20  # bytes; Linux's default of net.ipv4.tcp_wmem
 PHASES = ("before the head", "before the first token", "in the middle", "plain")
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,16 @@ def long_answer(server: ServerProcess, **fields: Any) -> dict[str, Any]:
     """A request that ends by its length alone."""
     long = {"max_tokens": 400, "ignore_eos": True, "temperature": 0, "reasoning_lambda": 0.5}
     return server.chat_body("a=6,b=a-2,c=b+6,d=c-3. d?", **long | fields)
+
+
+def long_text(server: ServerProcess, **fields: Any) -> dict[str, Any]:
+    """The same as a completions request."""
+    body = long_answer(server, **fields)
+    (message,) = body.pop("messages")
+    return body | {"prompt": message["content"]}
+
+
+LONG = {CHAT: long_answer, TEXT: long_text}
 
 
 def endings(server: ServerProcess) -> Counter[str]:
@@ -103,10 +115,12 @@ def terminal_events(text: str) -> list[Any]:
     return finishes + [event["error"]["code"] for event in events if "error" in event]
 
 
-async def post_all(server: ServerProcess, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+async def post_all(
+    server: ServerProcess, bodies: Sequence[dict[str, Any]], path: str = CHAT
+) -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=len(bodies))
     async with httpx.AsyncClient(timeout=60, limits=limits) as client:
-        url = f"{server.url}/v1/chat/completions"
+        url = server.url + path
         return list(await asyncio.gather(*(client.post(url, json=body) for body in bodies)))
 
 
@@ -119,17 +133,17 @@ def connect(server: ServerProcess) -> socket.socket:
     return socket.create_connection((address.hostname, address.port or 80), timeout=30)
 
 
-def raw_request(body: bytes, *headers: str, length: int | None = None) -> bytes:
+def raw_request(body: bytes, *headers: str, path: str = CHAT, length: int | None = None) -> bytes:
     length = len(body) if length is None else length
-    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {length}", *headers)
+    head = (f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {length}", *headers)
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
-def leave(server: ServerProcess, phase: str) -> None:
+def leave(server: ServerProcess, path: str, phase: str) -> None:
     """One request whose client goes away at this phase of its answer."""
-    body = json.dumps(long_answer(server, stream=phase != "plain")).encode()
+    body = json.dumps(LONG[path](server, stream=phase != "plain")).encode()
     with closing(connect(server)) as connection:
-        connection.sendall(raw_request(body))
+        connection.sendall(raw_request(body, path=path))
         if phase == "before the first token":
             connection.recv(16)  # of the head
         elif phase == "in the middle":
@@ -142,8 +156,9 @@ def test_five_hundred_clients_that_leave_leave_nothing_behind(
     server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     before, refused = endings(server), rejections(server)
-    for index in range(ABORTS):
-        leave(server, PHASES[index % len(PHASES)])
+    ways = cycle(product((CHAT, CHAT, TEXT), PHASES))
+    for path, phase in islice(ways, ABORTS):
+        leave(server, path, phase)
     # Who left before the request was read, or was refused, was never accepted.
     wait_until(lambda: (endings(server) - before)["abort"] >= ABORTS // 2, 60)
     wait_until(lambda: is_idle(server), 60)
@@ -176,13 +191,14 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(
 # --- too much ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_ten_times_the_capacity_is_answered_or_refused_at_once(
-    server: ServerProcess, wait_until: WaitUntil
+    path: str, server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     before, refused = endings(server), rejections(server)
-    bodies = [long_answer(server, max_tokens=100, stream=index % 2 == 0) for index in range(80)]
+    bodies = [LONG[path](server, max_tokens=100, stream=index % 2 == 0) for index in range(80)]
     assert len(bodies) == 10 * CAPACITY
-    responses = asyncio.run(post_all(server, bodies))
+    responses = asyncio.run(post_all(server, bodies, path))
     statuses = Counter(response.status_code for response in responses)
     assert set(statuses) == {200, 503}
     assert statuses[200] >= CAPACITY
@@ -218,6 +234,17 @@ def test_a_broken_body_is_a_400_in_the_one_shape(server: ServerProcess, body: by
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert len(response.content) < 1500
+
+
+@pytest.mark.parametrize("value", [{"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1}])
+@pytest.mark.parametrize("penalty", [0.01, 10])
+def test_the_extremes_of_sampling_still_draw_tokens(
+    server: ServerProcess, value: dict[str, float], penalty: float
+) -> None:
+    fields = value | {"repetition_penalty": penalty, "presence_penalty": -2}
+    body = long_answer(server, **{"max_tokens": 20, "temperature": 1} | fields)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    assert answer.json()["usage"]["completion_tokens"] == 20
 
 
 def test_a_body_that_is_too_long_is_a_413_before_it_was_sent_whole(server: ServerProcess) -> None:

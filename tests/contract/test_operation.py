@@ -130,18 +130,22 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPro
         server.stop()
 
 
-def test_a_tenant_cannot_tell_what_another_one_asked(keyed_server: ServerProcess) -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_tenant_cannot_tell_what_another_one_asked(
+    path: str, keyed_server: ServerProcess
+) -> None:
+    question = "a=6,b=a-2,c=b+6,d=c-3,e=d+1,f=e-2. f?"
+    prompts = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": question}]},
+        "/v1/completions": {"prompt": question},
+    }
+
     def cached_tokens(key: str, **fields: Any) -> int:
-        with openai.OpenAI(base_url=f"{keyed_server.url}/v1", api_key=key, timeout=60) as client:
-            answer = client.chat.completions.create(
-                model="pair",
-                messages=[{"role": "user", "content": "a=6,b=a-2,c=b+6,d=c-3,e=d+1,f=e-2. f?"}],
-                max_tokens=2,
-                extra_body=fields,
-            )
-        assert answer.usage is not None
-        assert answer.usage.prompt_tokens_details is not None
-        return answer.usage.prompt_tokens_details.cached_tokens or 0
+        body = {"model": "pair", "max_tokens": 2} | prompts[path] | fields
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(keyed_server.url + path, json=body, headers=headers, timeout=60)
+        cached: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return cached
 
     assert cached_tokens("sk-1") == 0
     assert cached_tokens("sk-1") > 0

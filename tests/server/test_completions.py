@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from mi_runtime.request import TokenLogprobs
 from server.echo import Echo
 from server.logprobs import columns, text_logprobs
+from server.service import Service
 from server.vocabulary import Vocabulary
 
 MakeClient = Callable[..., TestClient]
@@ -284,3 +285,43 @@ def test_nothing_is_taken_while_the_engine_loads(make_client: MakeClient) -> Non
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "loading"
     assert response.headers["Retry-After"]
+
+
+# --- limits and endings, which are those of chat ---
+
+
+def metric(client: TestClient, name: str, **labels: str) -> float | None:
+    service: Service = client.app_state["service"]
+    return service.metrics.registry.get_sample_value(name, {"model_name": "pair"} | labels)
+
+
+@pytest.mark.parametrize("prompt", ["forever", "wait", ["say x", "wait"]])
+def test_a_text_that_takes_too_long_is_a_504(make_client: MakeClient, prompt: Any) -> None:
+    client = make_client(request_timeout=0.5)
+    response = ask(client, prompt, max_tokens=2000, ignore_eos=True)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert metric(client, "mi_request_success_total", finished_reason="deadline")
+
+
+def test_a_stream_of_texts_past_its_deadline_ends_with_one_error(client: TestClient) -> None:
+    response = ask(client, ["wait", "wait"], headers={"X-Request-Timeout": "0.3"}, stream=True)
+    *_, last, rest = response.text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert (response.text.count('"error"'), rest) == (1, "")
+    assert metric(client, "mi_request_success_total", finished_reason="deadline") == 2
+
+
+def test_texts_count_against_the_same_quota(make_client: MakeClient) -> None:
+    client = make_client(rate_limit_requests=1)
+    said(client, "say x")
+    refused = ask(client, "say x", stream=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 120
+
+
+def test_an_engine_that_dies_ends_every_text_once_and_is_counted(client: TestClient) -> None:
+    response = ask(client, ["die", "wait"], stream=True, max_tokens=9)
+    *_, last, rest = response.text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+    assert (response.text.count('"error"'), rest) == (1, "")
+    assert metric(client, "mi_request_success_total", finished_reason="error") == 2

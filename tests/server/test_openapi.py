@@ -30,7 +30,9 @@ def check(method: str, path: str, status: int, media: str, body: Any) -> None:
     responses = DOCUMENT["paths"][path][method]["responses"]
     schema = responses[str(status)]["content"][media]["schema"]
     if media == "text/event-stream":
-        schema = schema["properties"]["data"]["contentSchema"]
+        done, json_text = schema["properties"]["data"]["anyOf"]
+        assert done == {"const": "[DONE]"}
+        schema = json_text["contentSchema"]
     jsonschema.Draft202012Validator(resolved(schema)).validate(body)
 
 
@@ -116,6 +118,14 @@ def test_answers_and_streams_are_as_described(
     for event in events:
         chunk = json.loads(event.removeprefix("data: "))
         check("post", path, 200, "text/event-stream", chunk)
+
+
+def test_an_error_that_ends_a_stream_is_as_described(client: TestClient) -> None:
+    failing = {"model": "pair", "messages": [{"role": "user", "content": "fail"}], "stream": True}
+    *_, last, _ = client.post("/v1/chat/completions", json=failing).text.split("\n\n")
+    error = json.loads(last.removeprefix("data: "))
+    assert error["error"]["code"] == "internal_error"
+    check("post", "/v1/chat/completions", 200, "text/event-stream", error)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,7 @@ def test_obfuscation_is_accepted_in_stream_options() -> None:
         ),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty"),  # was a 500: logits became infinite
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"n": 0}, "n"),
