@@ -116,6 +116,11 @@ class GrammarState:
         return tail[self._led] if self._led < len(tail) else None
 
     @property
+    def may_open(self) -> bool:
+        """Whether the token beside the grammar's would open a think block."""
+        return self._thinking is not None and self._thinking.phase is Phase.OUTSIDE
+
+    @property
     def complete(self) -> bool:
         """Whether nothing but an end may follow what was said."""
         return self._begun and self._own is not None and self._own.is_stopped()
