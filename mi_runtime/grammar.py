@@ -92,9 +92,9 @@ class GrammarState:
         """Whether the grammar is compiled, or has turned out not to compile."""
         return self._compiled.done()
 
-    def wait(self) -> None:
-        """Until `ready`."""
-        wait([self._compiled])
+    def wait(self, seconds: float) -> None:
+        """Until `ready`, and no longer than so many seconds."""
+        wait([self._compiled], seconds)
 
     @property
     def constrains(self) -> bool:

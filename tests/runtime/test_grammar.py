@@ -430,17 +430,32 @@ def test_nobody_waits_for_the_grammar_of_another(engine: Engine) -> None:
     assert len(free) == 5
     assert not engine.idle
     gate.open()
-    events = [event for _ in range(9) for event in engine.step()]  # the first waits
-    assert events[-1].finish_reason is FinishReason.COMPLETE
+    assert until_ended(engine, "held")[-1].finish_reason is FinishReason.COMPLETE
     assert engine.idle
+
+
+def test_an_engine_that_waits_for_a_grammar_alone_still_takes_requests(engine: Engine) -> None:
+    """It used to wait as long as the grammar took, behind all those that were given up before it:
+    nobody could come in, and nobody could give up."""
+    gate = Gate(engine)
+    engine.submit(request("held", 'start: "held alone"'))
+    assert engine.step() == []
+    assert len(run_until_ended(engine, request("free", None, max_tokens=5))) == 5
+    assert engine.abort("held") is not None
+    assert engine.idle
+    gate.open()
 
 
 def run_until_ended(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
     engine.submit(one)
+    return until_ended(engine, one.request_id)
+
+
+def until_ended(engine: Engine, request_id: str) -> list[TokenEvent]:
     events: list[TokenEvent] = []
     while not events or events[-1].finish_reason is None:
         events += engine.step()
-    assert {event.request_id for event in events} == {one.request_id}
+    assert {event.request_id for event in events} == {request_id}
     return events
 
 
