@@ -1,5 +1,6 @@
 """`/tokenize` and `/detokenize`."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -104,3 +105,21 @@ def test_another_model_is_not_found_and_a_long_body_is_refused(
     body |= {} if path == "/tokenize" else {"tokens": []}
     assert client.post(path, json=body).status_code == 404
     assert client.post(path, json={"prompt": "x" * 200}).status_code == 413
+
+
+def test_answers_of_any_size_are_made_outside_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of four million tokens, and their JSON, stopped every stream for six seconds."""
+    seen = []
+
+    def token_text(self: Vocabulary, token_id: int) -> str:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        seen.append(token_id)
+        return str(token_id)
+
+    monkeypatch.setattr(Vocabulary, "token_text", token_text)
+    answer = tokenized(client, prompt="a7", return_token_strs=True)
+    assert answer["token_strs"] == [str(one) for one in seen]
+    assert len(seen) == 2
