@@ -1,5 +1,7 @@
 """`POST /tokenize` and `POST /detokenize`: they need the tokenizer alone, also while loading.
 
+But for messages: which λ takes which template is the profile's to say, and that is the pair's.
+
 A body of a few megabytes makes an answer of millions of numbers. So everything about it, its JSON
 too, is made in a thread, which lets the event loop have its turns.
 """
@@ -50,6 +52,8 @@ def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> l
         return service.prompts.vocabulary.encode(
             wire.prompt, add_special_tokens=wire.add_special_tokens
         )
+    if service.engine.info is None and service.refusal is not None:
+        raise service.refusal
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )

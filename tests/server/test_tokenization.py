@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +124,16 @@ def test_answers_of_any_size_are_made_outside_the_event_loop(
     answer = tokenized(client, prompt="a7", return_token_strs=True)
     assert answer["token_strs"] == [str(one) for one in seen]
     assert len(seen) == 2
+
+
+def test_while_loading_texts_are_tokenized_and_messages_told_to_come_back(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    """The profile that chooses the template is known once the pair is: messages were a 500."""
+    gate = tmp_path / "gate"
+    client = make_client("--load-gate", str(gate), wait=False)
+    assert tokenized(client, prompt="hi")["max_model_len"] is None
+    response = client.post("/tokenize", json={"messages": HI})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "loading"
+    gate.touch()
