@@ -137,3 +137,20 @@ def test_while_loading_texts_are_tokenized_and_messages_told_to_come_back(
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "loading"
     gate.touch()
+
+
+def test_messages_obey_the_rules_that_they_obey_in_a_chat(client: TestClient) -> None:
+    """What chat refused, `/tokenize` counted."""
+    response = client.post("/tokenize", json={"messages": [{"role": "user"}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages[0].content"
+
+
+def test_a_message_that_ends_with_calls_cannot_be_continued(client: TestClient) -> None:
+    """Its calls stand behind its text, and were left out of the prompt."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    last = {"role": "assistant", "tool_calls": [call]}
+    body = {"messages": [*HI, last], "continue_final_message": True}
+    response = client.post("/tokenize", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "continue_final_message"
