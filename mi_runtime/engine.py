@@ -28,6 +28,7 @@ from mi_runtime.sequence import Sequence
 KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.6}
 # Share of the free memory that blended weights may take, likewise.
 BLEND_MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.25}
+GRAMMAR_WAIT = 0.02  # seconds that a step without work waits for a grammar; requests may come in
 NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not finite"
 
 
@@ -105,7 +106,8 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """Runs one batch. At least one request advances unless the engine is idle."""
+        """Runs one batch. At least one request advances, unless all that there are wait for their
+        grammars."""
         self._add_compiled()
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -122,10 +124,10 @@ class Engine:
         return events + self.scheduler.update(chunks, [one or (0, None) for one in results], known)
 
     def _add_compiled(self) -> None:
-        """Puts in line what waited for its grammar; waits for one if there is nothing else."""
+        """Puts in line what waited for its grammar; waits a little if there is nothing else."""
         waiting = [(one, one.grammar) for one in self._compiling.values() if one.grammar]
         if waiting and not self.scheduler.unfinished:
-            waiting[0][1].wait()
+            waiting[0][1].wait(GRAMMAR_WAIT)
         for sequence, grammar in waiting:
             if grammar.ready:
                 del self._compiling[sequence.request_id]

@@ -92,9 +92,9 @@ class GrammarState:
         """Whether the grammar is compiled, or has turned out not to compile."""
         return self._compiled.done()
 
-    def wait(self) -> None:
-        """Until `ready`."""
-        wait([self._compiled])
+    def wait(self, seconds: float) -> None:
+        """Until `ready`, and no longer than so many seconds."""
+        wait([self._compiled], seconds)
 
     @property
     def constrains(self) -> bool:
@@ -114,6 +114,11 @@ class GrammarState:
             return thinking.policy.open_id
         tail = () if thinking.forced_close else thinking.policy.tail
         return tail[self._led] if self._led < len(tail) else None
+
+    @property
+    def may_open(self) -> bool:
+        """Whether the token beside the grammar's would open a think block."""
+        return self._thinking is not None and self._thinking.phase is Phase.OUTSIDE
 
     @property
     def complete(self) -> bool:

@@ -153,15 +153,20 @@ def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
 
 
 def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-    """Leaves the rows under a grammar what it allows."""
+    """Leaves the rows under a grammar what it allows.
+
+    A think block may be opened where the model likes that best of all tokens: beside the few that
+    a grammar allows, an unlikely block would win.
+    """
     held = [(row, one.constrained_by) for row, one in enumerate(sequences)]
     states = {row: state for row, state in held if state is not None}
     if not states:
         return
     forbidden = _forbidden([state.mask() for state in states.values()], logits)
-    for at, state in enumerate(states.values()):
-        if state.beside is not None:
-            forbidden[at, state.beside] = False
+    for at, (row, state) in enumerate(states.items()):
+        beside = state.beside
+        if beside is not None and (not state.may_open or int(logits[row].argmax()) == beside):
+            forbidden[at, beside] = False
     if len(states) == len(sequences):
         logits.masked_fill_(forbidden, -torch.inf)
     else:

@@ -93,12 +93,12 @@ def _add_routes(app: FastAPI) -> None:
     async def text_completions(request: Request, service: ServiceOfApp) -> Response:
         return await completions.completions(request, service)
 
-    @app.post("/tokenize")
-    async def tokenize(request: Request, service: ServiceOfApp) -> dict[str, Any]:
+    @app.post("/tokenize", response_model=None)
+    async def tokenize(request: Request, service: ServiceOfApp) -> Response:
         return await tokenization.tokenize(request, service)
 
-    @app.post("/detokenize")
-    async def detokenize(request: Request, service: ServiceOfApp) -> dict[str, str]:
+    @app.post("/detokenize", response_model=None)
+    async def detokenize(request: Request, service: ServiceOfApp) -> Response:
         return await tokenization.detokenize(request, service)
 
     @app.get("/v1/models")

@@ -34,6 +34,8 @@ TOKENS: Final = tuple(
 )
 SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 LAMBDA_BUCKETS: Final = 10
+FINISHED: Final = frozenset({"stop", "length", "tool_calls"})
+"""Ends of answers that are there."""
 
 
 def lambda_bucket(value: float) -> str:
@@ -159,7 +161,7 @@ class RequestMeter:
             self._metrics._answer_ttft.labels(*self._labels).observe(at - self._arrived)
 
     def close(self, reason: str, *, generation_tokens: int, reasoning_tokens: int) -> None:
-        """The request ended, once: stop, length, abort or error."""
+        """The request ended, once: as its finish reason says, or abort, error or deadline."""
         if self._closed:
             return
         self._closed = True
@@ -171,7 +173,7 @@ class RequestMeter:
         metrics._request_prompt.labels(*self._labels).observe(self._prompt_tokens)
         metrics._request_generation.labels(*self._labels).observe(generation_tokens)
         metrics._request_reasoning.labels(*self._labels).observe(reasoning_tokens)
-        if self._cap and reason in ("stop", "length"):
+        if self._cap and reason in FINISHED:
             metrics._budget_used.labels(*self._labels).observe(reasoning_tokens / self._cap)
 
     def stages(self, *, prepared: float) -> dict[str, float]:

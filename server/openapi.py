@@ -76,7 +76,7 @@ OPERATIONS: Final = (
         "/tokenize",
         "Token ids of a text, or of messages in their template",
         {JSON: answers.Tokens},
-        OF_A_BODY,
+        (*OF_A_BODY, 503),
         TokenizeRequest,
         header_of_lambda=True,
     ),

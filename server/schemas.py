@@ -655,6 +655,11 @@ def check_continuation(request: Continuable) -> None:
             "`continue_final_message` needs a last message of the assistant",
             param="continue_final_message",
         )
+    if request.messages[-1].tool_calls:
+        raise InvalidRequest(
+            "`continue_final_message` goes on with text, and the last message ends with tool calls",
+            param="continue_final_message",
+        )
 
 
 # --- Raw prompts ---------------------------------------------------------------------------------
@@ -788,6 +793,8 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     else:
         _refuse_fields(request, "prompt", "add_special_tokens")
     check_continuation(request)
+    for index, message in enumerate(request.messages or []):
+        _check_message(message, f"messages[{index}]")
     return request
 
 

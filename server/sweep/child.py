@@ -17,10 +17,13 @@ from typing import Final
 
 from server.sweep.errors import BadParameters, SweepError
 
-_READY: Final = re.compile(rb"^Ready: .* at (http://\S+)$", re.MULTILINE)
+_READY: Final = re.compile(rb"^Ready: .* at (https?://\S+)$", re.MULTILINE)
 _LOOK_EVERY: Final = 0.1  # seconds
 _GOING: Final = 30.0  # seconds that a server may take to end
-_FLAGS: Final = ("--host", "127.0.0.1", "--port", "0", "--drain-timeout", "0")
+_FLAGS: Final = (
+    *("--host", "127.0.0.1", "--port", "0", "--drain-timeout", "0"),
+    *("--log-format", "text"),  # in which it says that it is ready
+)
 _UNSERVABLE: Final = 2
 
 

@@ -113,7 +113,7 @@ def _check_together(flags: argparse.Namespace) -> None:
     if flags.url and flags.serve:
         raise BadParameters(f"{flags.serve[0]} is for a server of our own; --url names another")
     for word in flags.serve:
-        if word.partition("=")[0] in ("--host", "--port", "--drain-timeout"):
+        if word.partition("=")[0] in ("--host", "--port", "--drain-timeout", "--log-format"):
             raise BadParameters(f"{word}: the server of our own has that from this command")
     if getattr(flags, "ablate", False) and flags.dials != [ALL]:
         raise BadParameters("--ablate names the dials; leave --dials out")

@@ -430,17 +430,32 @@ def test_nobody_waits_for_the_grammar_of_another(engine: Engine) -> None:
     assert len(free) == 5
     assert not engine.idle
     gate.open()
-    events = [event for _ in range(9) for event in engine.step()]  # the first waits
-    assert events[-1].finish_reason is FinishReason.COMPLETE
+    assert until_ended(engine, "held")[-1].finish_reason is FinishReason.COMPLETE
     assert engine.idle
+
+
+def test_an_engine_that_waits_for_a_grammar_alone_still_takes_requests(engine: Engine) -> None:
+    """It used to wait as long as the grammar took, behind all those that were given up before it:
+    nobody could come in, and nobody could give up."""
+    gate = Gate(engine)
+    engine.submit(request("held", 'start: "held alone"'))
+    assert engine.step() == []
+    assert len(run_until_ended(engine, request("free", None, max_tokens=5))) == 5
+    assert engine.abort("held") is not None
+    assert engine.idle
+    gate.open()
 
 
 def run_until_ended(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
     engine.submit(one)
+    return until_ended(engine, one.request_id)
+
+
+def until_ended(engine: Engine, request_id: str) -> list[TokenEvent]:
     events: list[TokenEvent] = []
     while not events or events[-1].finish_reason is None:
         events += engine.step()
-    assert {event.request_id for event in events} == {one.request_id}
+    assert {event.request_id for event in events} == {request_id}
     return events
 
 
@@ -485,18 +500,37 @@ def test_behind_a_forced_close_the_answer_obeys(engine: Engine, cap: int) -> Non
     assert events[-1].finish_reason is FinishReason.COMPLETE
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_behind_a_block_the_model_closes_the_answer_obeys(engine: Engine, opened: bool) -> None:
-    """Led to open and close its block at once, and to write line breaks without end."""
-    led = ((OPEN, 100.0), (CLOSE, 200.0), (BREAKS, 90.0))
-    think = replace(POLICY, opened_by_prompt=opened)
-    (events,) = run(engine, request("r", DIGITS, think, logit_bias=led, temperature=0)).values()
+def test_behind_a_block_the_model_closes_the_answer_obeys(engine: Engine) -> None:
+    """Led to close its block at once, and to write line breaks without end."""
+    led = ((CLOSE, 200.0), (BREAKS, 90.0))
+    (events,) = run(engine, request("r", DIGITS, POLICY, logit_bias=led, temperature=0)).values()
     tokens = said(events)
     assert tokens.count(BREAKS) == 1
     close = tokens.index(CLOSE)
     assert tokens[close + 1] == BREAKS
     assert TOKENIZER.decode(tokens[close + 2 :])[0] == "{"
-    assert (OPEN in tokens) is not opened
+
+
+def test_a_model_that_wants_to_think_may_open_a_block_before_its_answer(engine: Engine) -> None:
+    think = replace(POLICY, opened_by_prompt=False, cap=3)
+    led = ((OPEN, 100.0),)
+    (events,) = run(engine, request("r", DIGITS, think, logit_bias=led)).values()
+    tokens = said(events)
+    assert tokens[:7] == [OPEN, OPEN, OPEN, OPEN, *CLOSING]
+    assert TOKENIZER.decode(tokens[7:])[0] == "{"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_makes_no_model_think_that_would_not(engine: Engine, temperature: float) -> None:
+    """An Instruct model wants to write a letter. Of what was left, `{` and the opening tag, the tag
+    was the likelier: it thought, badly, until its context was full."""
+    led = ((LETTER, 100.0), (OPEN, 50.0), (CLOSE, -100.0))
+    think = replace(POLICY, opened_by_prompt=False)
+    (events,) = run(
+        engine, request("r", DIGITS, think, logit_bias=led, temperature=temperature)
+    ).values()
+    assert OPEN not in said(events)
+    assert events[-1].finish_reason is FinishReason.COMPLETE
 
 
 @settings(

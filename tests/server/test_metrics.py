@@ -60,6 +60,16 @@ def test_a_request_is_followed_to_its_end_and_counted_once() -> None:
     assert value(metrics, "mi_e2e_request_latency_seconds_count", **LABELS) == 1
 
 
+def test_a_budget_is_told_of_answers_that_called_tools_too() -> None:
+    metrics = Metrics("pair")
+    for reason, reasoning in (("tool_calls", 8), ("abort", 2)):
+        meter = metrics.meter(0.6, 30, arrived=time.perf_counter(), cap=10)
+        meter.close(reason, generation_tokens=20, reasoning_tokens=reasoning)
+    text = metrics.exposition().decode()
+    labels = '{lambda_bucket="0.6-0.7",model_name="pair"}'
+    assert f"mi_budget_used_ratio_sum{labels} 0.8\n" in text
+
+
 def test_the_engines_last_report_is_read_at_the_scrape() -> None:
     metrics = Metrics("pair")
     stats = EngineStats(

@@ -1,6 +1,8 @@
 """`/tokenize` and `/detokenize`."""
 
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +106,51 @@ def test_another_model_is_not_found_and_a_long_body_is_refused(
     body |= {} if path == "/tokenize" else {"tokens": []}
     assert client.post(path, json=body).status_code == 404
     assert client.post(path, json={"prompt": "x" * 200}).status_code == 413
+
+
+def test_answers_of_any_size_are_made_outside_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of four million tokens, and their JSON, stopped every stream for six seconds."""
+    seen = []
+
+    def token_text(self: Vocabulary, token_id: int) -> str:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        seen.append(token_id)
+        return str(token_id)
+
+    monkeypatch.setattr(Vocabulary, "token_text", token_text)
+    answer = tokenized(client, prompt="a7", return_token_strs=True)
+    assert answer["token_strs"] == [str(one) for one in seen]
+    assert len(seen) == 2
+
+
+def test_while_loading_texts_are_tokenized_and_messages_told_to_come_back(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    """The profile that chooses the template is known once the pair is: messages were a 500."""
+    gate = tmp_path / "gate"
+    client = make_client("--load-gate", str(gate), wait=False)
+    assert tokenized(client, prompt="hi")["max_model_len"] is None
+    response = client.post("/tokenize", json={"messages": HI})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "loading"
+    gate.touch()
+
+
+def test_messages_obey_the_rules_that_they_obey_in_a_chat(client: TestClient) -> None:
+    """What chat refused, `/tokenize` counted."""
+    response = client.post("/tokenize", json={"messages": [{"role": "user"}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages[0].content"
+
+
+def test_a_message_that_ends_with_calls_cannot_be_continued(client: TestClient) -> None:
+    """Its calls stand behind its text, and were left out of the prompt."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    last = {"role": "assistant", "tool_calls": [call]}
+    body = {"messages": [*HI, last], "continue_final_message": True}
+    response = client.post("/tokenize", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "continue_final_message"

@@ -44,6 +44,7 @@ def test_the_decoding_of_lambda_zero_is_three_numbers() -> None:
         ("--url http://x --device cpu", "--device=cpu is for a server of our own"),
         ("--url http://x -- --threads 2", "--threads is for a server of our own"),
         ("-- --port=1", "--port=1: the server of our own has that"),
+        ("-- --log-format json", "--log-format: the server of our own has that"),
         ("--ablate --dials mlp", "--ablate names the dials"),
         ("--task sums.jsonl", "--task sums.jsonl needs --grader"),
     ],
