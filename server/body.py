@@ -1,8 +1,16 @@
-"""The body of a request, within the operator's limit."""
+"""The body of a request: read within the operator's limit, and parsed."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from starlette.requests import Request
 
 from server.errors import BodyTooLarge
+
+LONG: Final = 2**16  # bytes; parsing more would hold up the event loop for milliseconds
+
+_T = TypeVar("_T")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -15,3 +23,8 @@ async def read_body(request: Request, limit: int) -> bytes:
             raise BodyTooLarge(f"The body is longer than {limit} bytes")
         parts.append(part)
     return b"".join(parts)
+
+
+async def parsed(body: bytes, parse: Callable[[bytes], _T]) -> _T:
+    """What `parse` makes of the body; of a long one in a thread. Raises what `parse` raises."""
+    return parse(body) if len(body) < LONG else await asyncio.to_thread(parse, body)

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from server import dial
 from server.asked import Asked, AskedChoice, copies, note, route
-from server.body import read_body
+from server.body import parsed, read_body
 from server.dial import Routing
 from server.errors import InvalidRequest
 from server.prompt import Ending, Prompt
@@ -23,7 +23,8 @@ async def chat_completions(request: Request, service: Service) -> Response:
 
 async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
     """Everything that can be refused is refused here."""
-    wire = parse_chat_request(await read_body(request, service.settings.max_body_bytes))
+    body = await read_body(request, service.settings.max_body_bytes)
+    wire = await parsed(body, parse_chat_request)
     engine = service.admitted()
     routing = route(wire, request.headers.get(dial.HEADER), service, engine)
     ending = Ending.of(

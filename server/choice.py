@@ -83,9 +83,11 @@ class Choice:
         """The chunk of an event that came at time `at`, if it makes one."""
         text = ""
         if event.token_id is not None:
-            text = self._count(at, event, event.token_id)
+            text = self._count(event, event.token_id)
         ended = event.finish_reason is not None
         split = self._end(text, event) if ended else self._splitter.feed(text, event.token_id)
+        if event.token_id is not None:
+            self.meter.token(at, queue_seconds=event.queue_seconds, answers=bool(split.content))
         content = self._stop.feed(split.content)
         if self._stop.hit:
             self.finish_reason = "stop"
@@ -103,15 +105,13 @@ class Choice:
         if self.finish_reason is not None:
             self._observe(self.reasoning_tokens, self.forced_close or self._cut_in_block)
 
-    def _count(self, at: float, event: TokenEvent, token_id: int) -> str:
+    def _count(self, event: TokenEvent, token_id: int) -> str:
         """Count the token and return its text; that of an ending token is not shown."""
-        inside_block = self._splitter.inside_block
         self.completion_tokens += 1
         self.cached_tokens = event.cached_tokens
         self.forced_close = event.forced_close
-        if inside_block:
+        if self._splitter.inside_block:
             self.reasoning_tokens = event.reasoning_tokens
-        self.meter.token(at, queue_seconds=event.queue_seconds, inside_block=inside_block)
         if self._write_logprobs is not None and event.logprobs is not None:
             entry = self._write_logprobs(token_id, event.logprobs, self._characters)
             self._logprobs.append(entry)
@@ -138,7 +138,7 @@ class Choice:
         said = self._calls.feed(content)
         if self.finish_reason is not None:
             said = said.then(self._calls.finish())
-            if self._calls.count and self.finish_reason == "stop":
+            if self._calls.complete and self.finish_reason == "stop":
                 self.finish_reason = "tool_calls"
         return said
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from mi_runtime.request import Dial, EngineInfo
 from server import dial
 from server.asked import Asked, AskedChoice, copies, note, refuse_think_fields, route
-from server.body import read_body
+from server.body import parsed, read_body
 from server.echo import Echo
 from server.errors import InvalidRequest
 from server.prompt import Prompt
@@ -38,7 +38,8 @@ async def completions(request: Request, service: Service) -> Response:
 
 async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
     """Everything that can be refused is refused here."""
-    wire = parse_completion_request(await read_body(request, service.settings.max_body_bytes))
+    body = await read_body(request, service.settings.max_body_bytes)
+    wire = await parsed(body, parse_completion_request)
     engine = service.admitted()
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
     routing = route(wire, request.headers.get(dial.HEADER), service, engine)
@@ -99,10 +100,12 @@ def _raw_prompts(
 
 
 def _of_text(text: str, wire: CompletionRequest, vocabulary: Vocabulary) -> _RawPrompt:
+    if not wire.echo:  # offsets cost as much again
+        ids = vocabulary.encode(text, add_special_tokens=wire.add_special_tokens)
+        return _RawPrompt(tuple(ids), echo=None)
     encoding = vocabulary.encoding(text, add_special_tokens=wire.add_special_tokens)
-    ids = tuple(encoding.ids)
-    echo = Echo(text, ids, [start for start, _ in encoding.offsets]) if wire.echo else None
-    return _RawPrompt(ids, echo)
+    starts = [start for start, _ in encoding.offsets]
+    return _RawPrompt(tuple(encoding.ids), Echo(text, encoding.ids, starts))
 
 
 def _of_tokens(

@@ -19,7 +19,7 @@ from server.vocabulary import Vocabulary
 
 LARGEST_SCHEMA: Final = 64 * 1024  # bytes of JSON, without white space
 LARGEST_GRAMMAR: Final = 512 * 1024  # of all tools of a request
-CHECKED: Final = 64  # verdicts that are kept
+CHECKED: Final = 256  # verdicts that are kept
 WHITE_SPACE: Final = r"[ \n\t]{0,20}"
 """Between the parts of JSON. Bounded: a model at a loss writes white space for ever."""
 

@@ -60,7 +60,7 @@ class Metrics:
         )
         self._answer_ttft = self._histogram(
             "time_to_first_answer_token_seconds",
-            "From arrival to the first token outside the think block.",
+            "From arrival to the first text of the answer itself.",
             TTFT_SECONDS,
         )
         self._inter_token = self._histogram(
@@ -149,14 +149,15 @@ class RequestMeter:
         self._first_token: float | None = None
         self._queue_seconds = 0.0
 
-    def token(self, at: float, *, queue_seconds: float, inside_block: bool) -> None:
+    def token(self, at: float, *, queue_seconds: float, answers: bool) -> None:
+        """A token came at `at`; `answers`: with it came text of the answer itself."""
         self._generated.inc()
         if self._last_token is None:
             self._first(at, queue_seconds)
         else:
             self._inter_token.observe(at - self._last_token)
         self._last_token = at
-        if not inside_block and not self._first_answer_seen:
+        if answers and not self._first_answer_seen:
             self._first_answer_seen = True
             self._metrics._answer_ttft.labels(*self._labels).observe(at - self._arrived)
 

@@ -44,6 +44,7 @@ MOST_CHOICES_OF_PROMPTS: Final = 1024
 """Of a completions request: its prompts times the choices of each."""
 MOST_PROMPT_TOKENS: Final = 2**20
 MOST_TOOLS: Final = 128
+MOST_MESSAGES: Final = 16384
 
 _BRANCHES: Final = frozenset(
     {
@@ -441,7 +442,7 @@ class ChatRequest(GenerationRequest):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     """The conversation so far."""
     continue_final_message: bool = False
     """The last message is the assistant's, and the answer goes on where it ends."""
@@ -517,6 +518,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
     check_continuation(request)
+    _check_held_continuation(request)
     for index, message in enumerate(request.messages):
         _check_message(message, f"messages[{index}]")
     _check_tools(request)
@@ -662,6 +664,18 @@ def check_continuation(request: Continuable) -> None:
         )
 
 
+def _check_held_continuation(request: ChatRequest) -> None:
+    """A grammar holds the whole answer, and would begin anew behind what stands there already."""
+    form = request.response_format
+    held = request.tool_choice not in (None, "none", "auto") or (form and form.type != "text")
+    if request.continue_final_message and request.messages[-1].text and held:
+        raise InvalidRequest(
+            "`continue_final_message` with content goes neither with a `response_format` nor with "
+            "tools that must be called",
+            param="continue_final_message",
+        )
+
+
 # --- Raw prompts ---------------------------------------------------------------------------------
 
 TokenIds = Annotated[
@@ -756,7 +770,7 @@ class TokenizeRequest(_Wire):
     """The served name or an alias, whose λ chooses the template."""
     prompt: str | None = None
     """A text. Exactly one of `prompt` and `messages` is given."""
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     """Messages, written by the chat template of the λ."""
     reasoning_lambda: float | None = None
     """λ that chooses the template of `messages`; default: the server's."""

@@ -77,6 +77,11 @@ class ToolCalls:
         self._behind_call = False  # nothing but blanks came since
         self._object = _JsonObject()
 
+    @property
+    def complete(self) -> bool:
+        """Whether there are calls, and none that is cut off."""
+        return self.count > 0 and self._state is not _State.ARGUMENTS
+
     def feed(self, text: str) -> Said:
         self._held += text
         said = Said()

@@ -24,6 +24,11 @@ _FLAGS: Final = (
     *("--host", "127.0.0.1", "--port", "0", "--drain-timeout", "0"),
     *("--log-format", "text"),  # in which it says that it is ready
 )
+_NOT_INHERITED: Final = (
+    *("MI_API_KEY", "MI_API_KEY_FILE", "MI_SSL_CERTFILE", "MI_SSL_KEYFILE"),
+    *("MI_RATE_LIMIT_REQUESTS", "MI_RATE_LIMIT_TOKENS", "MI_REQUEST_TIMEOUT"),
+)
+"""What servers for others are set to in the environment; this one has a single client, its parent."""
 _UNSERVABLE: Final = 2
 
 
@@ -34,6 +39,7 @@ def own_server(flags: Sequence[str], log: Path) -> Iterator[str]:
     Raises `BadParameters` with its message where it refuses its flags or the pair.
     """
     command = [sys.executable, "-m", "server.sweep.child", "--log-level", "warning"]
+    environment = {name: it for name, it in os.environ.items() if name not in _NOT_INHERITED}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -41,7 +47,7 @@ def own_server(flags: Sequence[str], log: Path) -> Iterator[str]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**environment, "PYTHONUNBUFFERED": "1"},
             process_group=0,  # a terminal's Ctrl-C is for the parent
         )
     try:

@@ -1,6 +1,7 @@
 """The app over a real engine process without a model: what a client sends, and what it gets."""
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -438,3 +439,28 @@ def test_a_priority_reaches_the_engine(client: TestClient) -> None:
 def test_a_priority_is_a_whole_number_within_bounds(client: TestClient, value: Any) -> None:
     response = chat(client, "say hi", priority=value)
     check_error(response, 400, "invalid_request_error", "priority")
+
+
+def test_a_body_of_many_messages_is_parsed_beside_the_event_loop(client: TestClient) -> None:
+    messages = [{"role": "user", "content": "x" * 100}] * 999
+    answer = chat(client, "", messages=[*messages, {"role": "user", "content": "say hi"}])
+    assert answer.status_code == 400  # too long for the context, and found out by its tokens
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_more_messages_than_any_conversation_has_are_refused_by_their_number(
+    client: TestClient,
+) -> None:
+    refused = chat(client, "", messages=[{"role": "user", "content": ""}] * 16385)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages"
+
+
+def test_the_first_text_of_the_answer_is_timed_not_the_tag_that_opens_its_block(
+    client: TestClient,
+) -> None:
+    chat(client, "say <think>\na\n</think>\n\nb")
+    chat(client, "say <think>\nnever closed", max_tokens=4)
+    text = client.get("/metrics").text
+    assert re.search(r"mi_time_to_first_token_seconds_count{.*} 2.0", text)
+    assert re.search(r"mi_time_to_first_answer_token_seconds_count{.*} 1.0", text)

@@ -199,3 +199,20 @@ def test_logprobs_of_a_call_are_all_there(client: TestClient) -> None:
     entries = [entry for it in chunks for entry in (it["logprobs"] or {}).get("content", [])]
     assert entries == plain["logprobs"]["content"]
     assert "".join(entry["token"] for entry in entries).startswith(CALL)
+
+
+def test_a_stop_string_inside_a_call_does_not_make_it_one(client: TestClient) -> None:
+    cut = choice(client, f"say {CALL}", tools=[ADD], stop='"a"')
+    assert cut["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"response_format": SCHEMA}, {"tools": [ADD], "tool_choice": "required"}]
+)
+def test_a_held_answer_does_not_go_on_behind_text_that_is_there(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
+    begun = [{"role": "user", "content": "say x"}, {"role": "assistant", "content": '{"d": '}]
+    refused = chat(client, "", messages=begun, continue_final_message=True, **fields)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "continue_final_message"

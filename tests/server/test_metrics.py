@@ -36,8 +36,8 @@ def test_a_request_is_followed_to_its_end_and_counted_once() -> None:
     metrics = Metrics("pair")
     now = time.perf_counter()
     meter = metrics.meter(0.6, 30, arrived=now)
-    meter.token(now + 0.05, queue_seconds=0.01, inside_block=True)
-    meter.token(now + 0.07, queue_seconds=0.01, inside_block=False)
+    meter.token(now + 0.05, queue_seconds=0.01, answers=False)
+    meter.token(now + 0.07, queue_seconds=0.01, answers=True)
     meter.close("stop", generation_tokens=2, reasoning_tokens=1)
     meter.close("abort", generation_tokens=2, reasoning_tokens=1)
 
