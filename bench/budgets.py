@@ -7,6 +7,7 @@ mixed in every batch. Policies, each with the budget as a hard cap:
 
     routed          the budget alone: λ by the curve of all questions
     routed, class   the budget and the question's class: λ by that class's own curve
+    λ = 0.7         the first λ of stage 3 in the built-in profile, and the budget
     λ = 1           λ = 1 and the budget: the think block is closed where the budget ends
 
 Without a budget λ = 0 and λ = 1, for both ends. The default seed is not the one by whose questions
@@ -19,7 +20,7 @@ import asyncio
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -39,7 +40,7 @@ from server.sweep.tasks import EMBEDDED, Task, embedded_task
 
 BUDGETS = "0,5,10,15,20,30,40,60,80,120"
 CONCURRENCY = 128
-ROUTED, ROUTED_BY_CLASS, CUT = "routed", "routed, class", "λ = 1"
+ROUTED, ROUTED_BY_CLASS, EARLY, CUT = "routed", "routed, class", "λ = 0.7", "λ = 1"
 KEPT = ("mean_at_k", "tokens_mean", "reasoning_tokens_mean", "reasoning_tokens_p90", "think_rate",
         "malformed", "unfinished")  # fmt: skip
 _SETTING = Setting(1.0, ALL, Decoding(0.7, 1.0))
@@ -106,6 +107,7 @@ def policies_of(budgets: Sequence[int]) -> Iterator[Policy]:
     for budget in budgets:
         yield Policy(ROUTED, budget, None)
         yield Policy(ROUTED_BY_CLASS, budget, None)
+        yield Policy(EARLY, budget, 0.7)
         yield Policy(CUT, budget, 1.0)
 
 
@@ -170,22 +172,29 @@ def _row(policy: Policy, answers: Answers) -> dict[str, Any]:
         "lambdas": {f"{value:g}": ran[value] for value in sorted(ran)},
         "answers": len(own),
         "forced_close": fmean(it.forced for it in own),
+        "correct_if_forced": _share_correct(it for it in own if it.forced),
+        "correct_if_not": _share_correct(it for it in own if not it.forced),
         **{name: numbers[name].value for name in KEPT},
         "intervals": {name: [numbers[name].low, numbers[name].high] for name in KEPT},
     }
     cut = answers.get(Policy(CUT, policy.budget, 1.0))
-    if policy.explicit is None and cut is not None:
+    if cut is not None and policy.name != CUT:
         row["gain_over_cut"] = _gain(samples, [it.sample for it in cut])
     return row
 
 
-def _gain(routed: Sequence[Sample], cut: Sequence[Sample]) -> dict[str, float]:
+def _share_correct(answers: Iterable[Answer]) -> float | None:
+    correct = [it.sample.correct for it in answers]
+    return fmean(correct) if correct else None
+
+
+def _gain(own: Sequence[Sample], cut: Sequence[Sample]) -> dict[str, float]:
     """In Mean@k, with the 95 % bootstrap interval of the difference on the same questions."""
-    pairs = zip(grouped(routed), grouped(cut), strict=True)
+    pairs = zip(grouped(own), grouped(cut), strict=True)
     gains = [
         fmean(it.correct for it in one) - fmean(it.correct for it in two) for one, two in pairs
     ]
-    random = Random(routed[0].setting)
+    random = Random(own[0].setting)
     drawn = sorted(fmean(random.choices(gains, k=len(gains))) for _ in range(RESAMPLES))
     tail = RESAMPLES // 40
     return {"value": fmean(gains), "low": drawn[tail], "high": drawn[-1 - tail]}

@@ -49,6 +49,12 @@ ABLATION = {
     "attn": ("attention only", "51.9 | – | 0.7"),
 }
 """Dials of six layers by what they are, with the paper's Mean@64, tokens and think rate in %."""
+POLICIES = {
+    "routed": "routed",
+    "routed, class": "routed, class told",
+    "λ = 0.7": "λ = 0.7, cut",
+    "λ = 1": "λ = 1, cut",
+}
 STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 Point = Mapping[str, Any]
@@ -216,11 +222,10 @@ def budgets_table(rows: Sequence[Point]) -> str:
 
 
 def _budget_rows(by_policy: Mapping[tuple[str, int | None], Point], budget: int) -> list[str]:
-    names = {"routed": "routed", "routed, class": "routed, class told", "λ = 1": "λ = 1, cut"}
     return [
         f"| {budget} | {shown} | {_spent(by_policy[name, budget])} "
         f"| {_gain(by_policy[name, budget])} |"
-        for name, shown in names.items()
+        for name, shown in POLICIES.items()
     ]
 
 
@@ -302,12 +307,11 @@ def draw_methods(target: Path) -> None:
 
 def draw_budgets(target: Path) -> None:
     """Score over the tokens really spent, by policy, for all questions and the long ones."""
-    names = {"routed": "routed", "routed, class": "routed, class told", "λ = 1": "λ = 1, cut"}
     with plt.rc_context(STYLE):
         _, panels = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
         for axes, kind in zip(panels, ("default", "long"), strict=True):
             rows = budgets()["classes"][kind]
-            for name, shown in names.items():
+            for name, shown in POLICIES.items():
                 own = [it for it in rows if it["policy"] == name and it["budget"] is not None]
                 _with_errors(axes, own, shown, label="budget")
             (instruct,) = (it for it in rows if it["policy"] == "λ = 0")
