@@ -135,6 +135,7 @@ def tables() -> dict[str, str]:
         "methods": methods_table(measured),
         "scales": scales_table(measured),
         "ablation": ablation_table(measured["ablation"]["points"]),
+        "forced": forced_table(budgets()["classes"]["default"]),
         **{f"budgets {name}": budgets_table(own) for name, own in budgets()["classes"].items()},
     }
 
@@ -215,31 +216,44 @@ def ablation_table(points: Sequence[Point]) -> str:
 def budgets_table(rows: Sequence[Point]) -> str:
     by_policy = {(it["policy"], it["budget"]): it for it in rows}
     amounts = sorted({it["budget"] for it in rows if it["budget"] is not None})
-    lines = [_budget_rows(by_policy, budget) for budget in amounts]
-    head = "budget | policy | λ | Mean@8 | tokens, mean | closed by force | gain over λ = 1 cut"
-    ends = [f"| none | {name} | {_spent(by_policy[name, None])} | |" for name in ("λ = 0", "λ = 1")]
-    return _table(head, [*ends, *(row for own in lines for row in own)])
+    head = f"budget | λ routed | {' | '.join(POLICIES.values())} | routed − λ = 1 | 0.7 − λ = 1"
+    table = _table(head, (_budget_row(by_policy, budget) for budget in amounts))
+    ends = (f"{name} {_spent(by_policy[name, None])}" for name in ("λ = 0", "λ = 1"))
+    return f"{table}\n\nWithout a budget: {', '.join(ends)}."
 
 
-def _budget_rows(by_policy: Mapping[tuple[str, int | None], Point], budget: int) -> list[str]:
-    return [
-        f"| {budget} | {shown} | {_spent(by_policy[name, budget])} "
-        f"| {_gain(by_policy[name, budget])} |"
-        for name, shown in POLICIES.items()
-    ]
+def _budget_row(by_policy: Mapping[tuple[str, int | None], Point], budget: int) -> str:
+    ran = ", ".join(by_policy["routed", budget]["lambdas"])
+    spent = " | ".join(_spent(by_policy[name, budget]) for name in POLICIES)
+    gains = " | ".join(_gain(by_policy[name, budget]) for name in ("routed", "λ = 0.7"))
+    return f"| {budget} | {ran} | {spent} | {gains} |"
 
 
 def _spent(row: Point) -> str:
-    ran = ", ".join(row["lambdas"])
-    score = _share(row, "mean_at_k")
-    return f"{ran} | {score} | {_tokens(row)} | {row['forced_close']:.2f}"
+    return f"{_share(row, 'mean_at_k')} at {row['tokens_mean']:.1f}"
 
 
 def _gain(row: Point) -> str:
-    gain = row.get("gain_over_cut")
-    if gain is None:
-        return ""
+    gain = row["gain_over_cut"]
     return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+
+
+def forced_table(rows: Sequence[Point]) -> str:
+    """λ = 1 under a budget: how many blocks were closed by force, and which answers are right."""
+    own = [it for it in rows if it["policy"] == "λ = 1" and it["budget"] is not None]
+    head = "budget | closed by force | of these correct | of the others correct | malformed"
+    return _table(
+        head,
+        (
+            f"| {it['budget']} | {it['forced_close']:.3f} | {_or_dash(it['correct_if_forced'])} "
+            f"| {_or_dash(it['correct_if_not'])} | {it['malformed']:.3f} |"
+            for it in own
+        ),
+    )
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _share(point: Point, name: str) -> str:
