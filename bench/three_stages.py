@@ -22,7 +22,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.report import RESULTS, rounded
+from bench.report import RESULTS, machine, rounded
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "three-stages.md"
@@ -79,7 +79,10 @@ def main() -> None:
 
 
 def keep(folder: Path) -> None:
-    kept = {name: _kept(folder / name / "report.json") for name in SWEEPS}
+    kept = {
+        "machine": machine(),
+        "sweeps": {name: _kept(folder / name / "report.json") for name in SWEEPS},
+    }
     SWEEPS_KEPT.write_text(json.dumps(rounded(kept), ensure_ascii=False) + "\n")
 
 
@@ -100,7 +103,7 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def sweeps() -> dict[str, Any]:
-    kept: dict[str, Any] = json.loads(SWEEPS_KEPT.read_text())
+    kept: dict[str, Any] = json.loads(SWEEPS_KEPT.read_text())["sweeps"]
     return kept
 
 
