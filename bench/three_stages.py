@@ -124,10 +124,10 @@ def digest() -> str:
 def filled(page: str) -> str:
     """The page with every table between its marks, `<!-- name -->` and `<!-- end -->`, anew."""
     for name, table in tables().items():
-        head, mark, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, rest = rest.partition("\n<!-- end -->")
+        head, mark, rest = page.partition(f"<!-- {name} -->")
+        _, end, rest = rest.partition("<!-- end -->")
         assert end, f"the page has no place for the table {name!r}"
-        page = head + mark + table + end + rest
+        page = f"{head}{mark}\n{table}\n{end}{rest}"
     return page
 
 
