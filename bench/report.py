@@ -64,6 +64,18 @@ def publish(name: str, unit: str, values: dict[str, list[float]], ratios: dict[s
     (RESULTS / f"{name}.json").write_text(line + "\n")
 
 
+def rounded(value: Any) -> Any:
+    """With every number in it to four decimals."""
+    match value:
+        case float():
+            return round(value, 4)
+        case dict():
+            return {name: rounded(part) for name, part in value.items()}
+        case list():
+            return [rounded(part) for part in value]
+    return value
+
+
 def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
