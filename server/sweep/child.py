@@ -28,7 +28,7 @@ _NOT_INHERITED: Final = (
     *("MI_API_KEY", "MI_API_KEY_FILE", "MI_SSL_CERTFILE", "MI_SSL_KEYFILE"),
     *("MI_RATE_LIMIT_REQUESTS", "MI_RATE_LIMIT_TOKENS", "MI_REQUEST_TIMEOUT"),
 )
-"""What servers for others are set to in the environment; this one has a single client, its parent."""
+"""Of the environment, what is for servers with clients; this one has a single one, its parent."""
 _UNSERVABLE: Final = 2
 
 
