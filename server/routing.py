@@ -112,10 +112,10 @@ class RoutingPolicy:
         return _by_effort(EFFORT_SHARES["medium"], table)
 
     def _cheaper(self, routing: Routing, table: RoutingTable) -> Routing:
-        """The stop of the operator's effort, where that is known to be cheaper."""
+        """The stop of the operator's effort, unless that is known to be dearer."""
         stop = table.by_effort(self.settings.elastic_effort)
         expected = table.mean_at(routing.dials[0].reasoning_lambda)
-        if expected is None or stop.mean >= expected:
+        if expected is not None and stop.mean >= expected:
             return routing
         return replace(routing, dials=(self._dial(stop.reasoning_lambda),), elastic=True)
 
