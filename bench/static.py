@@ -70,6 +70,8 @@ class StaticEngine(Engine):
         )
         self._runner = Runner(model, OnePart(), NUM_BLOCKS, config.block_size)  # type: ignore[arg-type]
         self._marks = TokenMarks()
+        self._grammars = None
+        self._compiling = {}
         self._steps = 0
 
 
