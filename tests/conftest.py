@@ -1,6 +1,7 @@
-"""For all tests: the same examples every time, and one thread for torch.
+"""For all tests: the same examples every time, one thread for torch, and Triton interpreted.
 
-The threads must be said before torch loads; tests share few cores, and are not judged by the clock.
+Both must be said before torch or triton load; tests share few cores, are not judged by the clock,
+and run kernels on a CPU.
 """
 
 import os
@@ -9,5 +10,6 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
