@@ -37,11 +37,14 @@ class UnsupportedModel(ValueError):
     """A part of the model that no swap covers; the message names it."""
 
 
-def lerp_rounded(instruct: Tensor, thinking: Tensor, value: float) -> Tensor:
+def lerp_rounded(
+    instruct: Tensor, thinking: Tensor, value: float, out: Tensor | None = None
+) -> Tensor:
     """(1−λ) · instruct + λ · thinking in fp32, rounded once to their dtype; contiguous."""
+    if out is None:
+        out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
     if instruct.dtype == torch.float32:
-        return torch.lerp(instruct, thinking, value).contiguous()
-    out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
+        return torch.lerp(instruct, thinking, value, out=out)
     for first in range(0, len(instruct), BLEND_ROWS):
         part = slice(first, first + BLEND_ROWS)
         out[part] = torch.lerp(instruct[part].float(), thinking[part].float(), value)
@@ -56,8 +59,8 @@ class PairMatrix:
         self.concatenated = both.flatten(1)  # [out, 2·in]
         self.endpoints = (both[:, INSTRUCT], both[:, THINKING])  # strided views
 
-    def blend(self, value: float) -> Tensor:
-        return lerp_rounded(*self.endpoints, value)
+    def blend(self, value: float, out: Tensor | None = None) -> Tensor:
+        return lerp_rounded(*self.endpoints, value, out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, in]` to `[..., rows, out]`."""
@@ -88,8 +91,8 @@ class VocabularyPair:
         """Of both endpoints."""
         return 2 * self.endpoints[INSTRUCT].numel()
 
-    def blend(self, value: float) -> Tensor:
-        return lerp_rounded(*self.endpoints, value)
+    def blend(self, value: float, out: Tensor | None = None) -> Tensor:
+        return lerp_rounded(*self.endpoints, value, out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, dim]` to `[..., rows, vocabulary]`."""
@@ -255,12 +258,14 @@ class PairExperts:
         """Of both endpoints."""
         return self.concatenated.numel()
 
-    def blend(self, value: float) -> Tensor:
+    def blend(self, value: float, out: Tensor | None = None) -> Tensor:
         """`[experts, out, in]`, one expert at a time."""
         instruct, thinking = self.endpoints
-        return torch.stack(
-            [lerp_rounded(*both, value) for both in zip(instruct, thinking, strict=True)]
-        )
+        if out is None:
+            out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
+        for low, high, room in zip(instruct, thinking, out, strict=True):
+            lerp_rounded(low, high, value, room)
+        return out
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
         """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""

@@ -72,12 +72,12 @@ class Engine:
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
         self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
         self._groups = model.groups
-        self._groups.cache.budget = _blend_budget(config, model, num_blocks)
+        self._groups.cache.places = _blend_places(config, model, num_blocks)
         planner = Planner(
             config.blend_policy,
             measure_costs(model),
             _MissingShare(model.groups),
-            capacity=self._groups.cache.budget // blend_bytes(model),
+            capacity=self._groups.cache.places,
         )
         self._groups.start_counting()
         self._runner = Runner(model, planner, num_blocks, config.block_size)
@@ -220,9 +220,13 @@ class _MissingShare:
         return self._known[dial]
 
 
-def _blend_budget(config: EngineConfig, model: BlendedModel, num_blocks: int) -> int:
-    """A share of what the KV will leave, which takes its memory only when it is written."""
-    if config.blend_cache_bytes is not None:
-        return config.blend_cache_bytes
-    left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
-    return int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])
+def _blend_places(config: EngineConfig, model: BlendedModel, num_blocks: int) -> int:
+    """λ values whose blended weights fit in the bytes given, or in a share of what the KV leaves.
+
+    They take their memory only when they are written.
+    """
+    budget = config.blend_cache_bytes
+    if budget is None:
+        left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
+        budget = int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])
+    return budget // blend_bytes(model)

@@ -90,7 +90,7 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
     try:
         expected = probe.expected_logits(instruct, thinking)
         layers = int(instruct.config.num_hidden_layers)
-        groups = BlendGroups(layers, where, BlendCache(budget=0))
+        groups = BlendGroups(layers, where, BlendCache())
         swap = ModuleSwap(groups, probe.axes).swap(instruct, thinking)
         for _ in tqdm(swap, "Pairing modules", sum(1 for _ in instruct.modules()), disable=None):
             memory.look()

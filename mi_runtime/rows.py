@@ -32,18 +32,33 @@ class Way(StrEnum):
 
 
 class Rows:
-    """The λ of the rows that a group's modules see, for as long as the batch keeps its shape."""
+    """The λ of the rows that a group's modules see, for as long as the batch keeps its shape.
 
-    __slots__ = ("_input", "_memo", "_mixed", "blend", "endpoint", "mix", "weights")
+    `live`: `weights` is a buffer that is written between forwards, so nothing derived is kept.
+    """
 
-    def __init__(self, weights: Tensor, endpoint: int | None, blend: Blend | None = None) -> None:
+    __slots__ = ("_input", "_memo", "_mix", "_mixed", "blend", "endpoint", "live", "weights")
+
+    def __init__(
+        self,
+        weights: Tensor,
+        endpoint: int | None,
+        blend: Blend | None = None,
+        live: bool = False,
+    ) -> None:
         self.endpoint = endpoint  # every row at this endpoint
         self.blend = blend  # every row at this blend's λ
         self.weights = weights  # [rows] fp32 λ; [1] where all rows share it
-        self.mix = torch.stack((1 - weights, weights), dim=1).unsqueeze(-1)  # [·, 2, 1] fp32
+        self.live = live
+        self._mix: Tensor | None = None if live else _both(weights)
         self._memo: dict[object, Tensor] = {}
         self._input: Tensor | None = None
         self._mixed = weights
+
+    @property
+    def mix(self) -> Tensor:
+        """`[rows or 1, 2, 1]` fp32: (1−λ) and λ."""
+        return _both(self.weights) if self._mix is None else self._mix
 
     @property
     def way(self) -> Way:
@@ -65,6 +80,8 @@ class Rows:
 
     def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make(weights)`, made once for as long as the rows stay as they are."""
+        if self.live:
+            return make(self.weights)
         value = self._memo.get(key)
         if value is None:
             value = make(self.weights)
@@ -74,6 +91,10 @@ class Rows:
 
     def forget_input(self) -> None:
         self._input, self._mixed = None, self.weights
+
+
+def _both(weights: Tensor) -> Tensor:
+    return torch.stack((1 - weights, weights), dim=1).unsqueeze(-1)
 
 
 def scaled_pair(x: Tensor, mix: Tensor) -> Tensor:
@@ -125,14 +146,9 @@ class BlendGroups:
         """What ran until now was no request's."""
         self.executions = dict.fromkeys(Way, 0)
 
-    def begin(self, step: StepRows, first: bool = True) -> None:
-        """Sets the rows of the next forward. A batch of the same shape as the last keeps them.
-
-        `first` of its engine step: blends of earlier steps may be evicted from now on.
-        """
+    def begin(self, step: StepRows) -> None:
+        """Sets the rows of the next forward. A batch of the same shape as the last keeps them."""
         if step != self._last:
-            if first:
-                self.cache.begin_step()
             self._assign(step)
             self._last = step
         else:

@@ -38,8 +38,8 @@ class Runner:
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
         self.scores = {}
-        for index, part in enumerate(self.planner.plan(chunks)):
-            part_logits, sampling = self._forward(part, first=index == 0)
+        for part in self.planner.plan(chunks):
+            part_logits, sampling = self._forward(part)
             logits.append(part_logits)
             sequences += sampling
         if not sequences:
@@ -51,11 +51,11 @@ class Runner:
         of = dict(zip(sequences, sampled, strict=True))
         return [of[chunk.sequence] for chunk in chunks if chunk.samples]
 
-    def _forward(self, part: Part, first: bool) -> tuple[Tensor, tuple[Sequence, ...]]:
+    def _forward(self, part: Part) -> tuple[Tensor, tuple[Sequence, ...]]:
         attention, model = self._attention, self._model
         batch = build_batch(part, attention.block_size, attention.zero_block, model.device)
         attention.begin(batch.attention)
-        model.groups.begin(batch.rows, first)
+        model.groups.begin(batch.rows)
         logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
         if batch.scored:
             logits = self._score(logits, batch)

@@ -84,8 +84,8 @@ class RecordingModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def _begin(self, step: StepRows, first: bool) -> None:
-        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))), first)
+    def _begin(self, step: StepRows) -> None:
+        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))))
         self.endpoints.append(self._model.groups.slot("head", kept=True).now.endpoint)
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
@@ -268,7 +268,7 @@ def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
 
 
 def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) -> nn.Module:
-    groups = BlendGroups(1, torch.device("cpu"), BlendCache(budget=0))
+    groups = BlendGroups(1, torch.device("cpu"), BlendCache())
     for _ in ModuleSwap(groups, axes).swap(instruct, thinking):
         pass
     return instruct
