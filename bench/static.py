@@ -48,7 +48,9 @@ class StaticEngine(Engine):
         dtype = DTYPES[config.dtype]
         plain = load_static(endpoint, "cpu", dtype)
         shape = plain.config
-        layer = LayerShape(shape.num_key_value_heads, shape.head_dim, shape.head_dim)
+        layer = LayerShape(
+            shape.num_key_value_heads, shape.head_dim, shape.head_dim, shape.num_attention_heads
+        )
         model = BlendedModel(
             model=plain,
             groups=NoGroups(),  # type: ignore[arg-type]

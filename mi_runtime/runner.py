@@ -53,7 +53,7 @@ class Runner:
 
     def _forward(self, part: Part) -> tuple[Tensor, tuple[Sequence, ...]]:
         attention, model = self._attention, self._model
-        batch = build_batch(part, attention.block_size, attention.zero_block, model.device)
+        batch = build_batch(part, attention.block_size, attention.spare_block, model.device)
         attention.begin(batch.attention)
         model.groups.begin(batch.rows)
         logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
