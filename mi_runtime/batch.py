@@ -3,8 +3,10 @@
 Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from mi_runtime.request import Dial
 from mi_runtime.rows import StepRows
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
+
+ALIGNED = 4  # elements: a tensor begins at a multiple of 16 bytes, as kernels are compiled for
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,6 @@ class Batch:
 
 
 def build_batch(part: Part, block_size: int, spare_block: int, device: torch.device) -> Batch:
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     ids: list[int] = []
     positions: list[int] = []
     kept: list[int] = []
@@ -47,10 +48,11 @@ def build_batch(part: Part, block_size: int, spare_block: int, device: torch.dev
         if chunk.samples:
             kept.append(len(ids) - 1)
     kept = scored + kept
+    moved = moved_together([ids, positions, kept], torch.int64, device)
     return Batch(
-        ids=tensor(ids),
-        positions=tensor(positions),
-        kept=tensor(kept),
+        ids=moved[0],
+        positions=moved[1],
+        kept=moved[2],
         rows=_step_rows(part, kept),
         attention=attention_plan(part.chunks, block_size, spare_block, device),
         sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
@@ -61,18 +63,19 @@ def build_batch(part: Part, block_size: int, spare_block: int, device: torch.dev
 def attention_plan(
     chunks: list[Chunk], block_size: int, spare_block: int, device: torch.device
 ) -> AttentionPlan:
-    def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
     decodes = _leading_decodes(chunks)
     starts = [0, *accumulate(chunk.length for chunk in chunks)]
     lengths = [chunk.start + chunk.length for chunk in chunks]
     tables = _padded_tables(chunks, lengths, block_size, spare_block)
+    own = moved_together([starts, lengths, tables], torch.int32, device)
+    wide = moved_together(
+        [_slots(chunks, block_size), _opened(chunks, block_size)], torch.int64, device
+    )
     return AttentionPlan(
-        slots=tensor(_slots(chunks, block_size), torch.int64),
-        query_starts=tensor(starts, torch.int32),
-        lengths=tensor(lengths, torch.int32),
-        tables=tensor(tables, torch.int32).view(len(chunks), -1),
+        slots=wide[0],
+        query_starts=own[0],
+        lengths=own[1],
+        tables=own[2].view(len(chunks), -1),
         decodes=decodes,
         longest_decode=max(lengths[:decodes], default=0),
         longest_query=max(chunk.length for chunk in chunks),
@@ -81,8 +84,23 @@ def attention_plan(
             Prefill(first, chunk.length, chunk.start)
             for first, chunk in zip(starts[decodes:], chunks[decodes:], strict=False)
         ),
-        opened=tensor(_opened(chunks, block_size), torch.int64),
+        opened=wide[1],
     )
+
+
+def moved_together(
+    lists: Iterable[list[Any]], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Each list as a tensor on the device, all in one copy, which on CUDA nobody waits for."""
+    flat: list[Any] = []
+    bounds = []
+    for values in lists:
+        bounds.append((len(flat), len(flat) + len(values)))
+        flat += values
+        flat += [0] * (-len(flat) % ALIGNED)
+    packed = torch.tensor(flat, dtype=dtype, pin_memory=device.type == "cuda")
+    moved = packed.to(device, non_blocking=True)
+    return [moved[first:end] for first, end in bounds]
 
 
 def _step_rows(part: Part, kept: list[int]) -> StepRows:

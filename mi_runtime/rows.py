@@ -10,7 +10,7 @@ A blend group is the parameters that share one λ: `embed`, `head`, and of each 
 Swapped modules hold a `RowSlot` and read its `now`; nothing else of a step reaches them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -155,6 +155,17 @@ class BlendGroups:
             self.cache.hits += self._ways[Way.BLENDED]
         for way, count in self._ways.items():
             self.executions[way] += count
+
+    def hold(self, rows: Mapping[str, Rows]) -> None:
+        """Sets these rows by group until the next `begin`; those with logits are all rows."""
+        for name in self.names:
+            self._tokens[name].now = self._kept[name].now = rows[name]
+        self._used = {id(one): one for one in rows.values()}
+        self._last = None
+
+    def count(self, way: Way) -> None:
+        """Notes a forward that ran outside `begin`, all its groups one way."""
+        self.executions[way] += len(self.names)
 
     def end(self) -> None:
         """Lets go of activations that the forward left behind."""
