@@ -23,7 +23,7 @@ from mi_runtime.batch import Batch, moved_together
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import Part
 from mi_runtime.request import Dial
-from mi_runtime.rows import ENDPOINTS, Rows, StepRows, Way
+from mi_runtime.rows import Rows, StepRows, Way
 from mi_runtime.scheduler import Chunk
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -140,7 +140,7 @@ class DecodeGraphs:
     def _forms(self) -> Iterator[Form]:
         for rows in reversed(self._sizes):
             yield Form(rows, Way.PAIR)
-            for endpoint in ENDPOINTS.values():
+            for endpoint in self._groups.endpoints.values():
                 yield Form(rows, Way.ENDPOINT, endpoint)
             for place in range(self._groups.cache.places):
                 yield Form(rows, Way.BLENDED, place)
@@ -202,8 +202,9 @@ class DecodeGraphs:
     def _form_of_one(self, rows: int, dial: Dial, blended: bool) -> Form | None:
         keys = [(name, dial.value_of(name)) for name in self._groups.names]
         values = {value for _, value in keys}
-        if len(values) == 1 and values <= ENDPOINTS.keys():
-            return Form(rows, Way.ENDPOINT, ENDPOINTS[values.pop()])
+        endpoints = self._groups.endpoints
+        if len(values) == 1 and values <= endpoints.keys():
+            return Form(rows, Way.ENDPOINT, endpoints[values.pop()])
         if not blended:
             return Form(rows, Way.PAIR)
         place = self._groups.cache.common_place(keys)
