@@ -10,7 +10,7 @@ a model that this module does not understand is refused before it serves.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class BlendedModel:
     weight_bytes: int  # of both endpoints
     peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
     load_seconds: float
+    identity: str  # hex digest of configs and weights; of a pair that no file holds, any name
+    max_positions: int  # tokens of context that both endpoints were made for
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         """Logits `[kept, vocabulary]` of a flat batch; ids and positions are `[tokens]` int64."""
@@ -76,15 +78,33 @@ def resolve_dtype(dtype: Dtype, device: torch.device, pair: Pair) -> torch.dtype
 def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> BlendedModel:
     """Raises PairError with the name of what cannot be served."""
     started = time.monotonic()
-    memory = MemoryPeak(resolve_device(device))
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
     where = resolve_device(device)
+    memory = MemoryPeak(where)
     kind = resolve_dtype(dtype, where, pair)
     instruct = _load_endpoint(pair.instruct, where, kind)
     memory.look()
     thinking = _load_endpoint(pair.thinking, where, kind)
     memory.look()
+    model = pair_up(instruct, thinking, pair.identity(), memory)
+    return replace(model, load_seconds=time.monotonic() - started)
+
+
+def pair_up(
+    instruct: PreTrainedModel,
+    thinking: PreTrainedModel,
+    identity: str,
+    memory: MemoryPeak | None = None,
+) -> BlendedModel:
+    """One model of two that are in memory already, of one config, dtype and device.
+
+    Empties `thinking`, and `instruct` becomes the model. Raises PairError as `load_pair` does.
+    """
+    started = time.monotonic()
+    ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
+    for endpoint in (instruct, thinking):
+        use_paged_attention(endpoint)
+    where, kind = instruct.device, instruct.dtype
+    memory = memory or MemoryPeak(where)
     weight_bytes = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
     probe = Probe.for_model(instruct)
     try:
@@ -94,7 +114,6 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
         swap = ModuleSwap(groups, probe.axes).swap(instruct, thinking)
         for _ in tqdm(swap, "Pairing modules", sum(1 for _ in instruct.modules()), disable=None):
             memory.look()
-        del thinking
         instruct.config._experts_implementation = EXPERTS_NAME
         probe.check(instruct, groups, expected, kind)
     except UnsupportedModel as error:
@@ -113,16 +132,27 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
         weight_bytes=weight_bytes,
         peak_bytes=memory.peak,
         load_seconds=time.monotonic() - started,
+        identity=identity,
+        max_positions=min(
+            int(endpoint.config.max_position_embeddings) for endpoint in (instruct, thinking)
+        ),
     )
+
+
+def use_paged_attention(model: PreTrainedModel) -> None:
+    """Lets the engine's attention and no other serve the model, which only infers from now on."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    model.config._attn_implementation = ATTENTION_NAME
+    model.eval().requires_grad_(False)
 
 
 def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
     """A plain checkpoint without any blend module, on the same attention: the bench's baseline."""
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
     return _load_endpoint(endpoint, resolve_device(device), dtype)
 
 
 def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)  # a name must be there to be set
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             endpoint.directory,
@@ -149,8 +179,8 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     ]
     if problems:
         raise PairError(problems)
-    model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)
+    use_paged_attention(model)
     return model
 
 
