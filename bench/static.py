@@ -6,18 +6,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from bench.workload import Pair
 from mi_runtime.attention import LayerShape
-from mi_runtime.blocks import BlockPool
+from mi_runtime.blend_cache import BlendCache
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.load import DTYPES, BlendedModel, load_static
+from mi_runtime.load import DTYPES, BlendedModel, load_static, use_paged_attention
 from mi_runtime.pair import check_pair
-from mi_runtime.planner import Part
-from mi_runtime.runner import Runner
-from mi_runtime.scheduler import Chunk, Scheduler
-from mi_runtime.thinking import TokenMarks
+from mi_runtime.rows import BlendGroups
 
 NUM_BLOCKS = 2048
 
@@ -41,55 +39,46 @@ def write_merged(pair: Pair, value: float, directory: Path) -> Path:
 
 
 class StaticEngine(Engine):
-    """The engine's scheduler, attention and sampler over an unswapped model."""
+    """The engine over an unswapped model: all of a server's but the blending."""
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         endpoint = check_pair(directory, directory).instruct
-        dtype = DTYPES[config.dtype]
-        plain = load_static(endpoint, "cpu", dtype)
-        shape = plain.config
-        layer = LayerShape(
-            shape.num_key_value_heads, shape.head_dim, shape.head_dim, shape.num_attention_heads
-        )
-        model = BlendedModel(
-            model=plain,
-            groups=NoGroups(),  # type: ignore[arg-type]
-            layers=(layer,) * shape.num_hidden_layers,
-            device=torch.device("cpu"),
-            dtype=dtype,
-            vocab_size=shape.vocab_size,
-            weight_bytes=0,
-            peak_bytes=0,
-            load_seconds=0,
-        )
-        self.scheduler = Scheduler(
-            BlockPool(NUM_BLOCKS, config.block_size),
-            vocab_size=shape.vocab_size,
-            max_model_len=shape.max_position_embeddings,
-            max_num_seqs=config.max_num_seqs,
-            max_batched_tokens=config.max_batched_tokens,
-            prefix_caching=False,
-        )
-        self._runner = Runner(model, OnePart(), NUM_BLOCKS, config.block_size)  # type: ignore[arg-type]
-        self._marks = TokenMarks()
-        self._grammars = None
-        self._compiling = {}
-        self._steps = 0
+        plain = load_static(endpoint, config.device, DTYPES[config.dtype])
+        only = replace(config, blend_policy="pair", prefix_caching=False)  # as there is one way
+        super().__init__(only, static_model(plain))
 
 
-class NoGroups:
-    """In the place of blend groups, where no module has one."""
+def static_model(plain: PreTrainedModel) -> BlendedModel:
+    """A plain model, on the engine's attention, as one that has no blend groups.
 
-    def begin(self, _step: Any) -> None: ...
+    Its engine must be told a `blend_policy` other than `auto`: there is no choice to measure.
+    """
+    use_paged_attention(plain)
+    shape, device = plain.config, plain.device
+    layer = LayerShape(
+        shape.num_key_value_heads, shape.head_dim, shape.head_dim, shape.num_attention_heads
+    )
+    return BlendedModel(
+        model=plain,
+        groups=NoGroups(0, device, BlendCache()),
+        layers=(layer,) * shape.num_hidden_layers,
+        device=device,
+        dtype=plain.dtype,
+        vocab_size=shape.vocab_size,
+        weight_bytes=sum(tensor.nbytes for tensor in plain.parameters()),
+        peak_bytes=0,
+        load_seconds=0,
+        identity="static",
+        max_positions=shape.max_position_embeddings,
+    )
+
+
+class NoGroups(BlendGroups):
+    """In the place of blend groups, where no module has one: a step costs nothing for them."""
+
+    def begin(self, *_: Any, **__: Any) -> None: ...
 
     def end(self) -> None: ...
-
-
-class OnePart:
-    """In the place of the planner."""
-
-    def plan(self, chunks: list[Chunk]) -> list[Part]:
-        return [Part(chunks, blended=False)]
 
 
 def blended_config(pair: Pair, **changes: Any) -> EngineConfig:

@@ -118,6 +118,11 @@ class AttentionPlan:
     prefills: tuple[Prefill, ...]  # for the reference: the chunks behind the decodes
     opened: Tensor  # for the reference: blocks filled in part, from their first slot on; int64
 
+    @property
+    def by_rows(self) -> tuple[Tensor, ...]:
+        """The tensors whose size goes with the number of rows."""
+        return self.slots, self.query_starts, self.lengths, self.tables
+
 
 class AttentionBackend(Protocol):
     """Writes a layer's KV and attends over it; `keys` and `values` are that layer's cache."""
@@ -171,11 +176,11 @@ class PagedAttention:
 
         self._keys = [cache(shape, shape.key_dim) for shape in shapes]
         self._values = [cache(shape, shape.value_dim) for shape in shapes]
-        self._plan: AttentionPlan | None = None
+        self.plan: AttentionPlan | None = None
 
     def begin(self, plan: AttentionPlan) -> None:
         """Sets how the rows of the next forward attend."""
-        self._plan = plan
+        self.plan = plan
         self.backend.begin(plan)
 
     def attend(
@@ -189,7 +194,7 @@ class PagedAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        plan = self._plan
+        plan = self.plan
         assert plan is not None
         keys, values = self._keys[layer], self._values[layer]
         self.backend.write(plan, keys, values, key, value)

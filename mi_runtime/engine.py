@@ -8,8 +8,8 @@ from mi_runtime.grammar import Grammars
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import blend_bytes, measure_costs
 from mi_runtime.memory import free_bytes
-from mi_runtime.pair import Pair, PairError, check_pair, fingerprint
-from mi_runtime.planner import REMEMBERED, Planner
+from mi_runtime.pair import PairError, check_pair, fingerprint
+from mi_runtime.planner import NO_COSTS, REMEMBERED, Planner
 from mi_runtime.request import (
     Dial,
     EngineInfo,
@@ -35,24 +35,25 @@ NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not fi
 class Engine:
     """Both endpoints resident, and the requests that are being answered.
 
-    Raises PairError when the pair cannot be served.
+    Raises PairError when the pair cannot be served. With `model`, which is in memory already, the
+    configuration's endpoints, device and dtype are not read.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        pair = check_pair(config.instruct, config.thinking)
-        model = load_pair(pair, config.device, config.dtype, config.delta_dtype)
-        identity = pair.identity()
-        num_blocks = _number_of_blocks(config, model, pair)
+    def __init__(self, config: EngineConfig, model: BlendedModel | None = None) -> None:
+        if model is None:
+            pair = check_pair(config.instruct, config.thinking)
+            model = load_pair(pair, config.device, config.dtype, config.delta_dtype)
+        num_blocks = _number_of_blocks(config, model)
         capacity = num_blocks * config.block_size
         self.info = EngineInfo(
-            pair_identity=identity,
-            fingerprint=fingerprint(identity, config.lambda_step, config.delta_dtype),
-            model_type=str(pair.instruct.config.model_type),
+            pair_identity=model.identity,
+            fingerprint=fingerprint(model.identity, config.lambda_step, config.delta_dtype),
+            model_type=str(model.model.config.model_type),
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
             delta_dtype=config.delta_dtype,
             vocab_size=model.vocab_size,
-            max_model_len=min(config.max_model_len or pair.max_positions, capacity),
+            max_model_len=min(config.max_model_len or model.max_positions, capacity),
             block_size=config.block_size,
             num_blocks=num_blocks,
             layers=len(model.layers),
@@ -76,7 +77,7 @@ class Engine:
         self._groups.cache.places = _blend_places(config, model, num_blocks)
         planner = Planner(
             config.blend_policy,
-            measure_costs(model),
+            measure_costs(model) if config.blend_policy == "auto" else NO_COSTS,
             _MissingShare(model.groups),
             capacity=self._groups.cache.places,
             endpoints=self._groups.endpoints,
@@ -178,7 +179,7 @@ class Engine:
         )
 
 
-def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> int:
+def _number_of_blocks(config: EngineConfig, model: BlendedModel) -> int:
     """KV blocks that memory allows, and no more than full sequences could use."""
     block_bytes = _block_bytes(config, model)
     if config.num_blocks is not None:
@@ -186,7 +187,7 @@ def _number_of_blocks(config: EngineConfig, model: BlendedModel, pair: Pair) -> 
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // block_bytes
     else:
-        length = config.max_model_len or pair.max_positions
+        length = config.max_model_len or model.max_positions
         useful = -(-length // config.block_size) * config.max_num_seqs
         free = free_bytes(model.device) * KV_MEMORY_SHARE[model.device.type]
         num_blocks = min(useful, int(free // block_bytes))
@@ -231,4 +232,4 @@ def _blend_places(config: EngineConfig, model: BlendedModel, num_blocks: int) ->
     if budget is None:
         left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
         budget = int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])
-    return budget // blend_bytes(model)
+    return budget // max(1, blend_bytes(model))

@@ -7,17 +7,19 @@ has behind the tag, and then the answer begins.
 
 Knows grammars as `llguidance` reads them (its Lark dialect, or JSON), and token ids; a mask is
 bytes, and nothing here knows a tensor. Grammars are compiled in a thread of their own, and a
-sequence is to run once its own is there: no step ever waits for one.
+sequence is to run once its own is there: no step ever waits for one. The library is imported where
+it is used: an engine whose requests bring no grammar runs without it.
 """
 
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from typing import TYPE_CHECKING, Final
 
 from mi_runtime.thinking import Phase, ThinkingState
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MOST_KEPT: Final = 64  # compiled grammars
 LONGEST_FAILURE: Final = 200  # characters of a message
@@ -31,8 +33,10 @@ class GrammarVocabulary:
     eos_token_ids: tuple[int, ...]  # what may follow a complete answer; at least one
 
 
-def parser_limits() -> LLParserLimits:
+def parser_limits() -> "LLParserLimits":
     """What a grammar may cost: some 100 ms to compile, and a few in the worst step."""
+    from llguidance import LLParserLimits
+
     return LLParserLimits(
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=100_000,
@@ -45,6 +49,8 @@ def parser_limits() -> LLParserLimits:
 
 def fault_of(source: str) -> str | None:
     """Why a grammar cannot be used, without a vocabulary; None: it can."""
+    from llguidance import LLMatcher
+
     is_fault, messages = LLMatcher.validate_grammar_with_warnings(source, limits=parser_limits())
     return messages[0] if is_fault else None
 
@@ -54,9 +60,7 @@ class Grammars:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._tokenizer = self._thread.submit(
-            LLTokenizer, vocabulary.tokenizer, eos_token=list(vocabulary.eos_token_ids)
-        )
+        self._tokenizer = self._thread.submit(_read, vocabulary)
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
     def state(self, source: str, thinking: ThinkingState | None) -> "GrammarState":
@@ -71,8 +75,16 @@ class Grammars:
             self._kept.popitem(last=False)
         return self._kept[source]
 
-    def _compile(self, source: str) -> LLMatcher:
+    def _compile(self, source: str) -> "LLMatcher":
+        from llguidance import LLMatcher
+
         return LLMatcher(self._tokenizer.result(), source, log_level=0, limits=parser_limits())
+
+
+def _read(vocabulary: GrammarVocabulary) -> "LLTokenizer":
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(vocabulary.tokenizer, eos_token=list(vocabulary.eos_token_ids))
 
 
 class GrammarState:
@@ -147,16 +159,18 @@ class GrammarState:
         if matcher is not None and not matcher.consume_token(token_id):
             self._failed(matcher)
 
-    def _matcher(self) -> LLMatcher | None:
+    def _matcher(self) -> "LLMatcher | None":
         """This sequence's own; None where there can be none."""
         if self._own is None and self.failure is None:
             try:
                 self._own = self._compiled.result().deep_copy()
             except ValueError as error:  # of the tokenizer: a kind that the library cannot read
                 self.failure = _bounded(f"this tokenizer allows no grammar: {error}")
+            except ImportError as error:
+                self.failure = _bounded(f"this machine has nothing to follow grammars: {error}")
         return self._own
 
-    def _failed(self, matcher: LLMatcher) -> bool:
+    def _failed(self, matcher: "LLMatcher") -> bool:
         if matcher.is_error():
             self.failure = _bounded(f"the grammar cannot be followed: {matcher.get_error()}")
         return self.failure is not None

@@ -130,7 +130,7 @@ class DecodeGraphs:
         self._groups.cache.forget()
 
     def _build_places(self) -> None:
-        """Makes the tensors of every place in the blend cache: building is no part of a recording."""
+        """Makes the tensors of every place in the blend cache, as no recording may build any."""
         for place in range(self._groups.cache.places):
             form = Form(self._sizes[-1], Way.BLENDED, place)
             self._groups.hold(self._rows[form])

@@ -10,7 +10,7 @@ a model that this module does not understand is refused before it serves.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,10 +58,13 @@ class BlendedModel:
     weight_bytes: int  # of both endpoints, as they are kept
     peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
     load_seconds: float
+    identity: str  # hex digest of configs and weights; of a pair that no file holds, any name
+    max_positions: int  # tokens of context that both endpoints were made for
 
+    @torch.inference_mode()
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         """Logits `[kept, vocabulary]` of a flat batch; ids and positions are `[tokens]` int64."""
-        logits = _forward(self.model, ids, positions, kept, attention)
+        logits = forward_logits(self.model, ids, positions, kept, attention)
         self.groups.end()
         return logits
 
@@ -95,17 +98,36 @@ def load_pair(
     CPU, and comes over module by module.
     """
     started = time.monotonic()
-    memory = MemoryPeak(resolve_device(device))
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
     where = resolve_device(device)
+    memory = MemoryPeak(where)
     kind = resolve_dtype(dtype, where, pair)
-    storage: Storage = WholeStorage() if delta_dtype == "none" else DeltaStorage(delta_dtype)
     instruct = _load_endpoint(pair.instruct, where, kind)
     memory.look()
     thinking_device = where if delta_dtype == "none" else torch.device("cpu")
     thinking = _load_endpoint(pair.thinking, thinking_device, kind)
     memory.look()
+    model = pair_up(instruct, thinking, pair.identity(), delta_dtype, memory)
+    return replace(model, load_seconds=time.monotonic() - started)
+
+
+def pair_up(
+    instruct: PreTrainedModel,
+    thinking: PreTrainedModel,
+    identity: str,
+    delta_dtype: DeltaDtype = "none",
+    memory: MemoryPeak | None = None,
+) -> BlendedModel:
+    """One model of two that are in memory already, of one config and dtype, on Instruct's device.
+
+    Empties `thinking`, and `instruct` becomes the model. Raises PairError as `load_pair` does.
+    """
+    started = time.monotonic()
+    ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
+    for endpoint in (instruct, thinking):
+        use_paged_attention(endpoint)
+    where, kind = instruct.device, instruct.dtype
+    memory = memory or MemoryPeak(where)
+    storage: Storage = WholeStorage() if delta_dtype == "none" else DeltaStorage(delta_dtype)
     both_whole = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
     probe = Probe.for_model(instruct)
     try:
@@ -115,7 +137,6 @@ def load_pair(
         swap = ModuleSwap(groups, probe.axes, storage).swap(instruct, thinking)
         for _ in tqdm(swap, "Pairing modules", sum(1 for _ in instruct.modules()), disable=None):
             memory.look()
-        del thinking
         instruct.config._experts_implementation = EXPERTS_NAME
         probe.check(instruct, groups, expected, kind, delta_dtype)
     except UnsupportedModel as error:
@@ -134,16 +155,27 @@ def load_pair(
         weight_bytes=both_whole - _saved_bytes(instruct),
         peak_bytes=memory.peak,
         load_seconds=time.monotonic() - started,
+        identity=identity,
+        max_positions=min(
+            int(endpoint.config.max_position_embeddings) for endpoint in (instruct, thinking)
+        ),
     )
+
+
+def use_paged_attention(model: PreTrainedModel) -> None:
+    """Lets the engine's attention and no other serve the model, which only infers from now on."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    model.config._attn_implementation = ATTENTION_NAME
+    model.eval().requires_grad_(False)
 
 
 def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
     """A plain checkpoint without any blend module, on the same attention: the bench's baseline."""
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
     return _load_endpoint(endpoint, resolve_device(device), dtype)
 
 
 def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)  # a name must be there to be set
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             endpoint.directory,
@@ -170,8 +202,8 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     ]
     if problems:
         raise PairError(problems)
-    model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)
+    use_paged_attention(model)
     return model
 
 
@@ -186,10 +218,10 @@ def _unique_tensors(*models: nn.Module) -> Iterator[Tensor]:
         yield from model.buffers()
 
 
-@torch.inference_mode()
-def _forward(
+def forward_logits(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any
 ) -> Tensor:
+    """`BlendedModel.logits` of a model, as one function that can be compiled."""
     output = model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
@@ -259,7 +291,7 @@ class Probe:
         """Of a model on `device`, where that is not the probe's own."""
         inputs = self._ids, self._positions, self._kept
         ids, positions, kept = (tensor.to(device) for tensor in inputs)
-        return _forward(model, ids, positions, kept, self.attention).float()
+        return forward_logits(model, ids, positions, kept, self.attention).float()
 
     @contextmanager
     def _recording(self, model: nn.Module) -> Iterator[None]:

@@ -52,6 +52,10 @@ class CostModel:
     build: float  # all blended weights of one λ
 
 
+NOTHING = Curve((1, 2), (0.0, 0.0))
+NO_COSTS = CostModel(fixed=0.0, single=NOTHING, pair=NOTHING, build=0.0)  # where one way is forced
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Chunks that run in one forward; `blended`: groups of one λ take blended weights."""

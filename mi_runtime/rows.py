@@ -171,6 +171,11 @@ class BlendGroups:
         self._used = {id(one): one for one in rows.values()}
         self._last = None
 
+    @property
+    def held(self) -> list[Tensor]:
+        """λ of the rows that are set, `[rows]` or `[1]` each."""
+        return [rows.weights for rows in self._used.values()]
+
     def count(self, way: Way) -> None:
         """Notes a forward that ran outside `begin`, all its groups one way."""
         self.executions[way] += len(self.names)

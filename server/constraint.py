@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
+import llguidance  # noqa: F401 - at start: the first request that brings a schema is not to wait
+
 from mi_runtime.grammar import fault_of
 from server.errors import InvalidRequest, bounded
 from server.reasoning import TOOL_CALL, TOOL_CALL_END

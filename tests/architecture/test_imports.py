@@ -102,6 +102,10 @@ def test_policy_brings_in_no_tensors_when_it_is_imported() -> None:
     assert not TENSORS & modules
 
 
+def test_an_engine_is_imported_without_what_only_grammars_need() -> None:
+    assert "llguidance" not in modules_after_importing("mi_runtime.engine")
+
+
 def test_serving_brings_in_nothing_of_measuring() -> None:
     modules = modules_after_importing("server.app")
     foreign = {"httpx", "matplotlib", "math_verify", "tqdm"}

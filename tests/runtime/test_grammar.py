@@ -7,6 +7,7 @@ an instance of the schema.
 import json
 import random
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -187,6 +188,15 @@ def test_a_tokenizer_that_the_library_cannot_read_is_a_failure(tmp_path: Path) -
     state = Grammars(GrammarVocabulary(str(path), (1,))).state(DIGITS, None)
     assert state.mask() == b""
     assert state.failure is not None
+
+
+def test_where_the_library_is_not_installed_a_grammar_is_a_failure_that_names_it(
+    vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    state = Grammars(vocabulary).state(DIGITS, None)
+    assert state.mask() == b""
+    assert "llguidance" in (state.failure or "")
 
 
 def test_sequences_of_one_grammar_do_not_move_each_other(grammars: Grammars) -> None:
