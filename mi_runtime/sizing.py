@@ -1,0 +1,164 @@
+"""How much memory the KV cache and blended weights get: what is left of a device after all else.
+
+On CUDA the rest is measured: what is in use once the pair is loaded, what the largest steps need
+on top of it, and what recordings of decode steps take. On a CPU, which other programs use as well,
+KV and blended weights each take a share of what is free.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mi_runtime.config import EngineConfig
+from mi_runtime.load import BlendedModel
+from mi_runtime.measure import blend_bytes
+from mi_runtime.memory import free_bytes
+from mi_runtime.pair import PairError
+from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.runner import Runner
+from mi_runtime.scheduler import Chunk
+from mi_runtime.sequence import Sequence
+
+KV_SHARE_OF_CPU = 0.3  # of the free memory
+BLEND_SHARE_OF_CPU = 0.2  # of what KV leaves
+BLEND_SHARE_OF_CUDA = 0.25  # of what is left of the device
+MOST_PLACES = 4  # λ values with blended weights on CUDA: each has recordings of its own
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of a CUDA device that KV and blended weights cannot have."""
+
+    total: int  # of the device
+    used: int  # by weights, and by other processes
+    workspace: int  # by the largest step on top
+    first_recording: int
+    next_recording: int  # each, at most
+    recordings: int  # how many, without those of blended weights
+    recordings_a_place: int
+
+    @property
+    def graphs(self) -> int:
+        return self.first_recording + max(0, self.recordings - 1) * self.next_recording
+
+    @property
+    def graphs_a_place(self) -> int:
+        return self.recordings_a_place * self.next_recording
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    num_blocks: int  # of KV
+    places: int  # λ values whose blended weights are kept
+
+
+def cuda_sizes(config: EngineConfig, model: BlendedModel, needs: Needs) -> Sizes:
+    """Raises PairError, with numbers and advice, where no KV block fits."""
+    allowed = int(needs.total * config.gpu_memory_utilization)
+    left = allowed - needs.used - needs.workspace - needs.graphs
+    wanted = config.blend_cache_bytes
+    budget = max(0, left) * BLEND_SHARE_OF_CUDA if wanted is None else wanted
+    a_place = max(1, blend_bytes(model) + needs.graphs_a_place)
+    places = min(MOST_PLACES, int(budget // a_place))
+    num_blocks = _blocks(config, model, left - places * a_place)
+    if num_blocks < 1:
+        raise PairError([_no_room(config, needs, allowed, left)])
+    return Sizes(num_blocks, places)
+
+
+def cpu_sizes(config: EngineConfig, model: BlendedModel) -> Sizes:
+    free = free_bytes(model.device)
+    num_blocks = _blocks(config, model, int(free * KV_SHARE_OF_CPU))
+    if num_blocks < 1:
+        raise PairError([f"no memory for KV: one block takes {block_bytes(config, model)} bytes"])
+    budget = config.blend_cache_bytes
+    if budget is None:
+        left = max(0, free - num_blocks * block_bytes(config, model))
+        budget = int(left * BLEND_SHARE_OF_CPU)
+    return Sizes(num_blocks, budget // max(1, blend_bytes(model)))
+
+
+def block_bytes(config: EngineConfig, model: BlendedModel) -> int:
+    a_token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers)
+    return a_token * model.dtype.itemsize * config.block_size
+
+
+def blocks_of_longest(config: EngineConfig, model: BlendedModel) -> int:
+    """KV blocks of a sequence that fills the context."""
+    return -(-(config.max_model_len or model.max_positions) // config.block_size)
+
+
+def _blocks(config: EngineConfig, model: BlendedModel, left: int) -> int:
+    """KV blocks as they were asked for, or as fit, and no more than full sequences could use."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes // block_bytes(config, model)
+    useful = blocks_of_longest(config, model) * config.max_num_seqs
+    return min(useful, left // block_bytes(config, model))
+
+
+def _no_room(config: EngineConfig, needs: Needs, allowed: int, left: int) -> str:
+    def told(amount: int) -> str:
+        return f"{amount / GIB:.1f} GiB"
+
+    return (
+        f"no memory for KV: of {told(needs.total)} on the device, --gpu-memory-utilization "
+        f"{config.gpu_memory_utilization:g} allows {told(allowed)}; weights and other processes "
+        f"hold {told(needs.used)}, the largest step takes {told(needs.workspace)}, recorded "
+        f"decode steps {told(needs.graphs)}: {told(left)} are left. Keep the pair smaller "
+        "(--delta-dtype int8), make steps smaller (--max-batched-tokens, --max-num-seqs), or "
+        "allow more"
+    )
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def largest_steps(config: EngineConfig, vocab_size: int) -> Iterator[list[Chunk]]:
+    """Steps that need the most memory: a prefill of all tokens that a step may have, the same with
+    its prompt scored, and a draw of every sequence from the whole vocabulary. All in the first
+    `blocks_of_largest` KV blocks."""
+    yield [_chunk(config, config.max_batched_tokens)]
+    yield [_chunk(config, config.max_batched_tokens, prompt_logprobs=1)]
+    single = SamplingParams(temperature=1.0, top_p=0.9, top_k=vocab_size, logprobs=1)
+    yield [_chunk(config, 1, sampling=single) for _ in range(config.max_num_seqs)]
+
+
+def blocks_of_largest(config: EngineConfig) -> int:
+    return -(-config.max_batched_tokens // config.block_size)
+
+
+def _chunk(
+    config: EngineConfig,
+    tokens: int,
+    *,
+    sampling: SamplingParams | None = None,
+    prompt_logprobs: int | None = None,
+) -> Chunk:
+    sampling = sampling or SamplingParams(prompt_logprobs=prompt_logprobs)
+    sequence = Sequence(EngineRequest("size", (0,) * tokens, Dial(0.5), sampling))
+    sequence.block_table = list(range(-(-tokens // config.block_size)))
+    return Chunk(sequence, 0, tokens)
+
+
+def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner) -> int:
+    """Most bytes that the largest steps held on a CUDA device, beside what they found there."""
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    for chunks in largest_steps(config, model.vocab_size):
+        runner.run(chunks)
+    peak = torch.cuda.max_memory_allocated(model.device)
+    torch.cuda.empty_cache()
+    return peak - before
+
+
+def taken_by(device: torch.device, act: Callable[[], object]) -> int:
+    """Bytes of a CUDA device that are in use after `act` and were free before."""
+    before = free_bytes(device)
+    act()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return max(0, before - free_bytes(device))
