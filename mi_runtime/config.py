@@ -9,6 +9,7 @@ from mi_runtime.thinking import TokenMarks
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BlendPolicy = Literal["auto", "pair", "blended"]
+AttentionName = Literal["auto", "reference", "triton", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class EngineConfig:
     max_batched_tokens: int = 2048  # tokens a step, prefill and decode together
     prefix_caching: bool = True
     lambda_step: float = 0.01  # the grid λ is rounded to
+    attention_backend: AttentionName = "auto"  # auto: on a GPU the fastest of those that work
     blend_policy: BlendPolicy = "auto"  # auto: the cheapest; the others force one way
     blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
     marks: TokenMarks = field(default_factory=TokenMarks)  # of the pair's vocabulary

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from mi_runtime.attention_backends import choose_attention
 from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.grammar import Grammars
@@ -42,6 +43,9 @@ class Engine:
         pair = check_pair(config.instruct, config.thinking)
         model = load_pair(pair, config.device, config.dtype)
         identity = pair.identity()
+        attention = choose_attention(
+            config.attention_backend, model.layers, model.dtype, model.device, config.block_size
+        )
         num_blocks = _number_of_blocks(config, model, pair)
         capacity = num_blocks * config.block_size
         self.info = EngineInfo(
@@ -58,6 +62,7 @@ class Engine:
             weight_bytes=model.weight_bytes,
             peak_bytes=model.peak_bytes,
             load_seconds=model.load_seconds,
+            attention=attention.told,
         )
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size, self.info.fingerprint),
@@ -80,7 +85,7 @@ class Engine:
             capacity=self._groups.cache.budget // blend_bytes(model),
         )
         self._groups.start_counting()
-        self._runner = Runner(model, planner, num_blocks, config.block_size)
+        self._runner = Runner(model, planner, num_blocks, config.block_size, attention.backend)
         self._steps = 0
 
     @property

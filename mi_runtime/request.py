@@ -196,6 +196,7 @@ class EngineInfo:
     weight_bytes: int  # of both endpoints
     peak_bytes: int  # most memory that loading held at once
     load_seconds: float
+    attention: str = "reference"  # the backend, and what it was measured against
 
 
 @dataclass(frozen=True, slots=True)

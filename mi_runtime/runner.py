@@ -6,7 +6,7 @@ The logits of scored prompt positions become log-probabilities part by part, and
 import torch
 from torch import Tensor
 
-from mi_runtime.attention import PagedAttention
+from mi_runtime.attention import AttentionBackend, PagedAttention
 from mi_runtime.batch import Batch, build_batch
 from mi_runtime.load import BlendedModel
 from mi_runtime.logprobs import token_logprobs
@@ -21,12 +21,17 @@ class Runner:
     """The model, the KV of `num_blocks` blocks, the planner and the sampler."""
 
     def __init__(
-        self, model: BlendedModel, planner: Planner, num_blocks: int, block_size: int
+        self,
+        model: BlendedModel,
+        planner: Planner,
+        num_blocks: int,
+        block_size: int,
+        attention: AttentionBackend | None = None,
     ) -> None:
         self.planner = planner
         self._model = model
         self._attention = PagedAttention(
-            model.layers, num_blocks, block_size, model.dtype, model.device
+            model.layers, num_blocks, block_size, model.dtype, model.device, attention
         )
         self._sampler = Sampler()
         self.scores: dict[Sequence, list[TokenLogprobs] | None] = {}

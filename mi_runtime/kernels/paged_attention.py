@@ -48,11 +48,11 @@ class Tiles:
 # By the padded head size, for elements of two bytes. Chosen by what the compiler says of registers
 # and shared memory, not by measurement.
 DECODE: Final = {
-    90: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 4), 256: Tiles(16, 32, 4, 4)},
+    90: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
     80: {64: Tiles(16, 64, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
 }
 PREFILL: Final = {
-    90: {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    90: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
     80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
 }
 INTERPRETED: Final = Tiles(16, 16, 1, 1)  # so small that a test crosses every boundary
@@ -62,10 +62,10 @@ def tiles_for(architecture: int, dim: int, dtype: torch.dtype, *, decode: bool) 
     """`architecture` is 90 for compute capability 9.0; 0 where kernels are interpreted."""
     if architecture == 0:
         return INTERPRETED
-    table = (DECODE if decode else PREFILL)[90 if architecture >= 90 else 80]
-    tiles = table[min(256, max(64, _padded(dim)))]
+    generation = 90 if 90 <= architecture < 120 else 80  # 12.x has as little shared memory as 8.6
+    tiles = (DECODE if decode else PREFILL)[generation][min(256, max(64, _padded(dim)))]
     if dtype.itemsize > 2:
-        return replace(tiles, tokens=tiles.tokens // 2, stages=2)
+        return replace(tiles, rows=min(64, tiles.rows), tokens=16, stages=2)
     return tiles
 
 
@@ -186,10 +186,11 @@ def attend_kernel(
     table = tables + chunk.to(tl.int64) * table_stride
     keys += kv_head * KEY_DIM
     values += kv_head * VALUE_DIM
-    for start in range(low, high, TILE):
-        position = start + tl.arange(0, TILE)
+    position = low + tl.arange(0, TILE)
+    # Read one tile ahead: the compiler then has the addresses early enough to load ahead itself.
+    block = tl.load(table + position // BLOCK_SIZE, mask=position < high, other=0)
+    for _ in range(low, high, TILE):
         inside = position < high
-        block = tl.load(table + position // BLOCK_SIZE, mask=inside, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         k = tl.load(
             keys + slot[:, None] * (KV_HEADS * KEY_DIM) + key_column[None, :],
@@ -201,6 +202,8 @@ def attend_kernel(
             mask=inside[:, None] & (value_column < VALUE_DIM)[None, :],
             other=0.0,
         )
+        following = position + TILE
+        block = tl.load(table + following // BLOCK_SIZE, mask=following < high, other=0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         seen = inside[None, :]
         if not DECODE:
@@ -215,6 +218,7 @@ def attend_kernel(
         total = total * decay + tl.sum(weights, 1)
         sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision="ieee")
         largest = larger
+        position = following
 
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     mask = valid[:, None] & (value_column < VALUE_DIM)[None, :]
