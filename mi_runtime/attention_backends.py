@@ -154,14 +154,9 @@ def measured_workloads(
             (count, 1, 2 * tokens, tokens),
         ):
             plan = uniform_plan(sequences, length, rows, block_size, blocks, device)
-            query, key, value = (
-                random(sequences * rows, heads, dim)
-                for heads, dim in (
-                    (shape.heads, shape.key_dim),
-                    (shape.kv_heads, shape.key_dim),
-                    (shape.kv_heads, shape.value_dim),
-                )
-            )
+            query = random(sequences * rows, shape.heads, shape.key_dim)
+            # what the cache has there already: workloads share it
+            key, value = (cache.flatten(0, 1)[plan.slots] for cache in (keys, values))
             yield AttentionWorkload(
                 plan, query, key, value, keys, values, sinks, shape.window, weight
             )

@@ -51,13 +51,12 @@ def resources(
         options=options,
     )
     usage = _resource_usage(compiled.asm["cubin"])
+    waits = re.findall(r"wait_group\s+(\d+)", compiled.asm["ptx"])
     return {
         "shared": compiled.metadata.shared,
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spilled": int(re.findall(r"STACK:(\d+)", usage)[0]),
-        "in_flight": max(
-            map(int, re.findall(r"wait_group\s+(\d+)", compiled.asm["ptx"])), default=0
-        ),
+        "in_flight": max(map(int, waits), default=0),
     }
 
 
