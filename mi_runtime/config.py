@@ -10,6 +10,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeltaDtype = Literal["none", "int8", "int4"]
 BlendPolicy = Literal["auto", "pair", "blended"]
+AttentionName = Literal["auto", "reference", "triton", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,18 @@ class EngineConfig:
     delta_dtype: DeltaDtype = "none"  # none: both endpoints whole; else Thinking as a difference
     block_size: int = 16  # tokens a KV block
     num_blocks: int | None = None  # KV blocks; None: from kv_cache_bytes
-    kv_cache_bytes: int | None = None  # None: a share of the free memory
+    kv_cache_bytes: int | None = None  # None: a share of the free memory; on a GPU the rest
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory that may be in use
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_seqs: int = 256  # sequences that run at once
     max_batched_tokens: int = 2048  # tokens a step, prefill and decode together
     prefix_caching: bool = True
     lambda_step: float = 0.01  # the grid λ is rounded to
+    attention_backend: AttentionName = "auto"  # auto: on a GPU the fastest of those that work
     blend_policy: BlendPolicy = "auto"  # auto: the cheapest; the others force one way
     blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
+    cuda_graphs: bool = True  # on a GPU decode steps are recorded at start and replayed
+    torch_compile: bool = True  # what is recorded is compiled
     marks: TokenMarks = field(default_factory=TokenMarks)  # of the pair's vocabulary
     grammar_vocabulary: GrammarVocabulary | None = None  # None: no request may bring a grammar
     threads: int | None = None  # CPU threads of the engine process; None: all cores but one

@@ -6,12 +6,8 @@ from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.grammar import Grammars
 from mi_runtime.load import BlendedModel, load_pair
-from mi_runtime.measure import blend_bytes, measure_costs
-from mi_runtime.memory import free_bytes
-from mi_runtime.pair import PairError, check_pair, fingerprint
-from mi_runtime.planner import NO_COSTS, REMEMBERED, Planner
+from mi_runtime.pair import check_pair, fingerprint
 from mi_runtime.request import (
-    Dial,
     EngineInfo,
     EngineRequest,
     EngineStats,
@@ -19,15 +15,11 @@ from mi_runtime.request import (
     RequestRejected,
     TokenEvent,
 )
-from mi_runtime.rows import BlendGroups, Way
-from mi_runtime.runner import Runner
+from mi_runtime.rows import Way
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
+from mi_runtime.start import start_runner
 
-# Share of the free memory that KV blocks may take, unless the configuration says how much.
-KV_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.6}
-# Share of the free memory that blended weights may take, likewise.
-BLEND_MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.25}
 GRAMMAR_WAIT = 0.02  # seconds that a step without work waits for a grammar; requests may come in
 NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not finite"
 
@@ -43,7 +35,8 @@ class Engine:
         if model is None:
             pair = check_pair(config.instruct, config.thinking)
             model = load_pair(pair, config.device, config.dtype, config.delta_dtype)
-        num_blocks = _number_of_blocks(config, model)
+        started = start_runner(config, model)
+        num_blocks = started.num_blocks
         capacity = num_blocks * config.block_size
         self.info = EngineInfo(
             pair_identity=model.identity,
@@ -60,6 +53,8 @@ class Engine:
             weight_bytes=model.weight_bytes,
             peak_bytes=model.peak_bytes,
             load_seconds=model.load_seconds,
+            attention=started.attention,
+            graphs=started.graphs,
         )
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size, self.info.fingerprint),
@@ -74,16 +69,7 @@ class Engine:
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
         self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
         self._groups = model.groups
-        self._groups.cache.places = _blend_places(config, model, num_blocks)
-        planner = Planner(
-            config.blend_policy,
-            measure_costs(model) if config.blend_policy == "auto" else NO_COSTS,
-            _MissingShare(model.groups),
-            capacity=self._groups.cache.places,
-            endpoints=self._groups.endpoints,
-        )
-        self._groups.start_counting()
-        self._runner = Runner(model, planner, num_blocks, config.block_size)
+        self._runner = started.runner
         self._steps = 0
 
     @property
@@ -177,59 +163,3 @@ class Engine:
             blend_bytes=self._groups.cache.nbytes,
             forced_closes=scheduler.forced_closes,
         )
-
-
-def _number_of_blocks(config: EngineConfig, model: BlendedModel) -> int:
-    """KV blocks that memory allows, and no more than full sequences could use."""
-    block_bytes = _block_bytes(config, model)
-    if config.num_blocks is not None:
-        return config.num_blocks
-    if config.kv_cache_bytes is not None:
-        num_blocks = config.kv_cache_bytes // block_bytes
-    else:
-        length = config.max_model_len or model.max_positions
-        useful = -(-length // config.block_size) * config.max_num_seqs
-        free = free_bytes(model.device) * KV_MEMORY_SHARE[model.device.type]
-        num_blocks = min(useful, int(free // block_bytes))
-    if num_blocks < 1:
-        raise PairError([f"no memory for KV: one block takes {block_bytes} bytes"])
-    return num_blocks
-
-
-def _block_bytes(config: EngineConfig, model: BlendedModel) -> int:
-    a_token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers)
-    return a_token * model.dtype.itemsize * config.block_size
-
-
-class _MissingShare:
-    """The share of a dial's blended weights that the cache lacks; looked up when it changed."""
-
-    def __init__(self, groups: BlendGroups) -> None:
-        self._groups = groups
-        self._changes = -1
-        self._known: dict[Dial, float] = {}
-
-    def __call__(self, dial: Dial) -> float:
-        cache = self._groups.cache
-        if self._changes != cache.builds + cache.evictions:
-            self._changes = cache.builds + cache.evictions
-            self._known.clear()
-        if len(self._known) > REMEMBERED:
-            self._known.clear()
-        if dial not in self._known:
-            values = [(name, dial.value_of(name)) for name in self._groups.names]
-            keys = [key for key in values if key[1] not in self._groups.endpoints]
-            self._known[dial] = cache.missing(keys) / max(1, len(keys))
-        return self._known[dial]
-
-
-def _blend_places(config: EngineConfig, model: BlendedModel, num_blocks: int) -> int:
-    """λ values whose blended weights fit in the bytes given, or in a share of what the KV leaves.
-
-    They take their memory only when they are written.
-    """
-    budget = config.blend_cache_bytes
-    if budget is None:
-        left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
-        budget = int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])
-    return budget // max(1, blend_bytes(model))

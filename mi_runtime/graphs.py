@@ -91,6 +91,7 @@ class DecodeGraphs:
         self._replays: dict[Form, Callable[[], Tensor]] = {}
         self._filled: StepRows | None = None  # whose λ lie in the buffer
         self.replays = 0  # since start
+        self.device = model.device
         most, device, spare = self._sizes[-1], model.device, attention.spare_block
 
         def numbers(*shape: int, value: int, dtype: torch.dtype) -> Tensor:
@@ -195,9 +196,10 @@ class DecodeGraphs:
         rows = self._sizes[bisect_left(self._sizes, len(chunks))]
         dials = {chunk.dial for chunk in chunks}
         first = chunks[0].dial
-        if len(dials) > 1 or first is None:
-            return Form(rows, Way.PAIR)
-        return self._form_of_one(rows, first, part.blended)
+        form: Form | None = Form(rows, Way.PAIR)
+        if len(dials) == 1 and first is not None:
+            form = self._form_of_one(rows, first, part.blended)
+        return form if form in self._replays else None
 
     def _form_of_one(self, rows: int, dial: Dial, blended: bool) -> Form | None:
         keys = [(name, dial.value_of(name)) for name in self._groups.names]

@@ -197,6 +197,8 @@ class EngineInfo:
     weight_bytes: int  # of both endpoints, as they are kept
     peak_bytes: int  # most memory that loading held at once
     load_seconds: float
+    attention: str = "reference"  # the backend, and what it was measured against
+    graphs: str = "none"  # recorded decode steps: how many, and how they were made
 
 
 @dataclass(frozen=True, slots=True)

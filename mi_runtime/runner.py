@@ -6,7 +6,7 @@ The logits of scored prompt positions become log-probabilities part by part, and
 import torch
 from torch import Tensor
 
-from mi_runtime.attention import PagedAttention
+from mi_runtime.attention import AttentionBackend, PagedAttention
 from mi_runtime.batch import Batch, build_batch
 from mi_runtime.graphs import DecodeGraphs
 from mi_runtime.load import BlendedModel
@@ -22,12 +22,17 @@ class Runner:
     """The model, the KV of `num_blocks` blocks, the planner and the sampler."""
 
     def __init__(
-        self, model: BlendedModel, planner: Planner, num_blocks: int, block_size: int
+        self,
+        model: BlendedModel,
+        planner: Planner,
+        num_blocks: int,
+        block_size: int,
+        attention: AttentionBackend | None = None,
     ) -> None:
         self.planner = planner
         self.graphs: DecodeGraphs | None = None  # recorded once the KV is there
         self.attention = PagedAttention(
-            model.layers, num_blocks, block_size, model.dtype, model.device
+            model.layers, num_blocks, block_size, model.dtype, model.device, attention
         )
         self._model = model
         self._sampler = Sampler()

@@ -21,7 +21,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from mi_runtime.config import BlendPolicy, Device, Dtype, EngineConfig
+from mi_runtime.config import AttentionName, BlendPolicy, Device, Dtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from server import flags
 
@@ -133,6 +133,8 @@ class Settings(BaseSettings):
     """Bytes of the KV cache; default: a share of the free memory."""
     prefix_caching: bool = True
     """Keep the KV of prompts for later requests at the same λ."""
+    attention_backend: AttentionName = "auto"
+    """Who computes attention; auto: on a GPU the fastest that works, measured at start."""
     blend_policy: BlendPolicy = "auto"
     """How weights at λ are had: pair product, blended weights, or the cheaper one."""
     blend_cache_bytes: Annotated[int, Field(ge=0)] | None = None
@@ -267,6 +269,7 @@ class Settings(BaseSettings):
                 max_batched_tokens=self.max_batched_tokens,
                 prefix_caching=self.prefix_caching,
                 lambda_step=self.lambda_step,
+                attention_backend=self.attention_backend,
                 blend_policy=self.blend_policy,
                 blend_cache_bytes=self.blend_cache_bytes,
                 threads=self.threads,

@@ -110,7 +110,7 @@ class _Server(uvicorn.Server):
         print(
             f"Ready: {name} ({info.model_type}, {info.dtype} on {info.device}, context "
             f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
-            f"{_size(info.peak_bytes)} at the peak of loading; profile "
+            f"{_size(info.peak_bytes)} at the peak of loading; attention {info.attention}; profile "
             f"{self._service.routing.name}) at {address}\n"
             f"Try:\n"
             f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"

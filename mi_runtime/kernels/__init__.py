@@ -15,3 +15,12 @@ def triton_installed() -> bool:
 def triton_interpreted() -> bool:
     """Whether kernels run on the CPU, slowly, as tests have them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a kernel raises that does not compile, or does not run on this device."""
+    if not triton_installed():
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError

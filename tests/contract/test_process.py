@@ -240,7 +240,7 @@ def test_the_http_process_loads_no_torch(start_fake: Start) -> None:
 
 
 def test_when_ready_it_tells_what_the_pair_and_its_loading_took(start_fake: Start) -> None:
-    told = "weights 4.82 MB, 9 GB at the peak of loading; profile neutral) at "
+    told = "weights 4.82 MB, 9 GB at the peak of loading; attention reference; profile neutral) at "
     assert told in start_fake().output
 
 

@@ -1,131 +1,32 @@
 """Paged attention against its slow twin, which sees whole sequences and has no cache."""
 
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from mi_runtime.attention import LayerShape, PackedAttention, PagedAttention, attention_forward
-from mi_runtime.batch import build_batch
+from mi_runtime.attention import LayerShape, PackedAttention, attention_forward
+from mi_runtime.batch import attention_plan
 from mi_runtime.blend import UnsupportedModel
-from mi_runtime.planner import Part
-from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduler import Chunk
-from mi_runtime.sequence import Sequence
-
-CPU = torch.device("cpu")
-KEY_DIM, VALUE_DIM = 8, 6
-LAYERS = 2
-NUM_BLOCKS = 40
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Random queries, keys and values of whole sequences, packed one after the other."""
-
-    seed: int = 0
-    lengths: tuple[int, ...] = (5, 17, 1, 12)
-    block_size: int = 4
-    kv_heads: int = 2
-    group: int = 2  # query heads a KV head
-    window: int | None = None
-    sinks: str = "none"  # or "shared", or "by row"
-    budget: int = 9  # tokens a step
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        generator = torch.Generator().manual_seed(self.seed)
-        rows, heads = sum(self.lengths), self.kv_heads * self.group
-        query = torch.randn(rows, heads, KEY_DIM, generator=generator)
-        key = torch.randn(rows, self.kv_heads, KEY_DIM, generator=generator)
-        value = torch.randn(rows, self.kv_heads, VALUE_DIM, generator=generator)
-        sinks = {"none": None, "shared": (heads,), "by row": (rows, heads)}[self.sinks]
-        return query, key, value, sinks and torch.randn(sinks, generator=generator)
-
-
-def attention(work: Workload) -> PagedAttention:
-    shapes = (LayerShape(work.kv_heads, KEY_DIM, VALUE_DIM, work.kv_heads * work.group),) * LAYERS
-    return PagedAttention(shapes, NUM_BLOCKS, work.block_size, torch.float32, CPU)
-
-
-def sequences(work: Workload, blocks: list[int]) -> list[Sequence]:
-    """One of each length, with blocks taken from the end of `blocks`."""
-    made = []
-    for index, length in enumerate(work.lengths):
-        made.append(Sequence(EngineRequest(str(index), (1,) * length, Dial(0.5))))
-        made[-1].block_table = [blocks.pop() for _ in range(-(-length // work.block_size))]
-    return made
-
-
-def steps(work: Workload, running: list[Sequence]) -> Iterator[list[Chunk]]:
-    """Random chunks until everything is computed, single tokens first."""
-    chance = random.Random(work.seed)
-    while unfinished := [one for one in running if one.remaining]:
-        chosen = chance.sample(unfinished, chance.randint(1, len(unfinished)))
-        chunks = [
-            Chunk(one, one.computed, chance.randint(1, min(one.remaining, work.budget)))
-            for one in chosen
-        ]
-        yield sorted(chunks, key=lambda chunk: chunk.length > 1)
-        for chunk in chunks:
-            chunk.sequence.computed += chunk.length
-
-
-def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
-    """The packed rows that these chunks compute."""
-    rows = []
-    for chunk in chunks:
-        first = sum(work.lengths[: int(chunk.sequence.request_id)])
-        rows += range(first + chunk.start, first + chunk.start + chunk.length)
-    return torch.tensor(rows)
-
-
-def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: int = 1) -> Tensor:
-    query, key, value, sinks = work.tensors()
-    out = torch.full((len(query), work.kv_heads * work.group, VALUE_DIM), torch.nan)
-    for chunks in steps(work, running):
-        rows = rows_of(work, chunks)
-        over.begin(
-            build_batch(
-                Part(chunks, blended=False), work.block_size, over.spare_block, CPU
-            ).attention
-        )
-        own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
-        out[rows] = over.attend(
-            layer, query[rows], key[rows], value[rows], scale=0.3, window=work.window, sinks=own
-        )
-    return out
-
-
-def packed(work: Workload) -> Tensor:
-    query, key, value, sinks = work.tensors()
-    twin = PackedAttention(work.lengths)
-    return twin.attend(0, query, key, value, scale=0.3, window=work.window, sinks=sinks)
-
-
-def poison(over: PagedAttention, work: Workload) -> None:
-    """Every block is used, and left, by a sequence whose keys and values are all NaN."""
-    length = NUM_BLOCKS * work.block_size
-    one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
-    one.block_table = list(range(NUM_BLOCKS))
-    plan = build_batch(
-        Part([Chunk(one, 0, length)], False), work.block_size, over.spare_block, CPU
-    ).attention
-    key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
-    value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
-    query = torch.zeros(length, work.kv_heads, KEY_DIM)
-    for layer in range(LAYERS):
-        over.begin(plan)
-        over.attend(layer, query, key, value, scale=1.0, window=None, sinks=None)
-
-
-def shuffled_blocks(seed: int) -> list[int]:
-    return random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
-
+from tests.runtime.paged import (
+    CPU,
+    KEY_DIM,
+    LAYERS,
+    NUM_BLOCKS,
+    VALUE_DIM,
+    Workload,
+    attention,
+    packed,
+    paged,
+    poison,
+    rows_of,
+    sequences,
+    shuffled_blocks,
+)
 
 workloads = st.builds(
     Workload,
@@ -175,7 +76,7 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     second.computed = 8
     for chunk in (Chunk(first, 0, 8), Chunk(second, 8, 3)):
         rows = rows_of(work, [chunk])
-        over.begin(build_batch(Part([chunk], False), 4, over.spare_block, CPU).attention)
+        over.begin(attention_plan([chunk], 4, over.spare_block, CPU))
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )

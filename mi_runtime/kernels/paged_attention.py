@@ -1,0 +1,472 @@
+"""Attention over paged KV in Triton: a scatter that writes KV, and a kernel that reads it.
+
+    out[row] = softmax(scale · q K^T) V     over the tokens that the row sees, causally
+
+in one pass with a running maximum and sum (fp32, base 2). The kernel comes in two specializations:
+one for the decodes of a batch, one for its prefill chunks over their cached prefix and themselves.
+A program takes one KV head and, as the rows of its matrix product, all query heads that share it
+times as many queries as fit. It walks over tiles of tokens, finds each token's slot in the block
+table, and skips what lies before a window. A tile need not be a block.
+
+Few decodes over long sequences would leave most of the device idle: their tokens are then divided
+among `splits` programs, each by its own sequence's length, and a second kernel adds up the parts.
+The host chooses `splits` from the batch and an upper bound of the lengths, so it is the same for
+every replay of a captured graph; a program that finds nothing left to do says so.
+
+What lies in a slot that no token of the sequence has is never read: a NaN there changes nothing.
+Shapes and addresses come from host numbers alone and nothing waits for the device. The slow twin
+is `mi_runtime.attention.ReferenceAttention`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mi_runtime.attention import AttentionPlan
+from mi_runtime.kernels import triton_interpreted
+
+LEAST_SPLIT: Final = 128  # tokens; fewer are not worth a program of their own
+MOST_SPLITS: Final = 64
+PROGRAMS_A_PROCESSOR: Final = 4  # that splitting aims at, so that uneven lengths even out
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How much a program holds at once."""
+
+    rows: int  # queries times the heads that share a KV head
+    tokens: int  # of KV
+    warps: int
+    stages: int  # loads in flight
+
+
+# By the padded head size, for elements of two bytes. Chosen by what the compiler says of registers
+# and shared memory, not by measurement.
+DECODE: Final = {
+    90: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
+    80: {64: Tiles(16, 64, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
+}
+PREFILL: Final = {
+    90: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+    80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
+}
+INTERPRETED: Final = Tiles(16, 16, 1, 1)  # so small that a test crosses every boundary
+
+
+def tiles_for(architecture: int, dim: int, dtype: torch.dtype, *, decode: bool) -> Tiles:
+    """`architecture` is 90 for compute capability 9.0; 0 where kernels are interpreted."""
+    if architecture == 0:
+        return INTERPRETED
+    generation = 90 if 90 <= architecture < 120 else 80  # 12.x has as little shared memory as 8.6
+    tiles = (DECODE if decode else PREFILL)[generation][min(256, max(64, _padded(dim)))]
+    if dtype.itemsize > 2:
+        return replace(tiles, rows=min(64, tiles.rows), tokens=16, stages=2)
+    return tiles
+
+
+def number_of_splits(decodes: int, kv_heads: int, longest: int, processors: int) -> int:
+    """Programs among which the tokens of each decode are divided: a power of two.
+
+    `longest` is an upper bound of the lengths, `processors` how many the device has.
+    """
+    wanted = min(
+        PROGRAMS_A_PROCESSOR * processors / max(1, decodes * kv_heads),
+        longest / LEAST_SPLIT,
+        MOST_SPLITS,
+    )
+    return 1 << max(0, math.ceil(math.log2(wanted))) if wanted > 1 else 1
+
+
+@triton.jit(
+    do_not_specialize=["window", "decodes", "chunks", "table_stride", "sink_stride"],
+    do_not_specialize_on_alignment=["tables", "lengths", "query_starts", "sinks"],
+)
+def attend_kernel(
+    out,  # [tokens, KV_HEADS · GROUP, VALUE_DIM]
+    partial,  # [decodes, heads, splits, VALUE_DIM] fp32; None where there are no splits
+    partial_lse,  # [decodes, heads, splits] fp32: log2 of the sum of exponentials
+    query,  # [tokens, heads, KEY_DIM]
+    keys,  # [blocks, BLOCK_SIZE, KV_HEADS, KEY_DIM]
+    values,  # [blocks, BLOCK_SIZE, KV_HEADS, VALUE_DIM]
+    tables,  # [chunks, width]
+    lengths,  # [chunks]
+    query_starts,  # [chunks + 1]
+    sinks,  # [·, heads] or None
+    scale,  # of scores in base 2
+    window,
+    decodes,
+    chunks,
+    table_stride,
+    sink_stride,  # 0 where all tokens have the same
+    query_token_stride,
+    query_head_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DECODE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid: (decodes, KV heads, splits) or (tiles of prefill queries, KV heads, 1)."""
+    QUERIES: tl.constexpr = 1 if DECODE else ROWS // GROUP  # of a program
+    kv_head = tl.program_id(1)
+    part = tl.program_id(2)
+    row = tl.arange(0, ROWS)
+
+    if DECODE:
+        chunk = tl.program_id(0)
+        first = chunk
+        end = chunk + 1
+    else:
+        # The last chunk whose first tile is not behind this one; each may have one that is unused.
+        chunk = decodes
+        above = chunks
+        while chunk + 1 < above:
+            middle = (chunk + above) // 2
+            starts_at = (tl.load(query_starts + middle) - decodes) // QUERIES + middle - decodes
+            if starts_at <= tl.program_id(0):
+                chunk = middle
+            else:
+                above = middle
+        first = tl.load(query_starts + chunk)
+        end = tl.load(query_starts + chunk + 1)
+        tile = tl.program_id(0) - (first - decodes) // QUERIES - chunk + decodes
+        first += tile * QUERIES
+        if first >= end:
+            return
+    length = tl.load(lengths + chunk)
+    token = first + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    valid = (row < QUERIES * GROUP) & (token < end)
+    own = length - end + token  # position of each row's token in its sequence
+
+    low = 0
+    high = length - end + tl.minimum(first + QUERIES, end)
+    if WINDOWED:
+        low = tl.maximum(0, length - end + first - window + 1)
+    if partial is not None:
+        span = tl.cdiv(tl.cdiv(high - low, tl.num_programs(2)), TILE) * TILE
+        span = tl.maximum(span, 2 * TILE)
+        low += part * span
+        high = tl.minimum(high, low + span)
+        at = (token.to(tl.int64) * (KV_HEADS * GROUP) + head) * tl.num_programs(2) + part
+        if low >= high:
+            tl.store(partial_lse + at, float("-inf"), mask=valid)
+            return
+
+    key_column = tl.arange(0, KEY_PAD)
+    value_column = tl.arange(0, VALUE_PAD)
+    q = tl.load(
+        query
+        + token.to(tl.int64)[:, None] * query_token_stride
+        + head[:, None] * query_head_stride
+        + key_column[None, :],
+        mask=valid[:, None] & (key_column < KEY_DIM)[None, :],
+        other=0.0,
+    )
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:  # a score that takes probability and gives nothing, counted once
+        sink = tl.load(sinks + token * sink_stride + head, mask=valid, other=0.0)
+        if part == 0:
+            largest = sink.to(tl.float32) * 1.4426950408889634
+            total = tl.full([ROWS], 1.0, tl.float32)
+    sums = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+
+    table = tables + chunk.to(tl.int64) * table_stride
+    keys += kv_head * KEY_DIM
+    values += kv_head * VALUE_DIM
+    position = low + tl.arange(0, TILE)
+    # Read one tile ahead: the compiler then has the addresses early enough to load ahead itself.
+    block = tl.load(table + position // BLOCK_SIZE, mask=position < high, other=0)
+    for _ in range(low, high, TILE):
+        inside = position < high
+        slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        k = tl.load(
+            keys + slot[:, None] * (KV_HEADS * KEY_DIM) + key_column[None, :],
+            mask=inside[:, None] & (key_column < KEY_DIM)[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            values + slot[:, None] * (KV_HEADS * VALUE_DIM) + value_column[None, :],
+            mask=inside[:, None] & (value_column < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        following = position + TILE
+        block = tl.load(table + following // BLOCK_SIZE, mask=following < high, other=0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = inside[None, :]
+        if not DECODE:
+            seen = seen & (position[None, :] <= own[:, None])
+            if WINDOWED:
+                seen = seen & (position[None, :] > own[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)  # a row may see nothing of a tile
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(largest - shift)
+        total = total * decay + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision="ieee")
+        largest = larger
+        position = following
+
+    sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    mask = valid[:, None] & (value_column < VALUE_DIM)[None, :]
+    if partial is not None:
+        tl.store(partial + at[:, None] * VALUE_DIM + value_column[None, :], sums, mask=mask)
+        tl.store(partial_lse + at, largest + tl.log2(total), mask=valid)
+    else:
+        at = token.to(tl.int64) * (KV_HEADS * GROUP) + head
+        address = out + at[:, None] * VALUE_DIM + value_column[None, :]
+        tl.store(address, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_parts_kernel(
+    out,  # [decodes, heads, VALUE_DIM]
+    partial,  # [decodes, heads, SPLITS, VALUE_DIM] fp32
+    partial_lse,  # [decodes, heads, SPLITS] fp32; -inf: nothing was written for it
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Grid: (decodes · heads,)."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    column = tl.arange(0, VALUE_PAD)
+    inside = column < VALUE_DIM
+    lse = tl.load(partial_lse + row * SPLITS + split)
+    parts = tl.load(
+        partial + (row * SPLITS + split)[:, None] * VALUE_DIM + column[None, :],
+        mask=(lse > float("-inf"))[:, None] & inside[None, :],
+        other=0.0,
+    )
+    weights = tl.exp2(lse - tl.max(lse, 0))
+    sums = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(out + row * VALUE_DIM + column, sums.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def write_kernel(
+    keys,  # [slots, HEADS, KEY_DIM]
+    values,  # [slots, HEADS, VALUE_DIM]
+    key,  # [tokens, HEADS, KEY_DIM]
+    value,  # [tokens, HEADS, VALUE_DIM]
+    slots,  # [tokens] int64
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    """Grid: (tokens,)."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    column = tl.arange(0, KEY_PAD)[None, :]
+    mask = (head < HEADS) & (column < KEY_DIM)
+    x = tl.load(key + token * key_token_stride + head * key_head_stride + column, mask=mask)
+    tl.store(keys + slot * (HEADS * KEY_DIM) + head * KEY_DIM + column, x, mask=mask)
+    column = tl.arange(0, VALUE_PAD)[None, :]
+    mask = (head < HEADS) & (column < VALUE_DIM)
+    x = tl.load(value + token * value_token_stride + head * value_head_stride + column, mask=mask)
+    tl.store(values + slot * (HEADS * VALUE_DIM) + head * VALUE_DIM + column, x, mask=mask)
+
+
+@torch.library.custom_op("mi::write_kv", mutates_args=("keys", "values"))
+def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Puts `key` and `value` `[tokens, kv_heads, dim]` in their slots of a layer's cache."""
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    key, value = _dense_rows(key), _dense_rows(value)
+    heads, key_dim, value_dim = key.shape[1], key.shape[2], value.shape[2]
+    write_kernel[len(slots),](
+        *(keys, values, key, value, slots),
+        *(key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
+        HEADS=heads,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        HEADS_PAD=triton.next_power_of_2(heads),
+        KEY_PAD=triton.next_power_of_2(key_dim),
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+    )
+
+
+@write_kv.register_fake
+def _(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None: ...
+
+
+@torch.library.custom_op("mi::paged_attention", mutates_args=())
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    decodes: int,
+    splits: int,
+) -> Tensor:
+    """`[tokens, heads, key_dim]` in, `[tokens, heads, value_dim]` out; tensors as in a plan.
+
+    Sinks are `[heads]`, `[1, heads]` or `[tokens, heads]`; `splits` are those of the decodes.
+    """
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    query = _dense_rows(query)
+    tokens, heads, _ = query.shape
+    out = query.new_empty(tokens, heads, values.shape[3])
+    one = sinks is None or sinks.dim() == 1 or len(sinks) == 1
+    inputs = (query, keys, values, tables, lengths, query_starts, sinks, scale * math.log2(math.e))
+    numbers = (
+        *(window or 0, decodes, len(tables), tables.stride(0)),
+        0 if one or sinks is None else sinks.stride(0),
+        *(query.stride(0), query.stride(1)),
+    )
+    if decodes:
+        settings = attend_settings(query, keys, values, window, decode=True)
+        grid = (decodes, keys.shape[2], splits)
+        if splits == 1:
+            attend_kernel[grid](out, None, None, *inputs, *numbers, **settings)
+        else:
+            partial = out.new_empty(decodes, heads, splits, out.shape[2], dtype=torch.float32)
+            lse = out.new_empty(decodes, heads, splits, dtype=torch.float32)
+            attend_kernel[grid](out, partial, lse, *inputs, *numbers, **settings)
+            _add_parts(out, partial, lse)
+    if tokens > decodes:
+        settings = attend_settings(query, keys, values, window, decode=False)
+        queries = settings["ROWS"] // settings["GROUP"]
+        # Each chunk's last tile may be one that the division does not count.
+        tiles = (tokens - decodes) // queries + len(tables) - decodes
+        grid = (tiles, keys.shape[2], 1)
+        attend_kernel[grid](out, None, None, *inputs, *numbers, **settings)
+    return out
+
+
+@paged_attention.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    decodes: int,
+    splits: int,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], values.shape[3])
+
+
+def attend_settings(
+    query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, decode: bool
+) -> dict[str, Any]:
+    """What `attend_kernel` is compiled for."""
+    key_dim, value_dim = keys.shape[3], values.shape[3]
+    group = query.shape[1] // keys.shape[2]
+    tiles = tiles_for(
+        architecture(query.device), max(key_dim, value_dim), query.dtype, decode=decode
+    )
+    return {
+        "KV_HEADS": keys.shape[2],
+        "GROUP": group,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_PAD": _padded(key_dim),
+        "VALUE_PAD": _padded(value_dim),
+        "BLOCK_SIZE": keys.shape[1],
+        "DECODE": decode,
+        "WINDOWED": window is not None,
+        "ROWS": max(tiles.rows, triton.next_power_of_2(group)),
+        "TILE": tiles.tokens,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 where kernels are interpreted."""
+    if triton_interpreted():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _add_parts(out: Tensor, partial: Tensor, lse: Tensor) -> None:
+    decodes, heads, splits, dim = partial.shape
+    add_parts_kernel[decodes * heads,](
+        *(out, partial, lse),
+        VALUE_DIM=dim,
+        VALUE_PAD=triton.next_power_of_2(dim),
+        SPLITS=splits,
+    )
+
+
+def _padded(dim: int) -> int:
+    """A matrix product takes powers of two, from 16 on."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class TritonAttention:
+    """The attention backend of these kernels."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else 1
+        )
+
+    def begin(self, plan: AttentionPlan) -> None:
+        pass
+
+    def write(
+        self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        write_kv(keys, values, key, value, plan.slots)
+
+    def attend(
+        self,
+        plan: AttentionPlan,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        splits = number_of_splits(
+            plan.decodes, keys.shape[2], plan.longest_decode, self._processors
+        )
+        out: Tensor = paged_attention(
+            *(query, keys, values, plan.tables, plan.lengths, plan.query_starts, sinks),
+            *(scale, window, plan.decodes, splits),
+        )
+        return out

@@ -1,0 +1,116 @@
+"""Random workloads for paged attention, and what its slow twin makes of them."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mi_runtime.attention import AttentionBackend, LayerShape, PackedAttention, PagedAttention
+from mi_runtime.batch import attention_plan
+from mi_runtime.request import Dial, EngineRequest
+from mi_runtime.scheduler import Chunk
+from mi_runtime.sequence import Sequence
+
+CPU = torch.device("cpu")
+KEY_DIM, VALUE_DIM = 8, 6
+LAYERS = 2
+NUM_BLOCKS = 40
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Random queries, keys and values of whole sequences, packed one after the other."""
+
+    seed: int = 0
+    lengths: tuple[int, ...] = (5, 17, 1, 12)
+    block_size: int = 4
+    kv_heads: int = 2
+    group: int = 2  # query heads a KV head
+    window: int | None = None
+    sinks: str = "none"  # or "shared", or "by row"
+    budget: int = 9  # tokens a step
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        generator = torch.Generator().manual_seed(self.seed)
+        rows, heads = sum(self.lengths), self.kv_heads * self.group
+        query = torch.randn(rows, heads, KEY_DIM, generator=generator)
+        key = torch.randn(rows, self.kv_heads, KEY_DIM, generator=generator)
+        value = torch.randn(rows, self.kv_heads, VALUE_DIM, generator=generator)
+        sinks = {"none": None, "shared": (heads,), "by row": (rows, heads)}[self.sinks]
+        return query, key, value, sinks and torch.randn(sinks, generator=generator)
+
+
+def attention(work: Workload, backend: AttentionBackend | None = None) -> PagedAttention:
+    shapes = (LayerShape(work.kv_heads, KEY_DIM, VALUE_DIM, work.kv_heads * work.group),) * LAYERS
+    return PagedAttention(shapes, NUM_BLOCKS, work.block_size, torch.float32, CPU, backend)
+
+
+def sequences(work: Workload, blocks: list[int]) -> list[Sequence]:
+    """One of each length, with blocks taken from the end of `blocks`."""
+    made = []
+    for index, length in enumerate(work.lengths):
+        made.append(Sequence(EngineRequest(str(index), (1,) * length, Dial(0.5))))
+        made[-1].block_table = [blocks.pop() for _ in range(-(-length // work.block_size))]
+    return made
+
+
+def steps(work: Workload, running: list[Sequence]) -> Iterator[list[Chunk]]:
+    """Random chunks until everything is computed, single tokens first."""
+    chance = random.Random(work.seed)
+    while unfinished := [one for one in running if one.remaining]:
+        chosen = chance.sample(unfinished, chance.randint(1, len(unfinished)))
+        chunks = [
+            Chunk(one, one.computed, chance.randint(1, min(one.remaining, work.budget)))
+            for one in chosen
+        ]
+        yield sorted(chunks, key=lambda chunk: chunk.length > 1)
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.length
+
+
+def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
+    """The packed rows that these chunks compute."""
+    rows = []
+    for chunk in chunks:
+        first = sum(work.lengths[: int(chunk.sequence.request_id)])
+        rows += range(first + chunk.start, first + chunk.start + chunk.length)
+    return torch.tensor(rows)
+
+
+def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: int = 1) -> Tensor:
+    query, key, value, sinks = work.tensors()
+    out = torch.full((len(query), work.kv_heads * work.group, VALUE_DIM), torch.nan)
+    for chunks in steps(work, running):
+        rows = rows_of(work, chunks)
+        over.begin(attention_plan(chunks, work.block_size, over.spare_block, CPU))
+        own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
+        out[rows] = over.attend(
+            layer, query[rows], key[rows], value[rows], scale=0.3, window=work.window, sinks=own
+        )
+    return out
+
+
+def packed(work: Workload) -> Tensor:
+    query, key, value, sinks = work.tensors()
+    twin = PackedAttention(work.lengths)
+    return twin.attend(0, query, key, value, scale=0.3, window=work.window, sinks=sinks)
+
+
+def poison(over: PagedAttention, work: Workload) -> None:
+    """Every block is used, and left, by a sequence whose keys and values are all NaN."""
+    length = NUM_BLOCKS * work.block_size
+    one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
+    one.block_table = list(range(NUM_BLOCKS))
+    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.spare_block, CPU)
+    key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
+    value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
+    query = torch.zeros(length, work.kv_heads, KEY_DIM)
+    for layer in range(LAYERS):
+        over.begin(plan)
+        over.attend(layer, query, key, value, scale=1.0, window=None, sinks=None)
+
+
+def shuffled_blocks(seed: int) -> list[int]:
+    return random.Random(seed).sample(range(NUM_BLOCKS), NUM_BLOCKS)
