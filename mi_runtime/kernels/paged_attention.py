@@ -8,10 +8,10 @@ A program takes one KV head and, as the rows of its matrix product, all query he
 times as many queries as fit. It walks over tiles of tokens, finds each token's slot in the block
 table, and skips what lies before a window. A tile need not be a block.
 
-Few decodes over long sequences would leave most of the device idle: their tokens are then divided
-among `splits` programs, each by its own sequence's length, and a second kernel adds up the parts.
-The host chooses `splits` from the batch and an upper bound of the lengths, so it is the same for
-every replay of a captured graph; a program that finds nothing left to do says so.
+Few queries over long sequences would leave most of the device idle: the tokens they see are then
+divided among `splits` programs, each by its own sequence's length, and a second kernel adds up the
+parts. The host chooses `splits` from the batch and an upper bound of the lengths, so it is the same
+for every replay of a captured graph; a program that finds nothing left to do says so.
 
 What lies in a slot that no token of the sequence has is never read: a NaN there changes nothing.
 Shapes and addresses come from host numbers alone and nothing waits for the device. The slow twin
@@ -32,7 +32,9 @@ from mi_runtime.kernels import triton_interpreted
 
 LEAST_SPLIT: Final = 128  # tokens; fewer are not worth a program of their own
 MOST_SPLITS: Final = 64
-PROGRAMS_A_PROCESSOR: Final = 4  # that splitting aims at, so that uneven lengths even out
+# Programs a processor that splitting aims at: of decodes, which wait for memory, twice what fits at
+# once, so that uneven lengths even out; of prefill, which computes, one.
+DECODE_PROGRAMS, PREFILL_PROGRAMS = 6, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ PREFILL: Final = {
     90: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
     80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
 }
+PREFILL_ROWS: Final = 128  # about those of the table
 INTERPRETED: Final = Tiles(16, 16, 1, 1)  # so small that a test crosses every boundary
 
 
@@ -69,17 +72,13 @@ def tiles_for(architecture: int, dim: int, dtype: torch.dtype, *, decode: bool) 
     return tiles
 
 
-def number_of_splits(decodes: int, kv_heads: int, longest: int, processors: int) -> int:
-    """Programs among which the tokens of each decode are divided: a power of two.
+def number_of_splits(programs: int, wanted: int, longest: int) -> int:
+    """How many shall do the work of each of `programs` to make about `wanted`: a power of two.
 
-    `longest` is an upper bound of the lengths, `processors` how many the device has.
+    `longest` is an upper bound of the tokens of a sequence.
     """
-    wanted = min(
-        PROGRAMS_A_PROCESSOR * processors / max(1, decodes * kv_heads),
-        longest / LEAST_SPLIT,
-        MOST_SPLITS,
-    )
-    return 1 << max(0, math.ceil(math.log2(wanted))) if wanted > 1 else 1
+    splits = min(wanted / max(1, programs), longest / LEAST_SPLIT, MOST_SPLITS)
+    return int(1 << round(math.log2(splits))) if splits > 1 else 1
 
 
 @triton.jit(
@@ -88,8 +87,8 @@ def number_of_splits(decodes: int, kv_heads: int, longest: int, processors: int)
 )
 def attend_kernel(
     out,  # [tokens, KV_HEADS · GROUP, VALUE_DIM]
-    partial,  # [decodes, heads, splits, VALUE_DIM] fp32; None where there are no splits
-    partial_lse,  # [decodes, heads, splits] fp32: log2 of the sum of exponentials
+    partial,  # [tokens, heads, splits, VALUE_DIM] fp32, of this launch; None: no splits
+    partial_lse,  # [tokens, heads, splits] fp32: log2 of the sum of exponentials
     query,  # [tokens, heads, KEY_DIM]
     keys,  # [blocks, BLOCK_SIZE, KV_HEADS, KEY_DIM]
     values,  # [blocks, BLOCK_SIZE, KV_HEADS, VALUE_DIM]
@@ -117,7 +116,7 @@ def attend_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid: (decodes, KV heads, splits) or (tiles of prefill queries, KV heads, 1)."""
+    """Grid: (decodes, or tiles of prefill queries; KV heads; splits)."""
     QUERIES: tl.constexpr = 1 if DECODE else ROWS // GROUP  # of a program
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -159,7 +158,8 @@ def attend_kernel(
         span = tl.maximum(span, 2 * TILE)
         low += part * span
         high = tl.minimum(high, low + span)
-        at = (token.to(tl.int64) * (KV_HEADS * GROUP) + head) * tl.num_programs(2) + part
+        own_token = token if DECODE else token - decodes
+        at = (own_token.to(tl.int64) * (KV_HEADS * GROUP) + head) * tl.num_programs(2) + part
         if low >= high:
             tl.store(partial_lse + at, float("-inf"), mask=valid)
             return
@@ -220,11 +220,14 @@ def attend_kernel(
         largest = larger
         position = following
 
-    sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    unseen = total == 0.0
+    total = tl.where(unseen, 1.0, total)
+    sums = sums / total[:, None]
     mask = valid[:, None] & (value_column < VALUE_DIM)[None, :]
     if partial is not None:
         tl.store(partial + at[:, None] * VALUE_DIM + value_column[None, :], sums, mask=mask)
-        tl.store(partial_lse + at, largest + tl.log2(total), mask=valid)
+        lse = tl.where(unseen, float("-inf"), largest + tl.log2(total))
+        tl.store(partial_lse + at, lse, mask=valid)
     else:
         at = token.to(tl.int64) * (KV_HEADS * GROUP) + head
         address = out + at[:, None] * VALUE_DIM + value_column[None, :]
@@ -233,14 +236,14 @@ def attend_kernel(
 
 @triton.jit
 def add_parts_kernel(
-    out,  # [decodes, heads, VALUE_DIM]
-    partial,  # [decodes, heads, SPLITS, VALUE_DIM] fp32
-    partial_lse,  # [decodes, heads, SPLITS] fp32; -inf: nothing was written for it
+    out,  # [tokens, heads, VALUE_DIM]
+    partial,  # [tokens, heads, SPLITS, VALUE_DIM] fp32
+    partial_lse,  # [tokens, heads, SPLITS] fp32; -inf: a part that is nothing
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Grid: (decodes · heads,)."""
+    """Grid: (tokens · heads,)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     column = tl.arange(0, VALUE_PAD)
@@ -323,42 +326,58 @@ def paged_attention(
     scale: float,
     window: int | None,
     decodes: int,
-    splits: int,
+    decode_splits: int,
+    prefill_splits: int,
 ) -> Tensor:
     """`[tokens, heads, key_dim]` in, `[tokens, heads, value_dim]` out; tensors as in a plan.
 
-    Sinks are `[heads]`, `[1, heads]` or `[tokens, heads]`; `splits` are those of the decodes.
+    Sinks are `[heads]`, `[1, heads]` or `[tokens, heads]`.
     """
     assert keys.is_contiguous()
     assert values.is_contiguous()
     query = _dense_rows(query)
-    tokens, heads, _ = query.shape
-    out = query.new_empty(tokens, heads, values.shape[3])
-    one = sinks is None or sinks.dim() == 1 or len(sinks) == 1
-    inputs = (query, keys, values, tables, lengths, query_starts, sinks, scale * math.log2(math.e))
-    numbers = (
-        *(window or 0, decodes, len(tables), tables.stride(0)),
-        0 if one or sinks is None else sinks.stride(0),
+    out = query.new_empty(*query.shape[:2], values.shape[3])
+    sink_stride = 0 if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks.stride(0)
+    arguments = (
+        *(query, keys, values, tables, lengths, query_starts, sinks, scale * math.log2(math.e)),
+        *(window or 0, decodes, len(tables), tables.stride(0), sink_stride),
         *(query.stride(0), query.stride(1)),
     )
     if decodes:
         settings = attend_settings(query, keys, values, window, decode=True)
-        grid = (decodes, keys.shape[2], splits)
-        if splits == 1:
-            attend_kernel[grid](out, None, None, *inputs, *numbers, **settings)
-        else:
-            partial = out.new_empty(decodes, heads, splits, out.shape[2], dtype=torch.float32)
-            lse = out.new_empty(decodes, heads, splits, dtype=torch.float32)
-            attend_kernel[grid](out, partial, lse, *inputs, *numbers, **settings)
-            _add_parts(out, partial, lse)
-    if tokens > decodes:
+        _launch(out, out[:decodes], decodes, decode_splits, arguments, settings)
+    if len(query) > decodes:
         settings = attend_settings(query, keys, values, window, decode=False)
         queries = settings["ROWS"] // settings["GROUP"]
         # Each chunk's last tile may be one that the division does not count.
-        tiles = (tokens - decodes) // queries + len(tables) - decodes
-        grid = (tiles, keys.shape[2], 1)
-        attend_kernel[grid](out, None, None, *inputs, *numbers, **settings)
+        tiles = (len(query) - decodes) // queries + len(tables) - decodes
+        _launch(out, out[decodes:], tiles, prefill_splits, arguments, settings)
     return out
+
+
+def _launch(
+    out: Tensor,
+    rows: Tensor,
+    tiles: int,
+    splits: int,
+    arguments: tuple[Any, ...],
+    settings: dict[str, Any],
+) -> None:
+    """Of `out` those `rows` that this specialization computes."""
+    grid = (tiles, settings["KV_HEADS"], splits)
+    if splits == 1:
+        attend_kernel[grid](out, None, None, *arguments, **settings)
+        return
+    tokens, heads, dim = rows.shape
+    partial = rows.new_empty(tokens, heads, splits, dim, dtype=torch.float32)
+    lse = rows.new_empty(tokens, heads, splits, dtype=torch.float32)
+    attend_kernel[grid](out, partial, lse, *arguments, **settings)
+    add_parts_kernel[tokens * heads,](
+        *(rows, partial, lse),
+        VALUE_DIM=dim,
+        VALUE_PAD=triton.next_power_of_2(dim),
+        SPLITS=splits,
+    )
 
 
 @paged_attention.register_fake
@@ -373,7 +392,8 @@ def _(
     scale: float,
     window: int | None,
     decodes: int,
-    splits: int,
+    decode_splits: int,
+    prefill_splits: int,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], values.shape[3])
 
@@ -410,16 +430,6 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _add_parts(out: Tensor, partial: Tensor, lse: Tensor) -> None:
-    decodes, heads, splits, dim = partial.shape
-    add_parts_kernel[decodes * heads,](
-        *(out, partial, lse),
-        VALUE_DIM=dim,
-        VALUE_PAD=triton.next_power_of_2(dim),
-        SPLITS=splits,
-    )
 
 
 def _padded(dim: int) -> int:
@@ -462,11 +472,16 @@ class TritonAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        splits = number_of_splits(
-            plan.decodes, keys.shape[2], plan.longest_decode, self._processors
+        kv_heads = keys.shape[2]
+        decode_splits = number_of_splits(
+            plan.decodes * kv_heads, DECODE_PROGRAMS * self._processors, plan.longest_decode
+        )
+        rows = (len(query) - plan.decodes) * query.shape[1] // kv_heads
+        prefill_splits = number_of_splits(
+            -(-rows // PREFILL_ROWS) * kv_heads, PREFILL_PROGRAMS * self._processors, plan.longest
         )
         out: Tensor = paged_attention(
             *(query, keys, values, plan.tables, plan.lengths, plan.query_starts, sinks),
-            *(scale, window, plan.decodes, splits),
+            *(scale, window, plan.decodes, decode_splits, prefill_splits),
         )
         return out

@@ -96,16 +96,15 @@ def kernels(architecture: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Of the shapes that matter, and those that take most."""
     paged_attention.architecture = lambda _device: architecture
     run = attention_resources
-    yield "decode", run(architecture, decode=True)
-    yield "decode in parts", run(architecture, decode=True, split=True)
+    yield "decode", run(architecture, decode=True, split=True)
     yield "prefill", run(architecture, decode=False)
+    yield "prefill in parts", run(architecture, decode=False, split=True)
     yield (
         "decode with window and sinks",
         run(architecture, decode=True, split=True, heads=64, dim=64, window=128, sinks=True),
     )
     yield "prefill of the largest heads", run(architecture, decode=False, dim=256, window=512)
     yield "decode of the largest heads", run(architecture, decode=True, dim=256, window=512)
-    yield "prefill of heads of 80", run(architecture, decode=False, dim=80, heads=8)
     small = {"num_warps": 4, "num_stages": 3, "VALUE_DIM": 128, "VALUE_PAD": 128}
     parts = {"out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32"}
     yield "adding parts", resources(add_parts_kernel, parts, {**small, "SPLITS": 64}, architecture)

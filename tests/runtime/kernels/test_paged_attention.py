@@ -109,7 +109,7 @@ class Case:
         keys, values = self.caches(torch.nan)
         out: Tensor = kernels.paged_attention(
             *(self.query(), keys, values, plan.tables, plan.lengths, plan.query_starts),
-            *(self.sink_values(), self.scale, self.window, plan.decodes, self.splits),
+            *(self.sink_values(), self.scale, self.window, plan.decodes, self.splits, self.splits),
         )
         return out
 
@@ -136,8 +136,7 @@ def test_heads_of_every_size_agree_with_the_reference(dims: tuple[int, int]) -> 
     Case(chunks, key_dim=dims[0], value_dim=dims[1], kv_heads=1, group=2).check()
 
 
-@pytest.mark.parametrize("sinks", ["heads", "shared", "rows"])
-@pytest.mark.parametrize("window", [None, 18])
+@pytest.mark.parametrize(("sinks", "window"), [("heads", None), ("shared", 18), ("rows", 18)])
 def test_sinks_of_every_shape_agree_with_the_reference(sinks: str, window: int | None) -> None:
     Case(sinks=sinks, window=window, splits=4).check()
 
@@ -146,6 +145,14 @@ def test_sinks_of_every_shape_agree_with_the_reference(sinks: str, window: int |
 @pytest.mark.parametrize("window", [None, 50])
 def test_splits_add_up_to_the_whole(splits: int, window: int | None) -> None:
     Case(LONG, splits=splits, window=window, sinks="heads").check()
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+@pytest.mark.parametrize("window", [None, 20])
+def test_splits_of_prefill_chunks_add_up_to_the_whole(splits: int, window: int | None) -> None:
+    """With a window a query sees nothing of parts that another one of its tile sees."""
+    chunks = ((50, 1), (90, 20), (0, 37))
+    Case(chunks, splits=splits, window=window, sinks="rows", kv_heads=1).check()
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 32])
@@ -182,7 +189,7 @@ def test_rows_that_pad_a_batch_change_nothing() -> None:
         torch.cat((plan.tables, spare)),
         torch.cat((plan.lengths, torch.ones(padding, dtype=torch.int32))),
         torch.arange(len(query) + 1, dtype=torch.int32),
-        *(None, case.scale, None, len(query), case.splits),
+        *(None, case.scale, None, len(query), case.splits, 1),
     )
     torch.testing.assert_close(out[: case.rows], case.expected(), atol=3e-6, rtol=3e-6)
 
@@ -197,7 +204,7 @@ def test_queries_need_not_be_dense() -> None:
     for view in (across, apart):
         out = kernels.paged_attention(
             *(view, keys, values, plan.tables, plan.lengths, plan.query_starts),
-            *(None, case.scale, None, plan.decodes, 1),
+            *(None, case.scale, None, plan.decodes, 1, 1),
         )
         torch.testing.assert_close(out, case.expected(), atol=3e-6, rtol=3e-6)
 
@@ -259,22 +266,23 @@ def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int)
 
 
 @pytest.mark.parametrize(
-    ("decodes", "kv_heads", "longest", "splits"),
+    ("programs", "longest", "splits"),
     [
-        (1, 8, 100_000, 64),  # 132 processors · 4 programs over 8 heads, a power of two, at most 64
-        (8, 8, 100_000, 16),
-        (32, 8, 100_000, 4),
-        (32, 8, 1024, 4),
-        (256, 8, 100_000, 1),
-        (1, 8, 1024, 8),  # of no fewer than 128 tokens
-        (1, 8, 100, 1),
-        (0, 8, 0, 1),
+        (8, 100_000, 64),  # at most
+        (64, 100_000, 16),
+        (256, 100_000, 4),
+        (256, 1024, 4),
+        (512, 1024, 2),
+        (2048, 100_000, 1),
+        (8, 1024, 8),  # of no fewer than 128 tokens
+        (8, 100, 1),
+        (0, 0, 1),
     ],
 )
-def test_decodes_are_split_to_fill_a_device_and_no_further(
-    decodes: int, kv_heads: int, longest: int, splits: int
+def test_work_is_split_to_fill_a_device_and_no_further(
+    programs: int, longest: int, splits: int
 ) -> None:
-    assert kernels.number_of_splits(decodes, kv_heads, longest, 132) == splits
+    assert kernels.number_of_splits(programs, 6 * 132, longest) == splits
 
 
 def test_the_operators_are_described_rightly_for_tracing() -> None:
@@ -284,7 +292,7 @@ def test_the_operators_are_described_rightly_for_tracing() -> None:
     arguments = (case.query(), keys, values, plan.tables, plan.lengths, plan.query_starts)
     torch.library.opcheck(
         kernels.paged_attention,
-        (*arguments, case.sink_values(), case.scale, 7, plan.decodes, 2),
+        (*arguments, case.sink_values(), case.scale, 7, plan.decodes, 2, 2),
         test_utils=tests,
     )
     new = case.random(6, 2, 64)
