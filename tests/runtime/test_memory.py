@@ -40,7 +40,7 @@ print(json.dumps([model.peak_bytes, model.weight_bytes, memory.peak]))
 def test_loading_never_holds_more_than_two_copies_and_a_fifth(
     dtype: str, pair_of: Callable[..., tuple[Path, Path]]
 ) -> None:
-    directories = pair_of("qwen3", dtype=torch.bfloat16, **MIDSIZE)
+    directories = pair_of("qwen3", dtype=torch.bfloat16, apart=0.1, **MIDSIZE)
     peak, both_endpoints, _ = loaded(directories, dtype)
     assert 1.7 < peak / (both_endpoints / 2) < 2.2
 
