@@ -55,10 +55,12 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
     """
     use_paged_attention(plain)
     shape, device = plain.config, plain.device
-    layer = LayerShape(shape.num_key_value_heads, shape.head_dim, shape.head_dim)
+    layer = LayerShape(
+        shape.num_key_value_heads, shape.head_dim, shape.head_dim, shape.num_attention_heads
+    )
     return BlendedModel(
         model=plain,
-        groups=NoGroups(0, device, BlendCache(0)),
+        groups=NoGroups(0, device, BlendCache()),
         layers=(layer,) * shape.num_hidden_layers,
         device=device,
         dtype=plain.dtype,

@@ -1,11 +1,9 @@
 """Attention over paged KV, as one function registered with `transformers`.
 
 The KV cache of a layer is `[blocks + 1, block_size, kv_heads, head_dim]`, keys and values apart.
-A gather reads whole blocks, and a masked NaN would still reach a sum: so the part of a block that
-is not written yet is always zero, and so is the extra block, which fills up block tables. This is
-the reference for every device: it gathers each sequence's blocks and calls
-`scaled_dot_product_attention`; single-token rows (decodes) go through it together, prefill chunks
-one by one. Cost of a decode: one copy of the keys and values read, padded to the longest row.
+The last block is spare: it belongs to no sequence, fills up block tables, and takes what padding
+writes. A plan says how the rows of a batch attend, in one form for decodes and prefill chunks; a
+backend computes it. Here is the reference for every device; `attention_backends` knows the others.
 """
 
 from dataclasses import dataclass
@@ -81,11 +79,14 @@ _MEANINGFUL = {
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The KV of one attention layer, a token."""
+    """One attention layer: its KV of a token, and what reads it."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    heads: int  # of queries
+    window: int | None = None  # tokens that a token sees, itself counted; None: all before it
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,62 @@ class Prefill:
     first: int
     length: int
     start: int
-    blocks: Tensor  # [blocks of start + length tokens] int64
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """How the rows of one flat batch attend. Rows before `decodes` are single tokens."""
+    """How the rows of one flat batch attend: its chunks, each at the end of a sequence's KV.
+
+    Tensors are on the device and all that a kernel reads; numbers are known on the host, and those
+    called longest are upper bounds. Captured graphs have the tensors as buffers and the bounds at
+    their capacity; there a row that is padding has length 1 and its slot in the spare block.
+    """
 
     slots: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
-    opened: Tensor  # [any] int64: blocks that are filled in part, from their first slot on
-    decodes: int
-    tables: Tensor  # [decodes, blocks of the longest] int64, filled up with the zero block
-    lengths: Tensor  # [decodes] int64: tokens of each decode's sequence, its own token counted
-    prefills: tuple[Prefill, ...]
+    query_starts: Tensor  # [chunks + 1] int32: first row of each chunk, then the number of rows
+    lengths: Tensor  # [chunks] int32: tokens of each chunk's sequence, the chunk's own counted
+    tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the spare block
+    decodes: int  # so many chunks, the first ones, are single tokens
+    longest_decode: int  # tokens of a sequence among the decodes; 0 without any
+    longest_query: int  # rows of a chunk
+    longest: int  # tokens of a sequence
+    prefills: tuple[Prefill, ...]  # for the reference: the chunks behind the decodes
+    opened: Tensor  # for the reference: blocks filled in part, from their first slot on; int64
+
+    @property
+    def by_rows(self) -> tuple[Tensor, ...]:
+        """The tensors whose size goes with the number of rows."""
+        return self.slots, self.query_starts, self.lengths, self.tables
+
+
+class AttentionBackend(Protocol):
+    """Writes a layer's KV and attends over it; `keys` and `values` are that layer's cache."""
+
+    name: str
+
+    def begin(self, plan: AttentionPlan) -> None:
+        """A new forward begins, whose layers all attend by `plan`."""
+        ...
+
+    def write(
+        self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Puts the KV `[tokens, kv_heads, dim]` of the batch's rows in their slots."""
+        ...
+
+    def attend(
+        self,
+        plan: AttentionPlan,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """`[tokens, heads, key_dim]` in, `[tokens, heads, value_dim]` out."""
+        ...
 
 
 class PagedAttention:
@@ -120,9 +164,11 @@ class PagedAttention:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        backend: AttentionBackend | None = None,
     ) -> None:
         self.block_size = block_size
-        self.zero_block = num_blocks
+        self.spare_block = num_blocks
+        self.backend = backend or ReferenceAttention()
 
         def cache(shape: LayerShape, dim: int) -> Tensor:
             size = (num_blocks + 1, block_size, shape.kv_heads, dim)
@@ -130,13 +176,12 @@ class PagedAttention:
 
         self._keys = [cache(shape, shape.key_dim) for shape in shapes]
         self._values = [cache(shape, shape.value_dim) for shape in shapes]
-        self._plan: AttentionPlan | None = None
-        self._decode_masks: dict[int | None, Tensor] = {}
+        self.plan: AttentionPlan | None = None
 
     def begin(self, plan: AttentionPlan) -> None:
         """Sets how the rows of the next forward attend."""
-        self._plan = plan
-        self._decode_masks.clear()
+        self.plan = plan
+        self.backend.begin(plan)
 
     def attend(
         self,
@@ -149,33 +194,69 @@ class PagedAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        plan = self._plan
+        plan = self.plan
         assert plan is not None
         keys, values = self._keys[layer], self._values[layer]
-        if len(plan.opened):
-            keys.index_fill_(0, plan.opened, 0)
-            values.index_fill_(0, plan.opened, 0)
-        keys.flatten(0, 1).index_copy_(0, plan.slots, key)
-        values.flatten(0, 1).index_copy_(0, plan.slots, value)
+        self.backend.write(plan, keys, values, key, value)
+        return self.backend.attend(
+            plan, query, keys, values, scale=scale, window=window, sinks=sinks
+        )
+
+
+class ReferenceAttention:
+    """For every device: gathers each sequence's blocks, then `scaled_dot_product_attention`.
+
+    Decodes go through it together, prefill chunks one by one. A gather reads whole blocks, and a
+    masked NaN would still reach a sum: so the part of a block that is not written yet is kept at
+    zero, and the spare block, which fills up tables, holds nothing that is not finite. Cost of a
+    decode: one copy of the keys and values read, padded to the longest row.
+    """
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self._decode_masks: dict[int | None, Tensor] = {}
+
+    def begin(self, plan: AttentionPlan) -> None:
+        self._decode_masks.clear()
+
+    def write(
+        self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        for cache, new in ((keys, key), (values, value)):
+            if len(plan.opened):
+                cache.index_fill_(0, plan.opened, 0)
+            cache.flatten(0, 1).index_copy_(0, plan.slots, new)
+
+    def attend(
+        self,
+        plan: AttentionPlan,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         outputs = []
         if plan.decodes:
             rows = slice(0, plan.decodes)
-            mask = self._decode_mask(plan, window)
+            tables = plan.tables[rows, : -(-plan.longest_decode // keys.shape[1])]
+            mask = self._decode_mask(plan, window, tables.shape[1] * keys.shape[1])
             own = _rows_of(sinks, rows)
-            outputs.append(_decode(query[rows], keys, values, plan.tables, mask, scale, own))
-        for chunk in plan.prefills:
+            outputs.append(_decode(query[rows], keys, values, tables, mask, scale, own))
+        for chunk, table in zip(plan.prefills, plan.tables[plan.decodes :], strict=True):
             rows = slice(chunk.first, chunk.first + chunk.length)
             own = _rows_of(sinks, rows)
-            outputs.append(_prefill(query[rows], keys, values, chunk, scale, window, own))
+            outputs.append(_prefill(query[rows], keys, values, table, chunk, scale, window, own))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _decode_mask(self, plan: AttentionPlan, window: int | None) -> Tensor:
-        """`[decodes, 1, 1, length]` bool: the positions each decode sees. Made once a step."""
+    def _decode_mask(self, plan: AttentionPlan, window: int | None, width: int) -> Tensor:
+        """`[decodes, 1, 1, width]` bool: the positions each decode sees. Made once a step."""
         if window not in self._decode_masks:
-            positions = torch.arange(
-                plan.tables.shape[1] * self.block_size, device=plan.lengths.device
-            )
-            ends = plan.lengths.unsqueeze(1)
+            positions = torch.arange(width, device=plan.lengths.device)
+            ends = plan.lengths[: plan.decodes].unsqueeze(1)
             seen = positions < ends
             if window is not None:
                 seen &= positions >= ends - window
@@ -213,6 +294,7 @@ def _prefill(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    table: Tensor,
     chunk: Prefill,
     scale: float,
     window: int | None,
@@ -220,8 +302,9 @@ def _prefill(
 ) -> Tensor:
     """One chunk of one sequence over its cached prefix and itself, causally."""
     end = chunk.start + chunk.length
-    k = keys.index_select(0, chunk.blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
-    v = values.index_select(0, chunk.blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
+    blocks = table[: -(-end // keys.shape[1])]
+    k = keys.index_select(0, blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
+    v = values.index_select(0, blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
     q = query.transpose(0, 1).unsqueeze(0)
     mask = causal_mask(chunk.start, end, window, query.device)
     if sinks is not None:
@@ -258,7 +341,7 @@ def _attention(
 class PackedAttention:
     """Causal attention over whole sequences packed in one batch, without a cache: the slow twin.
 
-    `lengths` are those of the packed sequences. Also records each layer's KV shape.
+    `lengths` are those of the packed sequences. Also records every layer's shape.
     """
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
@@ -276,7 +359,14 @@ class PackedAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.shapes[layer] = LayerShape(
+            kv_heads=key.shape[1],
+            key_dim=key.shape[2],
+            value_dim=value.shape[2],
+            heads=query.shape[1],
+            window=window,
+            sinks=sinks is not None,
+        )
         outputs, first = [], 0
         for length in self._lengths:
             rows = slice(first, first + length)

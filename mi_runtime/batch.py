@@ -3,7 +3,10 @@
 Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,8 @@ from mi_runtime.request import Dial
 from mi_runtime.rows import StepRows
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
+
+ALIGNED = 4  # elements: a tensor begins at a multiple of 16 bytes, as kernels are compiled for
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,54 +35,72 @@ class Batch:
     scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
 
 
-def build_batch(part: Part, block_size: int, zero_block: int, device: torch.device) -> Batch:
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
+def build_batch(part: Part, block_size: int, spare_block: int, device: torch.device) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
-    opened: list[int] = []
     kept: list[int] = []
     scored: list[int] = []
-    prefills: list[Prefill] = []
-    decodes = _leading_decodes(part.chunks)
-    for order, chunk in enumerate(part.chunks):
+    for chunk in part.chunks:
         sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
-        table = sequence.block_table
-        if order >= decodes:
-            blocks = tensor(table[: -(-end // block_size)])
-            prefills.append(Prefill(len(ids), chunk.length, start, blocks))
         scored += [len(ids) + position - start for position in chunk.scored]
         ids += sequence.tokens[start:end]
         positions += range(start, end)
-        slots += [
-            table[position // block_size] * block_size + position % block_size
-            for position in range(start, end)
-        ]
-        if end % block_size and end - end % block_size >= start:
-            opened.append(table[end // block_size])
         if chunk.samples:
             kept.append(len(ids) - 1)
     kept = scored + kept
-    singles = part.chunks[:decodes]
-    tables = _padded_tables(singles, block_size, zero_block)
+    moved = moved_together([ids, positions, kept], torch.int64, device)
     return Batch(
-        ids=tensor(ids),
-        positions=tensor(positions),
-        kept=tensor(kept),
+        ids=moved[0],
+        positions=moved[1],
+        kept=moved[2],
         rows=_step_rows(part, kept),
-        attention=AttentionPlan(
-            slots=tensor(slots),
-            opened=tensor(opened),
-            decodes=decodes,
-            tables=tensor(tables).view(decodes, -1) if decodes else tensor([]),
-            lengths=tensor([chunk.start + 1 for chunk in singles]),
-            prefills=tuple(prefills),
-        ),
+        attention=attention_plan(part.chunks, block_size, spare_block, device),
         sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
         scored=tuple(chunk for chunk in part.chunks if chunk.scored),
     )
+
+
+def attention_plan(
+    chunks: list[Chunk], block_size: int, spare_block: int, device: torch.device
+) -> AttentionPlan:
+    decodes = _leading_decodes(chunks)
+    starts = [0, *accumulate(chunk.length for chunk in chunks)]
+    lengths = [chunk.start + chunk.length for chunk in chunks]
+    tables = _padded_tables(chunks, lengths, block_size, spare_block)
+    own = moved_together([starts, lengths, tables], torch.int32, device)
+    wide = moved_together(
+        [_slots(chunks, block_size), _opened(chunks, block_size)], torch.int64, device
+    )
+    return AttentionPlan(
+        slots=wide[0],
+        query_starts=own[0],
+        lengths=own[1],
+        tables=own[2].view(len(chunks), -1),
+        decodes=decodes,
+        longest_decode=max(lengths[:decodes], default=0),
+        longest_query=max(chunk.length for chunk in chunks),
+        longest=max(lengths),
+        prefills=tuple(
+            Prefill(first, chunk.length, chunk.start)
+            for first, chunk in zip(starts[decodes:], chunks[decodes:], strict=False)
+        ),
+        opened=wide[1],
+    )
+
+
+def moved_together(
+    lists: Iterable[list[Any]], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Each list as a tensor on the device, all in one copy, which on CUDA nobody waits for."""
+    flat: list[Any] = []
+    bounds = []
+    for values in lists:
+        bounds.append((len(flat), len(flat) + len(values)))
+        flat += values
+        flat += [0] * (-len(flat) % ALIGNED)
+    packed = torch.tensor(flat, dtype=dtype, pin_memory=device.type == "cuda")
+    moved = packed.to(device, non_blocking=True)
+    return [moved[first:end] for first, end in bounds]
 
 
 def _step_rows(part: Part, kept: list[int]) -> StepRows:
@@ -102,8 +125,32 @@ def _leading_decodes(chunks: list[Chunk]) -> int:
     return len(chunks)
 
 
-def _padded_tables(chunks: list[Chunk], block_size: int, zero_block: int) -> list[int]:
-    """The blocks of every decode's KV, none that it has for later."""
-    tables = [chunk.sequence.block_table[: chunk.start // block_size + 1] for chunk in chunks]
-    width = max(map(len, tables), default=0)
-    return [block for table in tables for block in table + [zero_block] * (width - len(table))]
+def _padded_tables(
+    chunks: list[Chunk], lengths: list[int], block_size: int, spare_block: int
+) -> list[int]:
+    """The blocks of every chunk's KV, none that its sequence has for later."""
+    tables = [
+        chunk.sequence.block_table[: -(-length // block_size)]
+        for chunk, length in zip(chunks, lengths, strict=True)
+    ]
+    width = max(map(len, tables))
+    return [block for table in tables for block in table + [spare_block] * (width - len(table))]
+
+
+def _slots(chunks: list[Chunk], block_size: int) -> list[int]:
+    """Where each row's KV goes."""
+    return [
+        chunk.sequence.block_table[position // block_size] * block_size + position % block_size
+        for chunk in chunks
+        for position in range(chunk.start, chunk.start + chunk.length)
+    ]
+
+
+def _opened(chunks: list[Chunk], block_size: int) -> list[int]:
+    """Blocks that a chunk fills in part, from their first slot on."""
+    opened = []
+    for chunk in chunks:
+        end = chunk.start + chunk.length
+        if end % block_size and end - end % block_size >= chunk.start:
+            opened.append(chunk.sequence.block_table[end // block_size])
+    return opened

@@ -19,7 +19,7 @@ from mi_runtime.request import (
     RequestRejected,
     TokenEvent,
 )
-from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
+from mi_runtime.rows import BlendGroups, Way
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
@@ -42,15 +42,16 @@ class Engine:
     def __init__(self, config: EngineConfig, model: BlendedModel | None = None) -> None:
         if model is None:
             pair = check_pair(config.instruct, config.thinking)
-            model = load_pair(pair, config.device, config.dtype)
+            model = load_pair(pair, config.device, config.dtype, config.delta_dtype)
         num_blocks = _number_of_blocks(config, model)
         capacity = num_blocks * config.block_size
         self.info = EngineInfo(
             pair_identity=model.identity,
-            fingerprint=fingerprint(model.identity, config.lambda_step),
+            fingerprint=fingerprint(model.identity, config.lambda_step, config.delta_dtype),
             model_type=str(model.model.config.model_type),
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
+            delta_dtype=config.delta_dtype,
             vocab_size=model.vocab_size,
             max_model_len=min(config.max_model_len or model.max_positions, capacity),
             block_size=config.block_size,
@@ -73,12 +74,13 @@ class Engine:
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
         self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
         self._groups = model.groups
-        self._groups.cache.budget = _blend_budget(config, model, num_blocks)
+        self._groups.cache.places = _blend_places(config, model, num_blocks)
         planner = Planner(
             config.blend_policy,
             measure_costs(model) if config.blend_policy == "auto" else NO_COSTS,
             _MissingShare(model.groups),
-            capacity=self._groups.cache.budget // max(1, blend_bytes(model)),
+            capacity=self._groups.cache.places,
+            endpoints=self._groups.endpoints,
         )
         self._groups.start_counting()
         self._runner = Runner(model, planner, num_blocks, config.block_size)
@@ -216,14 +218,18 @@ class _MissingShare:
             self._known.clear()
         if dial not in self._known:
             values = [(name, dial.value_of(name)) for name in self._groups.names]
-            keys = [key for key in values if key[1] not in ENDPOINTS]
+            keys = [key for key in values if key[1] not in self._groups.endpoints]
             self._known[dial] = cache.missing(keys) / max(1, len(keys))
         return self._known[dial]
 
 
-def _blend_budget(config: EngineConfig, model: BlendedModel, num_blocks: int) -> int:
-    """A share of what the KV will leave, which takes its memory only when it is written."""
-    if config.blend_cache_bytes is not None:
-        return config.blend_cache_bytes
-    left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
-    return int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])
+def _blend_places(config: EngineConfig, model: BlendedModel, num_blocks: int) -> int:
+    """λ values whose blended weights fit in the bytes given, or in a share of what the KV leaves.
+
+    They take their memory only when they are written.
+    """
+    budget = config.blend_cache_bytes
+    if budget is None:
+        left = free_bytes(model.device) - num_blocks * _block_bytes(config, model)
+        budget = int(max(0, left) * BLEND_MEMORY_SHARE[model.device.type])
+    return budget // max(1, blend_bytes(model))

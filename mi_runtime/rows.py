@@ -4,13 +4,14 @@ A blend group is the parameters that share one λ: `embed`, `head`, and of each 
 `N.mlp`. The rows of a group in a step go one of three ways:
 
     endpoint   all at λ = 0, or all at λ = 1: that endpoint's own weights, nothing else is read
+               (λ = 1 is none where Thinking is kept as a rounded difference)
     blended    all at one λ, and the planner wants its blended weights
     pair       any λ values, straight from both endpoints
 
 Swapped modules hold a `RowSlot` and read its `now`; nothing else of a step reaches them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -32,18 +33,33 @@ class Way(StrEnum):
 
 
 class Rows:
-    """The λ of the rows that a group's modules see, for as long as the batch keeps its shape."""
+    """The λ of the rows that a group's modules see, for as long as the batch keeps its shape.
 
-    __slots__ = ("_input", "_memo", "_mixed", "blend", "endpoint", "mix", "weights")
+    `live`: `weights` is a buffer that is written between forwards, so nothing derived is kept.
+    """
 
-    def __init__(self, weights: Tensor, endpoint: int | None, blend: Blend | None = None) -> None:
+    __slots__ = ("_input", "_memo", "_mix", "_mixed", "blend", "endpoint", "live", "weights")
+
+    def __init__(
+        self,
+        weights: Tensor,
+        endpoint: int | None,
+        blend: Blend | None = None,
+        live: bool = False,
+    ) -> None:
         self.endpoint = endpoint  # every row at this endpoint
         self.blend = blend  # every row at this blend's λ
         self.weights = weights  # [rows] fp32 λ; [1] where all rows share it
-        self.mix = torch.stack((1 - weights, weights), dim=1).unsqueeze(-1)  # [·, 2, 1] fp32
+        self.live = live
+        self._mix: Tensor | None = None if live else _both(weights)
         self._memo: dict[object, Tensor] = {}
         self._input: Tensor | None = None
         self._mixed = weights
+
+    @property
+    def mix(self) -> Tensor:
+        """`[rows or 1, 2, 1]` fp32: (1−λ) and λ."""
+        return _both(self.weights) if self._mix is None else self._mix
 
     @property
     def way(self) -> Way:
@@ -65,6 +81,8 @@ class Rows:
 
     def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make(weights)`, made once for as long as the rows stay as they are."""
+        if self.live:
+            return make(self.weights)
         value = self._memo.get(key)
         if value is None:
             value = make(self.weights)
@@ -74,6 +92,10 @@ class Rows:
 
     def forget_input(self) -> None:
         self._input, self._mixed = None, self.weights
+
+
+def _both(weights: Tensor) -> Tensor:
+    return torch.stack((1 - weights, weights), dim=1).unsqueeze(-1)
 
 
 def scaled_pair(x: Tensor, mix: Tensor) -> Tensor:
@@ -106,10 +128,17 @@ class StepRows:
 class BlendGroups:
     """All groups of one model. Most modules see every token; the head only the rows it needs."""
 
-    def __init__(self, layers: int, device: torch.device, cache: BlendCache) -> None:
+    def __init__(
+        self,
+        layers: int,
+        device: torch.device,
+        cache: BlendCache,
+        endpoints: Mapping[float, int] = ENDPOINTS,
+    ) -> None:
         names = [f"{layer}.{part}" for layer in range(layers) for part in ("attn", "mlp")]
         self.names = ("embed", *names, "head")
         self.cache = cache
+        self.endpoints = endpoints  # which λ have weights of their own
         self.executions = dict.fromkeys(Way, 0)  # of groups, since `start_counting`
         self._tokens = {name: RowSlot() for name in self.names}
         self._kept = {name: RowSlot() for name in self.names}
@@ -125,20 +154,31 @@ class BlendGroups:
         """What ran until now was no request's."""
         self.executions = dict.fromkeys(Way, 0)
 
-    def begin(self, step: StepRows, first: bool = True) -> None:
-        """Sets the rows of the next forward. A batch of the same shape as the last keeps them.
-
-        `first` of its engine step: blends of earlier steps may be evicted from now on.
-        """
+    def begin(self, step: StepRows) -> None:
+        """Sets the rows of the next forward. A batch of the same shape as the last keeps them."""
         if step != self._last:
-            if first:
-                self.cache.begin_step()
             self._assign(step)
             self._last = step
         else:
             self.cache.hits += self._ways[Way.BLENDED]
         for way, count in self._ways.items():
             self.executions[way] += count
+
+    def hold(self, rows: Mapping[str, Rows]) -> None:
+        """Sets these rows by group until the next `begin`; those with logits are all rows."""
+        for name in self.names:
+            self._tokens[name].now = self._kept[name].now = rows[name]
+        self._used = {id(one): one for one in rows.values()}
+        self._last = None
+
+    @property
+    def held(self) -> list[Tensor]:
+        """λ of the rows that are set, `[rows]` or `[1]` each."""
+        return [rows.weights for rows in self._used.values()]
+
+    def count(self, way: Way) -> None:
+        """Notes a forward that ran outside `begin`, all its groups one way."""
+        self.executions[way] += len(self.names)
 
     def end(self) -> None:
         """Lets go of activations that the forward left behind."""
@@ -167,7 +207,7 @@ class BlendGroups:
 
     def _blend(self, name: str, value: float) -> Blend | None:
         """Of `embed` the entry stays empty: an embedding blends only the rows it looks up."""
-        return None if value in ENDPOINTS else self.cache.use((name, value))
+        return None if value in self.endpoints else self.cache.use((name, value))
 
     def _rows(
         self,
@@ -179,7 +219,7 @@ class BlendGroups:
     ) -> tuple[Rows, Rows]:
         weights = torch.tensor(values[:1] if uniform else values, device=self._device)
         if uniform:
-            rows = Rows(weights, ENDPOINTS.get(values[0]), blend)
+            rows = Rows(weights, self.endpoints.get(values[0]), blend)
             return rows, rows
         weights = weights[index]
         return Rows(weights, None), Rows(weights[kept], None)

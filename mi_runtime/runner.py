@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mi_runtime.attention import PagedAttention
 from mi_runtime.batch import Batch, build_batch
+from mi_runtime.graphs import DecodeGraphs
 from mi_runtime.load import BlendedModel
 from mi_runtime.logprobs import token_logprobs
 from mi_runtime.planner import Part, Planner
@@ -24,10 +25,11 @@ class Runner:
         self, model: BlendedModel, planner: Planner, num_blocks: int, block_size: int
     ) -> None:
         self.planner = planner
-        self._model = model
-        self._attention = PagedAttention(
+        self.graphs: DecodeGraphs | None = None  # recorded once the KV is there
+        self.attention = PagedAttention(
             model.layers, num_blocks, block_size, model.dtype, model.device
         )
+        self._model = model
         self._sampler = Sampler()
         self.scores: dict[Sequence, list[TokenLogprobs] | None] = {}
         """Of the last run: the scored positions of its chunks; None where logits are not finite."""
@@ -38,9 +40,10 @@ class Runner:
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
         self.scores = {}
-        for index, part in enumerate(self.planner.plan(chunks)):
-            part_logits, sampling = self._forward(part, first=index == 0)
-            logits.append(part_logits)
+        parts = self.planner.plan(chunks)
+        for part in parts:
+            part_logits, sampling = self._forward(part)
+            logits.append(part_logits if len(parts) == 1 else part_logits.clone())
             sequences += sampling
         if not sequences:
             return []
@@ -51,11 +54,15 @@ class Runner:
         of = dict(zip(sequences, sampled, strict=True))
         return [of[chunk.sequence] for chunk in chunks if chunk.samples]
 
-    def _forward(self, part: Part, first: bool) -> tuple[Tensor, tuple[Sequence, ...]]:
-        attention, model = self._attention, self._model
-        batch = build_batch(part, attention.block_size, attention.zero_block, model.device)
+    def _forward(self, part: Part) -> tuple[Tensor, tuple[Sequence, ...]]:
+        """Logits of the rows that sample; those of a replay hold until the next one."""
+        attention, model, graphs = self.attention, self._model, self.graphs
+        batch = build_batch(part, attention.block_size, attention.spare_block, model.device)
+        form = None if graphs is None else graphs.form_for(part)
+        if graphs is not None and form is not None:
+            return graphs.replay(form, batch), batch.sampling
         attention.begin(batch.attention)
-        model.groups.begin(batch.rows, first)
+        model.groups.begin(batch.rows)
         logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
         if batch.scored:
             logits = self._score(logits, batch)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ class Workload:
 
 
 def attention(work: Workload) -> PagedAttention:
-    shapes = (LayerShape(work.kv_heads, KEY_DIM, VALUE_DIM),) * LAYERS
+    shapes = (LayerShape(work.kv_heads, KEY_DIM, VALUE_DIM, work.kv_heads * work.group),) * LAYERS
     return PagedAttention(shapes, NUM_BLOCKS, work.block_size, torch.float32, CPU)
 
 
@@ -91,7 +91,7 @@ def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: 
         rows = rows_of(work, chunks)
         over.begin(
             build_batch(
-                Part(chunks, blended=False), work.block_size, over.zero_block, CPU
+                Part(chunks, blended=False), work.block_size, over.spare_block, CPU
             ).attention
         )
         own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
@@ -113,7 +113,7 @@ def poison(over: PagedAttention, work: Workload) -> None:
     one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
     one.block_table = list(range(NUM_BLOCKS))
     plan = build_batch(
-        Part([Chunk(one, 0, length)], False), work.block_size, over.zero_block, CPU
+        Part([Chunk(one, 0, length)], False), work.block_size, over.spare_block, CPU
     ).attention
     key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
     value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
@@ -175,7 +175,7 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     second.computed = 8
     for chunk in (Chunk(first, 0, 8), Chunk(second, 8, 3)):
         rows = rows_of(work, [chunk])
-        over.begin(build_batch(Part([chunk], False), 4, over.zero_block, CPU).attention)
+        over.begin(build_batch(Part([chunk], False), 4, over.spare_block, CPU).attention)
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )
@@ -218,8 +218,10 @@ def test_a_mask_of_the_models_own_is_refused() -> None:
         attention_forward(Layer(), x, x, x, torch.ones(3, 3), attention_context=twin, scaling=1.0)
 
 
-def test_the_slow_twin_records_the_shape_of_every_layers_kv() -> None:
-    work, twin = Workload(lengths=(3,)), PackedAttention((3,))
-    query, key, value, _ = work.tensors()
+def test_the_slow_twin_records_the_shape_of_every_layer() -> None:
+    work, twin = Workload(lengths=(3,), sinks="shared"), PackedAttention((3,))
+    query, key, value, sinks = work.tensors()
     twin.attend(4, query, key, value, scale=1.0, window=None, sinks=None)
-    assert twin.shapes == {4: LayerShape(work.kv_heads, KEY_DIM, VALUE_DIM)}
+    twin.attend(5, query, key, value, scale=1.0, window=7, sinks=sinks)
+    plain = LayerShape(kv_heads=2, key_dim=KEY_DIM, value_dim=VALUE_DIM, heads=4)
+    assert twin.shapes == {4: plain, 5: replace(plain, window=7, sinks=True)}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mi_runtime.blend import PairEmbedding, PairLinear, UnsupportedModel
+from mi_runtime.blend import PairEmbedding, PairLinear, UnsupportedModel, WholeStorage
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.blocks import BlockPool
 from mi_runtime.load import BlendedModel, Probe, load_pair
@@ -84,8 +84,8 @@ class RecordingModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def _begin(self, step: StepRows, first: bool) -> None:
-        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))), first)
+    def _begin(self, step: StepRows) -> None:
+        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))))
         self.endpoints.append(self._model.groups.slot("head", kept=True).now.endpoint)
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
@@ -268,8 +268,8 @@ def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
 
 
 def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) -> nn.Module:
-    groups = BlendGroups(1, torch.device("cpu"), BlendCache(budget=0))
-    for _ in ModuleSwap(groups, axes).swap(instruct, thinking):
+    groups = BlendGroups(1, torch.device("cpu"), BlendCache())
+    for _ in ModuleSwap(groups, axes, WholeStorage()).swap(instruct, thinking):
         pass
     return instruct
 

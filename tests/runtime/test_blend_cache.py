@@ -1,4 +1,4 @@
-"""Blended weights: what is built is right, what is in use stays, and the bytes are counted."""
+"""Blended weights: what is built is right, and every group holds its last few λ in fixed places."""
 
 from collections import OrderedDict
 
@@ -24,14 +24,14 @@ class Source:
         self.nbytes = nbytes
         self.blends = 0
 
-    def blend(self, value: float) -> Tensor:
+    def blend(self, value: float, out: Tensor | None = None) -> Tensor:
         self.blends += 1
-        return torch.full((self.nbytes,), round(value * 100), dtype=torch.uint8)
+        room = torch.empty(self.nbytes, dtype=torch.uint8) if out is None else out
+        return room.fill_(round(value * 100))
 
 
 def fill(cache: BlendCache, key: Key, *sources: Source) -> list[Tensor]:
-    """A step that uses one entry."""
-    cache.begin_step()
+    """A forward that uses one entry."""
     blend = cache.use(key)
     return [blend.get(source) for source in sources]
 
@@ -84,6 +84,17 @@ def test_experts_are_blended_one_by_one_to_the_same_values(
         assert torch.equal(experts.blend(value), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_blend_can_be_written_where_another_was(dtype: torch.dtype) -> None:
+    for source in (
+        PairMatrix(*random_pair(8, 6, dtype=dtype)),
+        PairExperts(random_pair(3, 8, 6, dtype=dtype), None, transposed=False),
+    ):
+        room = source.blend(0.2)
+        assert source.blend(0.7, room) is room
+        assert torch.equal(room, source.blend(0.7))
+
+
 def test_a_blend_holds_only_its_own_bytes() -> None:
     """A view of the pair would keep both endpoints' bytes and not be contiguous."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -96,8 +107,7 @@ def test_a_blend_holds_only_its_own_bytes() -> None:
 
 
 def test_a_tensor_is_built_at_its_first_use_and_then_kept() -> None:
-    cache, first, second = BlendCache(100), Source(8), Source(4)
-    cache.begin_step()
+    cache, first, second = BlendCache(2), Source(8), Source(4)
     blend = cache.use(("0.attn", 0.5))
     assert (cache.nbytes, first.blends) == (0, 0)
     assert blend.get(first) is blend.get(first)
@@ -109,52 +119,76 @@ def test_a_tensor_is_built_at_its_first_use_and_then_kept() -> None:
 
 
 def test_one_λ_and_one_group_are_not_another() -> None:
-    cache, source = BlendCache(100), Source()
+    cache, source = BlendCache(2), Source()
     keys = [("0.attn", 0.5), ("0.attn", 0.51), ("0.mlp", 0.5)]
     tensors = [fill(cache, key, source)[0] for key in keys]
     assert len({id(tensor) for tensor in tensors}) == cache.builds == 3
     assert [tensor[0] for tensor in tensors] == [50, 51, 50]
 
 
-def test_the_least_recently_used_goes_first() -> None:
-    cache = BlendCache(24)
+def test_the_least_recently_used_of_its_group_goes_first() -> None:
+    cache, source = BlendCache(3), Source()
     keys: list[Key] = [("head", 0.1), ("head", 0.2), ("head", 0.3)]
-    for key in keys:
-        fill(cache, key, Source())
-    fill(cache, keys[0])
-    fill(cache, ("head", 0.4), Source())
+    for key in [("embed", 0.1), *keys]:
+        fill(cache, key, source)
+    fill(cache, keys[0], source)
+    fill(cache, ("head", 0.4), source)
     assert [key in cache for key in keys] == [True, False, True]
-    assert (cache.nbytes, cache.evictions) == (24, 1)
+    assert ("embed", 0.1) in cache
+    assert (cache.nbytes, cache.evictions) == (32, 1)
 
 
-def test_what_the_step_uses_stays_whatever_the_budget() -> None:
+def test_the_next_one_is_written_where_the_last_one_was() -> None:
+    cache, source = BlendCache(1), Source()
+    (first,) = fill(cache, ("head", 0.1), source)
+    (second,) = fill(cache, ("head", 0.2), source)
+    assert second.data_ptr() == first.data_ptr()
+    assert (second == 20).all()
+    assert (cache.nbytes, cache.builds, cache.evictions, source.blends) == (8, 2, 1, 2)
+
+
+def test_what_must_be_blended_has_a_place_even_where_there_is_none() -> None:
     cache, source = BlendCache(0), Source()
-    cache.begin_step()
-    blends = [cache.use((group, 0.5)) for group in ("0.attn", "0.mlp")]
-    tensors = [blend.get(source) for blend in blends]
-    assert [blend.get(source) for blend in blends] == tensors
-    assert (cache.nbytes, cache.evictions, source.blends) == (16, 0, 2)
-    fill(cache, ("head", 0.5), source)
-    assert (cache.nbytes, cache.evictions) == (8, 2)
-    cache.check_integrity()
-
-
-def test_what_was_evicted_is_built_again() -> None:
-    cache, source = BlendCache(8), Source()
     for value in (0.1, 0.2, 0.1):
         assert fill(cache, ("head", value), source)[0][0] == round(value * 100)
     assert (cache.builds, cache.hits, cache.evictions, source.blends) == (3, 0, 2, 3)
+    cache.check_integrity()
 
 
 def test_missing_counts_the_entries_that_would_have_to_be_built() -> None:
-    cache = BlendCache(100)
+    cache = BlendCache(2)
     fill(cache, ("head", 0.1), Source())
     assert cache.missing([("head", 0.1), ("head", 0.2), ("0.mlp", 0.1)]) == 2
     assert (cache.builds, cache.hits) == (1, 0)
 
 
+def test_entries_have_a_common_place_when_all_of_them_are_built_in_it() -> None:
+    cache, sources = BlendCache(2), {group: Source() for group in ("0.attn", "0.mlp")}
+    low, high = ([(group, value) for group in sources] for value in (0.1, 0.2))
+    for key in (*low, *high):
+        fill(cache, key, sources[key[0]])
+    assert (cache.common_place(low), cache.common_place(high)) == (0, 1)
+    assert cache.common_place([low[0], high[1]]) is None
+    cache.use(("0.mlp", 0.3))  # takes the place of λ = 0.1, unbuilt as yet
+    assert cache.common_place(low) is None
+    assert cache.common_place([("0.attn", 0.1), ("0.mlp", 0.3)]) is None
+    fill(cache, ("0.mlp", 0.3), sources["0.mlp"])
+    assert cache.common_place([("0.attn", 0.1), ("0.mlp", 0.3)]) == 0
+
+
+def test_what_is_forgotten_leaves_its_places_and_their_memory() -> None:
+    cache, source = BlendCache(2), Source()
+    before = [fill(cache, ("head", value), source)[0].data_ptr() for value in (0.1, 0.2)]
+    cache.forget()
+    assert (cache.builds, cache.hits, cache.nbytes) == (0, 0, 16)
+    assert ("head", 0.1) not in cache
+    after = [fill(cache, ("head", value), source)[0].data_ptr() for value in (0.3, 0.1)]
+    assert after == before
+    cache.check_integrity()
+
+
 def test_a_cold_group_is_built_and_never_an_endpoint() -> None:
-    groups = BlendGroups(1, torch.device("cpu"), BlendCache(0))
+    groups = BlendGroups(1, torch.device("cpu"), BlendCache())
     pair = PairMatrix(*random_pair(8, 6))
     groups.begin(StepRows((Dial(0.3),), (0, 0), (1,), blended=True))
     rows = groups.slot("0.attn", kept=False).now
@@ -165,69 +199,36 @@ def test_a_cold_group_is_built_and_never_an_endpoint() -> None:
         assert (pair.product(x, rows) - x @ endpoint.T).abs().max() > 0.1
 
 
-# --- Random steps -------------------------------------------------------------------------------
+# --- Random forwards ----------------------------------------------------------------------------
 
 KEYS = st.tuples(st.sampled_from(("embed", "0.attn", "0.mlp", "head")), st.sampled_from(VALUES))
-STEPS = st.lists(
-    st.lists(st.tuples(KEYS, st.sets(st.integers(0, 3))), min_size=1, max_size=6), max_size=30
-)
+FORWARDS = st.lists(st.tuples(KEYS, st.sets(st.integers(0, 3))), max_size=60)
 
 
-class SlowCache:
-    """The slow twin: entries in order of use, each with the sizes of its tensors."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.entries: OrderedDict[Key, dict[int, int]] = OrderedDict()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(sum(sizes.values()) for sizes in self.entries.values())
-
-    def use(self, key: Key) -> None:
-        self.entries.setdefault(key, {})
-        self.entries.move_to_end(key)
-
-    def build(self, key: Key, source: int, size: int, in_use: set[Key]) -> None:
-        if source in self.entries[key]:
-            return
-        self.entries[key][source] = size
-        self.evict(in_use)
-
-    def evict(self, in_use: set[Key]) -> None:
-        for old in [one for one in self.entries if one not in in_use]:
-            if self.nbytes > self.budget:
-                del self.entries[old]
-
-
-@given(steps=STEPS, budget=st.integers(0, 120))
-def test_random_steps_keep_every_invariant(
-    steps: list[list[tuple[Key, set[int]]]], budget: int
+@given(forwards=FORWARDS, places=st.integers(0, 4))
+def test_random_forwards_keep_every_invariant(
+    forwards: list[tuple[Key, set[int]]], places: int
 ) -> None:
+    """Beside the slow twin: of each group the last λ values, in order of use."""
     sources = [Source(size) for size in (0, 3, 8, 20)]
-    cache, slow = BlendCache(budget), SlowCache(budget)
-    uses, most = 0, budget  # `most`: what one step uses may exceed the budget, nothing else
-    for step in steps:
-        cache.begin_step()
-        slow.evict(in_use=set())
-        blends = {}
-        for key, _ in step:
-            blends[key] = cache.use(key)
-            slow.use(key)
-        built = {}
-        for key, wanted in step:
-            for index in wanted:
-                built[key, index] = blends[key].get(sources[index])
-                slow.build(key, index, sources[index].nbytes, set(blends))
-                cache.check_integrity()
-        uses += len(step)
-        for (key, index), tensor in built.items():  # nothing in use was evicted and built again
-            assert blends[key].get(sources[index]) is tensor
+    cache = BlendCache(places)
+    held: dict[str, OrderedDict[float, set[int]]] = {}
+    for key, wanted in forwards:
+        mine = held.setdefault(key[0], OrderedDict())
+        blend = cache.use(key)
+        mine.setdefault(key[1], set())
+        mine.move_to_end(key[1])
+        if len(mine) > max(1, places):
+            mine.popitem(last=False)
+        for index in wanted:
+            blends = sources[index].blends
+            tensor = blend.get(sources[index])
             assert (tensor == round(key[1] * 100)).all()
-        assert all(key in cache for key in blends)
-        assert cache.nbytes == slow.nbytes
-        most = max(most, sum(blend.nbytes for blend in blends.values()))
-        assert cache.nbytes <= most
-        assert cache.missing(slow.entries) == 0
-        assert cache.builds + cache.hits == uses
-        assert cache.builds - cache.evictions == len(slow.entries)
+            assert sources[index].blends - blends == (index not in mine[key[1]])
+            mine[key[1]].add(index)
+        cache.check_integrity()
+        keys = {(group, value) for group, values in held.items() for value in values}
+        assert cache.missing(keys) == 0
+        assert cache.builds - cache.evictions == len(keys)
+    assert cache.builds + cache.hits == len(forwards)
+    assert cache.nbytes <= max(1, places) * len(held) * 31

@@ -18,8 +18,8 @@ NAMES = ("embed", "0.attn", "0.mlp", "1.attn", "1.mlp", "head")
 E, B, P = Way.ENDPOINT, Way.BLENDED, Way.PAIR
 
 
-def groups_of(budget: int = 1 << 20) -> BlendGroups:
-    return BlendGroups(LAYERS, torch.device("cpu"), BlendCache(budget))
+def groups_of(places: int = 100) -> BlendGroups:
+    return BlendGroups(LAYERS, torch.device("cpu"), BlendCache(places))
 
 
 def step(*dials: Dial, blended: bool, tokens: int = 1) -> StepRows:
@@ -175,17 +175,6 @@ def test_groups_of_one_λ_share_their_rows() -> None:
     assert embed is not head
 
 
-def test_the_weights_of_what_the_step_uses_outlive_a_small_budget() -> None:
-    groups = groups_of(budget=0)
-    groups.begin(step(Dial(0.3), blended=True))
-    blend = groups.slot("0.mlp", kept=False).now.blend
-    assert blend is not None
-    for _ in range(3):
-        groups.begin(step(Dial(0.3), blended=True))
-        assert groups.slot("0.mlp", kept=False).now.blend is blend
-        groups.cache.check_integrity()
-
-
 # --- What rows keep -----------------------------------------------------------------------------
 
 
@@ -204,6 +193,15 @@ def times_made(count: int) -> int:
 
 def test_only_small_steps_keep_what_they_derive() -> None:
     assert (times_made(1), times_made(MEMO_ROWS), times_made(MEMO_ROWS + 1)) == (1, 1, 2)
+
+
+def test_rows_whose_λ_lie_in_a_live_buffer_keep_nothing_of_them() -> None:
+    weights = torch.tensor([0.25, 0.5])
+    rows = Rows(weights, None, live=True)
+    assert rows.derived("key", torch.clone).tolist() == [0.25, 0.5]
+    weights.fill_(1.0)
+    assert rows.derived("key", torch.clone).tolist() == [1.0, 1.0]
+    assert rows.mix.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_what_is_derived_is_kept_by_its_key() -> None:
