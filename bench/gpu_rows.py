@@ -15,7 +15,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -89,23 +89,20 @@ class Skipped(Exception):
 
 
 def cases_of(store: Store, scale: Scale) -> list[Case]:
-    """In order of importance."""
-    one: list[Lambdas] = ["one"]
-    kinds: list[Lambdas] = one if store == "static" else ["different", "one"]
+    """In order of importance. A hot λ of compact deltas has weights as any pair's: one row of it."""
+    kinds: list[Lambdas] = ["one"] if store == "static" else ["different", "one"]
+    mostly = kinds[:1] if store in ("int8", "int4") else kinds
     first, *others = [
         Case("decode", "one", batch, context)
         for context in scale.contexts
         for batch in scale.batches
     ]
-    prefill, sequences = Case("prefill", "one", *scale.prefill), scale.answers[0]
-    answers = Case("answers", "one", sequences, scale.answers[1])
-    cases = _each(first, kinds) + _each(prefill, kinds) + _each(answers, kinds)
+    sequences, prompt, _ = scale.answers
+    cases = _each(first, kinds) + _each(Case("prefill", "one", *scale.prefill), mostly)
+    cases += _each(Case("answers", "one", sequences, prompt), mostly)
     if store == "pair":
         cases += [Case("first token", "never seen", 1, length) for length in scale.prompts]
-    compact = store in ("int8", "int4")  # whose hot λ has weights as any pair's
-    return cases + [
-        case for other in others for case in _each(other, kinds[:1] if compact else kinds)
-    ]
+    return cases + [case for other in others for case in _each(other, mostly)]
 
 
 def _each(case: Case, kinds: list[Lambdas]) -> list[Case]:
@@ -307,7 +304,7 @@ def pretend_computed(engine: Engine, request: EngineRequest) -> None:
 
 
 def _fill_with_random_numbers(engine: Engine) -> None:
-    attention = engine._runner._attention
+    attention = engine._runner.attention
     for cache in (*attention._keys, *attention._values):
         cache.normal_()
 
@@ -322,8 +319,6 @@ def _config(store: Store, scale: Scale) -> EngineConfig:
     if store == "static":
         settings["blend_policy"] = "pair"  # there is nothing to choose
     if store in ("int8", "int4"):
-        if "delta_dtype" not in {field.name for field in fields(EngineConfig)}:
-            raise Skipped("this engine has no compact deltas")
         settings["delta_dtype"] = store
     return EngineConfig("", "", **settings)
 

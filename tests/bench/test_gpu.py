@@ -40,7 +40,8 @@ def test_every_row_runs_on_tiny_shapes(smoke: Any) -> None:
     wanted = {
         *((store, "decode", "one") for store in ("static", "generate")),
         *((store, what, "one") for store in ("static",) for what in ("prefill", "answers")),
-        *(("pair", what, kind) for what in ("decode", "prefill", "answers") for kind in kinds),
+        *(("pair", what, kind) for what in ("prefill", "answers") for kind in kinds),
+        *((store, "decode", kind) for store in ("pair", "int8", "int4") for kind in kinds),
         ("pair", "first token", "never seen"),
         ("batching", "answers", "one"),
     }
