@@ -89,7 +89,7 @@ class Skipped(Exception):
 
 
 def cases_of(store: Store, scale: Scale) -> list[Case]:
-    """In order of importance. A hot λ of compact deltas has weights as any pair's: one row of it."""
+    """In order of importance; a hot λ of compact deltas has one row, its weights are a pair's."""
     kinds: list[Lambdas] = ["one"] if store == "static" else ["different", "one"]
     mostly = kinds[:1] if store in ("int8", "int4") else kinds
     first, *others = [
