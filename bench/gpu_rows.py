@@ -58,10 +58,17 @@ class Scale:
     answers: tuple[int, int, int] = (32, 1024, 128)  # sequences, tokens of prompt and of answer
     rounds: int = 5
     seconds: float = 1.0  # that the rounds of a decode row may take together
-    blocks: int | None = None  # None: what the memory holds
+    blocks: int | None = None  # of KV; None: what the memory holds
+    blend_bytes: int | None = None  # of blended weights, likewise
 
 
-SMALL = Scale((2, 1), (16, 48), (2, 24), (8,), (32, 8, 4), rounds=2, seconds=0.01, blocks=96)
+SMALL = Scale(
+    *((2, 1), (16, 48), (2, 24), (8,), (32, 8, 4)),
+    rounds=2,
+    seconds=0.01,
+    blocks=96,
+    blend_bytes=1 << 21,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +320,7 @@ def _config(store: Store, scale: Scale) -> EngineConfig:
     """A server's defaults, but for the room that the rows need."""
     settings: dict[str, Any] = {
         "num_blocks": scale.blocks,
+        "blend_cache_bytes": scale.blend_bytes,
         "max_model_len": max(scale.contexts) + SPARE,
         "max_num_seqs": max(scale.batches),
     }
