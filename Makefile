@@ -7,7 +7,7 @@ PORT ?= 8000
 # torch's CPU build, where there is no NVIDIA driver; the plain package brings gigabytes of CUDA.
 CPU_TORCH ?= torch==2.13.0 --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types pytest format bench pair clean
+.PHONY: serve test lint types pytest format bench gpu-test gpu-bench pair clean
 
 serve: $(VENV)/.installed
 	$(BIN)/mi-server serve --host $(HOST) --port $(PORT)
@@ -38,6 +38,17 @@ bench: $(VENV)/.tested
 	$(BIN)/python -m bench.sweep
 	$(BIN)/python -m bench.grammar
 	$(BIN)/python -m bench.routing
+
+# On a machine with a GPU, by its own $(PYTHON) and packages: nothing is installed, nothing fetched.
+# Both leave their JSON in $(GPU_OUT), as GPU_OUT=DIR names it; bench/README.md says what is measured.
+GPU_OUT ?= bench/results
+GPU_FLAGS ?=
+
+gpu-test:
+	GPU_OUT=$(GPU_OUT) TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -W default
+
+gpu-bench:
+	PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
 pair: $(VENV)/.installed

@@ -41,6 +41,9 @@ from mi_runtime.worker import default_threads
 HOT = 0.5
 EIGHT = [0.06 + 0.125 * index for index in range(8)]
 PAGE_SIZES = (16, 64, 256)
+PAGE_SIZE = (  # renamed after transformers 5.17
+    "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
+)
 PAIRS = {"embedded": lambda: EMBEDDED_PAIR, "midsize": midsize_pair}
 
 
@@ -72,7 +75,7 @@ def run(pair: Pair, rounds: int) -> None:
     directory = write_merged(pair, HOT, BUILD / pair.name / "merged")
     engine = Engine(blended_config(pair))
     static = StaticEngine(directory, blended_config(pair))
-    peer = Peer(pair, directory)
+    peer = Peer(pair, merged_model(pair, directory))
     seeds = itertools.count()
     spread = [(index + 0.5) / REQUESTS for index in range(REQUESTS)]
     eight = [value for value in EIGHT for _ in range(REQUESTS // len(EIGHT))]
@@ -199,19 +202,22 @@ def in_turn(static: StaticEngine, pair: Pair, seed: int) -> Speed:
     ))  # fmt: skip
 
 
-class Peer:
-    """`transformers` on the merged checkpoint; its continuous batching kept running."""
+def merged_model(pair: Pair, directory: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, pair.dtype), attn_implementation="sdpa"
+    )
+    return model.eval().requires_grad_(False)
 
-    def __init__(self, pair: Pair, directory: Path) -> None:
-        self._pair = pair
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, pair.dtype), attn_implementation="sdpa"
-        )
-        self._model.eval().requires_grad_(False)
+
+class Peer:
+    """`transformers` on a plain model; its continuous batching kept running."""
+
+    def __init__(self, pair: Pair, model: Any, page_sizes: tuple[int, ...] = PAGE_SIZES) -> None:
+        self._pair, self._model = pair, model
         self._settings = GenerationConfig(
             max_new_tokens=pair.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
-        self.page_size = max(PAGE_SIZES, key=self._trial)
+        self.page_size = max(page_sizes, key=self._trial)
         self._open(self.page_size)
 
     def batch(self, seed: int) -> Speed:
@@ -226,6 +232,7 @@ class Peer:
                 assert result.error is None, result.error
                 tokens += len(result.generated_tokens)
                 finished += 1
+            assert result is not None or self._manager.is_running(), "its thread has ended"
         assert tokens == REQUESTS * self._pair.new_tokens
         return Speed(0, 0, tokens / (time.perf_counter() - started))
 
@@ -254,7 +261,7 @@ class Peer:
         self._context = self._model.continuous_batching_context_manager(
             generation_config=self._settings,
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=page_size,
+                **{PAGE_SIZE: page_size},
                 num_blocks=-(-2 * length // page_size) * REQUESTS,
                 max_batch_tokens=2048,
                 allow_block_sharing=False,

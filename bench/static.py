@@ -60,7 +60,7 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
     )
     return BlendedModel(
         model=plain,
-        groups=NoGroups(0, device, BlendCache()),
+        groups=NoGroups(0, device, BlendCache(), endpoints={}),
         layers=(layer,) * shape.num_hidden_layers,
         device=device,
         dtype=plain.dtype,

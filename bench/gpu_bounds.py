@@ -1,0 +1,165 @@
+"""What a row of the GPU bench must at least read and compute, and the time that takes on a card.
+
+    seconds ≥ max(bytes / bandwidth, operations / rate)
+
+Bytes of a decode step: the weights, once whatever the rows, by the way they are had, and the KV of
+every row. Counted are matrices and KV alone; norms, activations, logits and the scales of compact
+deltas (under 2 % of their bytes) are not, so a share of the bound is never flattered. Of experts,
+those are read that the rows are expected to hit if each row chose at random. Operations: two a
+weight and row (a multiply and an add), twice that for the pair product, and four a position, head
+and dimension for attention.
+
+Plain numbers, in bytes, operations and seconds; no tensors. Weights and KV have two bytes each, so
+bounds of a run in fp32 mean nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Store = Literal["static", "pair", "int8", "int4"]
+ITEM: Final = 2  # bytes of a weight and of a number of the KV
+DIFFERENCE: Final = {"pair": 2.0, "int8": 1.0, "int4": 0.5}  # bytes a weight beside Instruct's
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The dimensions of a Qwen3 model; `experts` 0: dense."""
+
+    layers: int
+    hidden: int
+    inner: int  # of the MLP, or of each expert
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    experts: int = 0
+    chosen: int = 0  # experts a token
+
+    @property
+    def attention(self) -> int:
+        """Weights of the four projections of a layer."""
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+
+    @property
+    def mlp(self) -> int:
+        """Weights of a layer's MLP, or of one expert."""
+        return 3 * self.hidden * self.inner
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def router(self) -> int:
+        return self.experts * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Of all matrices; a tied one counts once."""
+        layer = self.attention + self.router + self.mlp * max(1, self.experts)
+        return self.layers * layer + self.head * (1 if self.tied else 2)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token, in all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * ITEM
+
+    def read(self, rows: float) -> float:
+        """Weights that a step of so many rows reads, the embedding's few rows not counted."""
+        used = experts_hit(self.experts, self.chosen, rows) if self.experts else 1.0
+        return self.layers * (self.attention + self.router + self.mlp * used) + self.head
+
+    def multiplied(self, rows: float, kept: float) -> float:
+        """Weights times rows; `kept` rows reach the head."""
+        layer = self.attention + self.router + self.mlp * max(1, self.chosen)
+        return rows * self.layers * layer + kept * self.head
+
+
+SHAPES: Final = {
+    "4b": Shape(36, 2560, 9728, 32, 8, 128, 151_936, tied=True),
+    "30b-a3b": Shape(48, 2048, 768, 32, 4, 128, 151_936, tied=False, experts=128, chosen=8),
+}
+TINY: Final = {
+    "4b": Shape(2, 64, 96, 4, 2, 16, 512, tied=True),
+    "30b-a3b": Shape(2, 64, 32, 4, 2, 16, 512, tied=False, experts=8, chosen=2),
+}
+
+
+def experts_hit(experts: int, chosen: int, rows: float) -> float:
+    """How many are hit by `rows` that choose `chosen` different ones each, by expectation."""
+    missed: float = (1 - chosen / experts) ** rows
+    return experts * (1 - missed)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How weights are had: bytes read for each, and products with each."""
+
+    bytes_a_weight: float
+    products: int
+
+
+def way_of(store: Store, one_lambda: bool) -> Way:
+    """One λ has weights of its own, blended or merged; many take the pair product."""
+    if store == "static" or one_lambda:
+        return Way(ITEM, 1)
+    return Way(ITEM + DIFFERENCE[store], 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Bytes moved and operations done."""
+
+    bytes: float
+    operations: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.operations + other.operations)
+
+    def times(self, count: float) -> "Work":
+        return Work(self.bytes * count, self.operations * count)
+
+
+def decode_work(shape: Shape, way: Way, rows: int, context: float) -> Work:
+    """One step of `rows` sequences that hold `context` tokens each."""
+    weights = shape.read(rows) * way.bytes_a_weight
+    products = 2 * way.products * shape.multiplied(rows, kept=rows)
+    return Work(
+        weights + rows * context * shape.kv_bytes,
+        products + rows * context * _attention(shape),
+    )
+
+
+def prefill_work(shape: Shape, way: Way, sequences: int, tokens: int) -> Work:
+    """Prompts of `tokens` each, as if all in one forward; each reaches the head with its last."""
+    rows = sequences * tokens
+    seen = sequences * tokens * (tokens + 1) / 2  # positions that rows attend to, causally
+    return Work(
+        shape.read(rows) * way.bytes_a_weight + rows * shape.kv_bytes,
+        2 * way.products * shape.multiplied(rows, kept=sequences) + seen * _attention(shape),
+    )
+
+
+def answer_work(shape: Shape, way: Way, sequences: int, prompt: int, answer: int) -> Work:
+    """Prompts, and answers of so many tokens each, the first of which the prefill gives."""
+    steps = decode_work(shape, way, sequences, prompt + answer / 2).times(answer - 1)
+    return prefill_work(shape, way, sequences, prompt) + steps
+
+
+def _attention(shape: Shape) -> float:
+    """Operations of one row for each position it sees: a score, and a weighted sum."""
+    return 4.0 * shape.layers * shape.heads * shape.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the card was measured to do in the same run."""
+
+    bandwidth: float  # bytes a second, read and written
+    rate: float  # operations a second of a large matrix product
+
+    def bound(self, work: Work) -> tuple[float, Literal["bytes", "operations"]]:
+        """The least seconds, and which of the two asks for them."""
+        moving, computing = work.bytes / self.bandwidth, work.operations / self.rate
+        return (moving, "bytes") if moving >= computing else (computing, "operations")

@@ -1,0 +1,107 @@
+"""Random Qwen3 endpoints, made where they are to lie: no file, and no copy in another dtype.
+
+A model is constructed without memory, materialized on its device in its dtype, and every parameter
+is drawn there. Thinking is Instruct plus noise of a tenth of its scale, drawn parameter by
+parameter on Instruct's device, so that one that is to lie on the CPU costs a transfer and no random
+numbers there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+
+from bench.gpu_bounds import Shape, Store
+from mi_runtime.load import BlendedModel, pair_up
+
+SCALE = 0.02  # of the weights
+DIFFERENCE = 0.1  # of the endpoints, as a share of that
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where models lie, and in what numbers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    positions: int  # tokens of context
+
+
+def config_of(shape: Shape, positions: int) -> Qwen3Config | Qwen3MoeConfig:
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": shape.tied,
+        "eos_token_id": None,
+    }
+    if not shape.experts:
+        return Qwen3Config(intermediate_size=shape.inner, **common)
+    return Qwen3MoeConfig(
+        intermediate_size=shape.inner,
+        moe_intermediate_size=shape.inner,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.chosen,
+        norm_topk_prob=True,
+        **common,
+    )
+
+
+@torch.no_grad()
+def random_endpoint(shape: Shape, place: Place, seed: int = 0) -> PreTrainedModel:
+    model = _empty(shape, place)
+    generator = torch.Generator(place.device).manual_seed(seed)
+    for name, tensor in model.named_parameters():
+        tensor.normal_(0.0, SCALE, generator=generator)
+        if "norm" in name:
+            tensor.add_(1)
+    return model
+
+
+@torch.no_grad()
+def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> PreTrainedModel:
+    """On `place`, which may be another device than that of `instruct`."""
+    model = _empty(shape, place)
+    generator = torch.Generator(instruct.device).manual_seed(1)
+    own = dict(instruct.named_parameters())
+    for name, tensor in model.named_parameters():
+        noise = torch.empty_like(own[name]).normal_(0.0, SCALE * DIFFERENCE, generator=generator)
+        tensor.copy_(noise.add_(own[name]))
+    return model
+
+
+def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
+    """Both endpoints whole (`pair`), or the difference as int8 or int4."""
+    instruct = random_endpoint(shape, place)
+    if store == "pair":
+        return pair_up(instruct, random_thinking(shape, instruct, place), "random")
+    aside = Place(_device_for(instruct), place.dtype, place.positions)
+    thinking = random_thinking(shape, instruct, aside)
+    return pair_up(instruct, thinking, "random", delta_dtype=store)
+
+
+def _device_for(instruct: PreTrainedModel) -> torch.device:
+    """Of a Thinking endpoint that will not stay: the device where it fits, which is faster."""
+    if instruct.device.type != "cuda":
+        return instruct.device
+    wanted = sum(tensor.nbytes for tensor in instruct.parameters())
+    fits = torch.cuda.mem_get_info(instruct.device)[0] > 1.1 * wanted
+    return instruct.device if fits else torch.device("cpu")
+
+
+def _empty(shape: Shape, place: Place) -> PreTrainedModel:
+    """Parameters of any content; what a model computes from its config is as it must be."""
+    config = config_of(shape, place.positions)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=place.dtype)
+    assert isinstance(model, PreTrainedModel)
+    model.to_empty(device=place.device)
+    model.tie_weights()  # materialized one by one
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config).to(place.device)
+    return model.eval().requires_grad_(False)

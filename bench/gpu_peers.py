@@ -1,0 +1,85 @@
+"""What `transformers` itself does on the same card with the same random model, at one λ.
+
+Continuous batching at the better of two page sizes, its cache sized for the workload, with as many
+tokens a step as ours; and `generate` with a static cache and the compilation that this brings on a
+GPU. Both have the attention that torch brings: no other library is assumed.
+"""
+
+import time
+from statistics import median
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from bench.engine import Peer
+from bench.gpu_bounds import Shape, answer_work, decode_work, way_of
+from bench.gpu_card import synchronize
+from bench.gpu_pairs import Place, random_endpoint
+from bench.gpu_rows import Case, Measured, Scale, workload
+
+PAGES = (256, 32)
+MERGED = way_of("static", one_lambda=True)
+
+
+class Batching:
+    """Continuous batching."""
+
+    def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
+        logging.set_verbosity_error()
+        self._shape, (sequences, prompt, self._answer) = shape, scale.answers
+        self.cases = [Case("answers", "one", sequences, prompt)]
+        pair = workload(prompt, self._answer)
+        self._peer = Peer(pair, random_endpoint(shape, place), PAGES)
+
+    def measure(self, case: Case) -> Measured:
+        rates = [self._peer.batch(seed).both for seed in range(3)][1:]
+        self._peer.close()
+        tokens = case.sequences * self._answer
+        work = answer_work(self._shape, MERGED, case.sequences, case.tokens, self._answer)
+        facts = {"page_size": self._peer.page_size}
+        return Measured(tuple(tokens / rate for rate in rates), tokens, work, facts)
+
+
+class Generate:
+    """One batch of equal prompts; the prefill alone is timed too, and taken off."""
+
+    def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
+        logging.set_verbosity_error()
+        self._shape, self._place = shape, place
+        _, self._prompt, self._answer = scale.answers
+        self._model = random_endpoint(shape, place)
+        self.cases = [Case("decode", "one", batch, self._prompt) for batch in scale.batches[:3]]
+
+    def measure(self, case: Case) -> Measured:
+        started = time.perf_counter()
+        self._seconds(case, self._answer)
+        compiling = time.perf_counter() - started
+        whole = [self._seconds(case, self._answer) for _ in range(3)]
+        prefill = median(self._seconds(case, 1) for _ in range(3))  # last: its cache is another
+        work = decode_work(self._shape, MERGED, case.sequences, case.tokens + self._answer / 2)
+        return Measured(
+            tuple((one - prefill) / (self._answer - 1) for one in whole),
+            case.sequences,
+            work,
+            {"first_run_seconds": compiling, "prefill_seconds": prefill},
+        )
+
+    def _seconds(self, case: Case, new_tokens: int) -> float:
+        size, device = (case.sequences, case.tokens), self._place.device
+        ids = torch.randint(16, 300, size, device=device)
+        settings = GenerationConfig(
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+        )
+        synchronize(device)
+        started = time.perf_counter()
+        out = self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings
+        )
+        synchronize(device)
+        assert out.shape[1] == case.tokens + new_tokens
+        return time.perf_counter() - started
