@@ -3,25 +3,27 @@
     pair      y = (1−λ) x W_Iᵀ + λ x W_Tᵀ     reads 2·N·K elements, whatever the number of λ
     single    y = x Wᵀ                        of experts whose rows share blended weights
     int8      y = x W_Iᵀ + λ s (x Qᵀ)         Q int8 `[N, K]`, s by output row
+    int4      y = x W_Iᵀ + λ Σ s_g (x_g Q_gᵀ)  s by output row and group of inputs, Q two a byte
 
-`x` `[M, K]`, matrices `[N, K]` (views with strides: the halves of a concatenated matrix, transposed
-experts), λ `[M]` or `[1]` in fp32. Every product has an fp32 accumulator of its own; the two are
-combined row by row in fp32 and rounded once. A row at λ = 0 or 1 is that endpoint's accumulator: an
-infinity in the other never reaches it.
+Deltas are laid out as `mi_runtime/delta.py` says. `x` is `[M, K]`, matrices are `[N, K]` (views:
+the halves of a concatenated matrix, transposed experts), λ is `[M]` or `[1]` in fp32. Every product
+has an fp32 accumulator of its own; the two are combined row by row in fp32 and rounded once. A row
+at λ = 0 or 1 is that endpoint's accumulator: an infinity in the other never reaches it.
 
-A decode step reads matrices and hardly computes: tiles are small in rows, and where a matrix has too
-few rows to keep a GPU busy, its K is split, each split writes partial sums, and a second kernel adds
-them in order. Nothing is added atomically, so a product gives the same bits every time. Tiles are
-looked up in a table; nothing is tuned at run time.
+A decode step reads matrices and hardly computes: tiles are small in rows, and where a matrix has
+too few rows to keep a GPU busy, its K is split: each split writes partial sums, and a second kernel
+adds them in order. Nothing is added atomically, so a product gives the same bits every time. Tiles
+are looked up in a table; nothing is tuned at run time.
 
-Grouped by expert, one launch serves all experts of a projection: `align` sorts the rows by expert on
-the device and cuts each expert's rows into blocks; their number is bounded by what the host knows,
-and blocks beyond the real ones end at once. Nothing here waits for the device.
+Grouped by expert, one launch serves all experts of a projection: `align` sorts the rows by expert
+on the device and cuts each expert's rows into blocks; their number is bounded by what the host
+knows, and blocks beyond the real ones end at once. Nothing here waits for the device.
 
 This module knows tensors; which products come here is decided in `choice.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -29,9 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+SUM_BLOCK = 1024
 BUSY = 264  # programs that keep a GPU of 132 multiprocessors busy
 MAX_SPLITS = 8
-SINGLE, PAIR, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of product
+SINGLE, PAIR, INT8, INT4 = map(tl.constexpr, range(4))  # kinds of product
+KINDS = {torch.int8: 2, torch.uint8: 3}  # by what the second matrix is kept in
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,13 @@ TILES = {  # by the most rows they are meant for; all fit the shared memory of s
 FP32_DEPTH = 32
 
 
-def tiles_for(rows: int, dtype: torch.dtype) -> Tiles:
+def tiles_for(rows: int, dtype: torch.dtype, group: int | None = None) -> Tiles:
+    """`group`: inputs that share a scale of int4; a tile is one of them deep."""
     tiles = next((tiles for most, tiles in TILES.items() if rows <= most), TILES[128])
+    if group is not None:
+        return replace(tiles, columns=64, depth=group)
     if dtype == torch.float32:
-        return Tiles(tiles.rows, tiles.columns, FP32_DEPTH, tiles.warps, stages=2)
+        return replace(tiles, depth=FP32_DEPTH, stages=2)
     return tiles
 
 
@@ -69,7 +76,7 @@ def splits_for(programs: int, depth: int, tiles: Tiles) -> int:
 # --- Kernels ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _dot(left, right, sums, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     if UPCAST:  # Triton's interpreter takes the bits of bf16 for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -85,12 +92,12 @@ def _between(low, high, value):  # type: ignore[no-untyped-def]
     return tl.where(value == 0, low, tl.where(value == 1, high, mixed))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     x,
     first,  # W, or W_I
     second,  # W_T, or Q
-    scales,  # of Q
+    scales,
     biases,  # `[experts, 2, columns]`
     weights,
     out,
@@ -110,6 +117,8 @@ def _product(  # type: ignore[no-untyped-def]
     second_row,
     second_column,
     scales_expert,
+    scales_row,
+    scales_column,
     KIND: tl.constexpr,
     GROUPED: tl.constexpr,
     GATHER: tl.constexpr,  # x by token, out by position in `order`; else x by position
@@ -137,37 +146,63 @@ def _product(  # type: ignore[no-untyped-def]
         else:
             x_index, out_index = position, assignment
         first += expert * first_expert
+        if KIND != SINGLE:
+            second += expert * second_expert
+        if scales is not None:
+            scales += expert * scales_expert
     else:
         position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         is_row = position < rows
-        token, x_index, out_index = position, position, position
-        out_index += split * rows  # partial sums `[splits, rows, columns]`
+        token, x_index, out_index = position, position, position + split * rows
     is_column = column < columns
     wide_column = column.to(tl.int64)  # a matrix may have more than 2³¹ elements
-    k = split * split_depth + tl.arange(0, BLOCK_K)
-    end = tl.minimum(depth, (split + 1) * split_depth)
-
-    x_tile = x + x_index[:, None].to(tl.int64) * x_row + k[None, :]
-    first_tile = first + wide_column[None, :] * first_row + k[:, None] * first_column
-    low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x += x_index[:, None].to(tl.int64) * x_row
+    first += wide_column[None, :] * first_row
     if KIND != SINGLE:
-        if GROUPED:
-            second += expert * second_expert
-        second_tile = second + wide_column[None, :] * second_row + k[:, None] * second_column
-        high = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, end - split * split_depth, BLOCK_K):
-        x_mask, w_mask = is_row[:, None], is_column[None, :]
-        if not WHOLE:
-            x_mask, w_mask = x_mask & (k < end)[None, :], w_mask & (k < end)[:, None]
-        left = tl.load(x_tile, mask=x_mask, other=0)
-        low = _dot(left, tl.load(first_tile, mask=w_mask, other=0), low, UPCAST)
-        if KIND != SINGLE:
-            right = tl.load(second_tile, mask=w_mask, other=0)
-            high = _dot(left, right, high, UPCAST)
-            second_tile += BLOCK_K * second_column
-        x_tile += BLOCK_K
-        first_tile += BLOCK_K * first_column
-        k += BLOCK_K
+        second += wide_column[None, :] * second_row
+    if scales is not None:
+        group_scales = scales + wide_column * scales_row
+    begin_k = split * split_depth
+    end_k = tl.minimum(depth, begin_k + split_depth)
+
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(begin_k, end_k, BLOCK_K):
+        if KIND == INT4:
+            HALF: tl.constexpr = BLOCK_K // 2
+            k = start + tl.arange(0, HALF)
+            x_mask, w_mask = is_row[:, None], is_column[None, :]
+            left_mask, right_mask = x_mask, x_mask
+            low_mask, high_mask = w_mask, w_mask
+            if not WHOLE:
+                left_mask = x_mask & (k < depth)[None, :]
+                right_mask = x_mask & (k + HALF < depth)[None, :]
+                low_mask = w_mask & (k < depth)[:, None]
+                high_mask = w_mask & (k + HALF < depth)[:, None]
+            left = tl.load(x + k[None, :], mask=left_mask, other=0)
+            right = tl.load(x + k[None, :] + HALF, mask=right_mask, other=0)
+            tile = first + k[:, None] * first_column
+            low = _dot(left, tl.load(tile, mask=low_mask, other=0), low, UPCAST)
+            tile += HALF * first_column
+            low = _dot(right, tl.load(tile, mask=high_mask, other=0), low, UPCAST)
+            byte = start // 2 + tl.arange(0, HALF)
+            packed = tl.load(second + byte[:, None] * second_column, mask=w_mask, other=0)
+            steps = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            steps = _dot(left, (packed & 15).to(tl.int8) - 8, steps, UPCAST)
+            steps = _dot(right, (packed >> 4).to(tl.int8) - 8, steps, UPCAST)
+            scale = tl.load(group_scales + start // BLOCK_K * scales_column, mask=is_column)
+            high += steps * scale.to(tl.float32)[None, :]
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            x_mask, w_mask = is_row[:, None], is_column[None, :]
+            if not WHOLE:
+                x_mask, w_mask = x_mask & (k < depth)[None, :], w_mask & (k < depth)[:, None]
+            left = tl.load(x + k[None, :], mask=x_mask, other=0)
+            tile = tl.load(first + k[:, None] * first_column, mask=w_mask, other=0)
+            low = _dot(left, tile, low, UPCAST)
+            if KIND != SINGLE:
+                tile = tl.load(second + k[:, None] * second_column, mask=w_mask, other=0)
+                high = _dot(left, tile, high, UPCAST)
 
     value = tl.load(weights + token * WEIGHT_STEP, mask=is_row, other=0)[:, None]
     if KIND == SINGLE:
@@ -175,10 +210,10 @@ def _product(  # type: ignore[no-untyped-def]
     elif KIND == PAIR:
         result = _between(low, high, value)
     else:
-        if GROUPED:
-            scales += expert * scales_expert
-        scale = tl.load(scales + column, mask=is_column, other=0).to(tl.float32)
-        result = tl.where(value == 0, low, low + value * (scale[None, :] * high))
+        if KIND == INT8:
+            scale = tl.load(group_scales, mask=is_column)
+            high *= scale.to(tl.float32)[None, :]
+        result = tl.where(value == 0, low, low + value * high)
     if biases is not None:
         bias = biases + expert * 2 * columns + column
         bias_low = tl.load(bias, mask=is_column, other=0).to(tl.float32)
@@ -189,7 +224,7 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
@@ -202,56 +237,10 @@ def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr): 
 # --- Dense products -----------------------------------------------------------------------------
 
 
-def _dense(
-    x: Tensor, first: Tensor, second: Tensor, scales: Tensor | None, weights: Tensor
-) -> Tensor:
-    (rows, depth), columns = x.shape, len(first)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    tiles = tiles_for(rows, x.dtype)
-    out = x.new_empty(rows, columns)
-    if not out.numel():
-        return out
-    grid = triton.cdiv(rows, tiles.rows), triton.cdiv(columns, tiles.columns)
-    splits = splits_for(grid[0] * grid[1], depth, tiles)
-    split_depth = triton.cdiv(triton.cdiv(depth, splits), tiles.depth) * tiles.depth
-    splits = triton.cdiv(depth, split_depth)
-    partial = out if splits == 1 else x.new_empty(splits, rows, columns, dtype=torch.float32)
-    _product[(*grid, splits)](
-        *(x, first, second, scales, None, weights, partial),
-        *(None, None, None, None),
-        *(rows, columns, depth, split_depth, x.stride(0)),
-        *(0, *first.stride(), 0, *second.stride(), 0),
-        KIND=PAIR if scales is None else INT8,
-        GROUPED=False,
-        GATHER=False,
-        TOP_K=1,
-        WEIGHT_STEP=int(len(weights) > 1),
-        **_compiled_for(tiles, x, depth),
-    )
-    if splits > 1:
-        block = 1024
-        _sum_splits[(triton.cdiv(out.numel(), block),)](
-            partial, out, out.numel(), SPLITS=splits, BLOCK=block
-        )
-    return out
-
-
-def _compiled_for(tiles: Tiles, x: Tensor, depth: int) -> dict[str, int | bool]:
-    return {
-        "WHOLE": depth % tiles.depth == 0,
-        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
-        "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.columns,
-        "BLOCK_K": tiles.depth,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
-
-
 @torch.library.custom_op("mi::pair_linear", mutates_args=())
 def pair_linear(x: Tensor, instruct: Tensor, thinking: Tensor, weights: Tensor) -> Tensor:
     """`[M, K]` through both `[N, K]` matrices to `[M, N]`; `weights` `[M]` or `[1]` fp32 λ."""
-    return _dense(x, instruct, thinking, None, weights)
+    return _dense(x, _Matrices(instruct, thinking), weights)
 
 
 @pair_linear.register_fake
@@ -263,11 +252,215 @@ def _(x: Tensor, instruct: Tensor, thinking: Tensor, weights: Tensor) -> Tensor:
 def delta_linear(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, weights: Tensor) -> Tensor:
     """`[M, K]` through `base` `[N, K]` and its quantized difference to `[M, N]`.
 
-    `delta` int8 `[N, K]` with `scales` `[N, 1]`; `weights` `[M]` or `[1]` fp32 λ.
+    `delta` is int8 `[N, K]` with `scales` `[N, 1]`, or int4 in uint8 `[N, groups · group / 2]` with
+    `scales` `[N, groups]`; `weights` is `[M]` or `[1]` fp32 λ.
     """
-    return _dense(x, base, delta, scales, weights)
+    return _dense(x, _Matrices(base, delta, scales), weights)
 
 
 @delta_linear.register_fake
 def _(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, weights: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], base.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrices:
+    """`[N, K]`, or of experts `[experts, N, K]`: what a product reads."""
+
+    first: Tensor
+    second: Tensor | None = None
+    scales: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        return 0 if self.second is None else KINDS.get(self.second.dtype, 1)
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale of int4."""
+        if self.scales is None or self.second is None or self.second.dtype is not torch.uint8:
+            return None
+        return 2 * self.second.shape[-1] // self.scales.shape[-1]
+
+    @property
+    def strides(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for name in ("first", "second", "scales"):
+            tensor = getattr(self, name)
+            steps = (0, 0, 0) if tensor is None else tensor.stride()
+            expert, row, column = steps if len(steps) == 3 else (0, *steps)
+            found |= {f"{name}_expert": expert, f"{name}_row": row, f"{name}_column": column}
+        return found
+
+
+def _dense(x: Tensor, matrices: _Matrices, weights: Tensor) -> Tensor:
+    (rows, depth), columns = x.shape, len(matrices.first)
+    out = x.new_empty(rows, columns)
+    if not rows:
+        return out
+    tiles = tiles_for(rows, x.dtype, matrices.group)
+    blocks = triton.cdiv(rows, tiles.rows)
+    splits = splits_for(blocks * triton.cdiv(columns, tiles.columns), depth, tiles)
+    split_depth = triton.cdiv(triton.cdiv(depth, splits), tiles.depth) * tiles.depth
+    splits = triton.cdiv(depth, split_depth)
+    if splits == 1:
+        return _launch(x, matrices, weights, out, tiles, blocks)
+    partial = x.new_empty(splits, rows, columns, dtype=torch.float32)
+    _launch(x, matrices, weights, partial, tiles, blocks, split_depth)
+    grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
+    _sum_splits[grid](partial, out, out.numel(), SPLITS=splits, BLOCK=SUM_BLOCK)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    matrices: _Matrices,
+    weights: Tensor,
+    out: Tensor,  # `[splits, rows, columns]`, or `[rows, columns]`
+    tiles: Tiles,
+    blocks: int,
+    split_depth: int | None = None,
+    experts: "_Experts | None" = None,
+) -> Tensor:
+    *splits, rows, columns = out.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    depth = x.shape[-1]
+    experts = experts or _Experts()
+    grid = blocks, triton.cdiv(columns, tiles.columns), *(splits or [1])
+    _product[grid](
+        x=x,
+        first=matrices.first,
+        second=matrices.second,
+        scales=matrices.scales,
+        weights=weights,
+        out=out,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+        split_depth=split_depth or depth,
+        x_row=x.stride(0),
+        **matrices.strides,
+        **experts.arguments,
+        KIND=matrices.kind,
+        WEIGHT_STEP=int(len(weights) > 1),
+        WHOLE=depth % tiles.depth == 0,
+        UPCAST=INTERPRETED and x.dtype is torch.bfloat16,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns,
+        BLOCK_K=tiles.depth,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return out
+
+
+# --- Grouped by expert --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """The assignments of rows to experts, sorted by expert and cut into blocks of one expert each.
+
+    Made on the device; all shapes follow from the numbers of rows and experts.
+    """
+
+    order: Tensor  # [assignments]: row · top_k + choice
+    owners: Tensor  # [blocks] expert
+    begins: Tensor  # [blocks] first position in `order`; the number of assignments where idle
+    edges: Tensor  # [experts + 1] first position in `order` of each expert, and the end
+    top_k: int
+    block: int  # rows of a block
+
+
+def align(expert_ids: Tensor, experts: int) -> Alignment:
+    """Of `expert_ids` `[rows, top_k]`."""
+    assignments, top_k = expert_ids.numel(), expert_ids.shape[1]
+    block = tiles_for(triton.cdiv(assignments, experts), torch.bfloat16).rows
+    hit = min(assignments, experts)  # at most; each has one block that is not full, at most
+    most = hit + (assignments - hit) // block
+    ordered, order = expert_ids.flatten().sort(stable=True)
+    device = order.device
+    edges = torch.searchsorted(ordered, torch.arange(experts + 1, device=device))
+    ends = ((edges.diff() + block - 1) // block).cumsum(0)  # [experts] blocks up to each
+    number = torch.arange(most, device=device)
+    owners = torch.searchsorted(ends, number, right=True)
+    starts = torch.nn.functional.pad(ends, (1, 0))
+    begins = edges.gather(0, owners) + (number - starts.gather(0, owners)) * block
+    return Alignment(order, owners, begins, edges, top_k, block)
+
+
+def grouped_linear(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    scales: Tensor | None,
+    biases: Tensor | None,
+    weights: Tensor,
+    alignment: Alignment,
+    gather: bool,
+) -> Tensor:
+    """Every assignment through its expert's matrices `[experts, N, K]` to `[assignments, N]`.
+
+    `second` is Thinking or a quantized difference, as above, or None where `first` serves all
+    rows; `biases` `[experts, 2, N]` of both endpoints. With `gather`, `x` is `[rows, K]` and the
+    result in the order of the alignment; without, `x` is in that order, and the result in that of
+    the assignments. `weights` is `[rows]` or `[1]` fp32 λ.
+    """
+    out: Tensor = _grouped_linear(
+        *(x, first, second, scales, biases, weights),
+        *(alignment.order, alignment.owners, alignment.begins, alignment.edges),
+        *(alignment.top_k, alignment.block, gather),
+    )
+    return out
+
+
+@torch.library.custom_op("mi::grouped_linear", mutates_args=())
+def _grouped_linear(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    scales: Tensor | None,
+    biases: Tensor | None,
+    weights: Tensor,
+    order: Tensor,
+    owners: Tensor,
+    begins: Tensor,
+    edges: Tensor,
+    top_k: int,
+    block: int,
+    gather: bool,
+) -> Tensor:
+    matrices = _Matrices(first, second, scales)
+    experts = _Experts(biases, order, owners, begins, edges, top_k, gather)
+    out = x.new_empty(len(order), first.shape[1])
+    tiles = tiles_for(block, x.dtype, matrices.group)
+    return _launch(x, matrices, weights, out, tiles, len(begins), experts=experts)
+
+
+@_grouped_linear.register_fake
+def _(x: Tensor, first: Tensor, *others: Any) -> Tensor:
+    order: Tensor = others[4]
+    return x.new_empty(order.shape[0], first.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """What the kernel knows of experts; nothing, where there are none."""
+
+    biases: Tensor | None = None
+    order: Tensor | None = None
+    owners: Tensor | None = None
+    begins: Tensor | None = None
+    edges: Tensor | None = None
+    top_k: int = 1
+    gather: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Tensor | int | None]:
+        tensors = ("biases", "order", "owners", "begins", "edges")
+        return {
+            **{name: getattr(self, name) for name in tensors},
+            "GROUPED": self.order is not None,
+            "GATHER": self.gather,
+            "TOP_K": self.top_k,
+        }
