@@ -21,15 +21,17 @@ Rejected: two separate products and a lerp (less accurate in bf16, two launches)
 `W_I + λ·(W_T − W_I)` in bf16 (misses the Thinking endpoint at λ = 1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_runtime.rows import INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
+from mi_runtime.blend_cache import Blendable
+from mi_runtime.rows import ENDPOINTS, INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
 
+EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # of a swapped module of experts
 BLEND_ROWS = 4096  # rows of a matrix that are blended at once: bounds the fp32 copies
 
 
@@ -46,6 +48,68 @@ def lerp_rounded(instruct: Tensor, thinking: Tensor, value: float) -> Tensor:
         part = slice(first, first + BLEND_ROWS)
         out[part] = torch.lerp(instruct[part].float(), thinking[part].float(), value)
     return out
+
+
+class Weights(Blendable, Protocol):
+    """Weights at every λ, however both endpoints are kept."""
+
+    @property
+    def instruct(self) -> Tensor:
+        """Of the Instruct endpoint, bit by bit: `[out, in]`, or `[experts, out, in]`."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Of both endpoints."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept of both endpoints, without biases."""
+        ...
+
+
+class Matrix(Weights, Protocol):
+    """What a linear module computes with."""
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        """`[..., rows, in]` to `[..., rows, out]`."""
+        ...
+
+
+class Vocabulary(Matrix, Protocol):
+    """What an embedding, a head, or both of a tied model compute with."""
+
+    def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
+        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`."""
+        ...
+
+
+class ExpertMatrices(Weights, Protocol):
+    """What one projection of all experts computes with."""
+
+    def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
+        """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
+        ...
+
+
+class Storage(Protocol):
+    """How the large matrices of a pair are kept. The tensors it is given are its own to keep."""
+
+    @property
+    def endpoints(self) -> Mapping[float, int]:
+        """The λ values whose weights are had as they were loaded, and which endpoint each is."""
+        ...
+
+    def matrix(self, instruct: Tensor, thinking: Tensor) -> Matrix: ...
+
+    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> Vocabulary: ...
+
+    def experts(
+        self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool
+    ) -> ExpertMatrices:
+        """Of weights `[experts, out, in]`, or transposed `[experts, in, out]`."""
+        ...
 
 
 class PairMatrix:
@@ -68,9 +132,17 @@ class PairMatrix:
         return F.linear(rows.mixed(x), self.concatenated)
 
     @property
+    def instruct(self) -> Tensor:
+        return self.endpoints[INSTRUCT]
+
+    @property
     def parameters(self) -> int:
         """Of both endpoints."""
         return self.concatenated.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.concatenated.nbytes
 
 
 class VocabularyPair:
@@ -84,9 +156,17 @@ class VocabularyPair:
         self.endpoints = (instruct, thinking)
 
     @property
+    def instruct(self) -> Tensor:
+        return self.endpoints[INSTRUCT]
+
+    @property
     def parameters(self) -> int:
         """Of both endpoints."""
-        return 2 * self.endpoints[INSTRUCT].numel()
+        return 2 * self.instruct.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.endpoints)
 
     def blend(self, value: float) -> Tensor:
         return lerp_rounded(*self.endpoints, value)
@@ -184,7 +264,7 @@ class RoutedWeight:
 class PairLinear(nn.Linear):
     """`nn.Linear` over both endpoints. Made by changing a module's class, never constructed."""
 
-    pair: PairMatrix | VocabularyPair
+    pair: Matrix
     pair_bias: RowParameter | None
     slot: RowSlot
 
@@ -196,12 +276,12 @@ class PairLinear(nn.Linear):
 class PairEmbedding(nn.Embedding):
     """`nn.Embedding` over both endpoints; subclasses that scale its output find it by the MRO."""
 
-    pair: VocabularyPair
+    pair: Vocabulary
     slot: RowSlot
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # scaling subclasses read its dtype
-        return self.pair.endpoints[INSTRUCT]
+        return self.pair.instruct
 
     def forward(self, input: Tensor) -> Tensor:
         return self.pair.lookup(input, self.slot.now)
@@ -226,8 +306,8 @@ class _Experts(Protocol):
     """What `transformers` gives every class decorated with `use_experts_implementation`."""
 
     has_bias: bool
-    pair_gate_up: "PairExperts"
-    pair_down: "PairExperts"
+    pair_gate_up: ExpertMatrices
+    pair_down: ExpertMatrices
     slot: RowSlot
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
@@ -248,12 +328,20 @@ class PairExperts:
         self.concatenated = concatenated.mT if transposed else concatenated  # [experts, out, 2·in]
         views = (both.select(axis, INSTRUCT), both.select(axis, THINKING))
         self.endpoints = tuple(view.mT if transposed else view for view in views)
-        self.biases = None if biases is None else torch.stack(biases, dim=1)  # [experts, 2, out]
+        self.biases = stacked_biases(biases)
+
+    @property
+    def instruct(self) -> Tensor:
+        return self.endpoints[INSTRUCT]
 
     @property
     def parameters(self) -> int:
         """Of both endpoints."""
         return self.concatenated.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.concatenated.nbytes
 
     def blend(self, value: float) -> Tensor:
         """`[experts, out, in]`, one expert at a time."""
@@ -266,14 +354,59 @@ class PairExperts:
         """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
         if rows.endpoint is not None:
             out = F.linear(x, self.endpoints[rows.endpoint][expert])
-            return out if self.biases is None else out + self.biases[expert, rows.endpoint]
-        if rows.blend is not None:
+        elif rows.blend is not None:
             out = F.linear(x, rows.blend.get(self)[expert])
         else:
             out = F.linear(scaled_pair(x, mix), self.concatenated[expert])
-        if self.biases is None:
-            return out
-        return out + (mix * self.biases[expert]).sum(1).to(out.dtype)
+        return add_expert_bias(out, self.biases, expert, rows, mix)
+
+
+def stacked_biases(biases: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Both endpoints' `[experts, out]` as `[experts, 2, out]`."""
+    return None if biases is None else torch.stack(biases, dim=1)
+
+
+def add_expert_bias(
+    out: Tensor, biases: Tensor | None, expert: int, rows: Rows, mix: Tensor
+) -> Tensor:
+    """`out` `[rows, out]` with each row's own blend of the expert's biases, where there are any."""
+    if biases is None:
+        return out
+    if rows.endpoint is not None:
+        return out + biases[expert, rows.endpoint]
+    return out + (mix * biases[expert]).sum(1).to(out.dtype)
+
+
+def off_the_file(tensor: Tensor) -> Tensor:
+    """A view of a mapped file would keep the whole file mapped: copied, it lets go of it."""
+    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
+
+
+class WholeStorage:
+    """Both endpoints whole."""
+
+    endpoints = ENDPOINTS
+
+    def matrix(self, instruct: Tensor, thinking: Tensor) -> PairMatrix:
+        return PairMatrix(instruct, thinking)
+
+    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> VocabularyPair:
+        return VocabularyPair(off_the_file(instruct), off_the_file(thinking))
+
+    def experts(
+        self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool
+    ) -> PairExperts:
+        return PairExperts(weights, biases, transposed)
+
+
+def weights_of(model: nn.Module) -> set[Weights]:
+    """All weights that a blend materializes; a tied one comes once."""
+    found: set[Weights] = set()
+    for module in model.modules():
+        if isinstance(module, PairLinear):
+            found.add(module.pair)
+        found |= {vars(module)[name] for name in EXPERT_ATTRIBUTES if name in vars(module)}
+    return found
 
 
 def pair_experts_forward(

@@ -8,6 +8,7 @@ from mi_runtime.thinking import TokenMarks
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DeltaDtype = Literal["none", "int8", "int4"]
 BlendPolicy = Literal["auto", "pair", "blended"]
 
 
@@ -22,6 +23,7 @@ class EngineConfig:
     thinking: str  # directory or hub id of the Thinking endpoint
     device: Device = "auto"
     dtype: Dtype = "auto"
+    delta_dtype: DeltaDtype = "none"  # none: both endpoints whole; else Thinking as a difference
     block_size: int = 16  # tokens a KV block
     num_blocks: int | None = None  # KV blocks; None: from kv_cache_bytes
     kv_cache_bytes: int | None = None  # None: a share of the free memory

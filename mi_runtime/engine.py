@@ -19,7 +19,7 @@ from mi_runtime.request import (
     RequestRejected,
     TokenEvent,
 )
-from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
+from mi_runtime.rows import BlendGroups, Way
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
@@ -40,16 +40,17 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         pair = check_pair(config.instruct, config.thinking)
-        model = load_pair(pair, config.device, config.dtype)
+        model = load_pair(pair, config.device, config.dtype, config.delta_dtype)
         identity = pair.identity()
         num_blocks = _number_of_blocks(config, model, pair)
         capacity = num_blocks * config.block_size
         self.info = EngineInfo(
             pair_identity=identity,
-            fingerprint=fingerprint(identity, config.lambda_step),
+            fingerprint=fingerprint(identity, config.lambda_step, config.delta_dtype),
             model_type=str(pair.instruct.config.model_type),
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
+            delta_dtype=config.delta_dtype,
             vocab_size=model.vocab_size,
             max_model_len=min(config.max_model_len or pair.max_positions, capacity),
             block_size=config.block_size,
@@ -78,6 +79,7 @@ class Engine:
             measure_costs(model),
             _MissingShare(model.groups),
             capacity=self._groups.cache.budget // blend_bytes(model),
+            endpoints=self._groups.endpoints,
         )
         self._groups.start_counting()
         self._runner = Runner(model, planner, num_blocks, config.block_size)
@@ -215,7 +217,7 @@ class _MissingShare:
             self._known.clear()
         if dial not in self._known:
             values = [(name, dial.value_of(name)) for name in self._groups.names]
-            keys = [key for key in values if key[1] not in ENDPOINTS]
+            keys = [key for key in values if key[1] not in self._groups.endpoints]
             self._known[dial] = cache.missing(keys) / max(1, len(keys))
         return self._known[dial]
 

@@ -20,9 +20,16 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.moe import ExpertsInterface
 
 from mi_runtime.attention import ATTENTION_NAME, LayerShape, PackedAttention, attention_forward
-from mi_runtime.blend import UnsupportedModel, pair_experts_forward
+from mi_runtime.blend import (
+    Storage,
+    UnsupportedModel,
+    WholeStorage,
+    pair_experts_forward,
+    weights_of,
+)
 from mi_runtime.blend_cache import BlendCache
-from mi_runtime.config import Device, Dtype
+from mi_runtime.config import DeltaDtype, Device, Dtype
+from mi_runtime.delta import DeltaStorage
 from mi_runtime.memory import MemoryPeak, memory_given_back
 from mi_runtime.pair import Endpoint, Pair, PairError
 from mi_runtime.request import Dial
@@ -31,8 +38,11 @@ from mi_runtime.swap import ModuleSwap, RowAxis
 
 EXPERTS_NAME = "mi_pair"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest error of the self-check, as a share of the largest logit (median over its rows).
+# Largest error of the self-check, as a share of the largest logit (median over an endpoint's rows).
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# And what rounding the difference may add to it for Thinking, as a share of how far the endpoints'
+# logits lie apart.
+DELTA_TOLERANCE: dict[DeltaDtype, float] = {"none": 0.0, "int8": 0.1, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,7 @@ class BlendedModel:
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
-    weight_bytes: int  # of both endpoints
+    weight_bytes: int  # of both endpoints, as they are kept
     peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
     load_seconds: float
 
@@ -73,30 +83,41 @@ def resolve_dtype(dtype: Dtype, device: torch.device, pair: Pair) -> torch.dtype
 
 
 @memory_given_back()
-def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> BlendedModel:
-    """Raises PairError with the name of what cannot be served."""
+def load_pair(
+    pair: Pair,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    delta_dtype: DeltaDtype = "none",
+) -> BlendedModel:
+    """Raises PairError with the name of what cannot be served.
+
+    A pair whose difference is kept small is never whole on the device: Thinking is loaded on the
+    CPU, and comes over module by module.
+    """
     started = time.monotonic()
     memory = MemoryPeak(resolve_device(device))
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where, pair)
+    storage: Storage = WholeStorage() if delta_dtype == "none" else DeltaStorage(delta_dtype)
     instruct = _load_endpoint(pair.instruct, where, kind)
     memory.look()
-    thinking = _load_endpoint(pair.thinking, where, kind)
+    thinking_device = where if delta_dtype == "none" else torch.device("cpu")
+    thinking = _load_endpoint(pair.thinking, thinking_device, kind)
     memory.look()
-    weight_bytes = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
+    both_whole = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
     probe = Probe.for_model(instruct)
     try:
         expected = probe.expected_logits(instruct, thinking)
         layers = int(instruct.config.num_hidden_layers)
-        groups = BlendGroups(layers, where, BlendCache(budget=0))
-        swap = ModuleSwap(groups, probe.axes).swap(instruct, thinking)
+        groups = BlendGroups(layers, where, BlendCache(budget=0), storage.endpoints)
+        swap = ModuleSwap(groups, probe.axes, storage).swap(instruct, thinking)
         for _ in tqdm(swap, "Pairing modules", sum(1 for _ in instruct.modules()), disable=None):
             memory.look()
         del thinking
         instruct.config._experts_implementation = EXPERTS_NAME
-        probe.check(instruct, groups, expected, kind)
+        probe.check(instruct, groups, expected, kind, delta_dtype)
     except UnsupportedModel as error:
         raise PairError([f"model_type {instruct.config.model_type}: {error}"]) from error
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # of the model's code
@@ -110,7 +131,7 @@ def load_pair(pair: Pair, device: Device = "auto", dtype: Dtype = "auto") -> Ble
         device=where,
         dtype=kind,
         vocab_size=int(instruct.config.vocab_size),
-        weight_bytes=weight_bytes,
+        weight_bytes=both_whole - _saved_bytes(instruct),
         peak_bytes=memory.peak,
         load_seconds=time.monotonic() - started,
     )
@@ -152,6 +173,11 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """What is kept less than both endpoints whole."""
+    return sum(2 * one.instruct.nbytes - one.nbytes for one in weights_of(model))
 
 
 def _unique_tensors(*models: nn.Module) -> Iterator[Tensor]:
@@ -201,28 +227,39 @@ class Probe:
         return cls(tokens, kept, model.config.vocab_size, model.device)
 
     def expected_logits(self, instruct: PreTrainedModel, thinking: PreTrainedModel) -> Tensor:
-        """`[kept, vocabulary]`: the first sequence by Instruct, the second by Thinking."""
+        """`[2, kept, vocabulary]`: all rows by Instruct, and by Thinking, each where it lies."""
         with self._recording(instruct):
             first = self._logits(instruct)
-        is_thinking = self._endpoints[self._kept].bool().unsqueeze(1)
-        return torch.where(is_thinking, self._logits(thinking), first)
+        return torch.stack((first, self._logits(thinking, thinking.device).to(first.device)))
 
     def check(
-        self, blended: PreTrainedModel, groups: BlendGroups, expected: Tensor, dtype: torch.dtype
+        self,
+        blended: PreTrainedModel,
+        groups: BlendGroups,
+        expected: Tensor,
+        dtype: torch.dtype,
+        delta_dtype: DeltaDtype,
     ) -> None:
         """Raises UnsupportedModel unless the mixed batch gives each endpoint's own logits."""
         index, kept = tuple(self._endpoints.tolist()), tuple(self._kept.tolist())
         groups.begin(StepRows((Dial(0.0), Dial(1.0)), index, kept, blended=False))
-        error = (self._logits(blended) - expected).abs().amax(1).median() / expected.abs().max()
-        tolerance = SELF_CHECK_TOLERANCE[dtype]
-        if not error <= tolerance:
-            raise UnsupportedModel(
-                f"the self-check failed: blended logits at λ = 0 and 1 are off by {error:.2g} of "
-                f"the largest logit (at most {tolerance:.2g} is allowed)"
-            )
+        logits, of_row = self._logits(blended), self._endpoints[self._kept]
+        apart = (expected[0] - expected[1]).abs().amax(1)  # [kept]
+        rounding = SELF_CHECK_TOLERANCE[dtype] * expected.abs().max()
+        for value, own in enumerate(expected):
+            allowed = rounding + value * DELTA_TOLERANCE[delta_dtype] * apart
+            error = ((logits - own).abs().amax(1) / allowed)[of_row == value].median()
+            if not error <= 1:
+                raise UnsupportedModel(
+                    f"the self-check failed: blended logits at λ = {value} are off by {error:.2g} "
+                    "times what rounding explains"
+                )
 
-    def _logits(self, model: PreTrainedModel) -> Tensor:
-        return _forward(model, self._ids, self._positions, self._kept, self.attention).float()
+    def _logits(self, model: PreTrainedModel, device: torch.device | None = None) -> Tensor:
+        """Of a model on `device`, where that is not the probe's own."""
+        inputs = self._ids, self._positions, self._kept
+        ids, positions, kept = (tensor.to(device) for tensor in inputs)
+        return _forward(model, ids, positions, kept, self.attention).float()
 
     @contextmanager
     def _recording(self, model: nn.Module) -> Iterator[None]:

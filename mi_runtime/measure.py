@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 
 from mi_runtime.attention import PackedAttention
-from mi_runtime.blend import PairExperts, PairLinear, PairMatrix, VocabularyPair, lerp_rounded
+from mi_runtime.blend import Matrix, PairLinear, weights_of
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.request import Dial
@@ -31,13 +31,13 @@ def measure_costs(model: BlendedModel) -> CostModel:
     pair: list[float] = []
     for rows in ROWS:
         scale = _parameters_read(model, rows) / sampled
-        inputs = [_random(model, rows, matrix.concatenated.shape[1] // 2) for matrix in sample]
+        inputs = [_random(model, rows, matrix.instruct.shape[1]) for matrix in sample]
         half = torch.full((rows,), 0.5, device=model.device)
         ways = Rows(half, INSTRUCT), Rows(half, None)
         for way, seconds in zip(ways, (single, pair), strict=True):
             seconds.append(scale * _time(model, lambda: _products(sample, inputs, way)))  # noqa: B023
     whole = _parameters(model) / sampled
-    build = whole * _time(model, lambda: [lerp_rounded(*one.endpoints, 0.5) for one in sample])
+    build = whole * _time(model, lambda: [one.blend(0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model))
     return CostModel(
         fixed=max(0.0, forward - single[0]),
@@ -51,9 +51,9 @@ def _parameters_read(model: BlendedModel, rows: int) -> float:
     """Of both endpoints, those that this many rows use: they hit only some of the experts."""
     parameters = 0.0
     top_k = int(getattr(model.model.config, "num_experts_per_tok", None) or 1)
-    for matrix in _matrices(model):
-        experts = len(matrix.concatenated) if isinstance(matrix, PairExperts) else 1
-        parameters += matrix.parameters * min(1.0, rows * top_k / experts)
+    for weights in weights_of(model.model):
+        experts = len(weights.instruct) if weights.instruct.dim() == 3 else 1
+        parameters += weights.parameters * min(1.0, rows * top_k / experts)
     return parameters
 
 
@@ -64,29 +64,20 @@ def blend_bytes(model: BlendedModel) -> int:
 
 def _parameters(model: BlendedModel) -> int:
     """Of both endpoints, in everything that a blend materializes."""
-    return sum(matrix.parameters for matrix in _matrices(model))
+    return sum(weights.parameters for weights in weights_of(model.model))
 
 
-def _matrices(model: BlendedModel) -> set[PairMatrix | VocabularyPair | PairExperts]:
-    matrices: set[PairMatrix | VocabularyPair | PairExperts] = set()
-    for module in model.model.modules():
-        if isinstance(module, PairLinear):
-            matrices.add(module.pair)
-        matrices |= {one for one in vars(module).values() if isinstance(one, PairExperts)}
-    return matrices
-
-
-def _layer_matrices(model: BlendedModel) -> list[PairMatrix]:
+def _layer_matrices(model: BlendedModel) -> list[Matrix]:
     """The linear modules of the middle layer."""
     middle = f"layers.{len(model.layers) // 2}."
     return [
         module.pair
         for name, module in model.model.named_modules()
-        if middle in name and isinstance(module, PairLinear) and isinstance(module.pair, PairMatrix)
+        if middle in name and isinstance(module, PairLinear)
     ]
 
 
-def _products(matrices: list[PairMatrix], inputs: list[torch.Tensor], rows: Rows) -> None:
+def _products(matrices: list[Matrix], inputs: list[torch.Tensor], rows: Rows) -> None:
     for matrix, x in zip(matrices, inputs, strict=True):
         matrix.product(x, rows)
     rows.forget_input()

@@ -15,6 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from mi_runtime.config import DeltaDtype
+
 IGNORED_CONFIG_KEYS = frozenset(
     {
         "_name_or_path",
@@ -104,9 +106,11 @@ class Pair:
         return digest.hexdigest()
 
 
-def fingerprint(identity: str, lambda_step: float) -> str:
-    """Hex digest of a pair and the λ grid: what KV and answers depend on beside the dial."""
-    return hashlib.blake2b(f"{identity} {lambda_step}".encode(), digest_size=16).hexdigest()
+def fingerprint(identity: str, lambda_step: float, delta_dtype: DeltaDtype) -> str:
+    """Hex digest of a pair, how it is kept and the λ grid: what KV and answers depend on beside the
+    dial."""
+    told = f"{identity} {lambda_step} {delta_dtype}"
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
 def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:

@@ -18,7 +18,7 @@ Plain Python: seconds, rows and dials; no tensors.
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from mi_runtime.config import BlendPolicy
@@ -78,8 +78,8 @@ class _Savings:
 
 
 class Planner:
-    """`missing(dial)` is the share of a dial's blended weights that the cache lacks, and
-    `capacity` how many λ values it can hold."""
+    """`missing(dial)` is the share of a dial's blended weights that the cache lacks, `capacity` how
+    many λ values it can hold, and `endpoints` the λ that need none."""
 
     def __init__(
         self,
@@ -87,11 +87,13 @@ class Planner:
         costs: CostModel,
         missing: Callable[[Dial], float],
         capacity: int,
+        endpoints: Container[float] = (0.0, 1.0),
     ) -> None:
         self._policy = policy
         self._costs = costs
         self._missing = missing
         self._capacity = capacity
+        self._endpoints = endpoints
         self._step = 0
         self._savings: OrderedDict[Dial, _Savings] = OrderedDict()
         self._built: OrderedDict[Dial, int] = OrderedDict()  # the step of last use, oldest first
@@ -140,7 +142,7 @@ class Planner:
         """The first of them that the cache can hold together; endpoints take no room in it."""
         chosen, room = [], self._capacity
         for work in works:
-            if not _is_endpoint(work.dial):
+            if not self._is_endpoint(work.dial):
                 if not room:
                     continue
                 room -= 1
@@ -169,7 +171,7 @@ class Planner:
 
     def _is_ready(self, dial: Dial) -> bool:
         """Whether single weights are there, or have earned being built."""
-        if _is_endpoint(dial):
+        if self._is_endpoint(dial):
             return True
         if not self._capacity:
             return False
@@ -188,11 +190,15 @@ class Planner:
     def _use(self, dial: Dial) -> None:
         """The dial runs with single weights, which are built if they were not there."""
         self._savings.pop(dial, None)
-        if not _is_endpoint(dial):
+        if not self._is_endpoint(dial):
             self._built.pop(dial, None)
             self._built[dial] = self._step
             while len(self._built) > max(1, self._capacity):
                 self._built.popitem(last=False)
+
+    def _is_endpoint(self, dial: Dial) -> bool:
+        values = (dial.reasoning_lambda, *(value for _, value in dial.groups))
+        return all(value in self._endpoints for value in values)
 
 
 def _by_dial(chunks: list[Chunk]) -> tuple[list[_Work], list[Chunk]]:
@@ -214,7 +220,3 @@ def _by_dial(chunks: list[Chunk]) -> tuple[list[_Work], list[Chunk]]:
 
 def _is_alone(chunk: Chunk, chosen: set[Dial]) -> bool:
     return chunk.dial is not None and chunk.dial in chosen
-
-
-def _is_endpoint(dial: Dial) -> bool:
-    return dial.reasoning_lambda in (0, 1) and all(value in (0, 1) for _, value in dial.groups)

@@ -188,12 +188,13 @@ class EngineInfo:
     model_type: str
     device: str
     dtype: str
+    delta_dtype: str  # of the Thinking endpoint's difference; `none` where it is whole
     vocab_size: int
     max_model_len: int  # tokens of prompt and answer together
     block_size: int
     num_blocks: int
     layers: int
-    weight_bytes: int  # of both endpoints
+    weight_bytes: int  # of both endpoints, as they are kept
     peak_bytes: int  # most memory that loading held at once
     load_seconds: float
 

@@ -4,13 +4,14 @@ A blend group is the parameters that share one λ: `embed`, `head`, and of each 
 `N.mlp`. The rows of a group in a step go one of three ways:
 
     endpoint   all at λ = 0, or all at λ = 1: that endpoint's own weights, nothing else is read
+               (λ = 1 is none where Thinking is kept as a rounded difference)
     blended    all at one λ, and the planner wants its blended weights
     pair       any λ values, straight from both endpoints
 
 Swapped modules hold a `RowSlot` and read its `now`; nothing else of a step reaches them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -106,10 +107,17 @@ class StepRows:
 class BlendGroups:
     """All groups of one model. Most modules see every token; the head only the rows it needs."""
 
-    def __init__(self, layers: int, device: torch.device, cache: BlendCache) -> None:
+    def __init__(
+        self,
+        layers: int,
+        device: torch.device,
+        cache: BlendCache,
+        endpoints: Mapping[float, int] = ENDPOINTS,
+    ) -> None:
         names = [f"{layer}.{part}" for layer in range(layers) for part in ("attn", "mlp")]
         self.names = ("embed", *names, "head")
         self.cache = cache
+        self.endpoints = endpoints  # which λ have weights of their own
         self.executions = dict.fromkeys(Way, 0)  # of groups, since `start_counting`
         self._tokens = {name: RowSlot() for name in self.names}
         self._kept = {name: RowSlot() for name in self.names}
@@ -167,7 +175,7 @@ class BlendGroups:
 
     def _blend(self, name: str, value: float) -> Blend | None:
         """Of `embed` the entry stays empty: an embedding blends only the rows it looks up."""
-        return None if value in ENDPOINTS else self.cache.use((name, value))
+        return None if value in self.endpoints else self.cache.use((name, value))
 
     def _rows(
         self,
@@ -179,7 +187,7 @@ class BlendGroups:
     ) -> tuple[Rows, Rows]:
         weights = torch.tensor(values[:1] if uniform else values, device=self._device)
         if uniform:
-            rows = Rows(weights, ENDPOINTS.get(values[0]), blend)
+            rows = Rows(weights, self.endpoints.get(values[0]), blend)
             return rows, rows
         weights = weights[index]
         return Rows(weights, None), Rows(weights[kept], None)

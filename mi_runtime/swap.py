@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from mi_runtime.blend import (
+    EXPERT_ATTRIBUTES,
+    Matrix,
     PairEmbedding,
-    PairExperts,
     PairLayerNorm,
     PairLinear,
     PairMatrix,
     RoutedWeight,
     RowParameter,
+    Storage,
     UnsupportedModel,
-    VocabularyPair,
+    Vocabulary,
 )
 from mi_runtime.rows import BlendGroups, RowSlot
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)")
+EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")  # as in EXPERT_ATTRIBUTES
 ATTENTION_PARTS = ("self_attn", "input_layernorm", "post_self_attn_layernorm")
 
 
@@ -55,10 +58,11 @@ class ModuleSwap:
     cover, and for inputs whose row axis the probe could not tell.
     """
 
-    def __init__(self, groups: BlendGroups, axes: dict[str, RowAxis]) -> None:
+    def __init__(self, groups: BlendGroups, axes: dict[str, RowAxis], storage: Storage) -> None:
         self._groups = groups
         self._axes = axes
-        self._vocabulary: dict[int, VocabularyPair] = {}  # a tied one stays shared
+        self._storage = storage
+        self._vocabulary: dict[int, Vocabulary] = {}  # a tied one stays shared
         self._classes: dict[object, type[nn.Module]] = {}
 
     def swap(self, instruct: nn.Module, thinking: nn.Module) -> Iterator[None]:
@@ -89,11 +93,10 @@ class ModuleSwap:
         slot, axis = self._slot(name)
         if axis.axis != axis.dims - 2:
             raise UnsupportedModel(f"{name}: its input has rows on axis {axis.axis}")
-        pair: PairMatrix | VocabularyPair
         if group_of(name) == "head":
-            pair = self._take_vocabulary(module, other)
+            pair: Matrix = self._take_vocabulary(module, other)
         else:
-            pair = PairMatrix(*_take_weight(module, other))
+            pair = self._storage.matrix(*_take_weight(module, other))
         bias = _take(module, other, "bias")
         module.__class__ = PairLinear
         swapped = cast(PairLinear, module)
@@ -122,11 +125,12 @@ class ModuleSwap:
         flags = cast(Any, module)
         if not getattr(flags, "has_gate", True) or getattr(flags, "has_post_expert_norm", False):
             raise UnsupportedModel(f"{name}: experts of {type(module).__name__}")
-        for projection, attribute in (("gate_up_proj", "pair_gate_up"), ("down_proj", "pair_down")):
+        for projection, attribute in zip(EXPERT_PROJECTIONS, EXPERT_ATTRIBUTES, strict=True):
             weights = _take(module, other, projection)
             assert weights is not None
             biases = _take(module, other, f"{projection}_bias") if flags.has_bias else None
-            setattr(module, attribute, PairExperts(weights, biases, flags.is_transposed))
+            experts = self._storage.experts(weights, biases, flags.is_transposed)
+            setattr(module, attribute, experts)
         flags.slot = self._groups.slot(group_of(name), kept=False)
         _refuse_rest(name, module)
 
@@ -165,11 +169,11 @@ class ModuleSwap:
         axis = self._axes[name]
         return self._groups.slot(group_of(name), axis.kept), axis
 
-    def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> VocabularyPair:
+    def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> Vocabulary:
         key = id(module.get_parameter("weight"))
         taken = _take_weight(module, other)
         if key not in self._vocabulary:
-            self._vocabulary[key] = VocabularyPair(*map(_off_the_file, taken))
+            self._vocabulary[key] = self._storage.vocabulary(*taken)
         return self._vocabulary[key]
 
     def _change_class(
@@ -207,13 +211,16 @@ def _check_constant_buffers(name: str, module: nn.Module, other: nn.Module) -> N
     for buffer_name in module._non_persistent_buffers_set:
         mine, theirs = module._buffers[buffer_name], other._buffers[buffer_name]
         if (mine is None) != (theirs is None) or (
-            mine is not None and theirs is not None and not torch.equal(mine, theirs)
+            mine is not None
+            and theirs is not None
+            and not torch.equal(mine, theirs.to(mine.device))
         ):
             raise UnsupportedModel(f"{name}.{buffer_name} differs between the endpoints")
 
 
 def _take(module: nn.Module, other: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
-    """Removes a tensor from both modules and gives both back; None where there is none."""
+    """Removes a tensor from both modules and gives both back, on the first one's device; None where
+    there is none."""
     taken = []
     for owner in (module, other):
         store: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
@@ -221,18 +228,13 @@ def _take(module: nn.Module, other: nn.Module, name: str) -> tuple[Tensor, Tenso
         if tensor is None:
             return None
         taken.append(tensor.detach())
-    return taken[0], taken[1]
+    return taken[0], taken[1].to(taken[0].device)
 
 
 def _take_weight(module: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor]:
     taken = _take(module, other, "weight")
     assert taken is not None
     return taken
-
-
-def _off_the_file(tensor: Tensor) -> Tensor:
-    """A view of a mapped file would keep the whole file mapped: copied, it lets go of it."""
-    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
 def _refuse_rest(name: str, module: nn.Module) -> None:

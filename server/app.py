@@ -172,6 +172,7 @@ def _pair(info: EngineInfo, settings: Settings) -> dict[str, Any]:
         "instruct": Path(settings.instruct_endpoint).name,
         "thinking": Path(settings.thinking_endpoint).name,
         "layers": info.layers,
+        "delta_dtype": info.delta_dtype,
     }
 
 

@@ -21,7 +21,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from mi_runtime.config import BlendPolicy, Device, Dtype, EngineConfig
+from mi_runtime.config import BlendPolicy, DeltaDtype, Device, Dtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from server import flags
 
@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     """Where the pair lies."""
     dtype: Dtype = "auto"
     """Number format of the weights."""
+    delta_dtype: DeltaDtype = "none"
+    """Keep of the Thinking endpoint only its difference to Instruct, rounded to this format: less
+    memory, and λ = 1 is Thinking up to that rounding; none: both endpoints whole."""
 
     # The dial
     default_lambda: Annotated[float, Field(ge=0, le=1)] = 0.8
@@ -259,6 +262,7 @@ class Settings(BaseSettings):
                 thinking=str(thinking),
                 device=self.device,
                 dtype=self.dtype,
+                delta_dtype=self.delta_dtype,
                 block_size=self.block_size,
                 num_blocks=self.num_blocks,
                 kv_cache_bytes=self.kv_cache_bytes,

@@ -16,6 +16,7 @@ from typing import Final
 
 import uvicorn
 
+from mi_runtime.request import EngineInfo
 from server.app import create_app
 from server.service import Service
 
@@ -108,7 +109,7 @@ class _Server(uvicorn.Server):
             return
         key = " -H 'Authorization: Bearer KEY'" if self._service.keys else ""
         print(
-            f"Ready: {name} ({info.model_type}, {info.dtype} on {info.device}, context "
+            f"Ready: {name} ({info.model_type}, {_numbers(info)} on {info.device}, context "
             f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
             f"{_size(info.peak_bytes)} at the peak of loading; profile "
             f"{self._service.routing.name}) at {address}\n"
@@ -123,6 +124,13 @@ class _Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         scheme = "http" if self._service.settings.ssl_certfile is None else "https"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _numbers(info: EngineInfo) -> str:
+    """The number formats of the weights."""
+    return (
+        info.dtype if info.delta_dtype == "none" else f"{info.dtype} and {info.delta_dtype} delta"
+    )
 
 
 def _size(count: int) -> str:

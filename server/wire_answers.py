@@ -217,6 +217,8 @@ class PairOfModel(_Answer):
     instruct: str
     thinking: str
     layers: int
+    delta_dtype: str
+    """Of the difference that is kept of the Thinking endpoint; `none` where it is whole."""
 
 
 class Model(_Answer):

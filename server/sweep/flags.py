@@ -14,7 +14,7 @@ from server.sweep.settings import ALL, Decoding
 from server.sweep.tasks import EMBEDDED
 
 GRID: Final = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
-PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype")
+PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype", "delta-dtype")
 """Of `mi-server serve`, that may stand among the command's own; all others come behind `--`."""
 
 _KEY: Final = "--api-key"
@@ -98,7 +98,7 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:at])
-    given = {name: getattr(flags, name) for name in PAIR_FLAGS}
+    given = {name: getattr(flags, name.replace("-", "_")) for name in PAIR_FLAGS}
     own = [f"--{name}={value}" for name, value in given.items() if value is not None]
     flags.serve = [*own, *words[at + 1 :]]
     _check_together(flags)

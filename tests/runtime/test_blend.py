@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mi_runtime.blend import PairEmbedding, PairLinear, UnsupportedModel
+from mi_runtime.blend import PairEmbedding, PairLinear, UnsupportedModel, WholeStorage
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.blocks import BlockPool
 from mi_runtime.load import BlendedModel, Probe, load_pair
@@ -269,7 +269,7 @@ def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
 
 def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) -> nn.Module:
     groups = BlendGroups(1, torch.device("cpu"), BlendCache(budget=0))
-    for _ in ModuleSwap(groups, axes).swap(instruct, thinking):
+    for _ in ModuleSwap(groups, axes, WholeStorage()).swap(instruct, thinking):
         pass
     return instruct
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mi_runtime.config import DeltaDtype
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.pair import Pair, PairError, check_pair
 from mi_runtime.pair import fingerprint as fingerprint_of
@@ -404,8 +405,8 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(pair: Directories, value
 # --- Fingerprint --------------------------------------------------------------------------------
 
 
-def fingerprint(pair: Directories, grid: float = GRID) -> str:
-    return fingerprint_of(check_pair(*pair).identity(), grid)
+def fingerprint(pair: Directories, grid: float = GRID, delta_dtype: DeltaDtype = "none") -> str:
+    return fingerprint_of(check_pair(*pair).identity(), grid, delta_dtype)
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_files_are(
@@ -423,6 +424,11 @@ def test_the_fingerprint_changes_with_one_value_of_a_weight(
 
 def test_the_fingerprint_changes_with_the_grid(pair: Directories) -> None:
     assert fingerprint(pair, 0.01) != fingerprint(pair, 0.02)
+
+
+def test_the_fingerprint_changes_with_how_the_difference_is_kept(pair: Directories) -> None:
+    kinds: tuple[DeltaDtype, ...] = ("none", "int8", "int4")
+    assert len({fingerprint(pair, delta_dtype=kind) for kind in kinds}) == 3
 
 
 def test_the_fingerprint_changes_when_the_endpoints_change_places(pair: Directories) -> None:

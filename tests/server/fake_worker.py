@@ -255,6 +255,7 @@ def main() -> None:
         model_type="fake",
         device="cpu",
         dtype="float32",
+        delta_dtype="none",
         vocab_size=engine.tokenizer.get_vocab_size(),
         max_model_len=config.max_model_len or arguments.context,
         block_size=16,

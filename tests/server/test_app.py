@@ -341,7 +341,8 @@ def test_the_list_of_models_has_aliases_with_a_parent(client: TestClient) -> Non
     assert models[0]["id"] == "pair"
     assert models[0]["max_model_len"] == 2048
     assert models[0]["parent"] is None
-    assert set(models[0]["pair"]) == {"identity", "instruct", "thinking", "layers"}
+    told = {"identity", "instruct", "thinking", "layers", "delta_dtype"}
+    assert set(models[0]["pair"]) == told
     assert (models[0]["pair"]["identity"], models[0]["pair"]["layers"]) == ("1" * 32, 4)
     assert {model["parent"] for model in models[1:]} == {"pair"}
 

@@ -14,6 +14,7 @@ ENGINE = EngineInfo(
     model_type="m",
     device="cpu",
     dtype="float32",
+    delta_dtype="none",
     vocab_size=320,
     max_model_len=100,
     block_size=16,

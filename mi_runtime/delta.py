@@ -1,0 +1,256 @@
+"""The pair with its difference kept small: Instruct whole, and D = W_T − W_I quantized to D̂.
+
+    W(λ) x = W_I x + λ (D̂ x),    D̂ = scale · q
+
+λ = 0 is Instruct to the bit. λ = 1 is W_I + D̂: the Thinking checkpoint up to the rounding of D, so
+it is no endpoint, and is had like any λ between.
+
+    kind   q                        scales                           copies in bf16
+    int8   −127..127, one a byte    one an output row, fp32          1.5
+    int4   −8..7, two a byte        one a GROUP of inputs, bf16      1.25 + 1/64
+
+D is taken in fp32 and its rounding is half a step: of int8 1/254 of a row's largest |D|, of int4
+1/16 of a group's. The largest of an int4 group is −8 exactly, its sign in the scale. q is chosen
+for the scale as it is stored, so the rounding of scales to bf16 is not an error of its own.
+
+Layout (what a kernel reads), K inputs of a row, all contiguous:
+
+    instruct  [..., out, K]
+    values    int8   [..., out, K]
+              int4   uint8 [..., out, ceil(K / GROUP) · GROUP / 2]; byte j of group g holds q + 8 of
+                     input g·GROUP + j in its low nibble, and of g·GROUP + GROUP/2 + j in its high
+                     one: each nibble of adjacent bytes is a run of adjacent inputs
+    scales    int8   fp32 [..., out, 1];  int4   bf16 [..., out, ceil(K / GROUP)]
+
+Inputs beyond K in the last group are zeros, stored as 8. Norms, biases, routers and sinks are small
+and stay exact pairs. Here is plain torch, the reference and the way of a CPU: D̂ is dequantized
+piece by piece, so that no whole copy of it is ever held.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mi_runtime.blend import add_expert_bias, off_the_file, stacked_biases
+from mi_runtime.rows import INSTRUCT, THINKING, Rows
+
+DeltaKind = Literal["int8", "int4"]
+GROUP = 64  # inputs that share a scale of int4
+PIECE = 1 << 18  # values that are (de)quantized at once: fp32 copies that stay in a CPU's cache
+INT8_MOST = 127
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """D̂ of a matrix `[out, in]`, of some of its rows, or of many matrices `[…, out, in]`."""
+
+    values: Tensor  # int8, or uint8 with two int4 a byte
+    scales: Tensor
+    inputs: int  # K
+
+    def __getitem__(self, index: object) -> "Delta":
+        """Of the dimensions before the last."""
+        return Delta(self.values[index], self.scales[index], self.inputs)  # type: ignore[index]
+
+    @property
+    def kind(self) -> DeltaKind:
+        return "int8" if self.values.dtype is torch.int8 else "int4"
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """`[…, out, in]`: the product in fp32, rounded once."""
+        scales = self.scales.float()
+        if self.kind == "int8":
+            return (self.values * scales).to(dtype)
+        pairs = _grouped(self.values, GROUP // 2)
+        steps = torch.cat((pairs & 15, pairs >> 4), dim=-1).float() - 8
+        return (steps * scales.unsqueeze(-1)).flatten(-2)[..., : self.inputs].to(dtype)
+
+
+def quantize(instruct: Tensor, thinking: Tensor, kind: DeltaKind) -> Delta:
+    """D̂ of two tensors `[…, out, in]` on one device."""
+    *outer, inputs = instruct.shape
+    encode, shapes, dtypes = (
+        (_int8, (inputs, 1), (torch.int8, torch.float32))
+        if kind == "int8"
+        else (_int4, _int4_shapes(inputs), (torch.uint8, torch.bfloat16))
+    )
+    values, scales = (
+        torch.empty(*outer, size, dtype=dtype, device=instruct.device)
+        for size, dtype in zip(shapes, dtypes, strict=True)
+    )
+    for piece in _pieces(instruct.shape):
+        values[piece], scales[piece] = encode(thinking[piece].float() - instruct[piece].float())
+    return Delta(values, scales, inputs)
+
+
+def _int8(difference: Tensor) -> tuple[Tensor, Tensor]:
+    scales = difference.abs().amax(-1, keepdim=True) / INT8_MOST
+    steps = (difference / _divisor(scales)).round().clamp(-INT8_MOST, INT8_MOST)
+    return steps.to(torch.int8), scales
+
+
+def _int4(difference: Tensor) -> tuple[Tensor, Tensor]:
+    groups = _grouped(F.pad(difference, (0, -difference.shape[-1] % GROUP)), GROUP)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    scales = (largest / -8).to(torch.bfloat16)
+    nibbles = ((groups / _divisor(scales.float())).round().clamp(-8, 7) + 8).to(torch.uint8)
+    first, second = nibbles.chunk(2, dim=-1)
+    return (first | second << 4).flatten(-2), scales.squeeze(-1)
+
+
+def _grouped(tensor: Tensor, size: int) -> Tensor:
+    """`[…, n]` to `[…, n / size, size]`."""
+    return tensor.reshape(*tensor.shape[:-1], -1, size)
+
+
+def _int4_shapes(inputs: int) -> tuple[int, int]:
+    groups = -(-inputs // GROUP)
+    return groups * GROUP // 2, groups
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """Where nothing differs the scale is zero, and so are all steps."""
+    return torch.where(scales == 0, 1.0, scales)
+
+
+def _pieces(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of some rows of one matrix each, that cover `[…, out, in]`."""
+    *outer, rows, inputs = shape
+    step = max(1, PIECE // inputs)
+    for index in product(*map(range, outer)):
+        for first in range(0, rows, step):
+            yield (*index, slice(first, first + step))
+
+
+def blended(instruct: Tensor, delta: Delta, value: float) -> Tensor:
+    """W_I + λ D̂ in fp32, rounded once to Instruct's dtype; contiguous."""
+    out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
+    for piece in _pieces(instruct.shape):
+        out[piece] = instruct[piece].float() + value * delta[piece].dequantized(torch.float32)
+    return out
+
+
+def delta_product(x: Tensor, instruct: Tensor, delta: Delta, weights: Tensor) -> Tensor:
+    """`[…, rows, in]` to `[…, rows, out]`; `weights` is fp32 λ, `[rows]` or `[1]`.
+
+    Two products, put together in fp32. A row at λ = 0 is Instruct's product to the bit.
+    """
+    out = F.linear(x, instruct)
+    for (piece,) in _pieces(instruct.shape):
+        steered = F.linear(x, delta[piece].dequantized(x.dtype))
+        out[..., piece] = out[..., piece].float() + weights.unsqueeze(-1) * steered.float()
+    return out
+
+
+class DeltaMatrix:
+    """A matrix `[out, in]` at every λ: `blend.PairMatrix` with a quantized difference."""
+
+    def __init__(self, instruct: Tensor, thinking: Tensor, kind: DeltaKind) -> None:
+        self.instruct = off_the_file(instruct).contiguous()
+        self.delta = quantize(self.instruct, thinking, kind)
+
+    @property
+    def parameters(self) -> int:
+        """Of both endpoints."""
+        return 2 * self.instruct.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.instruct.nbytes + self.delta.nbytes
+
+    def blend(self, value: float) -> Tensor:
+        return blended(self.instruct, self.delta, value)
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        """`[..., rows, in]` to `[..., rows, out]`."""
+        if rows.endpoint is not None:
+            assert rows.endpoint == INSTRUCT, "Thinking itself is not kept"
+            return F.linear(x, self.instruct)
+        if rows.blend is not None:
+            return F.linear(x, rows.blend.get(self))
+        return delta_product(x, self.instruct, self.delta, rows.weights)
+
+
+class DeltaVocabulary(DeltaMatrix):
+    """The matrix `[vocabulary, dim]` of an embedding, a head, or both."""
+
+    def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
+        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`."""
+        own = F.embedding(ids, self.instruct)
+        if rows.endpoint is not None:
+            return own
+        steered = self.delta[ids].dequantized(torch.float32)
+        return (own.float() + rows.weights.unsqueeze(-1) * steered).to(own.dtype)
+
+
+class DeltaExperts:
+    """One projection of all experts, `[experts, out, in]`, kept row-major also where the model has
+    it transposed. Biases are an exact pair."""
+
+    def __init__(
+        self,
+        weights: tuple[Tensor, Tensor],
+        biases: tuple[Tensor, Tensor] | None,
+        transposed: bool,
+        kind: DeltaKind,
+    ) -> None:
+        instruct, thinking = (weight.mT if transposed else weight for weight in weights)
+        self.instruct = off_the_file(instruct).contiguous()
+        self.delta = quantize(self.instruct, thinking, kind)
+        self.biases = stacked_biases(biases)
+
+    @property
+    def parameters(self) -> int:
+        """Of both endpoints."""
+        return 2 * self.instruct.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.instruct.nbytes + self.delta.nbytes
+
+    def blend(self, value: float) -> Tensor:
+        return blended(self.instruct, self.delta, value)
+
+    def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
+        """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
+        if rows.endpoint is not None:
+            assert rows.endpoint == INSTRUCT, "Thinking itself is not kept"
+            out = F.linear(x, self.instruct[expert])
+        elif rows.blend is not None:
+            out = F.linear(x, rows.blend.get(self)[expert])
+        else:
+            weights = mix[:, THINKING, 0]
+            out = delta_product(x, self.instruct[expert], self.delta[expert], weights)
+        return add_expert_bias(out, self.biases, expert, rows, mix)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaStorage:
+    """Every large matrix as Instruct and a difference of one kind."""
+
+    kind: DeltaKind
+
+    @property
+    def endpoints(self) -> Mapping[float, int]:
+        return {0.0: INSTRUCT}
+
+    def matrix(self, instruct: Tensor, thinking: Tensor) -> DeltaMatrix:
+        return DeltaMatrix(instruct, thinking, self.kind)
+
+    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> DeltaVocabulary:
+        return DeltaVocabulary(instruct, thinking, self.kind)
+
+    def experts(
+        self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool
+    ) -> DeltaExperts:
+        return DeltaExperts(weights, biases, transposed, self.kind)
