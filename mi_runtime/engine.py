@@ -6,7 +6,7 @@ from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.grammar import Grammars
 from mi_runtime.load import BlendedModel, load_pair
-from mi_runtime.measure import blend_bytes, measure_costs
+from mi_runtime.measure import blend_bytes, choose_kernels, measure_costs
 from mi_runtime.memory import free_bytes
 from mi_runtime.pair import Pair, PairError, check_pair, fingerprint
 from mi_runtime.planner import REMEMBERED, Planner
@@ -41,6 +41,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         pair = check_pair(config.instruct, config.thinking)
         model = load_pair(pair, config.device, config.dtype, config.delta_dtype)
+        pair_kernels = choose_kernels(model)
         identity = pair.identity()
         num_blocks = _number_of_blocks(config, model, pair)
         capacity = num_blocks * config.block_size
@@ -59,6 +60,7 @@ class Engine:
             weight_bytes=model.weight_bytes,
             peak_bytes=model.peak_bytes,
             load_seconds=model.load_seconds,
+            pair_kernels=pair_kernels,
         )
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size, self.info.fingerprint),

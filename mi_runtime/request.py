@@ -197,6 +197,7 @@ class EngineInfo:
     weight_bytes: int  # of both endpoints, as they are kept
     peak_bytes: int  # most memory that loading held at once
     load_seconds: float
+    pair_kernels: str = ""  # where they are taken, as it was measured; nothing without a GPU
 
 
 @dataclass(frozen=True, slots=True)

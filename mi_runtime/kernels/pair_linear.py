@@ -30,7 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from mi_runtime.kernels import triton_interpreted
+
+INTERPRETED = triton_interpreted()
 SUM_BLOCK = 1024
 BUSY = 264  # programs that keep a GPU of 132 multiprocessors busy
 MAX_SPLITS = 8
@@ -76,8 +78,8 @@ def splits_for(programs: int, depth: int, tiles: Tiles) -> int:
 # --- Kernels ------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _dot(left, right, sums, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _dot(left, right, sums, UPCAST: tl.constexpr):
     if UPCAST:  # Triton's interpreter takes the bits of bf16 for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     else:
@@ -86,14 +88,14 @@ def _dot(left, right, sums, UPCAST: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _between(low, high, value):  # type: ignore[no-untyped-def]
+def _between(low, high, value):
     """(1−λ) low + λ high, and exactly one of them at 0 and 1, whatever the other is."""
     mixed = (1 - value) * low + value * high
     return tl.where(value == 0, low, tl.where(value == 1, high, mixed))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _product(  # type: ignore[no-untyped-def]
+@triton.jit
+def _product(
     x,
     first,  # W, or W_I
     second,  # W_T, or Q
@@ -224,8 +226,8 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     total = tl.load(partial + index, mask=mask, other=0)
