@@ -22,6 +22,7 @@ Rejected: two separate products and a lerp (less accurate in bf16, two launches)
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mi_runtime.blend_cache import Blendable
+from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.rows import ENDPOINTS, INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
 
 EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # of a swapped module of experts
@@ -91,6 +93,17 @@ class Vocabulary(Matrix, Protocol):
 class ExpertMatrices(Weights, Protocol):
     """What one projection of all experts computes with."""
 
+    kernels: KernelChoice
+
+    @property
+    def biases(self) -> Tensor | None:
+        """`[experts, 2, out]` of both endpoints, where there are any."""
+        ...
+
+    def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the step's way reads, as a kernel takes it: matrix, second matrix, scales."""
+        ...
+
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
         """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
         ...
@@ -118,7 +131,10 @@ class Storage(Protocol):
 class PairMatrix:
     """Both endpoints' `[out, in]` matrices in one `[out, 2, in]` tensor."""
 
-    def __init__(self, instruct: Tensor, thinking: Tensor) -> None:
+    def __init__(
+        self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
+    ) -> None:
+        self.kernels = kernels or KernelChoice()
         both = torch.stack((instruct, thinking), dim=1)
         self.concatenated = both.flatten(1)  # [out, 2·in]
         self.endpoints = (both[:, INSTRUCT], both[:, THINKING])  # strided views
@@ -132,7 +148,9 @@ class PairMatrix:
             return F.linear(x, self.endpoints[rows.endpoint])
         if rows.blend is not None:
             return F.linear(x, rows.blend.get(self))
-        return F.linear(rows.mixed(x), self.concatenated)
+        if self.kernels.takes(x):
+            return self.kernels.pair(x, *self.endpoints, rows.weights)
+        return F.linear(scaled_pair(x, rows.mix), self.concatenated)
 
     @property
     def instruct(self) -> Tensor:
@@ -155,7 +173,10 @@ class VocabularyPair:
     that reach the head, two products and a lerp cost the same as one product over `2·dim`.
     """
 
-    def __init__(self, instruct: Tensor, thinking: Tensor) -> None:
+    def __init__(
+        self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
+    ) -> None:
+        self.kernels = kernels or KernelChoice()
         self.endpoints = (instruct, thinking)
 
     @property
@@ -181,6 +202,8 @@ class VocabularyPair:
         if rows.blend is not None:
             return F.linear(x, rows.blend.get(self))
         low, high = self.endpoints
+        if self.kernels.takes(x):
+            return self.kernels.pair(x, low, high, rows.weights)
         return _lerp_rows(F.linear(x, low), F.linear(x, high), rows)
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
@@ -268,11 +291,16 @@ class PairLinear(nn.Linear):
     """`nn.Linear` over both endpoints. Made by changing a module's class, never constructed."""
 
     pair: Matrix
+    part: slice | None  # this module's rows of a matrix that it shares with others
     pair_bias: RowParameter | None
     slot: RowSlot
 
     def forward(self, input: Tensor) -> Tensor:
-        out = self.pair.product(input, self.slot.now)
+        rows = self.slot.now
+        if self.part is None:
+            out = self.pair.product(input, rows)
+        else:
+            out = rows.shared(self.pair, input)[..., self.part]
         return out if self.pair_bias is None else out + self.pair_bias.value()
 
 
@@ -324,13 +352,15 @@ class PairExperts:
         weights: tuple[Tensor, Tensor],
         biases: tuple[Tensor, Tensor] | None,
         transposed: bool,
+        kernels: KernelChoice | None = None,
     ) -> None:
+        self.kernels = kernels or KernelChoice()
         axis = 1 if transposed else 2
         both = torch.stack(weights, dim=axis)
         concatenated = both.flatten(axis, axis + 1)
         self.concatenated = concatenated.mT if transposed else concatenated  # [experts, out, 2·in]
-        views = (both.select(axis, INSTRUCT), both.select(axis, THINKING))
-        self.endpoints = tuple(view.mT if transposed else view for view in views)
+        low, high = both.select(axis, INSTRUCT), both.select(axis, THINKING)
+        self.endpoints = (low.mT, high.mT) if transposed else (low, high)
         self.biases = stacked_biases(biases)
 
     @property
@@ -365,6 +395,13 @@ class PairExperts:
             out = F.linear(scaled_pair(x, mix), self.concatenated[expert])
         return add_expert_bias(out, self.biases, expert, rows, mix)
 
+    def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if rows.endpoint is not None:
+            return self.endpoints[rows.endpoint], None, None
+        if rows.blend is not None:
+            return rows.blend.get(self), None, None
+        return (*self.endpoints, None)
+
 
 def stacked_biases(biases: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """Both endpoints' `[experts, out]` as `[experts, 2, out]`."""
@@ -387,21 +424,26 @@ def off_the_file(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
+@dataclass(frozen=True, slots=True)
 class WholeStorage:
     """Both endpoints whole."""
 
-    endpoints = ENDPOINTS
+    kernels: KernelChoice = field(default_factory=KernelChoice)
+
+    @property
+    def endpoints(self) -> Mapping[float, int]:
+        return ENDPOINTS
 
     def matrix(self, instruct: Tensor, thinking: Tensor) -> PairMatrix:
-        return PairMatrix(instruct, thinking)
+        return PairMatrix(instruct, thinking, self.kernels)
 
     def vocabulary(self, instruct: Tensor, thinking: Tensor) -> VocabularyPair:
-        return VocabularyPair(off_the_file(instruct), off_the_file(thinking))
+        return VocabularyPair(off_the_file(instruct), off_the_file(thinking), self.kernels)
 
     def experts(
         self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool
     ) -> PairExperts:
-        return PairExperts(weights, biases, transposed)
+        return PairExperts(weights, biases, transposed, self.kernels)
 
 
 def weights_of(model: nn.Module) -> set[Weights]:
@@ -420,9 +462,31 @@ def pair_experts_forward(
     """Mixture-of-experts over both endpoints: the rows of an expert carry their own λ.
 
     `hidden` `[rows, dim]`, `expert_ids` and `expert_weights` `[rows, k]`; gives `[rows, dim]`.
-    One product a hit expert, found on the host.
     """
     experts = cast(_Experts, module)
+    on_device = experts.pair_gate_up.kernels.experts
+    through = _through_experts_by_kernel if on_device else _through_experts
+    out = through(experts, hidden, expert_ids)  # [rows · k, dim]
+    weighted = out * expert_weights.reshape(-1, 1)
+    return weighted.view(*expert_ids.shape, -1).sum(1).to(hidden.dtype)
+
+
+def _through_experts_by_kernel(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
+    """Two launches for all experts, whoever is hit: nothing waits for the device."""
+    first, second, rows = experts.pair_gate_up, experts.pair_down, experts.slot.now
+    kernels = first.kernels
+    alignment = kernels.align(expert_ids, len(first.instruct))
+    gate_up = kernels.grouped(
+        hidden, first.operands(rows), first.biases, rows.weights, alignment, gather=True
+    )
+    gated = experts._apply_gate(gate_up)
+    return kernels.grouped(
+        gated, second.operands(rows), second.biases, rows.weights, alignment, gather=False
+    )
+
+
+def _through_experts(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
+    """The same on any device, a product for each expert that is hit; the host finds them."""
     rows = experts.slot.now
     order = expert_ids.flatten().argsort(stable=True)
     source = order // expert_ids.shape[1]
@@ -438,5 +502,4 @@ def pair_experts_forward(
         down = experts.pair_down.product(expert, experts._apply_gate(gate_up), rows, mix)
         out[order[first : first + size]] = down
         first += size
-    weighted = out * expert_weights.reshape(-1, 1)
-    return weighted.view(*expert_ids.shape, -1).sum(1).to(hidden.dtype)
+    return out

@@ -28,7 +28,7 @@ piece by piece, so that no whole copy of it is ever held.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mi_runtime.blend import add_expert_bias, off_the_file, stacked_biases
+from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.rows import INSTRUCT, THINKING, Rows
 
 DeltaKind = Literal["int8", "int4"]
@@ -156,7 +157,14 @@ def delta_product(x: Tensor, instruct: Tensor, delta: Delta, weights: Tensor) ->
 class DeltaMatrix:
     """A matrix `[out, in]` at every λ: `blend.PairMatrix` with a quantized difference."""
 
-    def __init__(self, instruct: Tensor, thinking: Tensor, kind: DeltaKind) -> None:
+    def __init__(
+        self,
+        instruct: Tensor,
+        thinking: Tensor,
+        kind: DeltaKind,
+        kernels: KernelChoice | None = None,
+    ) -> None:
+        self.kernels = kernels or KernelChoice()
         self.instruct = off_the_file(instruct).contiguous()
         self.delta = quantize(self.instruct, thinking, kind)
 
@@ -179,6 +187,9 @@ class DeltaMatrix:
             return F.linear(x, self.instruct)
         if rows.blend is not None:
             return F.linear(x, rows.blend.get(self))
+        if self.kernels.takes(x):
+            values, scales = self.delta.values, self.delta.scales
+            return self.kernels.delta(x, self.instruct, values, scales, rows.weights)
         return delta_product(x, self.instruct, self.delta, rows.weights)
 
 
@@ -204,7 +215,9 @@ class DeltaExperts:
         biases: tuple[Tensor, Tensor] | None,
         transposed: bool,
         kind: DeltaKind,
+        kernels: KernelChoice | None = None,
     ) -> None:
+        self.kernels = kernels or KernelChoice()
         instruct, thinking = (weight.mT if transposed else weight for weight in weights)
         self.instruct = off_the_file(instruct).contiguous()
         self.delta = quantize(self.instruct, thinking, kind)
@@ -234,24 +247,33 @@ class DeltaExperts:
             out = delta_product(x, self.instruct[expert], self.delta[expert], weights)
         return add_expert_bias(out, self.biases, expert, rows, mix)
 
+    def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if rows.endpoint is not None:
+            assert rows.endpoint == INSTRUCT, "Thinking itself is not kept"
+            return self.instruct, None, None
+        if rows.blend is not None:
+            return rows.blend.get(self), None, None
+        return self.instruct, self.delta.values, self.delta.scales
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaStorage:
     """Every large matrix as Instruct and a difference of one kind."""
 
     kind: DeltaKind
+    kernels: KernelChoice = field(default_factory=KernelChoice)
 
     @property
     def endpoints(self) -> Mapping[float, int]:
         return {0.0: INSTRUCT}
 
     def matrix(self, instruct: Tensor, thinking: Tensor) -> DeltaMatrix:
-        return DeltaMatrix(instruct, thinking, self.kind)
+        return DeltaMatrix(instruct, thinking, self.kind, self.kernels)
 
     def vocabulary(self, instruct: Tensor, thinking: Tensor) -> DeltaVocabulary:
-        return DeltaVocabulary(instruct, thinking, self.kind)
+        return DeltaVocabulary(instruct, thinking, self.kind, self.kernels)
 
     def experts(
         self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool
     ) -> DeltaExperts:
-        return DeltaExperts(weights, biases, transposed, self.kind)
+        return DeltaExperts(weights, biases, transposed, self.kind, self.kernels)

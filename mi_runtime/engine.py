@@ -55,6 +55,7 @@ class Engine:
             load_seconds=model.load_seconds,
             attention=started.attention,
             graphs=started.graphs,
+            pair_kernels=started.pair_kernels,
         )
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size, self.info.fingerprint),

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
@@ -30,6 +32,7 @@ from mi_runtime.blend import (
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.config import DeltaDtype, Device, Dtype
 from mi_runtime.delta import DeltaStorage
+from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.memory import MemoryPeak, memory_given_back
 from mi_runtime.pair import Endpoint, Pair, PairError
 from mi_runtime.request import Dial
@@ -51,6 +54,7 @@ class BlendedModel:
 
     model: PreTrainedModel
     groups: BlendGroups
+    kernels: KernelChoice
     layers: tuple[LayerShape, ...]
     device: torch.device
     dtype: torch.dtype
@@ -127,7 +131,10 @@ def pair_up(
         use_paged_attention(endpoint)
     where, kind = instruct.device, instruct.dtype
     memory = memory or MemoryPeak(where)
-    storage: Storage = WholeStorage() if delta_dtype == "none" else DeltaStorage(delta_dtype)
+    kernels = KernelChoice()
+    storage: Storage = (
+        WholeStorage(kernels) if delta_dtype == "none" else DeltaStorage(delta_dtype, kernels)
+    )
     both_whole = sum(tensor.nbytes for tensor in _unique_tensors(instruct, thinking))
     probe = Probe.for_model(instruct)
     try:
@@ -148,6 +155,7 @@ def pair_up(
     return BlendedModel(
         model=instruct,
         groups=groups,
+        kernels=kernels,
         layers=tuple(shapes[layer] for layer in range(len(shapes))),
         device=where,
         dtype=kind,
@@ -244,6 +252,8 @@ class Probe:
         lengths = (tokens // 2, tokens - tokens // 2)
         self.axes: dict[str, RowAxis] = {}
         self.attention = PackedAttention(lengths)
+        self._read = WeakTensorKeyDictionary()  # a number of each tensor that modules read
+        self._numbers = count()
         self._tokens, self._kept_count = tokens, kept
         self._ids = torch.arange(1, tokens + 1, device=device) * 7 % vocab_size
         self._positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
@@ -306,6 +316,11 @@ class Probe:
             for hook in hooks:
                 hook.remove()
 
+    def _number_of(self, tensor: Tensor) -> int:
+        if tensor not in self._read:
+            self._read[tensor] = next(self._numbers)
+        return int(self._read[tensor])
+
     def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs and isinstance(inputs[0], Tensor):
@@ -313,7 +328,8 @@ class Probe:
                 for kept, count in ((False, self._tokens), (True, self._kept_count)):
                     if list(shape).count(count) == 1:
                         axis = list(shape).index(count)
-                        self.axes[name] = RowAxis(axis, len(shape), kept)
+                        source = self._number_of(inputs[0])
+                        self.axes[name] = RowAxis(axis, len(shape), kept, source)
 
         return record
 

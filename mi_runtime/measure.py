@@ -2,23 +2,26 @@
 
 Times the products of one decoder layer's linear modules, for a few row counts, once with single
 weights and once as pair product, and one blend of them; scaled to the whole model by parameters.
+Before that, on a GPU, which of those products are faster as kernels of `mi_runtime.kernels`.
 Takes well under a second on the embedded pair, a few seconds on large ones.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 
 from mi_runtime.attention import PackedAttention
 from mi_runtime.blend import Matrix, PairLinear, weights_of
+from mi_runtime.kernels import launch_errors, triton_installed
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.request import Dial
 from mi_runtime.rows import INSTRUCT, Rows, StepRows
 
 ROWS = (1, 8, 32, 128, 512)
+KERNEL_ROWS = (1, 4, 16, 32, 64, 128, 256)  # beyond, products are bound by arithmetic
 REPEATS = 5
 
 
@@ -38,13 +41,66 @@ def measure_costs(model: BlendedModel) -> CostModel:
             seconds.append(scale * _time(model, lambda: _products(sample, inputs, way)))  # noqa: B023
     whole = _parameters(model) / sampled
     build = whole * _time(model, lambda: [one.blend(0.5) for one in sample])
-    forward = _time(model, lambda: _forward_one_row(model))
+    forward = _time(model, lambda: _forward_one_row(model, Dial(0.0)))
     return CostModel(
         fixed=max(0.0, forward - single[0]),
         single=Curve(ROWS, tuple(accumulate(single, max))),  # more rows never cost less
         pair=Curve(ROWS, tuple(accumulate(pair, max))),
         build=build,
     )
+
+
+def choose_kernels(model: BlendedModel) -> str:
+    """Enables the model's kernels where they are worth it, on a GPU; gives what to tell of it.
+
+    Only dense products are measured: of experts, the kernels' rival is a look from the host, which
+    no graph can capture.
+    """
+    if model.device.type != "cuda" or not triton_installed():
+        return ""
+    try:
+        measure_kernels(model)
+    except launch_errors() as error:
+        model.kernels.enable(rows=0, experts=False)
+        return f"none, as they do not run here ({error})"
+    return f"up to {model.kernels.rows} rows"
+
+
+@torch.inference_mode()
+def measure_kernels(model: BlendedModel) -> None:
+    """Enables them up to the number of rows that saves most, at the middle layer's shapes."""
+    model.kernels.enable(max(KERNEL_ROWS))
+    _forward_one_row(model, Dial(0.5))  # experts too
+    seconds = []
+    for limit in (max(KERNEL_ROWS), 0):
+        model.kernels.enable(limit)
+        seconds.append([_pair_seconds(model, rows) for rows in KERNEL_ROWS])
+    model.kernels.enable(rows_worth(KERNEL_ROWS, *seconds))
+
+
+def rows_worth(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[float]) -> int:
+    """The limit up to which kernels save most, counting each measured number of rows alike."""
+    gains = [1 - own / other for own, other in zip(kernel, vendor, strict=True)]
+    totals = (0.0, *accumulate(gains))
+    return (0, *rows)[totals.index(max(totals))]
+
+
+def _pair_seconds(model: BlendedModel, rows: int) -> float:
+    sample = _layer_matrices(model)
+    inputs = [_random(model, rows, matrix.instruct.shape[1]) for matrix in sample]
+    mixed = Rows(torch.full((rows,), 0.5, device=model.device), None)
+    return _time(model, _captured(model, lambda: _products(sample, inputs, mixed)))
+
+
+def _captured(model: BlendedModel, work: Callable[[], None]) -> Callable[[], None]:
+    """On a GPU as a graph, as decoding runs it: what the host takes to launch it is not timed."""
+    if model.device.type != "cuda":
+        return work
+    work()  # what compiles, compiles now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _parameters_read(model: BlendedModel, rows: int) -> float:
@@ -70,11 +126,12 @@ def _parameters(model: BlendedModel) -> int:
 def _layer_matrices(model: BlendedModel) -> list[Matrix]:
     """The linear modules of the middle layer."""
     middle = f"layers.{len(model.layers) // 2}."
-    return [
+    linear = (
         module.pair
         for name, module in model.model.named_modules()
         if middle in name and isinstance(module, PairLinear)
-    ]
+    )
+    return list(dict.fromkeys(linear))  # one that modules share comes once
 
 
 def _products(matrices: list[Matrix], inputs: list[torch.Tensor], rows: Rows) -> None:
@@ -83,9 +140,9 @@ def _products(matrices: list[Matrix], inputs: list[torch.Tensor], rows: Rows) ->
     rows.forget_input()
 
 
-def _forward_one_row(model: BlendedModel) -> None:
+def _forward_one_row(model: BlendedModel, dial: Dial) -> None:
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-    model.groups.begin(StepRows((Dial(0.0),), (0,), (0,), blended=False))
+    model.groups.begin(StepRows((dial,), (0,), (0,), blended=False))
     model.logits(zero, zero, zero, PackedAttention((1,)))
 
 

@@ -199,6 +199,7 @@ class EngineInfo:
     load_seconds: float
     attention: str = "reference"  # the backend, and what it was measured against
     graphs: str = "none"  # recorded decode steps: how many, and how they were made
+    pair_kernels: str = ""  # where they are taken, as it was measured; nothing without a GPU
 
 
 @dataclass(frozen=True, slots=True)

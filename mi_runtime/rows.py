@@ -14,6 +14,7 @@ Swapped modules hold a `RowSlot` and read its `now`; nothing else of a step reac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,13 +33,27 @@ class Way(StrEnum):
     PAIR = "pair"
 
 
+class _Matrix(Protocol):
+    def product(self, x: Tensor, rows: "Rows") -> Tensor: ...
+
+
 class Rows:
     """The λ of the rows that a group's modules see, for as long as the batch keeps its shape.
 
     `live`: `weights` is a buffer that is written between forwards, so nothing derived is kept.
     """
 
-    __slots__ = ("_input", "_memo", "_mix", "_mixed", "blend", "endpoint", "live", "weights")
+    __slots__ = (
+        "_input",
+        "_matrix",
+        "_memo",
+        "_mix",
+        "_product",
+        "blend",
+        "endpoint",
+        "live",
+        "weights",
+    )
 
     def __init__(
         self,
@@ -53,8 +68,9 @@ class Rows:
         self.live = live
         self._mix: Tensor | None = None if live else _both(weights)
         self._memo: dict[object, Tensor] = {}
+        self._matrix: _Matrix | None = None
         self._input: Tensor | None = None
-        self._mixed = weights
+        self._product = weights
 
     @property
     def mix(self) -> Tensor:
@@ -67,17 +83,18 @@ class Rows:
             return Way.ENDPOINT
         return Way.PAIR if self.blend is None else Way.BLENDED
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """`[..., rows, in]` to `[..., rows, 2·in]`: every row times (1−λ), then every row times λ.
+    def shared(self, matrix: "_Matrix", x: Tensor) -> Tensor:
+        """`matrix.product(x, self)`, computed once for the modules that share the matrix.
 
-        Modules that read one input after another (query, key, value; gate, up) share it: the last
-        one is kept, and known by identity while it is kept alive. A model that wrote into an input
-        between two such modules would not be served rightly; the self-check at load refuses it.
+        They read one input after another (query, key, value; gate, up): the last product is kept,
+        and known by the identity of its input while that is kept alive. A model that wrote into an
+        input between two such modules would not be served rightly; the self-check at load refuses
+        it.
         """
-        if self._input is not x:
-            self._mixed = scaled_pair(x, self.mix)
-            self._input = x
-        return self._mixed
+        if self._matrix is not matrix or self._input is not x:
+            self._product = matrix.product(x, self)
+            self._matrix, self._input = matrix, x
+        return self._product
 
     def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make(weights)`, made once for as long as the rows stay as they are."""
@@ -91,7 +108,7 @@ class Rows:
         return value
 
     def forget_input(self) -> None:
-        self._input, self._mixed = None, self.weights
+        self._matrix, self._input, self._product = None, None, self.weights
 
 
 def _both(weights: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mi_runtime.compiled import compiled_logits
 from mi_runtime.config import EngineConfig
 from mi_runtime.graphs import CudaGraphs, DecodeGraphs, Forward, sizes_for
 from mi_runtime.load import BlendedModel
-from mi_runtime.measure import measure_costs
+from mi_runtime.measure import choose_kernels, measure_costs
 from mi_runtime.pair import PairError
 from mi_runtime.planner import NO_COSTS, REMEMBERED, CostModel, Planner
 from mi_runtime.request import Dial
@@ -40,6 +40,7 @@ class Started:
     runner: Runner
     num_blocks: int
     attention: str  # the backend, and what was measured
+    pair_kernels: str  # where they are taken
     graphs: str  # what was recorded
 
 
@@ -65,6 +66,7 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     attention = choose_attention(
         config.attention_backend, model.layers, model.dtype, model.device, config.block_size
     )
+    pair_kernels = choose_kernels(model)
     costs = measure_costs(model) if config.blend_policy == "auto" else NO_COSTS
     started = time.monotonic()
     recordable = None
@@ -81,7 +83,7 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
         seconds = time.monotonic() - started
         graphs = f"{len(runner.graphs.forms)} {recordable.how}, in {seconds:.0f} s"
     model.groups.start_counting()
-    return Started(runner, sizes.num_blocks, attention.told, graphs)
+    return Started(runner, sizes.num_blocks, attention.told, pair_kernels, graphs)
 
 
 def _runner(

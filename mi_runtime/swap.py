@@ -49,6 +49,16 @@ class RowAxis:
     axis: int
     dims: int
     kept: bool  # the rows are those with logits, not all tokens
+    source: int | None = None  # a number of the tensor that the module read, the same for all
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    """A module of both models."""
+
+    name: str
+    instruct: nn.Module
+    thinking: nn.Module
 
 
 class ModuleSwap:
@@ -64,9 +74,11 @@ class ModuleSwap:
         self._storage = storage
         self._vocabulary: dict[int, Vocabulary] = {}  # a tied one stays shared
         self._classes: dict[object, type[nn.Module]] = {}
+        self._siblings: dict[str, list[_Both]] = {}
 
     def swap(self, instruct: nn.Module, thinking: nn.Module) -> Iterator[None]:
         """One module at a time; whoever iterates may look at the memory in between."""
+        self._siblings = self._find_siblings(instruct, thinking)
         for name, module in list(instruct.named_modules()):
             other = thinking.get_submodule(name)
             _check_constant_buffers(name, module, other)
@@ -78,7 +90,7 @@ class ModuleSwap:
 
     def _swap_module(self, name: str, module: nn.Module, other: nn.Module) -> None:
         match module:
-            case nn.Linear() if type(module).forward is nn.Linear.forward:
+            case nn.Linear() if _is_linear(module):
                 self._swap_linear(name, module, other)
             case nn.Embedding():
                 self._swap_embedding(name, module, other)
@@ -89,19 +101,39 @@ class ModuleSwap:
             case _:
                 self._swap_parameters(name, module, other)
 
+    def _find_siblings(self, instruct: nn.Module, thinking: nn.Module) -> dict[str, list["_Both"]]:
+        """By name, the linear modules of one parent that read one and the same tensor."""
+        found: dict[object, list[_Both]] = {}
+        for name, module in instruct.named_modules():
+            axis = self._axes.get(name)
+            if axis and axis.source is not None and _is_linear(module) and group_of(name) != "head":
+                key = name.rpartition(".")[0], axis.source
+                found.setdefault(key, []).append(_Both(name, module, thinking.get_submodule(name)))
+        return {one.name: siblings for siblings in found.values() for one in siblings}
+
     def _swap_linear(self, name: str, module: nn.Module, other: nn.Module) -> None:
+        """The module, and with it all that read its input: they share one matrix, and its product.
+
+        The others have nothing left when their turn comes.
+        """
         slot, axis = self._slot(name)
         if axis.axis != axis.dims - 2:
             raise UnsupportedModel(f"{name}: its input has rows on axis {axis.axis}")
+        siblings = self._siblings.get(name) or [_Both(name, module, other)]
         if group_of(name) == "head":
             pair: Matrix = self._take_vocabulary(module, other)
         else:
-            pair = self._storage.matrix(*_take_weight(module, other))
-        bias = _take(module, other, "bias")
-        module.__class__ = PairLinear
-        swapped = cast(PairLinear, module)
-        swapped.pair, swapped.slot = pair, slot
-        swapped.pair_bias = None if bias is None else RowParameter(*bias, slot)
+            pair = self._storage.matrix(*_take_joined_weights(siblings))
+        first = 0
+        for one in siblings:
+            last = first + cast(nn.Linear, one.instruct).out_features
+            bias = _take(one.instruct, one.thinking, "bias")
+            one.instruct.__class__ = PairLinear
+            swapped = cast(PairLinear, one.instruct)
+            swapped.pair, swapped.slot = pair, slot
+            swapped.part = slice(first, last) if len(siblings) > 1 else None
+            swapped.pair_bias = None if bias is None else RowParameter(*bias, slot)
+            first = last
 
     def _swap_embedding(self, name: str, module: nn.Embedding, other: nn.Module) -> None:
         if module.max_norm is not None:
@@ -235,6 +267,19 @@ def _take_weight(module: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor]:
     taken = _take(module, other, "weight")
     assert taken is not None
     return taken
+
+
+def _take_joined_weights(modules: list[_Both]) -> tuple[Tensor, Tensor]:
+    """The weights of linear modules that read one input, one below the other."""
+    taken = [_take_weight(one.instruct, one.thinking) for one in modules]
+    if len(taken) == 1:
+        return taken[0]
+    instruct, thinking = zip(*taken, strict=True)
+    return torch.cat(instruct), torch.cat(thinking)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _refuse_rest(name: str, module: nn.Module) -> None:

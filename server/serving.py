@@ -111,7 +111,8 @@ class _Server(uvicorn.Server):
         print(
             f"Ready: {name} ({info.model_type}, {_numbers(info)} on {info.device}, context "
             f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
-            f"{_size(info.peak_bytes)} at the peak of loading; attention {info.attention}; profile "
+            f"{_size(info.peak_bytes)} at the peak of loading; attention {info.attention}; "
+            f"{_products(info)}profile "
             f"{self._service.routing.name}) at {address}\n"
             f"Try:\n"
             f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"
@@ -131,6 +132,11 @@ def _numbers(info: EngineInfo) -> str:
     return (
         info.dtype if info.delta_dtype == "none" else f"{info.dtype} and {info.delta_dtype} delta"
     )
+
+
+def _products(info: EngineInfo) -> str:
+    """What was measured of pair products, where there was a choice."""
+    return f"pair kernels {info.pair_kernels}; " if info.pair_kernels else ""
 
 
 def _size(count: int) -> str:

@@ -210,18 +210,31 @@ def test_what_is_derived_is_kept_by_its_key() -> None:
     assert torch.equal(rows.derived("b", lambda weights: weights + 2), rows.weights + 2)
 
 
-def test_the_mixed_input_is_made_once_for_each_input_and_let_go_at_the_end() -> None:
+class CountedMatrix:
+    """Gives the input back, times how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        self.asked += 1
+        return x * self.asked
+
+
+def test_a_shared_product_is_made_once_for_an_input_and_let_go_at_the_end() -> None:
     groups = groups_of()
     groups.begin(step(Dial(0.25), Dial(0.75), blended=False))
-    rows = groups.slot("0.attn", kept=False).now
+    rows, matrix, other = groups.slot("0.attn", kept=False).now, CountedMatrix(), CountedMatrix()
     x, y = torch.ones(2, 3), torch.ones(2, 3)
-    mixed = rows.mixed(x)
-    assert mixed.tolist() == [[0.75] * 3 + [0.25] * 3, [0.25] * 3 + [0.75] * 3]
-    assert rows.mixed(x) is mixed
-    assert rows.mixed(y) is not mixed
+    product = rows.shared(matrix, x)
+    assert rows.shared(matrix, x) is product
+    assert rows.shared(matrix, y) is not product
+    assert (matrix.asked, other.asked) == (2, 0)
+    rows.shared(other, y)
+    assert (matrix.asked, other.asked) == (2, 1)
     groups.end()
     assert rows._input is None
-    assert torch.equal(rows.mixed(y), mixed)
+    assert rows.shared(other, y).tolist() == [[2.0] * 3] * 2
 
 
 # --- Names --------------------------------------------------------------------------------------
