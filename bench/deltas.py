@@ -1,6 +1,6 @@
 """What rounding the difference between the endpoints costs, on the embedded pair in fp32.
 
-    python -m bench.deltas [--questions 100] [--samples 8] [--seed 1]
+    python -m bench.deltas [--questions 100] [--samples 8] [--seed 1] [--kept]
 
 For both endpoints whole (`none`), and for differences in int8 and int4:
 
@@ -10,7 +10,7 @@ For both endpoints whole (`none`), and for differences in int8 and int4:
              of tokens that stay the most likely one, and the error of the logits as a share of how
              far the endpoints' own lie apart (median over tokens)
 
-A quality, no timing. Keeps `bench/results/deltas.json` and prints its tables.
+A quality, no timing. Keeps `bench/results/deltas.json` and writes the tables of docs/deltas.md.
 """
 
 import argparse
@@ -41,10 +41,12 @@ from server.prompt import Prompts
 from server.schemas import Message
 from server.sweep.tasks import embedded_task
 
+KEPT = RESULTS / "deltas.json"
+PAGE = Path(__file__).parents[1] / "docs" / "deltas.md"
 EXACT: DeltaDtype = "none"
 KINDS: Sequence[DeltaDtype] = get_args(DeltaDtype)
 LAMBDAS = [value / 10 for value in range(11)]
-MEASURES = ("mean_at_k", "think_rate", "tokens_mean")
+MEASURES = {"mean_at_k": "Mean@k", "think_rate": "think rate", "tokens_mean": "tokens"}
 MAX_TOKENS = 256  # of a greedy answer
 TOGETHER = 32  # sequences a forward
 
@@ -58,28 +60,39 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
+    parser.add_argument("--kept", action="store_true", help="measure nothing, write the page anew")
+    given = vars(parser.parse_args())
+    if not given.pop("kept"):
+        record = rounded(measured(given))
+        RESULTS.mkdir(exist_ok=True)
+        KEPT.write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    PAGE.write_text(filled(PAGE.read_text(), kept()))
+    print("\n\n".join(tables(kept()).values()))
+
+
+def measured(given: Mapping[str, int]) -> dict[str, Any]:
     swept = {kind: sweep(kind, given) for kind in KINDS}
-    record = {
+    return {
         "bench": "deltas",
         "machine": machine(),
-        "parameters": vars(given),
+        "parameters": dict(given),
         "weight_bytes": {kind: load(kind).weight_bytes for kind in KINDS},
         "sweep": {kind: compared(swept[kind], swept[EXACT]) for kind in KINDS},
-        "greedy": greedy(given.questions, given.seed),
+        "greedy": greedy(given["questions"], given["seed"]),
     }
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / "deltas.json"
-    target.write_text(json.dumps(rounded(record), ensure_ascii=False) + "\n")
-    print("\n".join(tables(record)), target, sep="\n")
+
+
+def kept() -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(KEPT.read_text())
+    return record
 
 
 # --- The sweep ------------------------------------------------------------------------------------
 
 
-def sweep(kind: DeltaDtype, given: argparse.Namespace) -> Points:
+def sweep(kind: DeltaDtype, given: Mapping[str, int]) -> Points:
     """By λ, as `mi-server sweep` reports it."""
-    flags = [f"--{name}={value}" for name, value in vars(given).items()]
+    flags = [f"--{name}={value}" for name, value in given.items()]
     grid = f"--lambdas={','.join(map(str, LAMBDAS))}"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "server.cli", "sweep", f"--out={folder}", grid, *flags]
@@ -184,33 +197,56 @@ def _logits(model: BlendedModel, answers: Sequence[Answer], value: float) -> Ten
     return model.logits(ids, positions, torch.tensor(kept), PackedAttention(lengths))
 
 
-# --- Tables ---------------------------------------------------------------------------------------
+# --- The page -------------------------------------------------------------------------------------
 
 
-def tables(record: Mapping[str, Any]) -> Iterator[str]:
-    """As docs/dial.md has them."""
-    kinds = [kind for kind in KINDS if kind != EXACT]
-    yield "| λ | " + " | ".join(f"{name}: {', '.join(KINDS)}" for name in MEASURES) + " |"
-    yield "|---" * (1 + len(MEASURES)) + "|"
+def filled(page: str, record: Mapping[str, Any]) -> str:
+    """The page with every table between its marks, `<!-- name -->` and `<!-- end -->`, anew."""
+    for name, table in tables(record).items():
+        head, mark, rest = page.partition(f"<!-- {name} -->")
+        _, end, rest = rest.partition("<!-- end -->")
+        assert end, f"the page has no place for the table {name!r}"
+        page = f"{head}{mark}\n{table}\n{end}{rest}"
+    return page
+
+
+def tables(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "sweep": "\n".join(_sweep_table(record)),
+        "greedy": "\n".join(_greedy_table(record)),
+    }
+
+
+def _sweep_table(record: Mapping[str, Any]) -> Iterator[str]:
+    """A value outside the exact one's interval is bold."""
+    yield f"| λ | {' | '.join(f'{name}: exact | int8 | int4' for name in MEASURES.values())} |"
+    yield "|---" * (1 + 3 * len(MEASURES)) + "|"
     for at, value in enumerate(LAMBDAS):
-        rows = [record["sweep"][kind][at] for kind in KINDS]
-        cells = [", ".join(_cell(row, name) for row in rows) for name in MEASURES]
-        yield f"| {value:g} | " + " | ".join(cells) + " |"
-    for kind in kinds:
-        within = [all(row["within"].values()) for row in record["sweep"][kind]]
-        yield f"{kind}: {sum(within)} of {len(within)} λ within every interval of the exact way"
-    yield "| λ | " + " | ".join(f"{kind}: same token, error" for kind in kinds) + " |"
-    yield "|---" * (1 + len(kinds)) + "|"
+        exact, *others = (record["sweep"][kind][at] for kind in KINDS)
+        cells = []
+        for name in MEASURES:
+            low, high = (_number(name, bound) for bound in exact["exact_intervals"][name])
+            cells.append(f"{_number(name, exact[name])} ({low}–{high})")
+            cells += [_marked(_number(name, row[name]), row["within"][name]) for row in others]
+        yield f"| {value:g} | {' | '.join(cells)} |"
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.1f}" if name == "tokens_mean" else f"{value:.3f}"
+
+
+def _marked(text: str, is_within: bool) -> str:
+    return text if is_within else f"**{text}**"
+
+
+def _greedy_table(record: Mapping[str, Any]) -> Iterator[str]:
+    kinds = [kind for kind in KINDS if kind != EXACT]
+    yield f"| λ | {' | '.join(f'{kind}: logits | same token' for kind in kinds)} |"
+    yield "|---" * (1 + 2 * len(kinds)) + "|"
     for at, value in enumerate(LAMBDAS):
         rows = [record["greedy"][kind][at] for kind in kinds]
-        cells = [f"{row['same_token']:.4f}, {row['logit_error']:.4f}" for row in rows]
-        yield f"| {value:g} | " + " | ".join(cells) + " |"
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    """A value outside the exact one's interval is marked."""
-    value = f"{row[name]:.1f}" if name == "tokens_mean" else f"{row[name]:.3f}"
-    return value if row["within"][name] else f"**{value}**"
+        cells = [f"{row['logit_error']:.4f} | {row['same_token']:.4f}" for row in rows]
+        yield f"| {value:g} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -140,9 +140,15 @@ class Settings(BaseSettings):
     num_blocks: Annotated[int, Field(ge=1)] | None = None
     """KV blocks; default: from --kv-cache-bytes."""
     kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Bytes of the KV cache; default: a share of the free memory."""
+    """Bytes of the KV cache; default: a share of the free memory, on a GPU what is left of it."""
     prefix_caching: bool = True
     """Keep the KV of prompts for later requests at the same λ."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that may be in use, by all processes together."""
+    cuda_graphs: bool = True
+    """Record decode steps at start and replay them, on a GPU."""
+    torch_compile: bool = True
+    """Compile what is recorded; takes minutes at start."""
     attention_backend: AttentionName = "auto"
     """Who computes attention; auto: on a GPU the fastest that works, measured at start."""
     blend_policy: BlendPolicy = "auto"
@@ -280,6 +286,9 @@ class Settings(BaseSettings):
                 max_batched_tokens=self.max_batched_tokens,
                 prefix_caching=self.prefix_caching,
                 lambda_step=self.lambda_step,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                cuda_graphs=self.cuda_graphs,
+                torch_compile=self.torch_compile,
                 attention_backend=self.attention_backend,
                 blend_policy=self.blend_policy,
                 blend_cache_bytes=self.blend_cache_bytes,
