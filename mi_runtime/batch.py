@@ -14,6 +14,7 @@ from mi_runtime.request import Dial
 from mi_runtime.rows import StepRows
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
+from mi_runtime.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Batch:
 
 def build_batch(part: Part, block_size: int, zero_block: int, device: torch.device) -> Batch:
     def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return on_device(values, torch.int64, device)
 
     ids: list[int] = []
     positions: list[int] = []

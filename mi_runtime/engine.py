@@ -20,7 +20,7 @@ from mi_runtime.request import (
     TokenEvent,
 )
 from mi_runtime.rows import ENDPOINTS, BlendGroups, Way
-from mi_runtime.runner import Runner
+from mi_runtime.runner import Flight, Runner
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
 
@@ -112,16 +112,22 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        results = self._runner.run(chunks)
+        flight = self._runner.launch(chunks)
         self._steps += 1
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        undrawn = [one for one, result in zip(sampling, results, strict=True) if result is None]
-        scores = self._runner.scores
-        unscored = [one for one, found in scores.items() if found is None and one not in undrawn]
-        events = [self._end_undrawn(sequence) for sequence in undrawn]
-        events += [self.scheduler.fail(sequence, NOTHING_TO_DRAW) for sequence in unscored]
-        known = {sequence: found for sequence, found in scores.items() if found is not None}
-        return events + self.scheduler.update(chunks, [one or (0, None) for one in results], known)
+        self._runner.sample(flight)
+        return self._take(flight)
+
+    def _take(self, flight: Flight) -> list[TokenEvent]:
+        """The results of a step, to those of its sequences that have not ended."""
+        results = flight.results()
+        events = []
+        for sequence, drawn in results.sampled.items():
+            if drawn is None and not sequence.ended:
+                events.append(self._end_undrawn(sequence))
+        for sequence, scores in results.scores.items():
+            if scores is None and not sequence.ended:
+                events.append(self.scheduler.fail(sequence, NOTHING_TO_DRAW))
+        return events + self.scheduler.update(flight.chunks, results.sampled, results.scores)
 
     def _add_compiled(self) -> None:
         """Puts in line what waited for its grammar; waits a little if there is nothing else."""

@@ -1,7 +1,12 @@
-"""Runs one step on the device: chunks in, a sampled token for each that reaches its end out.
+"""Runs steps on the device: chunks in, a sampled token for each that reaches its end out.
 
-The logits of scored prompt positions become log-probabilities part by part, and are not kept.
+A step is launched, sampled and read. Nothing is waited for until its results are read, so that the
+host can go on while the device computes. The logits of scored prompt positions become
+log-probabilities part by part, and are not kept.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,12 +14,76 @@ from torch import Tensor
 from mi_runtime.attention import PagedAttention
 from mi_runtime.batch import Batch, build_batch
 from mi_runtime.load import BlendedModel
-from mi_runtime.logprobs import token_logprobs
+from mi_runtime.logprobs import RowLogprobs, read_logprobs, token_logprobs
 from mi_runtime.planner import Part, Planner
 from mi_runtime.request import TokenLogprobs
-from mi_runtime.sampler import Sampler
+from mi_runtime.sampler import Draw, Sampler
 from mi_runtime.scheduler import Chunk, Sampled
 from mi_runtime.sequence import Sequence
+from mi_runtime.transfer import Readback, on_device
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a step gave, by sequence."""
+
+    sampled: dict[Sequence, Sampled | None]  # None: nothing can be drawn
+    scores: dict[Sequence, list[TokenLogprobs] | None]
+    """Of the scored positions of a chunk; None where logits are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-probabilities of a chunk's scored positions, on the device."""
+
+    finite: Tensor  # [1] int32: whether all logits are
+    logprobs: RowLogprobs
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.finite, *self.logprobs.tensors
+
+    @staticmethod
+    def read(host: Iterator[Tensor]) -> list[TokenLogprobs] | None:
+        finite, logprobs = next(host), read_logprobs(host)
+        return logprobs if finite.item() else None
+
+
+class Flight:
+    """One step on its way through the device."""
+
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        sequences: list[Sequence],
+        logits: list[Tensor],
+        scores: dict[Sequence, Score],
+    ) -> None:
+        self.chunks = chunks
+        self._sequences = sequences  # that sample, one a row
+        self._logits = logits  # [rows, vocabulary], in one piece a part
+        self._scores = scores
+        self._draw: Draw | None = None
+        self._readback: Readback | None = None
+
+    def sample(self, sampler: Sampler, device: torch.device) -> None:
+        tensors = [one for score in self._scores.values() for one in score.tensors]
+        if self._sequences:
+            logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
+            self._draw = sampler.sample(logits, tuple(self._sequences))
+            tensors += self._draw.tensors
+        self._logits = []
+        self._readback = Readback(tensors, device)
+
+    def results(self) -> Results:
+        """Waits for the step to be computed; once."""
+        assert self._readback is not None, "not sampled"
+        host = self._readback.wait()
+        scores = {sequence: Score.read(host) for sequence in self._scores}
+        if self._draw is None:
+            return Results({}, scores)
+        sampled = zip(self._draw.sequences, self._draw.read(host), strict=True)
+        return Results(dict(sampled), scores)
 
 
 class Runner:
@@ -29,52 +98,46 @@ class Runner:
             model.layers, num_blocks, block_size, model.dtype, model.device
         )
         self._sampler = Sampler()
-        self.scores: dict[Sequence, list[TokenLogprobs] | None] = {}
-        """Of the last run: the scored positions of its chunks; None where logits are not finite."""
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
-        """One of each chunk that samples, in order; None where the logits are not finite."""
+    def launch(self, chunks: list[Chunk]) -> Flight:
+        """Has the device compute KV and logits; to be sampled next."""
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
-        self.scores = {}
+        scores: dict[Sequence, Score] = {}
         for index, part in enumerate(self.planner.plan(chunks)):
-            part_logits, sampling = self._forward(part, first=index == 0)
-            logits.append(part_logits)
-            sequences += sampling
-        if not sequences:
-            return []
-        together = logits[0] if len(logits) == 1 else torch.cat(logits)
-        sampled = self._sampler.sample(together, tuple(sequences))
-        if len(logits) == 1:
-            return sampled
-        of = dict(zip(sequences, sampled, strict=True))
-        return [of[chunk.sequence] for chunk in chunks if chunk.samples]
+            batch, rows = self._forward(part, first=index == 0)
+            logits.append(self._score(rows, batch, scores) if batch.scored else rows)
+            sequences += batch.sampling
+        return Flight(chunks, sequences, logits, scores)
 
-    def _forward(self, part: Part, first: bool) -> tuple[Tensor, tuple[Sequence, ...]]:
+    @torch.inference_mode()
+    def sample(self, flight: Flight) -> None:
+        """Has the device draw a token of each chunk that samples, and send all results."""
+        flight.sample(self._sampler, self._model.device)
+
+    def _forward(self, part: Part, first: bool) -> tuple[Batch, Tensor]:
         attention, model = self._attention, self._model
         batch = build_batch(part, attention.block_size, attention.zero_block, model.device)
         attention.begin(batch.attention)
         model.groups.begin(batch.rows, first)
-        logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
-        if batch.scored:
-            logits = self._score(logits, batch)
-        return logits, batch.sampling
+        return batch, model.logits(batch.ids, batch.positions, batch.kept, attention)
 
-    def _score(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _score(self, logits: Tensor, batch: Batch, scores: dict[Sequence, Score]) -> Tensor:
         """Reads the scored rows; returns the others."""
         start = 0
         for chunk in batch.scored:
             end = start + len(chunk.scored)
-            self.scores[chunk.sequence] = _prompt_logprobs(logits[start:end], chunk)
+            scores[chunk.sequence] = _score(logits[start:end], chunk)
             start = end
         return logits[start:].clone()  # a view would keep them all
 
 
-def _prompt_logprobs(logits: Tensor, chunk: Chunk) -> list[TokenLogprobs] | None:
+def _score(logits: Tensor, chunk: Chunk) -> Score:
     """Of the token behind each scored position."""
-    if not logits.isfinite().all():
-        return None
-    tokens = [chunk.sequence.tokens[position + 1] for position in chunk.scored]
-    count = chunk.sequence.request.sampling.prompt_logprobs or 0
-    return token_logprobs(logits, tokens, [count] * len(tokens))
+    sequence, scored = chunk.sequence, chunk.scored
+    behind = sequence.tokens[scored.start + 1 : scored.stop + 1]
+    tokens = on_device(behind, torch.int64, logits.device)
+    count = sequence.request.sampling.prompt_logprobs or 0
+    finite = logits.amax().isfinite() & logits.amin().isfinite()
+    return Score(finite.int().view(1), token_logprobs(logits, tokens, count))

@@ -222,26 +222,22 @@ class Scheduler:
     def update(
         self,
         chunks: list[Chunk],
-        sampled: list[Sampled],
-        scores: Mapping[Sequence, list[TokenLogprobs]] | None = None,
+        sampled: Mapping[Sequence, Sampled | None],
+        scores: Mapping[Sequence, list[TokenLogprobs] | None] | None = None,
     ) -> list[TokenEvent]:
-        """Takes the results of a step: one of `sampled` for each chunk that samples, in order.
+        """Takes the results of a step: what was `sampled` for the chunks that sample.
 
         `scores`: for each chunk that has `scored` positions, one for each of them. Returns one
-        event for each of `sampled`. A sequence that ended since `schedule` has had its terminal
-        event; its chunk and its token are dropped.
+        event for each token. A sequence that ended since `schedule` has had its terminal event:
+        its chunk and its token are dropped, and only such a one may have None for a result.
         """
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        for chunk in chunks:
-            if chunk.sequence.status is Status.RUNNING:
-                if chunk.scored:
-                    chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence]
-                self._advance(chunk)
-        return [
-            self._extend(chunk.sequence, token_id, logprobs)
-            for chunk, (token_id, logprobs) in zip(sampling, sampled, strict=True)
-            if chunk.sequence.status is Status.RUNNING
-        ]
+        going = [chunk for chunk in chunks if not chunk.sequence.ended]
+        sampling = [chunk.sequence for chunk in going if chunk.samples]
+        for chunk in going:
+            if chunk.scored:
+                chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence] or ()
+            self._advance(chunk)
+        return [self._extend(one, sampled[one]) for one in sampling]
 
     def check_integrity(self) -> None:
         """Asserts every invariant of scheduler and blocks. O(blocks + sequences)."""
@@ -360,9 +356,9 @@ class Scheduler:
                 key = self._block_key(sequence, index)
                 self.blocks.register(sequence.block_table[index], key)
 
-    def _extend(
-        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> TokenEvent:
+    def _extend(self, sequence: Sequence, sampled: Sampled | None) -> TokenEvent:
+        assert sampled is not None
+        token_id, logprobs = sampled
         if sequence.request.sampling.max_tokens == 0:  # what was drawn is not wanted
             return self._end(sequence, FinishReason.LENGTH)
         sequence.append(token_id)

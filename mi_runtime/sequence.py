@@ -81,6 +81,10 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def ended(self) -> bool:
+        return self.status is Status.ENDED
+
+    @property
     def remaining(self) -> int:
         """Known tokens whose KV is not computed: 1 when decoding, more when prefilling."""
         return len(self.tokens) - self.computed

@@ -153,7 +153,7 @@ class FakeEngine:
         first = self.first_of_running()
         chunks = self.scheduler.schedule()
         self.check(chunks, first)
-        sampled = [sample for chunk in chunks for sample in self.run(chunk)]
+        sampled = {chunk.sequence: self.run(chunk) for chunk in chunks}
         scores = {chunk.sequence: self.score(chunk) for chunk in chunks if chunk.scored}
         self.before_update(self, chunks)
         self.take(self.scheduler.update(chunks, sampled, scores))
@@ -172,7 +172,7 @@ class FakeEngine:
             self.step()
         assert self.scheduler.blocks.referenced == 0
 
-    def run(self, chunk: Chunk) -> list[Sampled]:
+    def run(self, chunk: Chunk) -> Sampled | None:
         seq = chunk.sequence
         for position in range(chunk.start, chunk.start + chunk.length):
             before = self.read(seq, position - 1) if position else 0
@@ -180,9 +180,9 @@ class FakeEngine:
             block, slot = divmod(position, self.limits.block_size)
             self.kv[seq.block_table[block]][slot] = entry
         if not chunk.samples:
-            return []
+            return None
         kv = tuple(self.read(seq, position) for position in range(len(seq)))
-        return [(next_token(seq, kv), None)]
+        return next_token(seq, kv), None
 
     def score(self, chunk: Chunk) -> list[TokenLogprobs]:
         seq = chunk.sequence
@@ -394,8 +394,9 @@ def test_a_budget_smaller_than_the_decodes_serves_the_oldest() -> None:
 def ending(sampled: int, req: EngineRequest) -> TokenEvent:
     """The event of a request whose first token is `sampled`."""
     scheduler = Limits().scheduler()
-    scheduler.add(Sequence(req))
-    (event,) = scheduler.update(scheduler.schedule(), [(sampled, None)])
+    sequence = Sequence(req)
+    scheduler.add(sequence)
+    (event,) = scheduler.update(scheduler.schedule(), {sequence: (sampled, None)})
     return event
 
 
