@@ -72,6 +72,8 @@ class StaticEngine(Engine):
         self._marks = TokenMarks()
         self._grammars = None
         self._compiling = {}
+        self._asynchronous = False
+        self._flight = None
         self._steps = 0
 
 

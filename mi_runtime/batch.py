@@ -27,6 +27,7 @@ class Batch:
     kept: Tensor  # [kept] int64, rows
     rows: StepRows
     attention: AttentionPlan
+    ahead: dict[int, Sequence]  # rows whose token is still being drawn, and whose; their id is 0
     sampling: tuple[Sequence, ...]
     scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
 
@@ -41,6 +42,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
     opened: list[int] = []
     kept: list[int] = []
     scored: list[int] = []
+    ahead: dict[int, Sequence] = {}
     prefills: list[Prefill] = []
     decodes = _leading_decodes(part.chunks)
     for order, chunk in enumerate(part.chunks):
@@ -50,7 +52,9 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
             blocks = tensor(table[: -(-end // block_size)])
             prefills.append(Prefill(len(ids), chunk.length, start, blocks))
         scored += [len(ids) + position - start for position in chunk.scored]
-        ids += sequence.tokens[start:end]
+        if not chunk.is_known:
+            ahead[len(ids)] = sequence
+        ids += sequence.tokens[start:end] if chunk.is_known else [0]
         positions += range(start, end)
         slots += [
             table[position // block_size] * block_size + position % block_size
@@ -76,6 +80,7 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
             lengths=tensor([chunk.start + 1 for chunk in singles]),
             prefills=tuple(prefills),
         ),
+        ahead=ahead,
         sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
         scored=tuple(chunk for chunk in part.chunks if chunk.scored),
     )

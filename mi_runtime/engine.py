@@ -81,10 +81,17 @@ class Engine:
         )
         self._groups.start_counting()
         self._runner = Runner(model, planner, num_blocks, config.block_size)
+        self._asynchronous = (
+            model.device.type == "cuda"
+            if config.async_scheduling is None
+            else config.async_scheduling
+        )
+        self._flight: Flight | None = None  # launched and sampled, its results not taken
         self._steps = 0
 
     @property
     def idle(self) -> bool:
+        """Whether nobody waits for anything. A step in flight that nobody waits for may be left."""
         return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:
@@ -107,20 +114,32 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Runs one batch. At least one request advances, unless all that there are wait for their
-        grammars."""
+        grammars.
+
+        With asynchronous scheduling the batch is launched before the results of the one before it
+        are taken, and the events are those of the one before.
+        """
         self._add_compiled()
+        flight = self._launch()
+        events = self._take_results()
+        if flight is not None:
+            self._runner.sample(flight)
+        self._flight = flight
+        return events if self._asynchronous else events + self._take_results()
+
+    def _launch(self) -> Flight | None:
         chunks = self.scheduler.schedule()
         if not chunks:
-            return []
-        flight = self._runner.launch(chunks)
+            return None
         self._steps += 1
-        self._runner.sample(flight)
-        return self._take(flight)
+        return self._runner.launch(chunks, self._flight)
 
-    def _take(self, flight: Flight) -> list[TokenEvent]:
-        """The results of a step, to those of its sequences that have not ended."""
-        results = flight.results()
-        events = []
+    def _take_results(self) -> list[TokenEvent]:
+        """Of the step in flight, to those of its sequences that have not ended."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        results, events = flight.results(), []
         for sequence, drawn in results.sampled.items():
             if drawn is None and not sequence.ended:
                 events.append(self._end_undrawn(sequence))

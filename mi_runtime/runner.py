@@ -1,11 +1,12 @@
 """Runs steps on the device: chunks in, a sampled token for each that reaches its end out.
 
-A step is launched, sampled and read. Nothing is waited for until its results are read, so that the
-host can go on while the device computes. The logits of scored prompt positions become
-log-probabilities part by part, and are not kept.
+A step is launched, sampled and read. Nothing is waited for until it is read, so that the host can
+launch a step, read the one before, and then sample: what is computed for a sequence depends on its
+tokens, which the device has, and what is drawn on all that the host makes of them. The logits of
+scored prompt positions become log-probabilities part by part, and are not kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +68,25 @@ class Flight:
         self._readback: Readback | None = None
 
     def sample(self, sampler: Sampler, device: torch.device) -> None:
+        """Draws for the sequences that have not ended since the launch."""
+        rows = [row for row, one in enumerate(self._sequences) if not one.ended]
         tensors = [one for score in self._scores.values() for one in score.tensors]
-        if self._sequences:
+        if rows:
             logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
-            self._draw = sampler.sample(logits, tuple(self._sequences))
+            if len(rows) < len(logits):
+                logits = logits.index_select(0, on_device(rows, torch.int64, device))
+            self._draw = sampler.sample(logits, tuple(self._sequences[row] for row in rows))
             tensors += self._draw.tensors
         self._logits = []
         self._readback = Readback(tensors, device)
+
+    def tokens_of(self, sequences: Iterable[Sequence]) -> Tensor:
+        """`[sequences]` int64, on the device: the token drawn for each of them."""
+        assert self._draw is not None
+        row_of = {one: row for row, one in enumerate(self._draw.sequences)}
+        tokens = self._draw.tokens
+        rows = on_device([row_of[one] for one in sequences], torch.int64, tokens.device)
+        return tokens.index_select(0, rows)
 
     def results(self) -> Results:
         """Waits for the step to be computed; once."""
@@ -100,13 +113,16 @@ class Runner:
         self._sampler = Sampler()
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> Flight:
-        """Has the device compute KV and logits; to be sampled next."""
+    def launch(self, chunks: list[Chunk], before: Flight | None = None) -> Flight:
+        """Has the device compute KV and logits; to be sampled before the next launch.
+
+        `before`: the flight in which the tokens are drawn of sequences that run ahead.
+        """
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
         scores: dict[Sequence, Score] = {}
         for index, part in enumerate(self.planner.plan(chunks)):
-            batch, rows = self._forward(part, first=index == 0)
+            batch, rows = self._forward(part, before, first=index == 0)
             logits.append(self._score(rows, batch, scores) if batch.scored else rows)
             sequences += batch.sampling
         return Flight(chunks, sequences, logits, scores)
@@ -116,9 +132,13 @@ class Runner:
         """Has the device draw a token of each chunk that samples, and send all results."""
         flight.sample(self._sampler, self._model.device)
 
-    def _forward(self, part: Part, first: bool) -> tuple[Batch, Tensor]:
+    def _forward(self, part: Part, before: Flight | None, first: bool) -> tuple[Batch, Tensor]:
         attention, model = self._attention, self._model
         batch = build_batch(part, attention.block_size, attention.zero_block, model.device)
+        if batch.ahead:
+            assert before is not None
+            rows = on_device([*batch.ahead], torch.int64, model.device)
+            batch.ids.index_copy_(0, rows, before.tokens_of(batch.ahead.values()))
         attention.begin(batch.attention)
         model.groups.begin(batch.rows, first)
         return batch, model.logits(batch.ids, batch.positions, batch.kept, attention)
