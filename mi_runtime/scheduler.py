@@ -4,8 +4,8 @@ Continuous batching: a step is one flat batch of chunks, decodes first, then pre
 left of the token budget. Sequences are ranked by priority and, where that is equal, by arrival. The
 first of the waiting is admitted first and never overtaken by the others, and when blocks run out
 the last of the running goes back to its place in the line, its KV dropped (to be recomputed, or
-found again in the prefix cache) and its tokens kept. So the first of the running advances in every
-step, and of equal priority every sequence becomes the first; whoever lets callers set priorities
+found again in the prefix cache) and its tokens kept. So the first of the running always advances,
+and of equal priority every sequence becomes the first; whoever lets callers set priorities
 lets them keep others waiting. A waiting sequence of better rank takes the next place that is free;
 it preempts nobody for it.
 

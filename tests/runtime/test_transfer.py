@@ -13,8 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mi_runtime.batch import build_batch
+from mi_runtime.blend_cache import BlendCache
+from mi_runtime.planner import Part
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy
+from mi_runtime.rows import BlendGroups
 from mi_runtime.sampler import Sampler
+from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
 from mi_runtime.transfer import Readback, on_device, send
 
@@ -85,10 +90,13 @@ class Grammar:
 
 
 def sequence(
-    grammar: Grammar | None = None, think: ThinkPolicy | None = None, **params: Any
+    grammar: Grammar | None = None,
+    think: ThinkPolicy | None = None,
+    dial: float = 0.5,
+    **params: Any,
 ) -> Sequence:
     sampling = SamplingParams(**{"seed": 0, **params})
-    made = Sequence(EngineRequest("r", (3, 3, 5), Dial(0.5), sampling, think))
+    made = Sequence(EngineRequest("r", (3, 3, 5), Dial(dial), sampling, think))
     made.append(9)
     made.grammar = grammar  # type: ignore[assignment]
     return made
@@ -133,6 +141,20 @@ def test_plain_steps_send_one_table_at_most(
     logits = torch.randn(3, VOCAB, device=DEVICE)
     Sampler().sample(logits, tuple(sequence(**params) for _ in range(3)))
     assert crossings.sent == copies
+
+
+def test_a_batch_and_its_rows_are_sent_without_waiting(crossings: Crossings) -> None:
+    """Prefills, decodes, and decodes whose token is still being drawn, of two dials."""
+    chunks = []
+    for index, (start, length) in enumerate([(4, 1), (3, 1), (0, 4), (1, 3)]):
+        one = sequence(dial=0.1 * (index // 2))
+        one.block_table = [2 * index, 2 * index + 1]
+        chunks.append(Chunk(one, start, length))
+    batch = build_batch(Part(chunks, blended=False), 4, 99, DEVICE)
+    assert [*batch.ahead.values()] == [chunks[0].sequence]
+    BlendGroups(2, DEVICE, BlendCache(0)).begin(batch.rows)
+    assert crossings.sent > 0
+    assert crossings.fetched == 0
 
 
 def test_the_trace_would_tell(crossings: Crossings) -> None:
