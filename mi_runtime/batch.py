@@ -3,10 +3,8 @@
 Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +15,7 @@ from mi_runtime.request import Dial
 from mi_runtime.rows import StepRows
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
-
-ALIGNED = 4  # elements: a tensor begins at a multiple of 16 bytes, as kernels are compiled for
+from mi_runtime.transfer import together_on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +28,7 @@ class Batch:
     kept: Tensor  # [kept] int64, rows
     rows: StepRows
     attention: AttentionPlan
+    ahead: dict[int, Sequence]  # rows whose token is still being drawn, and whose; their id is 0
     sampling: tuple[Sequence, ...]
     scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
 
@@ -40,21 +38,25 @@ def build_batch(part: Part, block_size: int, spare_block: int, device: torch.dev
     positions: list[int] = []
     kept: list[int] = []
     scored: list[int] = []
+    ahead: dict[int, Sequence] = {}
     for chunk in part.chunks:
         sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
         scored += [len(ids) + position - start for position in chunk.scored]
-        ids += sequence.tokens[start:end]
+        if not chunk.is_known:
+            ahead[len(ids)] = sequence
+        ids += sequence.tokens[start:end] if chunk.is_known else [0]
         positions += range(start, end)
         if chunk.samples:
             kept.append(len(ids) - 1)
     kept = scored + kept
-    moved = moved_together([ids, positions, kept], torch.int64, device)
+    moved = together_on_device([ids, positions, kept], torch.int64, device)
     return Batch(
         ids=moved[0],
         positions=moved[1],
         kept=moved[2],
         rows=_step_rows(part, kept),
         attention=attention_plan(part.chunks, block_size, spare_block, device),
+        ahead=ahead,
         sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
         scored=tuple(chunk for chunk in part.chunks if chunk.scored),
     )
@@ -67,8 +69,8 @@ def attention_plan(
     starts = [0, *accumulate(chunk.length for chunk in chunks)]
     lengths = [chunk.start + chunk.length for chunk in chunks]
     tables = _padded_tables(chunks, lengths, block_size, spare_block)
-    own = moved_together([starts, lengths, tables], torch.int32, device)
-    wide = moved_together(
+    own = together_on_device([starts, lengths, tables], torch.int32, device)
+    wide = together_on_device(
         [_slots(chunks, block_size), _opened(chunks, block_size)], torch.int64, device
     )
     return AttentionPlan(
@@ -86,21 +88,6 @@ def attention_plan(
         ),
         opened=wide[1],
     )
-
-
-def moved_together(
-    lists: Iterable[list[Any]], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """Each list as a tensor on the device, all in one copy, which on CUDA nobody waits for."""
-    flat: list[Any] = []
-    bounds = []
-    for values in lists:
-        bounds.append((len(flat), len(flat) + len(values)))
-        flat += values
-        flat += [0] * (-len(flat) % ALIGNED)
-    packed = torch.tensor(flat, dtype=dtype, pin_memory=device.type == "cuda")
-    moved = packed.to(device, non_blocking=True)
-    return [moved[first:end] for first, end in bounds]
 
 
 def _step_rows(part: Part, kept: list[int]) -> StepRows:

@@ -32,6 +32,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_seqs: int = 256  # sequences that run at once
     max_batched_tokens: int = 2048  # tokens a step, prefill and decode together
+    async_scheduling: bool | None = None  # None: on a GPU; on a CPU the device is the host
     prefix_caching: bool = True
     lambda_step: float = 0.01  # the grid λ is rounded to
     attention_backend: AttentionName = "auto"  # auto: on a GPU the fastest of those that work

@@ -16,6 +16,7 @@ from mi_runtime.request import (
     TokenEvent,
 )
 from mi_runtime.rows import Way
+from mi_runtime.runner import Flight
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
 from mi_runtime.start import start_runner
@@ -71,10 +72,17 @@ class Engine:
         self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
         self._groups = model.groups
         self._runner = started.runner
+        self._asynchronous = (
+            model.device.type == "cuda"
+            if config.async_scheduling is None
+            else config.async_scheduling
+        )
+        self._flight: Flight | None = None  # launched and sampled, its results not taken
         self._steps = 0
 
     @property
     def idle(self) -> bool:
+        """Whether nobody waits for anything. A step in flight that nobody waits for may be left."""
         return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:
@@ -97,21 +105,39 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Runs one batch. At least one request advances, unless all that there are wait for their
-        grammars."""
+        grammars.
+
+        With asynchronous scheduling the batch is launched before the results of the one before it
+        are taken, and the events are those of the one before.
+        """
         self._add_compiled()
+        flight = self._launch()
+        events = self._take_results()
+        if flight is not None:
+            self._runner.sample(flight)
+        self._flight = flight
+        return events if self._asynchronous else events + self._take_results()
+
+    def _launch(self) -> Flight | None:
         chunks = self.scheduler.schedule()
         if not chunks:
-            return []
-        results = self._runner.run(chunks)
+            return None
         self._steps += 1
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        undrawn = [one for one, result in zip(sampling, results, strict=True) if result is None]
-        scores = self._runner.scores
-        unscored = [one for one, found in scores.items() if found is None and one not in undrawn]
-        events = [self._end_undrawn(sequence) for sequence in undrawn]
-        events += [self.scheduler.fail(sequence, NOTHING_TO_DRAW) for sequence in unscored]
-        known = {sequence: found for sequence, found in scores.items() if found is not None}
-        return events + self.scheduler.update(chunks, [one or (0, None) for one in results], known)
+        return self._runner.launch(chunks, self._flight)
+
+    def _take_results(self) -> list[TokenEvent]:
+        """Of the step in flight, to those of its sequences that have not ended."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        results, events = flight.results(), []
+        for sequence, drawn in results.sampled.items():
+            if drawn is None and not sequence.ended:
+                events.append(self._end_undrawn(sequence))
+        for sequence, scores in results.scores.items():
+            if scores is None and not sequence.ended:
+                events.append(self.scheduler.fail(sequence, NOTHING_TO_DRAW))
+        return events + self.scheduler.update(flight.chunks, results.sampled, results.scores)
 
     def _add_compiled(self) -> None:
         """Puts in line what waited for its grammar; waits a little if there is nothing else."""

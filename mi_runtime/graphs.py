@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_runtime.attention import AttentionPlan, PagedAttention
-from mi_runtime.batch import Batch, moved_together
+from mi_runtime.batch import Batch
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import Part
 from mi_runtime.request import Dial
 from mi_runtime.rows import Rows, StepRows, Way
 from mi_runtime.scheduler import Chunk
+from mi_runtime.transfer import on_device
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of recordings. One row runs as two: a compiled forward would be compiled apart for one."""
@@ -242,15 +243,14 @@ class DecodeGraphs:
                 self._place_lambdas[form.which] = self._values(step).T  # [groups, 1]
                 self._placed[form.which] = dial
         elif form.way is Way.PAIR and step != self._filled:
-            (index,) = moved_together([[*step.index]], torch.int64, self._lambdas.device)
+            index = on_device(step.index, torch.int64, self._lambdas.device)
             self._lambdas[:, : len(index)] = self._values(step).T[:, index]
             self._filled = step
 
     def _values(self, step: StepRows) -> Tensor:
         """`[dials, groups]` fp32 λ."""
         flat = [dial.value_of(name) for dial in step.dials for name in self._groups.names]
-        (values,) = moved_together([flat], torch.float32, self._lambdas.device)
-        return values.view(len(step.dials), -1)
+        return on_device(flat, torch.float32, self._lambdas.device).view(len(step.dials), -1)
 
 
 def sizes_for(max_rows: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens and of the most probable ones, read from rows of logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -11,36 +12,44 @@ from mi_runtime.request import TokenLogprobs
 SLICE: Final = 64  # rows turned to fp32 at once: one more copy of the logits is never held
 
 
-def token_logprobs(
-    logits: Tensor, tokens: Sequence[int], counts: Sequence[int]
-) -> list[TokenLogprobs]:
-    """Of `tokens[row]` in each row of `logits` `[rows, vocabulary]`, beside its best `counts[row]`.
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Of one token a row and of the row's best, still on the device."""
 
-    In fp32, of the model's own logits: temperature, penalties and bias are not in them.
+    own: Tensor  # [rows] fp32
+    ids: Tensor  # [rows, count] int32
+    best: Tensor  # [rows, count] fp32, best first
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is to be copied to the host for `read_logprobs`."""
+        return self.own, self.ids, self.best
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> RowLogprobs:
+    """Of `tokens` `[rows]` in the rows of `logits` `[rows, vocabulary]`, beside the best `count`.
+
+    In fp32, of the model's own logits: temperature, penalties and bias are not in them. Which of
+    equals are among the best depends on `count`.
     """
-    out: list[TokenLogprobs] = []
-    for start in range(0, len(tokens), SLICE):
-        end = start + SLICE
-        out += _slice(logits[start:end], tokens[start:end], counts[start:end])
-    return out
-
-
-def _slice(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    table = logits.float().log_softmax(1)
-    own = table.gather(1, torch.tensor(tokens, device=table.device).unsqueeze(1)).squeeze(1)
-    tops = {
-        count: _best(table, count) for count in set(counts)
-    }  # by count: which of equals are in depends on it
-    return [
-        TokenLogprobs(value, tops[count][row])
-        for row, (value, count) in enumerate(zip(own.tolist(), counts, strict=True))
+    slices = [
+        _slice(rows, own, min(count, logits.shape[1]))
+        for rows, own in zip(torch.split(logits, SLICE), torch.split(tokens, SLICE), strict=True)
     ]
+    return RowLogprobs(*map(torch.cat, zip(*slices, strict=True)))
 
 
-def _best(table: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """The `count` best of each row as (token id, logprob), best first."""
-    best = table.topk(min(count, table.shape[1]), dim=1)
+def _slice(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    table = logits.float().log_softmax(1)
+    own = table.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    best = table.topk(count, dim=1)
+    return own, best.indices.int(), best.values
+
+
+def read_logprobs(host: Iterator[Tensor]) -> list[TokenLogprobs]:
+    """One a row, of the `tensors` that come next on the host."""
+    own, ids, best = (next(host).tolist() for _ in range(3))
     return [
-        tuple(zip(ids, values, strict=True))
-        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        TokenLogprobs(value, tuple(zip(tokens, values, strict=True)))
+        for value, tokens, values in zip(own, ids, best, strict=True)
     ]

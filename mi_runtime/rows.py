@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mi_runtime.blend_cache import Blend, BlendCache
 from mi_runtime.request import Dial
+from mi_runtime.transfer import on_device
 
 INSTRUCT, THINKING = 0, 1
 ENDPOINTS = {0.0: INSTRUCT, 1.0: THINKING}
@@ -203,8 +204,8 @@ class BlendGroups:
             rows.forget_input()
 
     def _assign(self, step: StepRows) -> None:
-        index = torch.tensor(step.index, device=self._device)
-        kept = torch.tensor(step.kept, dtype=torch.int64, device=self._device)
+        index = on_device(step.index, torch.int64, self._device)
+        kept = on_device(step.kept, torch.int64, self._device)
         made: dict[object, tuple[Rows, Rows]] = {}
         own = [dict(dial.groups) for dial in step.dials]
         for name in self.names:
@@ -234,9 +235,9 @@ class BlendGroups:
         uniform: bool,
         blend: Blend | None,
     ) -> tuple[Rows, Rows]:
-        weights = torch.tensor(values[:1] if uniform else values, device=self._device)
+        weights = on_device(values[:1] if uniform else values, torch.float32, self._device)
         if uniform:
             rows = Rows(weights, self.endpoints.get(values[0]), blend)
             return rows, rows
-        weights = weights[index]
-        return Rows(weights, None), Rows(weights[kept], None)
+        weights = weights.index_select(0, index)
+        return Rows(weights, None), Rows(weights.index_select(0, kept), None)

@@ -1,7 +1,13 @@
-"""Runs one step on the device: chunks in, a sampled token for each that reaches its end out.
+"""Runs steps on the device: chunks in, a sampled token for each that reaches its end out.
 
-The logits of scored prompt positions become log-probabilities part by part, and are not kept.
+A step is launched, sampled and read. Nothing is waited for until it is read, so that the host can
+launch a step, read the one before, and then sample: what is computed for a sequence depends on its
+tokens, which the device has, and what is drawn on all that the host makes of them. The logits of
+scored prompt positions become log-probabilities part by part, and are not kept.
 """
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,12 +16,88 @@ from mi_runtime.attention import AttentionBackend, PagedAttention
 from mi_runtime.batch import Batch, build_batch
 from mi_runtime.graphs import DecodeGraphs
 from mi_runtime.load import BlendedModel
-from mi_runtime.logprobs import token_logprobs
+from mi_runtime.logprobs import RowLogprobs, read_logprobs, token_logprobs
 from mi_runtime.planner import Part, Planner
 from mi_runtime.request import TokenLogprobs
-from mi_runtime.sampler import Sampler
+from mi_runtime.sampler import Draw, Sampler
 from mi_runtime.scheduler import Chunk, Sampled
 from mi_runtime.sequence import Sequence
+from mi_runtime.transfer import Readback, on_device
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a step gave, by sequence."""
+
+    sampled: dict[Sequence, Sampled | None]  # None: nothing can be drawn
+    scores: dict[Sequence, list[TokenLogprobs] | None]
+    """Of the scored positions of a chunk; None where logits are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-probabilities of a chunk's scored positions, on the device."""
+
+    finite: Tensor  # [1] int32: whether all logits are
+    logprobs: RowLogprobs
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.finite, *self.logprobs.tensors
+
+    @staticmethod
+    def read(host: Iterator[Tensor]) -> list[TokenLogprobs] | None:
+        finite, logprobs = next(host), read_logprobs(host)
+        return logprobs if finite.item() else None
+
+
+class Flight:
+    """One step on its way through the device."""
+
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        sequences: list[Sequence],
+        logits: list[Tensor],
+        scores: dict[Sequence, Score],
+    ) -> None:
+        self.chunks = chunks
+        self._sequences = sequences  # that sample, one a row
+        self._logits = logits  # [rows, vocabulary], in one piece a part
+        self._scores = scores
+        self._draw: Draw | None = None
+        self._readback: Readback | None = None
+
+    def sample(self, sampler: Sampler, device: torch.device) -> None:
+        """Draws for the sequences that have not ended since the launch."""
+        rows = [row for row, one in enumerate(self._sequences) if not one.ended]
+        tensors = [one for score in self._scores.values() for one in score.tensors]
+        if rows:
+            logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
+            if len(rows) < len(logits):
+                logits = logits.index_select(0, on_device(rows, torch.int64, device))
+            self._draw = sampler.sample(logits, tuple(self._sequences[row] for row in rows))
+            tensors += self._draw.tensors
+        self._logits = []
+        self._readback = Readback(tensors, device)
+
+    def tokens_of(self, sequences: Iterable[Sequence]) -> Tensor:
+        """`[sequences]` int64, on the device: the token drawn for each of them."""
+        assert self._draw is not None
+        row_of = {one: row for row, one in enumerate(self._draw.sequences)}
+        tokens = self._draw.tokens
+        rows = on_device([row_of[one] for one in sequences], torch.int64, tokens.device)
+        return tokens.index_select(0, rows)
+
+    def results(self) -> Results:
+        """Waits for the step to be computed; once."""
+        assert self._readback is not None, "not sampled"
+        host = self._readback.wait()
+        scores = {sequence: Score.read(host) for sequence in self._scores}
+        if self._draw is None:
+            return Results({}, scores)
+        sampled = zip(self._draw.sequences, self._draw.read(host), strict=True)
+        return Results(dict(sampled), scores)
 
 
 class Runner:
@@ -36,57 +118,61 @@ class Runner:
         )
         self._model = model
         self._sampler = Sampler()
-        self.scores: dict[Sequence, list[TokenLogprobs] | None] = {}
-        """Of the last run: the scored positions of its chunks; None where logits are not finite."""
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
-        """One of each chunk that samples, in order; None where the logits are not finite."""
+    def launch(self, chunks: list[Chunk], before: Flight | None = None) -> Flight:
+        """Has the device compute KV and logits; to be sampled before the next launch.
+
+        `before`: the flight in which the tokens are drawn of sequences that run ahead.
+        """
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
-        self.scores = {}
+        scores: dict[Sequence, Score] = {}
         parts = self.planner.plan(chunks)
         for part in parts:
-            part_logits, sampling = self._forward(part)
-            logits.append(part_logits if len(parts) == 1 else part_logits.clone())
-            sequences += sampling
-        if not sequences:
-            return []
-        together = logits[0] if len(logits) == 1 else torch.cat(logits)
-        sampled = self._sampler.sample(together, tuple(sequences))
-        if len(logits) == 1:
-            return sampled
-        of = dict(zip(sequences, sampled, strict=True))
-        return [of[chunk.sequence] for chunk in chunks if chunk.samples]
+            batch, rows = self._forward(part, before)
+            if batch.scored:
+                rows = self._score(rows, batch, scores)
+            elif len(parts) > 1:
+                rows = rows.clone()  # a replay's hold until the next one
+            logits.append(rows)
+            sequences += batch.sampling
+        return Flight(chunks, sequences, logits, scores)
 
-    def _forward(self, part: Part) -> tuple[Tensor, tuple[Sequence, ...]]:
-        """Logits of the rows that sample; those of a replay hold until the next one."""
+    @torch.inference_mode()
+    def sample(self, flight: Flight) -> None:
+        """Has the device draw a token of each chunk that samples, and send all results."""
+        flight.sample(self._sampler, self._model.device)
+
+    def _forward(self, part: Part, before: Flight | None) -> tuple[Batch, Tensor]:
         attention, model, graphs = self.attention, self._model, self.graphs
         batch = build_batch(part, attention.block_size, attention.spare_block, model.device)
+        if batch.ahead:
+            assert before is not None
+            rows = on_device([*batch.ahead], torch.int64, model.device)
+            batch.ids.index_copy_(0, rows, before.tokens_of(batch.ahead.values()))
         form = None if graphs is None else graphs.form_for(part)
         if graphs is not None and form is not None:
-            return graphs.replay(form, batch), batch.sampling
+            return batch, graphs.replay(form, batch)
         attention.begin(batch.attention)
         model.groups.begin(batch.rows)
-        logits = model.logits(batch.ids, batch.positions, batch.kept, attention)
-        if batch.scored:
-            logits = self._score(logits, batch)
-        return logits, batch.sampling
+        return batch, model.logits(batch.ids, batch.positions, batch.kept, attention)
 
-    def _score(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _score(self, logits: Tensor, batch: Batch, scores: dict[Sequence, Score]) -> Tensor:
         """Reads the scored rows; returns the others."""
         start = 0
         for chunk in batch.scored:
             end = start + len(chunk.scored)
-            self.scores[chunk.sequence] = _prompt_logprobs(logits[start:end], chunk)
+            scores[chunk.sequence] = _score(logits[start:end], chunk)
             start = end
         return logits[start:].clone()  # a view would keep them all
 
 
-def _prompt_logprobs(logits: Tensor, chunk: Chunk) -> list[TokenLogprobs] | None:
+def _score(logits: Tensor, chunk: Chunk) -> Score:
     """Of the token behind each scored position."""
-    if not logits.isfinite().all():
-        return None
-    tokens = [chunk.sequence.tokens[position + 1] for position in chunk.scored]
-    count = chunk.sequence.request.sampling.prompt_logprobs or 0
-    return token_logprobs(logits, tokens, [count] * len(tokens))
+    sequence, scored = chunk.sequence, chunk.scored
+    behind = sequence.tokens[scored.start + 1 : scored.stop + 1]
+    tokens = on_device(behind, torch.int64, logits.device)
+    count = sequence.request.sampling.prompt_logprobs or 0
+    finite = logits.amax().isfinite() & logits.amin().isfinite()
+    return Score(finite.int().view(1), token_logprobs(logits, tokens, count))

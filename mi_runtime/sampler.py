@@ -6,38 +6,81 @@ and the others are divided by their temperature, cut by top-k, top-p (of what to
 (of the best token's probability), and drawn by inverting the cumulative distribution at one uniform
 number of the sequence's own generator. So a row's token depends on its own logits and its own
 generator, never on the batch it came in.
+
+Everything stays on the logits' device and the host waits for nothing: what it knows goes there as
+tables of a row each, and what was drawn is a `Draw`, to be read when a copy of it has arrived.
+Tensors are indexed by methods that take an index from the device; a list in brackets would be
+copied there by a copy that is waited for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from mi_runtime.logprobs import token_logprobs
-from mi_runtime.request import TokenLogprobs
+from mi_runtime.grammar import GrammarState
+from mi_runtime.logprobs import RowLogprobs, read_logprobs, token_logprobs
 from mi_runtime.scheduler import Sampled
 from mi_runtime.sequence import Sequence
+from mi_runtime.transfer import on_device, send
 
 SMALLEST = 2**-126  # the smallest normal float32
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 EIGHT_TIMES = 0x0101_0101_0101_0101  # times a byte: that byte in each of eight
 ONE_BIT_EACH = 0x8040_2010_0804_0201 - 2**64  # bit n of byte n, as a signed word
+NOT_FINITE: Final = -1  # in the place of a token: the model's logits are not finite
+NOTHING_LEFT: Final = -2  # likewise: what changes them leaves nothing to draw from
 
 
 class TokenCounts:
     """How often a sequence holds each token: what penalties are taken on. Grows with it."""
 
     def __init__(self, sequence: Sequence, vocab_size: int, device: torch.device) -> None:
-        prompt = torch.tensor(sequence.tokens[: sequence.prompt_length], device=device)
-        self.in_prompt = torch.bincount(prompt, minlength=vocab_size) > 0
+        prompt = on_device(sequence.tokens[: sequence.prompt_length], torch.int64, device)
+        in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.in_prompt = in_prompt.index_fill_(0, prompt, True)
         self.in_output = torch.zeros(vocab_size, device=device)  # fp32 counts
-        self._counted = sequence.prompt_length
+        self.counted = sequence.prompt_length  # tokens of the sequence
 
-    def update(self, sequence: Sequence) -> None:
-        new = torch.tensor(sequence.tokens[self._counted :], device=self.in_output.device)
-        self.in_output += torch.bincount(new.long(), minlength=len(self.in_output))
-        self._counted = len(sequence.tokens)
+    def add(self, tokens: Tensor) -> None:
+        """Takes the next tokens of the answer, `[any]` int64."""
+        self.in_output.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.float32))
+        self.counted += len(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What was drawn for the rows of a step, on the device."""
+
+    sequences: tuple[Sequence, ...]  # one a row
+    tokens: Tensor  # [rows] int64; 0 where nothing can be drawn
+    outcomes: Tensor  # [rows] int32: the token, or why there is none
+    logprobs: tuple[tuple[list[int], RowLogprobs], ...]  # rows, and what was read of them
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is to be copied to the host for `read`."""
+        return [self.outcomes, *(one for _, found in self.logprobs for one in found.tensors)]
+
+    def read(self, host: Iterator[Tensor]) -> list[Sampled | None]:
+        """One a row, of the `tensors` that come next on the host.
+
+        None for a row that is not finite, or where penalties, bias, forbidden ends and grammar
+        leave nothing to draw from; a grammar that left nothing is told.
+        """
+        outcomes = next(host).tolist()
+        read = [(rows, read_logprobs(host)) for rows, _ in self.logprobs]
+        logprobs = {row: one for rows, own in read for row, one in zip(rows, own, strict=True)}
+        for sequence, outcome in zip(self.sequences, outcomes, strict=True):
+            if outcome == NOTHING_LEFT and sequence.constrained_by is not None:
+                sequence.constrained_by.exhausted = True
+        return [
+            None if outcome < 0 else (outcome, logprobs.get(row))
+            for row, outcome in enumerate(outcomes)
+        ]
 
 
 class Sampler:
@@ -46,30 +89,24 @@ class Sampler:
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
-    def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> list[Sampled | None]:
+    def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> Draw:
         """One token a row of `logits` `[rows, vocabulary]`.
 
-        None for a row that is not finite, or where penalties, bias, forbidden ends and grammar
-        leave nothing to draw from.
+        A row that nothing can be drawn from harms no other: nothing is computed across rows.
         """
-        drawable = logits.isfinite().all(1)
-        if not drawable.all():
-            logits = logits.nan_to_num(0.0, 0.0, 0.0)
+        finite = logits.amax(1).isfinite() & logits.amin(1).isfinite()
         changed = logits.float()
         if any(map(_changes_logits, sequences)):
             if changed is logits:  # the model's own are read again for log-probabilities
                 changed = logits.clone()
             self._change(changed, sequences)
-            left = changed.amax(1).isfinite()
-            _note_exhausted(sequences, (drawable & ~left).tolist())
-            drawable &= left
-            changed[~drawable] = 0.0
-        tokens = _choose(changed, sequences)
-        logprobs = _logprobs(logits, tokens, sequences)
-        return [
-            (token, logprob) if is_drawable else None
-            for token, logprob, is_drawable in zip(tokens, logprobs, drawable.tolist(), strict=True)
-        ]
+            outcomes = _choose(changed, sequences)
+            outcomes = torch.where(changed.amax(1).isfinite(), outcomes, NOTHING_LEFT)
+        else:
+            outcomes = _choose(changed, sequences)
+        outcomes = torch.where(finite, outcomes, NOT_FINITE)
+        tokens = outcomes.clamp(min=0)
+        return Draw(sequences, tokens, outcomes.int(), _logprobs(logits, tokens, sequences))
 
     def _change(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         self._penalize(logits, sequences)
@@ -78,26 +115,38 @@ class Sampler:
         _constrain(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-        rows = [row for row, sequence in enumerate(sequences) if _has_penalty(sequence)]
-        if not rows:
+        penalized = {row: one for row, one in enumerate(sequences) if _has_penalty(one)}
+        if not penalized:
             return
-        counts = [self._counts_of(sequences[row], logits) for row in rows]
+        counts = self._counts_of(list(penalized.values()), logits)
         in_output = torch.stack([count.in_output for count in counts])
         seen = torch.stack([count.in_prompt for count in counts]) | (in_output > 0)
-        params = [sequences[row].request.sampling for row in rows]
-        repetition = _column([one.repetition_penalty for one in params], logits)
-        presence = _column([one.presence_penalty for one in params], logits)
-        frequency = _column([one.frequency_penalty for one in params], logits)
-        mine = logits[rows]
+        params = {row: one.request.sampling for row, one in penalized.items()}
+        rows, repetition, presence, frequency = _columns(
+            logits,
+            [
+                (row, one.repetition_penalty, one.presence_penalty, one.frequency_penalty)
+                for row, one in params.items()
+            ],
+        )
+        index = _index(rows)
+        mine = logits.index_select(0, index)
         repeated = torch.where(mine > 0, mine / repetition, mine * repetition)
         mine = torch.where(seen, repeated, mine)
-        logits[rows] = mine - frequency * in_output - presence * (in_output > 0)
+        mine = mine - frequency * in_output - presence * (in_output > 0)
+        logits.index_copy_(0, index, mine)
 
-    def _counts_of(self, sequence: Sequence, logits: Tensor) -> TokenCounts:
-        if sequence not in self._counts:
-            self._counts[sequence] = TokenCounts(sequence, logits.shape[1], logits.device)
-        self._counts[sequence].update(sequence)
-        return self._counts[sequence]
+    def _counts_of(self, sequences: list[Sequence], logits: Tensor) -> list[TokenCounts]:
+        for one in sequences:
+            if one not in self._counts:
+                self._counts[one] = TokenCounts(one, logits.shape[1], logits.device)
+        counts = [self._counts[one] for one in sequences]
+        new = [one.tokens[count.counted :] for one, count in zip(sequences, counts, strict=True)]
+        together = [token for tokens in new for token in tokens]
+        sent = on_device(together, torch.int64, logits.device)
+        for count, tokens in zip(counts, torch.split(sent, [*map(len, new)]), strict=True):
+            count.add(tokens)
+        return counts
 
 
 def _has_penalty(sequence: Sequence) -> bool:
@@ -118,14 +167,14 @@ def _changes_logits(sequence: Sequence) -> bool:
     )
 
 
-def _columns(like: Tensor, rows: list[tuple[float, ...]]) -> tuple[Tensor, ...]:
+def _columns(like: Tensor, rows: Iterable[tuple[float, ...]]) -> tuple[Tensor, ...]:
     """One fp32 `[rows, 1]` of each place in the tuples, all moved at once."""
-    table = torch.tensor(rows, dtype=torch.float32, device=like.device)
-    return table.unsqueeze(-1).unbind(1)
+    return on_device([*rows], torch.float32, like.device).unsqueeze(-1).unbind(1)
 
 
-def _column(values: Iterable[float], like: Tensor) -> Tensor:
-    return torch.tensor([*values], dtype=torch.float32, device=like.device).unsqueeze(1)
+def _index(column: Tensor) -> Tensor:
+    """Whole numbers of a column as an index; below 2^24 they are exact."""
+    return column.squeeze(1).long()
 
 
 def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
@@ -135,9 +184,8 @@ def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         for token, bias in sequence.request.sampling.logit_bias
     ]
     if entries:
-        rows, tokens, biases = zip(*entries, strict=True)
-        index = tuple(torch.tensor(part, device=logits.device) for part in (rows, tokens))
-        logits.index_put_(index, _column(biases, logits).squeeze(1), accumulate=True)
+        rows, tokens, biases = _columns(logits, entries)
+        logits.index_put_((_index(rows), _index(tokens)), biases.squeeze(1), accumulate=True)
 
 
 def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
@@ -148,8 +196,8 @@ def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         if 0 <= token < logits.shape[1]  # a config may name an end that the vocabulary lacks
     ]
     if entries:
-        rows, tokens = zip(*entries, strict=True)
-        logits[list(rows), list(tokens)] = -torch.inf
+        rows, tokens = on_device(entries, torch.int64, logits.device).unbind(1)
+        logits.index_put_((rows, tokens), logits.new_full((), -torch.inf))
 
 
 def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
@@ -162,22 +210,37 @@ def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
     states = {row: state for row, state in held if state is not None}
     if not states:
         return
-    forbidden = _forbidden([state.mask() for state in states.values()], logits)
-    for at, (row, state) in enumerate(states.items()):
-        beside = state.beside
-        if beside is not None and (not state.may_open or int(logits[row].argmax()) == beside):
-            forbidden[at, beside] = False
+    masks = [_mask(state) for state in states.values()]
+    forbidden = _forbidden(masks, logits)
+    opens = [
+        (at, row, state.beside)
+        for at, (row, state) in enumerate(states.items())
+        if state.may_open and state.beside is not None and not _allows(masks[at], state.beside)
+    ]
+    if opens:
+        at, rows, tags = on_device(opens, torch.int64, logits.device).unbind(1)
+        best = logits.index_select(0, rows).argmax(1)
+        forbidden.index_put_((at, tags), best != tags)
     if len(states) == len(sequences):
         logits.masked_fill_(forbidden, -torch.inf)
     else:
-        rows = list(states)
-        logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+        index = on_device([*states], torch.int64, logits.device)
+        left = logits.index_select(0, index).masked_fill_(forbidden, -torch.inf)
+        logits.index_copy_(0, index, left)
 
 
-def _note_exhausted(sequences: tuple[Sequence, ...], nothing_left: list[bool]) -> None:
-    for sequence, nothing in zip(sequences, nothing_left, strict=True):
-        if nothing and sequence.constrained_by is not None:
-            sequence.constrained_by.exhausted = True
+def _mask(state: GrammarState) -> bytes:
+    """What may come next: a grammar's mask, and a token beside it that opens no block."""
+    mask, beside = state.mask(), state.beside
+    if beside is None or state.may_open:
+        return mask
+    longer = bytearray(mask.ljust(beside // 8 + 1, b"\0"))
+    longer[beside // 8] |= 1 << beside % 8
+    return bytes(longer)
+
+
+def _allows(mask: bytes, token: int) -> bool:
+    return len(mask) > token // 8 and bool(mask[token // 8] >> token % 8 & 1)
 
 
 def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
@@ -187,32 +250,31 @@ def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
     """
     width = -(-like.shape[1] // 8)  # bytes of a row
     packed = b"".join(mask[:width].ljust(width, b"\0") for mask in masks)
-    octets = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(like.device).long()
+    octets = send(torch.frombuffer(bytearray(packed), dtype=torch.uint8), like.device).long()
     bits = (octets * EIGHT_TIMES) & ONE_BIT_EACH
     return bits.view(torch.uint8).view(len(masks), -1)[:, : like.shape[1]].eq(0)
 
 
-def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> list[int]:
-    forced = {row: one.forced_token for row, one in enumerate(sequences)}
-    drawn = [
-        row
-        for row, sequence in enumerate(sequences)
-        if sequence.request.sampling.temperature > 0 and forced[row] is None
-    ]
+def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
+    """`[rows]` int64."""
+    held = [(row, one.forced_token) for row, one in enumerate(sequences)]
+    forced = {row: token for row, token in held if token is not None}
+    drawn = {
+        row: one
+        for row, one in enumerate(sequences)
+        if one.request.sampling.temperature > 0 and row not in forced
+    }
+    free = {row: one for row, one in drawn.items() if not _is_cut(one)}
+    cut = {row: one for row, one in drawn.items() if row not in free}
     greedy = len(drawn) < len(sequences)
-    tokens: list[int] = logits.argmax(1).tolist() if greedy else [0] * len(sequences)
-    cut = [row for row in drawn if _is_cut(sequences[row])]
-    free = [row for row in drawn if not _is_cut(sequences[row])] if cut else drawn
+    tokens = logits.argmax(1) if greedy else logits.new_zeros(len(logits), dtype=torch.int64)
     for rows, draw in ((free, _draw), (cut, _draw_cut)):
         if rows:
-            mine = [sequences[row] for row in rows]
-            chosen = draw(logits[rows], mine).tolist()  # the index makes a copy
-            for row, token in zip(rows, chosen, strict=True):
-                tokens[row] = token
-    return [
-        chosen if must is None else must
-        for chosen, must in zip(tokens, forced.values(), strict=True)
-    ]
+            tokens.index_copy_(0, *draw(logits, rows))
+    if forced:
+        index, must = on_device([*forced.items()], torch.int64, logits.device).unbind(1)
+        tokens.index_copy_(0, index, must)
+    return tokens
 
 
 def _is_cut(sequence: Sequence) -> bool:
@@ -234,30 +296,34 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, least, right=True).squeeze(1)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    temperatures, uniform = _columns(
-        logits, [(one.request.sampling.temperature, one.rng.random()) for one in sequences]
+def _draw(logits: Tensor, drawn: dict[int, Sequence]) -> tuple[Tensor, Tensor]:
+    """Rows and the token of each."""
+    rows, temperatures, uniform = _columns(
+        logits,
+        [(row, one.request.sampling.temperature, one.rng.random()) for row, one in drawn.items()],
     )
-    return _invert(_probabilities(logits, temperatures), uniform)
+    index = _index(rows)
+    return index, _invert(_probabilities(_copy_of(logits, index), temperatures), uniform)
 
 
-def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw_cut(logits: Tensor, drawn: dict[int, Sequence]) -> tuple[Tensor, Tensor]:
     """Draws from what top-k, top-p and min-p leave.
 
     The cut is a least probability: tokens as probable as the last one kept are kept as well, since
     the order of equals depends on the batch.
     """
     vocabulary = logits.shape[1]
-    top_ks = [min(one.request.sampling.top_k or vocabulary, vocabulary) for one in sequences]
-    params = [one.request.sampling for one in sequences]
-    temperatures, top_k, top_p, min_p, uniform = _columns(
+    params = [one.request.sampling for one in drawn.values()]
+    top_ks = [min(one.top_k or vocabulary, vocabulary) for one in params]
+    rows, temperatures, top_k, top_p, min_p, uniform = _columns(
         logits,
         [
-            (one.temperature, k, one.top_p, one.min_p, sequence.rng.random())
-            for one, k, sequence in zip(params, top_ks, sequences, strict=True)
+            (row, one.temperature, k, one.top_p, one.min_p, sequence.rng.random())
+            for (row, sequence), one, k in zip(drawn.items(), params, top_ks, strict=True)
         ],
     )
-    probabilities = _probabilities(logits, temperatures)
+    index = _index(rows)
+    probabilities = _probabilities(_copy_of(logits, index), temperatures)
     best = probabilities.topk(max(top_ks), dim=1).values  # sorted, best first
     in_top_k = torch.arange(best.shape[1], device=best.device) < top_k
     cumulative = (best * in_top_k).cumsum(1)
@@ -265,20 +331,26 @@ def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     kept = in_top_k & in_top_p & (best >= min_p * best[:, :1])
     kept[:, 0] = True
     least = best.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
-    return _invert(probabilities * (probabilities >= least), uniform)
+    return index, _invert(probabilities * (probabilities >= least), uniform)
+
+
+def _copy_of(logits: Tensor, index: Tensor) -> Tensor:
+    """Those rows, ascending, free to be overwritten."""
+    return logits.clone() if len(index) == len(logits) else logits.index_select(0, index)
 
 
 def _logprobs(
-    logits: Tensor, tokens: list[int], sequences: tuple[Sequence, ...]
-) -> list[TokenLogprobs | None]:
-    out: list[TokenLogprobs | None] = [None] * len(sequences)
-    wanted = [sequence.request.sampling.logprobs for sequence in sequences]
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    if not rows:
-        return out
-    found = token_logprobs(
-        logits[rows], [tokens[row] for row in rows], [wanted[row] or 0 for row in rows]
-    )
-    for row, logprobs in zip(rows, found, strict=True):
-        out[row] = logprobs
-    return out
+    logits: Tensor, tokens: Tensor, sequences: tuple[Sequence, ...]
+) -> tuple[tuple[list[int], RowLogprobs], ...]:
+    """Of the rows that want them, those of one count together."""
+    wanted: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        count = sequence.request.sampling.logprobs
+        if count is not None:
+            wanted.setdefault(count, []).append(row)
+    found = []
+    for count, rows in wanted.items():
+        index = on_device(rows, torch.int64, logits.device)
+        own = token_logprobs(logits.index_select(0, index), tokens.index_select(0, index), count)
+        found.append((rows, own))
+    return tuple(found)

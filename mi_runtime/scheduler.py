@@ -4,8 +4,8 @@ Continuous batching: a step is one flat batch of chunks, decodes first, then pre
 left of the token budget. Sequences are ranked by priority and, where that is equal, by arrival. The
 first of the waiting is admitted first and never overtaken by the others, and when blocks run out
 the last of the running goes back to its place in the line, its KV dropped (to be recomputed, or
-found again in the prefix cache) and its tokens kept. So the first of the running advances in every
-step, and of equal priority every sequence becomes the first; whoever lets callers set priorities
+found again in the prefix cache) and its tokens kept. So the first of the running always advances,
+and of equal priority every sequence becomes the first; whoever lets callers set priorities
 lets them keep others waiting. A waiting sequence of better rank takes the next place that is free;
 it preempts nobody for it.
 
@@ -14,7 +14,20 @@ as wide as the vocabulary: a step computes at most `SCORED_ROWS` of them, and no
 from the cache beyond what is scored already.
 
 Admission takes the blocks of all known tokens at once; after that a sequence needs a block only
-when its answer grows into one. Knows token ids and block numbers; no tensors, no text.
+when its answer grows into one.
+
+A step may be scheduled while the one before it is in flight: launched, its results not there yet.
+Then the tokens drawn there are counted but not known. A sequence runs ahead of its own token where
+the step is the same whichever token it is: not where the answer surely ends with it, nor where it
+may close a think block behind which another dial holds. Such a sequence leaves one step out, and
+its place in the budget stays free. If the token ends the answer after all, what was computed behind
+it is dropped; nobody is preempted for that. A preempted sequence still takes the token drawn for
+it, and waits for it in the line.
+
+What `schedule` returns counts as computed at once, as later steps come behind it on the device; but
+the prefix cache takes a block only when its step has gone well and all its tokens are known.
+
+Knows token ids and block numbers; no tensors, no text.
 """
 
 import itertools
@@ -22,7 +35,7 @@ import time
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from mi_runtime.blocks import BlockPool
@@ -49,6 +62,15 @@ class Chunk:
     sequence: Sequence
     start: int
     length: int
+    samples: bool = field(init=False)  # it reaches the last token, so that the next one is drawn
+    scored: range = field(init=False)  # positions whose logits score the prompt token behind them
+
+    def __post_init__(self) -> None:
+        """What is to be done with its logits, as things stand when it is scheduled."""
+        end, unscored = self.start + self.length, self.sequence.unscored
+        scored = range(max(self.start, unscored.start), min(end, unscored.stop))
+        object.__setattr__(self, "samples", end >= len(self.sequence.tokens))
+        object.__setattr__(self, "scored", scored)
 
     @property
     def dial(self) -> Dial | None:
@@ -58,19 +80,9 @@ class Chunk:
         return first if first is last or first == last else None
 
     @property
-    def samples(self) -> bool:
-        """Whether it reaches the last known token, so that the next one is sampled.
-
-        True until `Scheduler.update` has appended that token.
-        """
-        return self.start + self.length == len(self.sequence.tokens)
-
-    @property
-    def scored(self) -> range:
-        """Its positions whose logits score the prompt token behind them."""
-        unscored = self.sequence.unscored
-        end = self.start + self.length
-        return range(max(self.start, unscored.start), min(end, unscored.stop))
+    def is_known(self) -> bool:
+        """Whether its tokens are known; the one of a sequence that runs ahead is being drawn."""
+        return self.start < len(self.sequence.tokens)
 
 
 class Line:
@@ -205,9 +217,10 @@ class Scheduler:
         return self._end(sequence, FinishReason.COMPLETE)
 
     def schedule(self) -> list[Chunk]:
-        """The next step. Never empty while a sequence is unfinished."""
+        """The next step. Empty only where nothing is unfinished, or hangs on a step in flight."""
         chunks = self._decodes()
-        budget, scored_rows = self.max_batched_tokens - len(chunks), SCORED_ROWS
+        decoding = sum(sequence.remaining <= 1 for sequence in self.running)  # or about to
+        budget, scored_rows = self.max_batched_tokens - decoding, SCORED_ROWS
         prefills = self._prefills()
         while budget > 0 and (sequence := next(prefills, None)) is not None:
             length = min(budget, sequence.remaining)
@@ -216,32 +229,36 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= chunk.length
                 scored_rows -= len(chunk.scored)
-        assert chunks or not self.unfinished, "the scheduler is stuck"
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.length
+            chunk.sequence.in_flight += 1
+        line = self.running or self.waiting
+        assert chunks or not line or line.first.in_flight, "the scheduler is stuck"
         return chunks
 
     def update(
         self,
         chunks: list[Chunk],
-        sampled: list[Sampled],
-        scores: Mapping[Sequence, list[TokenLogprobs]] | None = None,
+        sampled: Mapping[Sequence, Sampled | None],
+        scores: Mapping[Sequence, list[TokenLogprobs] | None] | None = None,
     ) -> list[TokenEvent]:
-        """Takes the results of a step: one of `sampled` for each chunk that samples, in order.
+        """Takes the results of a step: what was `sampled` for the chunks that sample.
 
         `scores`: for each chunk that has `scored` positions, one for each of them. Returns one
-        event for each of `sampled`. A sequence that ended since `schedule` has had its terminal
-        event; its chunk and its token are dropped.
+        event for each token. A sequence that ended since `schedule` has had its terminal event:
+        its chunk and its token are dropped, and only such a one may have None for a result.
         """
-        sampling = [chunk for chunk in chunks if chunk.samples]
+        going = [chunk for chunk in chunks if not chunk.sequence.ended]
         for chunk in chunks:
+            chunk.sequence.in_flight -= 1
+        for chunk in going:
+            if chunk.scored:
+                assert chunk.scored.start == chunk.sequence.unscored.start
+                chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence] or ()
             if chunk.sequence.status is Status.RUNNING:
-                if chunk.scored:
-                    chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence]
-                self._advance(chunk)
-        return [
-            self._extend(chunk.sequence, token_id, logprobs)
-            for chunk, (token_id, logprobs) in zip(sampling, sampled, strict=True)
-            if chunk.sequence.status is Status.RUNNING
-        ]
+                self._register(chunk)
+        sampling = [chunk.sequence for chunk in going if chunk.samples]
+        return [self._extend(one, sampled[one]) for one in sampling]
 
     def check_integrity(self) -> None:
         """Asserts every invariant of scheduler and blocks. O(blocks + sequences)."""
@@ -267,14 +284,27 @@ class Scheduler:
         for sequence in list(self.running):  # by rank; preemption takes from the other end
             if len(chunks) == self.max_batched_tokens:
                 break
-            if sequence.remaining == 1 and self._grow(sequence):
+            if sequence.remaining <= 1 and self._may_run(sequence) and self._grow(sequence):
                 chunks.append(Chunk(sequence, sequence.computed, 1))
         return chunks
 
+    def _may_run(self, sequence: Sequence) -> bool:
+        """Whether its next token is known, or the step is the same whichever it will be."""
+        if not sequence.runs_ahead:
+            return True
+        max_tokens = sequence.request.sampling.max_tokens
+        is_last = len(sequence) + 1 == self.max_model_len
+        if max_tokens is not None:
+            is_last |= sequence.output_length + 1 >= max_tokens
+        return not is_last and not sequence.may_switch
+
     def _grow(self, sequence: Sequence) -> bool:
-        """Makes room for one more token; False when the sequence itself was preempted."""
+        """Makes room for one more token; False when the sequence was preempted, or must wait for
+        its token before it preempts others."""
         if len(sequence.block_table) * self.blocks.block_size > sequence.computed:
             return True
+        if sequence.runs_ahead and not self.blocks.available:
+            return False
         while sequence.status is Status.RUNNING and not self.blocks.available:
             self._preempt(self.running.last)
         if sequence.status is Status.RUNNING:
@@ -298,7 +328,10 @@ class Scheduler:
             yield sequence
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence the blocks of its known tokens; False when they do not fit."""
+        """Gives a waiting sequence the blocks of its known tokens; False when they do not fit, or
+        a token is being drawn for it still."""
+        if sequence.in_flight:
+            return False
         found = self._cached_prefix(sequence)
         fresh = self.blocks.blocks_for(len(sequence)) - len(found)
         block_table = self.blocks.acquire(found, fresh)
@@ -351,18 +384,17 @@ class Scheduler:
 
     # --- Taking a step's results ----------------------------------------------------------------
 
-    def _advance(self, chunk: Chunk) -> None:
+    def _register(self, chunk: Chunk) -> None:
+        """Lets others find the blocks that the chunk has filled."""
         sequence, size = chunk.sequence, self.blocks.block_size
-        assert sequence.computed == chunk.start
-        sequence.computed += chunk.length
         if self.prefix_caching:
-            for index in range(chunk.start // size, sequence.computed // size):  # now full
+            for index in range(chunk.start // size, (chunk.start + chunk.length) // size):
                 key = self._block_key(sequence, index)
                 self.blocks.register(sequence.block_table[index], key)
 
-    def _extend(
-        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> TokenEvent:
+    def _extend(self, sequence: Sequence, sampled: Sampled | None) -> TokenEvent:
+        assert sampled is not None
+        token_id, logprobs = sampled
         if sequence.request.sampling.max_tokens == 0:  # what was drawn is not wanted
             return self._end(sequence, FinishReason.LENGTH)
         sequence.append(token_id)
@@ -432,8 +464,9 @@ class Scheduler:
     def _check_running(self, sequence: Sequence) -> None:
         assert sequence.status is Status.RUNNING
         assert 0 < len(sequence) < self.max_model_len
-        assert 0 <= sequence.computed < len(sequence)
-        assert not sequence.unscored or sequence.computed <= sequence.unscored.start
+        assert 0 <= sequence.computed < len(sequence) + sequence.in_flight
+        scored = not sequence.unscored or sequence.computed <= sequence.unscored.start
+        assert scored or sequence.in_flight
         assert len(sequence.block_table) * self.blocks.block_size >= sequence.computed
         assert len(set(sequence.block_table)) == len(sequence.block_table)
 

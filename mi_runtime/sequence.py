@@ -9,7 +9,7 @@ from enum import Enum, auto
 
 from mi_runtime.grammar import Grammars, GrammarState
 from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
-from mi_runtime.thinking import ThinkingState, TokenMarks
+from mi_runtime.thinking import Phase, ThinkingState, TokenMarks
 
 
 class Status(Enum):
@@ -35,6 +35,7 @@ class Sequence:
         "ending_token_ids",
         "first_run",
         "grammar",
+        "in_flight",
         "prompt_length",
         "prompt_logprobs",
         "rank",
@@ -55,7 +56,8 @@ class Sequence:
         self.request = request
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
-        self.computed = 0  # tokens whose KV is in blocks
+        self.computed = 0  # tokens whose KV is in blocks, or will be before what comes next
+        self.in_flight = 0  # steps that compute it, and whose results are not there yet
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []  # root, then one of each full block; made when needed
         self.cached_tokens = 0  # of the prompt, at first admission
@@ -81,9 +83,27 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def ended(self) -> bool:
+        return self.status is Status.ENDED
+
+    @property
     def remaining(self) -> int:
-        """Known tokens whose KV is not computed: 1 when decoding, more when prefilling."""
+        """Known tokens whose KV is not computed: 1 when decoding, more when prefilling.
+
+        0 while the next token is being drawn.
+        """
         return len(self.tokens) - self.computed
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next token to compute is not known: it is being drawn."""
+        return self.remaining <= 0
+
+    @property
+    def may_switch(self) -> bool:
+        """Whether the next token may be the first under the answer's dial."""
+        inside = self.thinking is not None and self.thinking.phase is Phase.INSIDE
+        return inside and self.request.answer_dial is not None
 
     @property
     def output(self) -> list[int]:

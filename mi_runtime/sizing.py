@@ -149,7 +149,9 @@ def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     for chunks in largest_steps(config, model.vocab_size):
-        runner.run(chunks)
+        flight = runner.launch(chunks)
+        runner.sample(flight)
+        flight.results()
     peak = torch.cuda.max_memory_allocated(model.device)
     torch.cuda.empty_cache()
     return peak - before

@@ -135,6 +135,8 @@ class Settings(BaseSettings):
     """Sequences that run at once."""
     max_batched_tokens: Annotated[int, Field(ge=1)] = 2048
     """Tokens a step computes, prompts and answers together."""
+    async_scheduling: bool | None = None
+    """Launch a step before the results of the one before are read; default: on a GPU."""
     block_size: Annotated[int, Field(ge=1)] = 16
     """Tokens a KV block holds."""
     num_blocks: Annotated[int, Field(ge=1)] | None = None
@@ -284,6 +286,7 @@ class Settings(BaseSettings):
                 max_model_len=self.max_model_len,
                 max_num_seqs=self.max_num_seqs,
                 max_batched_tokens=self.max_batched_tokens,
+                async_scheduling=self.async_scheduling,
                 prefix_caching=self.prefix_caching,
                 lambda_step=self.lambda_step,
                 gpu_memory_utilization=self.gpu_memory_utilization,

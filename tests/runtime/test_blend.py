@@ -139,11 +139,12 @@ def answer_together(
         request = EngineRequest(str(value), tuple(prompt), Dial(value), sampling)
         scheduler.add(Sequence(request))
     while chunks := scheduler.schedule():
-        sampled = runner.run(chunks)
+        flight = runner.launch(chunks)
+        runner.sample(flight)
         rows = recording.rows.split([chunk.length for chunk in chunks])
         for chunk, piece in zip(chunks, rows, strict=True):
             answers[chunk.sequence.request.dial.reasoning_lambda].pieces.append(piece)
-        scheduler.update(chunks, [one for one in sampled if one is not None])
+        scheduler.update(chunks, flight.results().sampled)
         for chunk in chunks:
             value = chunk.sequence.request.dial.reasoning_lambda
             answers[value].tokens = list(chunk.sequence.tokens)

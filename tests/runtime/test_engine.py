@@ -3,7 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,13 @@ def step(engine: Engine) -> list[TokenEvent]:
     return events
 
 
+def first_events(engine: Engine) -> list[TokenEvent]:
+    """Steps until there are events."""
+    while not (events := step(engine)):
+        pass
+    return events
+
+
 def answer(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
     return run_to_end(engine, one)[one.request_id]
 
@@ -102,6 +109,12 @@ def greedy(qwen3_pair: Directories) -> Callable[..., list[int]]:
         return oracle.greedy(oracle.merged(*qwen3_pair, value), list(prompt), NEW_TOKENS)
 
     return answer
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "ahead"])
+def make_engine(make_engine: MakeEngine, request: pytest.FixtureRequest) -> MakeEngine:
+    """All that is said here holds with and without asynchronous scheduling."""
+    return partial(make_engine, async_scheduling=request.param)
 
 
 @pytest.fixture
@@ -283,7 +296,7 @@ def test_an_answer_is_found_again_as_a_prompt(engine: Engine) -> None:
 def test_requests_at_once_share_what_the_first_has_computed(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batched_tokens=13)
     engine.submit(request("a", PROMPT))
-    step(engine)
+    first_events(engine)
     events = answer(engine, request("b", (*PROMPT, 50)))
     assert events[0].cached_tokens == 12
 
@@ -426,7 +439,7 @@ def test_an_id_in_use_is_rejected_and_its_owner_goes_on(
     engine.submit(request())
     with pytest.raises(RequestRejected, match="in use"):
         engine.submit(request(prompt=PROMPT))
-    events = [event for _ in range(NEW_TOKENS) for event in step(engine)]
+    events = [event for _ in range(NEW_TOKENS) for event in first_events(engine)]
     assert tokens(events) == greedy()
 
 
@@ -503,7 +516,7 @@ def test_a_failure_leaves_the_blocks_it_shares_as_they_are(
 ) -> None:
     """They were once wiped under a request that was still reading them."""
     engine.submit(request("good", PROMPT))
-    first = step(engine)
+    first = first_events(engine)
     events = run_to_end(engine, request("bad", (*PROMPT, BROKEN)))
     assert_ended_once(events["bad"], FinishReason.ERROR)
     assert events["bad"][0].cached_tokens == 12

@@ -10,7 +10,7 @@ import torch
 
 from mi_runtime import logprobs, scheduler
 from mi_runtime.engine import Engine
-from mi_runtime.logprobs import token_logprobs
+from mi_runtime.logprobs import RowLogprobs, read_logprobs, token_logprobs
 from mi_runtime.request import (
     Dial,
     EngineRequest,
@@ -116,12 +116,12 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(make_engine: MakeEngin
     engine = make_engine(max_batched_tokens=8)
     score = engine._runner._score
 
-    def broken(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+    def broken(logits: torch.Tensor, batch: Any, scores: Any) -> torch.Tensor:
         """The first scored row of the first request overflowed."""
         if batch.scored[0].sequence.request_id == "r0":
             logits = logits.clone()
             logits[0, 0] = torch.inf
-        return score(logits, batch)
+        return score(logits, batch, scores)
 
     engine._runner._score = broken  # type: ignore[method-assign]
     events = run(
@@ -132,14 +132,17 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(make_engine: MakeEngin
     assert [event.finish_reason for event in events["r1"]] == [None, FinishReason.LENGTH]
 
 
-def test_rows_are_read_slice_by_slice_each_with_its_own_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_rows_are_read_slice_by_slice(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
-    tokens, counts = [3, 1, 4, 1, 5, 9, 2], [0, 1, 2, 3, 20, 0, 1]
-    whole = token_logprobs(logits, tokens, counts)
+    tokens = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    whole = read(token_logprobs(logits, tokens, count))
     monkeypatch.setattr(logprobs, "SLICE", 2)
-    assert token_logprobs(logits, tokens, counts) == whole
-    assert [len(one.top) for one in whole] == [0, 1, 2, 3, 11, 0, 1]
+    assert read(token_logprobs(logits, tokens, count)) == whole
+    assert {len(one.top) for one in whole} == {min(count, 11)}
     table = logits.log_softmax(1)
     assert [one.token for one in whole] == [table[i, t].item() for i, t in enumerate(tokens)]
+
+
+def read(found: RowLogprobs) -> list[TokenLogprobs]:
+    return read_logprobs(iter(found.tensors))

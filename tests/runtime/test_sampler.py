@@ -23,7 +23,9 @@ from transformers import (
 
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenLogprobs
 from mi_runtime.sampler import Sampler
+from mi_runtime.scheduler import Sampled
 from mi_runtime.sequence import Sequence
+from mi_runtime.transfer import Readback
 
 VOCAB = 24
 GRID = 800  # uniform numbers a distribution is compared at
@@ -59,13 +61,20 @@ def random_logits(rows: int = 1, seed: int = 0, vocabulary: int = VOCAB) -> Tens
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
+def sample(
+    logits: Tensor, *sequences: Sequence, sampler: Sampler | None = None
+) -> list[Sampled | None]:
+    draw = (sampler or Sampler()).sample(logits, sequences)
+    return draw.read(Readback(draw.tensors, logits.device).wait())
+
+
 def tokens(logits: Tensor, *sequences: Sequence) -> list[int | None]:
-    sampled = Sampler().sample(logits, sequences)
+    sampled = sample(logits, *sequences)
     return [None if one is None else one[0] for one in sampled]
 
 
 def logprobs(logits: Tensor, one: Sequence) -> TokenLogprobs | None:
-    (sampled,) = Sampler().sample(logits, (one,))
+    (sampled,) = sample(logits, one)
     assert sampled is not None
     return sampled[1]
 
@@ -263,7 +272,7 @@ def test_penalties_grow_with_the_answer() -> None:
     logits[0, :3] = torch.tensor([2.5, 1.9, 0.8])
     drawn = []
     for _ in range(5):
-        (sampled,) = sampler.sample(logits, (one,))
+        (sampled,) = sample(logits, one, sampler=sampler)
         assert sampled is not None
         drawn.append(sampled[0])
         one.append(sampled[0])
@@ -368,9 +377,9 @@ def test_a_row_gives_the_same_alone_and_in_any_company(
     """Coarse logits have many equals, as bf16 ones do: their order must not matter either."""
     logits = random_logits(len(batch), seed, vocabulary=200)
     logits = (logits.round() if coarse else logits).to(dtype)
-    together = Sampler().sample(logits, tuple(map(with_params, batch)))
+    together = sample(logits, *map(with_params, batch))
     for row, params in enumerate(batch):
-        alone = Sampler().sample(logits[row : row + 1], (with_params(params),))
+        alone = sample(logits[row : row + 1], with_params(params))
         assert together[row] == alone[0]
 
 

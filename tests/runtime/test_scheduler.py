@@ -8,7 +8,7 @@ stale KV, or KV shared between dials or salts gives wrong tokens.
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 import pytest
@@ -41,6 +41,7 @@ class Limits:
     max_num_seqs: int = 8
     max_batched_tokens: int = 64
     prefix_caching: bool = True
+    asynchronous: bool = False
 
     def scheduler(self) -> Scheduler:
         return Scheduler(
@@ -60,6 +61,7 @@ def request(
     dial: float = 0.5,
     salt: str = "",
     think: ThinkPolicy | None = None,
+    answer_dial: float | None = None,
     max_tokens: int | None = None,
     min_tokens: int = 0,
     seed: int | None = 0,
@@ -73,17 +75,23 @@ def request(
         eos_token_ids=frozenset({EOS}),
         prompt_logprobs=prompt_logprobs,
     )
-    return EngineRequest(request_id, prompt, Dial(dial), sampling, think, salt, priority=priority)
+    answer = None if answer_dial is None else Dial(answer_dial)
+    return EngineRequest(
+        request_id, prompt, Dial(dial), sampling, think, salt, answer, priority=priority
+    )
 
 
 # --- The fake model -----------------------------------------------------------------------------
 
 
-def kv_entry(req: EngineRequest, token: int, before: int) -> int:
-    return hash((req.dial.reasoning_lambda, crc32(req.cache_salt.encode()), token, before))
+def kv_entry(req: EngineRequest, token: int, before: int, dial: Dial | None = None) -> int:
+    value = (dial or req.dial).reasoning_lambda
+    return hash((value, crc32(req.cache_salt.encode()), token, before))
 
 
 def next_token(seq: Sequence, kv: tuple[int, ...]) -> int:
+    if seq.forced_token is not None:
+        return seq.forced_token
     token = hash((kv, seq.rng.random())) % VOCAB
     return END_THINK if seq.forbids_ending and token in seq.ending_token_ids else token
 
@@ -110,13 +118,28 @@ def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishR
         return [], FinishReason.LENGTH
     while True:
         for token in seq.tokens[len(kv) :]:
-            kv.append(kv_entry(req, token, kv[-1] if kv else 0))
+            kv.append(kv_entry(req, token, kv[-1] if kv else 0, seq.dial_at(len(kv))))
         seq.append(next_token(seq, tuple(kv)))
         if seq.tokens[-1] == EOS:
             return seq.output, FinishReason.STOP
         full = len(seq) == limits.max_model_len
         if full or seq.output_length == req.sampling.max_tokens:
             return seq.output, FinishReason.LENGTH
+
+
+@dataclass
+class FakeFlight:
+    """A step of the fake model: its KV is there at once, its tokens when it is sampled."""
+
+    chunks: list[Chunk]
+    kv: dict[Sequence, tuple[int, ...]]  # of what samples, as read back
+    scores: dict[Sequence, list[TokenLogprobs]]
+    sampled: dict[Sequence, Sampled | None] = field(default_factory=dict)
+
+    def sample(self) -> None:
+        for seq, kv in self.kv.items():
+            if not seq.ended:
+                self.sampled[seq] = (next_token(seq, kv), None)
 
 
 @dataclass
@@ -129,6 +152,9 @@ class FakeEngine:
     requests: dict[str, EngineRequest] = field(default_factory=dict)
     events: dict[str, list[TokenEvent]] = field(default_factory=dict)
     first_runs: list[str] = field(default_factory=list)
+    flight: FakeFlight | None = None
+    ran_ahead: int = 0  # rows
+    held_back: int = 0  # steps that left out the first of the running
 
     def __post_init__(self) -> None:
         self.scheduler = self.limits.scheduler()
@@ -153,13 +179,29 @@ class FakeEngine:
         first = self.first_of_running()
         chunks = self.scheduler.schedule()
         self.check(chunks, first)
-        sampled = [sample for chunk in chunks for sample in self.run(chunk)]
-        scores = {chunk.sequence: self.score(chunk) for chunk in chunks if chunk.scored}
+        flight = self.launch(chunks)
         self.before_update(self, chunks)
-        self.take(self.scheduler.update(chunks, sampled, scores))
-        self.scheduler.check_integrity()
+        self.take_results()
+        flight.sample()
+        self.flight = flight
+        if not self.limits.asynchronous:
+            self.take_results()
         self.steps += 1
         return chunks
+
+    def launch(self, chunks: list[Chunk]) -> FakeFlight:
+        kv = {chunk.sequence: self.run(chunk) for chunk in chunks}
+        return FakeFlight(
+            chunks,
+            {chunk.sequence: kv[chunk.sequence] for chunk in chunks if chunk.samples},
+            {chunk.sequence: self.score(chunk) for chunk in chunks if chunk.scored},
+        )
+
+    def take_results(self) -> None:
+        flight, self.flight = self.flight, None
+        if flight is not None:
+            self.take(self.scheduler.update(flight.chunks, flight.sampled, flight.scores))
+            self.scheduler.check_integrity()
 
     def first_of_running(self) -> str | None:
         """By priority, then arrival; where nothing runs, of the waiting."""
@@ -172,17 +214,26 @@ class FakeEngine:
             self.step()
         assert self.scheduler.blocks.referenced == 0
 
-    def run(self, chunk: Chunk) -> list[Sampled]:
-        seq = chunk.sequence
-        for position in range(chunk.start, chunk.start + chunk.length):
+    def run(self, chunk: Chunk) -> tuple[int, ...]:
+        """Writes the chunk's KV; all of the sequence's, as read back."""
+        seq, end = chunk.sequence, chunk.start + chunk.length
+        for position in range(chunk.start, end):
             before = self.read(seq, position - 1) if position else 0
-            entry = kv_entry(seq.request, seq.tokens[position], before)
+            dial = seq.dial_at(position)
+            entry = kv_entry(seq.request, self.token(seq, position), before, dial)
             block, slot = divmod(position, self.limits.block_size)
             self.kv[seq.block_table[block]][slot] = entry
-        if not chunk.samples:
-            return []
-        kv = tuple(self.read(seq, position) for position in range(len(seq)))
-        return [(next_token(seq, kv), None)]
+        return tuple(self.read(seq, position) for position in range(end))
+
+    def token(self, seq: Sequence, position: int) -> int:
+        """Known, or drawn in the step before."""
+        if position < len(seq):
+            return seq.tokens[position]
+        assert position == len(seq)
+        assert self.flight is not None
+        drawn = self.flight.sampled[seq]
+        assert drawn is not None
+        return drawn[0]
 
     def score(self, chunk: Chunk) -> list[TokenLogprobs]:
         seq = chunk.sequence
@@ -193,16 +244,22 @@ class FakeEngine:
         return self.kv[seq.block_table[block]][slot]
 
     def check(self, chunks: list[Chunk], first: str | None) -> None:
-        """What holds for every batch. The first of the running is always in it."""
+        """What holds for every batch. The first of the running is in it, or hangs on its token."""
         self.scheduler.check_integrity()
         ids = [chunk.sequence.request_id for chunk in chunks]
         assert len(set(ids)) == len(ids)
         assert sum(chunk.length for chunk in chunks) <= self.limits.max_batched_tokens
         assert sum(len(chunk.scored) for chunk in chunks) <= SCORED_ROWS
-        assert first is None or first in ids
+        self.held_back += first is not None and first not in ids
         for chunk in chunks:
-            assert chunk.start == chunk.sequence.computed
-            assert 0 < chunk.length <= chunk.sequence.remaining
+            assert chunk.start + chunk.length == chunk.sequence.computed
+            assert chunk.length > 0
+            assert chunk.is_known or chunk.length == 1
+            self.ran_ahead += not chunk.is_known
+        if first is not None and first not in ids:
+            line = self.scheduler.running.get(first) or self.scheduler.waiting.get(first)
+            assert line is not None
+            assert line.in_flight
         self.first_runs += [name for name in ids if name not in self.first_runs]
 
     def take(self, events: list[TokenEvent]) -> None:
@@ -328,8 +385,7 @@ def test_a_long_prompt_runs_in_chunks_behind_the_decodes() -> None:
 def test_no_token_is_sampled_before_the_prompt_is_complete() -> None:
     engine = FakeEngine(Limits(max_batched_tokens=2))
     engine.submit(request(prompt=(5, 6, 7), min_tokens=20))
-    assert [chunk.samples for chunk in engine.scheduler.schedule()] == [False]
-    engine.step()
+    assert [chunk.samples for chunk in engine.step()] == [False]
     assert not engine.events["r"]
     engine.step()
     assert len(engine.events["r"]) == 1
@@ -394,8 +450,9 @@ def test_a_budget_smaller_than_the_decodes_serves_the_oldest() -> None:
 def ending(sampled: int, req: EngineRequest) -> TokenEvent:
     """The event of a request whose first token is `sampled`."""
     scheduler = Limits().scheduler()
-    scheduler.add(Sequence(req))
-    (event,) = scheduler.update(scheduler.schedule(), [(sampled, None)])
+    sequence = Sequence(req)
+    scheduler.add(sequence)
+    (event,) = scheduler.update(scheduler.schedule(), {sequence: (sampled, None)})
     return event
 
 
@@ -470,6 +527,100 @@ def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> 
     assert waited > 0
     assert {event.queue_seconds for event in engine.events["second"]} == {waited}
     assert engine.events["second"][-1].reasoning_tokens == second.reasoning_tokens
+
+
+# --- Steps in flight ----------------------------------------------------------------------------
+
+AHEAD = Limits(asynchronous=True)
+
+
+def test_a_step_is_scheduled_before_the_tokens_of_the_last_are_known() -> None:
+    scheduler, sequence = Limits().scheduler(), Sequence(request(max_tokens=9))
+    scheduler.add(sequence)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [(chunk.start, chunk.length, chunk.is_known) for chunk in first + second] == [
+        (0, 3, True),
+        (3, 1, False),
+    ]
+    for chunks, token in ((first, 8), (second, 9)):
+        (event,) = scheduler.update(chunks, {sequence: (token, None)})
+        assert event.token_id == token
+    assert (sequence.output, sequence.in_flight) == ([8, 9], 0)
+    scheduler.check_integrity()
+
+
+def test_what_ran_behind_an_end_token_is_not_seen_and_not_kept() -> None:
+    scheduler, sequence = Limits(block_size=1).scheduler(), Sequence(request())
+    scheduler.add(sequence)
+    first, superfluous = scheduler.schedule(), scheduler.schedule()
+    (event,) = scheduler.update(first, {sequence: (EOS, None)})
+    assert event.finish_reason is FinishReason.STOP
+    assert scheduler.blocks.referenced == 0
+    assert scheduler.update(superfluous, {}) == []
+    assert scheduler.blocks.cached == 3  # the prompt; the end token is behind it
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("limits", [Limits(), AHEAD], ids=["one by one", "ahead"])
+@pytest.mark.parametrize(
+    ("params", "rows"), [({"max_tokens": 4}, 6), ({"max_tokens": 0}, 3), ({}, 9)], ids=str
+)
+def test_no_row_is_computed_behind_an_end_that_is_known(
+    limits: Limits, params: dict[str, int], rows: int
+) -> None:
+    engine = FakeEngine(replace(limits, max_model_len=10))
+    engine.submit(request(min_tokens=99, **params))
+    computed = 0
+    while engine.scheduler.unfinished:
+        computed += sum(chunk.length for chunk in engine.step())
+    assert computed == rows
+
+
+def test_nobody_is_preempted_for_a_token_that_may_never_be() -> None:
+    scheduler = Limits(num_blocks=4, max_model_len=16).scheduler()
+    old, young = Sequence(request("old", (5,) * 4)), Sequence(request("young", (6,) * 4))
+    scheduler.add(old)
+    scheduler.add(young)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert lengths(second) == [("old", 1), ("young", 1)]
+    scheduler.update(first, {old: (9, None), young: (9, None)})
+    for _ in range(3):
+        third = scheduler.schedule()
+        scheduler.update(second, {old: (9, None), young: (9, None)})
+        second = third
+    assert lengths(second) == [("old", 1), ("young", 1)]  # both blocks are full
+    assert scheduler.schedule() == []
+    assert not scheduler.preemptions
+    scheduler.update(second, {old: (9, None), young: (9, None)})
+    assert lengths(scheduler.schedule()) == [("old", 1)]
+    assert scheduler.preemptions == 1
+
+
+def test_a_preempted_sequence_takes_the_token_that_was_being_drawn() -> None:
+    scheduler = Limits(num_blocks=4, max_model_len=16).scheduler()
+    old, young = Sequence(request("old", (5,) * 4)), Sequence(request("young", (6,) * 4))
+    scheduler.add(old)
+    scheduler.update(scheduler.schedule(), {old: (9, None)})
+    scheduler.add(young)
+    flight = scheduler.schedule()
+    assert lengths(flight) == [("old", 1), ("young", 4)]
+    scheduler._preempt(young)
+    assert lengths(scheduler.schedule()) == [("old", 1)]  # young would fit, but for its token
+    events = scheduler.update(flight, {old: (9, None), young: (8, None)})
+    assert [event.token_id for event in events] == [9, 8]
+    assert (young.status, young.output) == (Status.WAITING, [8])
+    assert lengths(scheduler.schedule()) == [("old", 1), ("young", 5)]
+    scheduler.check_integrity()
+
+
+def test_only_a_sequence_whose_dial_may_switch_waits_for_its_token() -> None:
+    engine, think = FakeEngine(AHEAD), ThinkPolicy(THINK, END_THINK, opened_by_prompt=True)
+    engine.submit(request("switches", think=think, answer_dial=0.1, min_tokens=30))
+    engine.submit(request("thinks", think=think, min_tokens=30))
+    engine.submit(request("does not", answer_dial=0.1, min_tokens=30))
+    ran = Counter(chunk.sequence.request_id for _ in range(8) for chunk in engine.step())
+    assert ran == {"switches": 4, "thinks": 8, "does not": 8}
 
 
 # --- Priority -----------------------------------------------------------------------------------
@@ -675,6 +826,14 @@ TINY = {
 }
 
 
+THOUGHTS = [
+    None,
+    ThinkPolicy(THINK, END_THINK),
+    ThinkPolicy(THINK, END_THINK, opened_by_prompt=True),
+    ThinkPolicy(THINK, END_THINK, opened_by_prompt=True, cap=5, closing=(7, END_THINK, 8)),
+]
+
+
 def random_request(rng: random.Random, request_id: str, limits: Limits) -> EngineRequest:
     """Prompts are cuts of three texts, so that prefixes are shared and part in many places."""
     text = random.Random(rng.randrange(3)).choices(range(3, VOCAB), k=limits.max_model_len - 1)
@@ -690,7 +849,8 @@ def random_request(rng: random.Random, request_id: str, limits: Limits) -> Engin
         seed=rng.choice([0, 1]),
         prompt_logprobs=rng.choice([None, None, 0]),
         priority=rng.choice([0, 0, 0, 1, -1]),
-        think=rng.choice([None, ThinkPolicy(THINK, END_THINK)]),
+        think=rng.choice(THOUGHTS),
+        answer_dial=rng.choice([None, None, 0.25]),
     )
 
 
@@ -699,12 +859,13 @@ def abort_one(rng: random.Random, engine: FakeEngine) -> None:
     engine.abort(rng.choice(list(engine.requests)[-12:]))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["one by one", "ahead"])
 @pytest.mark.parametrize("limits", TINY.values(), ids=TINY.keys())
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_random_workload_gives_every_request_what_it_gets_alone(
-    limits: Limits, seed: int
+    limits: Limits, seed: int, asynchronous: bool
 ) -> None:
-    rng = random.Random(seed)
+    rng, limits = random.Random(seed), replace(limits, asynchronous=asynchronous)
 
     def abort_in_flight(engine: FakeEngine, chunks: list[Chunk]) -> None:
         if chunks and rng.random() < 0.03:
@@ -721,6 +882,7 @@ def test_a_random_workload_gives_every_request_what_it_gets_alone(
     engine.check_answers()
     engine.check_order()
     assert bool(engine.scheduler.prefix_hit_tokens) == limits.prefix_caching
+    assert bool(engine.ran_ahead) == bool(engine.held_back) == asynchronous
 
 
 def test_random_workloads_reach_every_path() -> None:
@@ -757,6 +919,7 @@ def small_limits(draw: st.DrawFn) -> Limits:
         max_num_seqs=draw(st.integers(1, 4)),
         max_batched_tokens=draw(st.integers(1, 12)),
         prefix_caching=draw(st.booleans()),
+        asynchronous=draw(st.booleans()),
     )
 
 

@@ -102,9 +102,9 @@ def test_every_setting_reaches_the_engine_under_its_name() -> None:
     flags = ["--threads", "3", "--no-prefix-caching", "--max-model-len", "99", "--num-blocks", "7"]
     flags += ["--blend-policy", "pair", "--blend-cache-bytes", "1000", "--delta-dtype", "int4"]
     flags += ["--attention-backend", "triton", "--gpu-memory-utilization", "0.5"]
-    flags += ["--no-cuda-graphs", "--no-torch-compile"]
+    flags += ["--no-cuda-graphs", "--no-torch-compile", "--no-async-scheduling"]
     config = load_settings(flags).engine_config(instruct=Path("a"), thinking=Path("b"))
-    assert (config.threads, config.prefix_caching) == (3, False)
+    assert (config.threads, config.prefix_caching, config.async_scheduling) == (3, False, False)
     assert (config.max_model_len, config.num_blocks) == (99, 7)
     assert (config.blend_policy, config.blend_cache_bytes) == ("pair", 1000)
     assert (config.attention_backend, config.delta_dtype) == ("triton", "int4")
