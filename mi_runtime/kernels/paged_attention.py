@@ -334,6 +334,7 @@ def paged_attention(
     assert keys.is_contiguous()
     assert values.is_contiguous()
     query = _dense_rows(query)
+    sinks = None if sinks is None else _dense_rows(sinks)
     out = query.new_empty(*query.shape[:2], values.shape[3])
     sink_stride = 0 if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks.stride(0)
     arguments = (
