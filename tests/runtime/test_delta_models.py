@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mi_runtime import delta
+from mi_runtime import delta, load
 from mi_runtime.attention import PackedAttention
+from mi_runtime.config import DeltaDtype
 from mi_runtime.delta import DeltaKind, quantize
 from mi_runtime.load import load_pair
-from mi_runtime.pair import PairError, check_pair
+from mi_runtime.pair import Endpoint, PairError, check_pair
 from mi_runtime.request import Dial
 from mi_runtime.rows import StepRows, Way
+from mi_runtime.swap import _take
 from tests.runtime import oracle
 from tests.runtime.families import FAMILIES
 from tests.runtime.test_ways import (
@@ -165,6 +167,41 @@ def test_logits_and_greedy_tokens_stay_near_those_of_the_exact_way(subject: Delt
 def exact_logits(directories: Directories, value: float) -> Tensor:
     model = oracle.merged(*directories, value)
     return torch.cat([oracle.logits(model, tokens) for tokens in LONG])
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("delta_dtype", "expected"), [("none", ["cuda", "cuda"]), ("int8", ["cuda", "cpu"])]
+)
+def test_thinking_is_not_loaded_to_a_gpu_where_only_its_difference_stays(
+    pair_of: PairOf,
+    delta_dtype: DeltaDtype,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[str] = []
+
+    def load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        devices.append(device.type)
+        if len(devices) == 2:
+            raise PairError(["seen enough"])
+        return nn.Module()
+
+    monkeypatch.setattr(load, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(load, "_load_endpoint", load_endpoint)
+    with pytest.raises(PairError, match="seen enough"):
+        load_pair(check_pair(*pair_of("qwen3")), "cuda", "bfloat16", delta_dtype)
+    assert devices == expected
+
+
+def test_a_tensor_is_moved_to_its_counterpart_s_device_when_it_is_taken() -> None:
+    here, there = nn.Linear(3, 2, device="meta"), nn.Linear(3, 2)
+    taken = _take(here, there, "weight")
+    assert taken is not None
+    assert [tensor.device.type for tensor in taken] == ["meta", "meta"]
+    assert "weight" not in there._parameters
 
 
 # --- The self-check -------------------------------------------------------------------------------
