@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mi_runtime import delta as module
-from mi_runtime.blend_cache import Blend, BlendCache
+from mi_runtime.blend_cache import Blend
 from mi_runtime.delta import (
     GROUP,
     DeltaExperts,
@@ -213,7 +213,7 @@ def test_each_expert_is_a_matrix_of_its_own(
 @pytest.mark.parametrize("kind", KINDS)
 def test_blended_weights_are_taken_where_the_step_has_them(kind: DeltaKind, value: float) -> None:
     storage = DeltaStorage(kind)
-    rows = Rows(torch.tensor([value]), None, Blend(BlendCache(0), value))
+    rows = Rows(torch.tensor([value]), None, Blend(0, value))
     matrix, x = storage.matrix(*random_pair(9, 70)), torch.randn(4, 70)
     assert torch.equal(matrix.product(x, rows), F.linear(x, matrix.blend(value)))
     experts = storage.experts(random_pair(2, 9, 70), None, transposed=False)
