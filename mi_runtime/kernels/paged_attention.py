@@ -220,14 +220,12 @@ def attend_kernel(
         largest = larger
         position = following
 
-    unseen = total == 0.0
-    total = tl.where(unseen, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)  # where a row sees nothing, largest is -inf
     sums = sums / total[:, None]
     mask = valid[:, None] & (value_column < VALUE_DIM)[None, :]
     if partial is not None:
         tl.store(partial + at[:, None] * VALUE_DIM + value_column[None, :], sums, mask=mask)
-        lse = tl.where(unseen, float("-inf"), largest + tl.log2(total))
-        tl.store(partial_lse + at, lse, mask=valid)
+        tl.store(partial_lse + at, largest + tl.log2(total), mask=valid)
     else:
         at = token.to(tl.int64) * (KV_HEADS * GROUP) + head
         address = out + at[:, None] * VALUE_DIM + value_column[None, :]

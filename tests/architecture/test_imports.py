@@ -18,6 +18,7 @@ POLICY = (
 SERVER_POLICY = ("router", "elastic", "observed", "profiles", "inputs", "routing")
 TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
 ENGINE_FILES = sorted((ROOT / "mi_runtime").glob("*.py"))
+KERNEL_FILES = sorted((ROOT / "mi_runtime" / "kernels").glob("*.py"))
 SERVER_FILES = sorted((ROOT / "server").rglob("*.py"))
 
 
@@ -31,6 +32,16 @@ def imports_of(path: Path) -> Iterator[str]:
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join((*above, *filter(None, [node.module])))
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports_at_import(path: Path) -> Iterator[str]:
+    """Modules of a file's own body: those that importing the file imports."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module or ""
 
 
 def packages_of(path: Path) -> set[str]:
@@ -79,6 +90,14 @@ def test_the_engine_speaks_token_ids_only(path: Path) -> None:
     foreign = {"tokenizers", "fastapi", "starlette", "uvicorn", "asyncio", "pydantic", "jinja2"}
     assert not foreign & packages_of(path)
     assert not [name for name in imports_of(path) if name.startswith("mi_runtime.embedded_pair")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mi_runtime").rglob("*.py")), ids=relative)
+def test_only_kernels_import_triton_which_may_be_missing(path: Path) -> None:
+    if path in KERNEL_FILES and path.name != "__init__.py":
+        return
+    needing = {f"mi_runtime.kernels.{one.stem}" for one in KERNEL_FILES} | {"triton"}
+    assert not needing & set(imports_at_import(path))
 
 
 @pytest.mark.parametrize("module", POLICY)

@@ -76,6 +76,7 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         (["--default-lambda", "nan"], "default_lambda"),
         (["--max-num-seqs", "0"], "max_num_seqs"),
         (["--blend-policy", "fast"], "blend_policy"),
+        (["--attention-backend", "fast"], "attention_backend"),
         (["--think-soft-window", "-1"], "think_soft_window"),
         (["--instruct", "a"], "--instruct and --thinking belong together"),
     ],
@@ -100,10 +101,12 @@ def test_a_pair_is_called_by_its_thinking_endpoint_or_as_told() -> None:
 def test_every_setting_reaches_the_engine_under_its_name() -> None:
     flags = ["--threads", "3", "--no-prefix-caching", "--max-model-len", "99", "--num-blocks", "7"]
     flags += ["--blend-policy", "pair", "--blend-cache-bytes", "1000"]
+    flags += ["--attention-backend", "triton"]
     config = load_settings(flags).engine_config(instruct=Path("a"), thinking=Path("b"))
     assert (config.threads, config.prefix_caching) == (3, False)
     assert (config.max_model_len, config.num_blocks) == (99, 7)
     assert (config.blend_policy, config.blend_cache_bytes) == ("pair", 1000)
+    assert config.attention_backend == "triton"
 
 
 def test_a_list_is_a_repeated_flag_a_variable_with_commas_or_a_list_of_the_file(
