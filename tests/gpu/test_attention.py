@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
+from mi_runtime.attention import LayerShape, ReferenceAttention
 from mi_runtime.attention_backends import (
     AttentionWorkload,
     make_backend,
     measured_workloads,
     obstacle,
 )
-from torch import Tensor
-
-from mi_runtime.attention import LayerShape, ReferenceAttention
 from tests.gpu.conftest import DEVICE
 
 SHAPES = {

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mi_runtime.kernels.pair_linear import align, delta_linear, grouped_linear, pair_linear
 from torch import Tensor
 
 from mi_runtime.delta import quantize
+from mi_runtime.kernels.pair_linear import align, delta_linear, grouped_linear, pair_linear
 from tests.gpu.conftest import DEVICE
 
 MATRICES = {  # [out, in] of Qwen3-4B
