@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from mi_runtime.delta import quantize
-from mi_runtime.kernels.pair_linear import align, delta_linear, grouped_linear, pair_linear
 from tests.gpu.conftest import DEVICE
+
+pytest.importorskip("triton")
+from mi_runtime.kernels.pair_linear import (  # noqa: E402
+    align,
+    delta_linear,
+    grouped_linear,
+    pair_linear,
+)
 
 MATRICES = {  # [out, in] of Qwen3-4B
     "q, k and v": (6144, 2560),
