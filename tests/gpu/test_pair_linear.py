@@ -10,7 +10,7 @@ from mi_runtime.delta import quantize
 from tests.gpu.conftest import DEVICE
 
 pytest.importorskip("triton")
-from mi_runtime.kernels.pair_linear import (  # noqa: E402
+from mi_runtime.kernels.pair_linear import (
     align,
     delta_linear,
     grouped_linear,
