@@ -98,7 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--subject", choices=SUBJECTS, help=argparse.SUPPRESS)  # a child's
     chosen = parser.parse_args(arguments)
-    run = Run(chosen.model, chosen.smoke)
+    run, subjects = Run(chosen.model, chosen.smoke), chosen.only.split(",")
+    if unknown := set(subjects) - SUBJECTS.keys():
+        parser.error(f"--only: there are {', '.join(SUBJECTS)}, not {', '.join(sorted(unknown))}")
     if chosen.subject:
         for record in rows_of(chosen.subject, run, chosen.seconds):
             print(json.dumps(record), flush=True)
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("there is no CUDA device; --smoke runs tiny shapes on a CPU")
     report = Report(run.name, chosen.out or (BUILD if run.smoke else RESULTS))
     started = time.monotonic()
-    for record in rows_of_all(chosen.only.split(","), run, chosen.seconds):
+    for record in rows_of_all(subjects, run, chosen.seconds):
         report.add(record)
     report.finish(reference_of(run.scale), time.monotonic() - started)
     return 0
@@ -136,14 +138,17 @@ def rows_of(subject: str, run: Run, seconds: float) -> Iterator[Record]:
         return
     made: list[Any] = []
     yield attempt(subject, Case("start"), lambda: start_facts(subject, run, made))
-    for measuring in made:
-        for case in measuring.cases:
-            if time.monotonic() > deadline:
-                yield record_of(subject, case, skipped=OUT_OF_TIME)
-            else:
-                yield attempt(subject, case, lambda: values_of(measuring.measure(case)))  # noqa: B023
-    made.clear()
-    gc.collect()
+    if made:
+        yield from rows_until(deadline, subject, made.pop())
+    gc.collect()  # as the next subject may follow in this process
+
+
+def rows_until(deadline: float, subject: str, measuring: Any) -> Iterator[Record]:
+    for case in measuring.cases:
+        if time.monotonic() > deadline:
+            yield record_of(subject, case, skipped=OUT_OF_TIME)
+        else:
+            yield attempt(subject, case, lambda: values_of(measuring.measure(case)))  # noqa: B023
 
 
 def attempt(subject: str, case: Case, measure: Callable[[], Record]) -> Record:

@@ -78,7 +78,7 @@ def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> Pr
 def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
     """Both endpoints whole (`pair`), or the difference as int8 or int4."""
     instruct = random_endpoint(shape, place)
-    if store == "pair":
+    if store not in ("int8", "int4"):
         return pair_up(instruct, random_thinking(shape, instruct, place), "random")
     aside = Place(_device_for(instruct), place.dtype, place.positions)
     thinking = random_thinking(shape, instruct, aside)

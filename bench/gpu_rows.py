@@ -310,6 +310,7 @@ def pretend_computed(engine: Engine, request: EngineRequest) -> None:
     pool.release(blocks)
 
 
+@torch.inference_mode()
 def _fill_with_random_numbers(engine: Engine) -> None:
     attention = engine._runner.attention
     for cache in (*attention._keys, *attention._values):

@@ -13,6 +13,7 @@ from mi_runtime.attention import LayerShape
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
+from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.load import DTYPES, BlendedModel, load_static, use_paged_attention
 from mi_runtime.pair import check_pair
 from mi_runtime.rows import BlendGroups
@@ -61,6 +62,7 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
     return BlendedModel(
         model=plain,
         groups=NoGroups(0, device, BlendCache(), endpoints={}),
+        kernels=KernelChoice(),
         layers=(layer,) * shape.num_hidden_layers,
         device=device,
         dtype=plain.dtype,

@@ -56,7 +56,7 @@ def choose_kernels(model: BlendedModel) -> str:
     Only dense products are measured: of experts, the kernels' rival is a look from the host, which
     no graph can capture.
     """
-    if model.device.type != "cuda" or not triton_installed():
+    if model.device.type != "cuda" or not triton_installed() or not _layer_matrices(model):
         return ""
     try:
         measure_kernels(model)

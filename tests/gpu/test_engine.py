@@ -91,6 +91,7 @@ def assert_agree(found: Answers, expected: Answers) -> None:
 
 
 def test_answers_are_those_of_the_cpu_in_fp32(engine: Engine) -> None:
+    assert engine.info.graphs != "none", "decode steps were not recorded"
     assert_agree(engine.generate(requests()), reference())
     assert_agree(engine.generate(requests()), reference())  # found in the prefix cache
 
@@ -109,6 +110,8 @@ def test_they_are_when_all_have_one_λ(engine: Engine, value: float) -> None:
         {"blend_policy": "blended"},
         {"attention_backend": "reference"},
         {"attention_backend": "triton"},
+        {"cuda_graphs": False},
+        {"torch_compile": False},
         {"async_scheduling": False},
         {"num_blocks": 16, "prefix_caching": False},  # so few that sequences are preempted
     ],
@@ -187,4 +190,6 @@ def test_a_kv_cache_that_does_not_fit_is_a_message(make: Make) -> None:
         make(num_blocks=None, kv_cache_bytes=4 * free, max_model_len=None)
     gc.collect()
     torch.cuda.empty_cache()
+    with pytest.raises(PairError, match=r"no memory for KV: .* GiB .*--delta-dtype"):
+        make(num_blocks=None, gpu_memory_utilization=0.001)
     assert_agree(make().generate(requests()), reference())

@@ -1,0 +1,125 @@
+"""Pair products at the shapes of real models, against fp32 on the same GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mi_runtime.delta import quantize
+from tests.gpu.conftest import DEVICE
+
+pytest.importorskip("triton")
+from mi_runtime.kernels.pair_linear import (
+    align,
+    delta_linear,
+    grouped_linear,
+    pair_linear,
+)
+
+MATRICES = {  # [out, in] of Qwen3-4B
+    "q, k and v": (6144, 2560),
+    "output of attention": (2560, 4096),
+    "gate and up": (19456, 2560),
+    "down": (2560, 9728),
+}
+EXPERTS = (128, 8, 1536, 2048)  # of Qwen3-30B-A3B: how many, chosen, and gate and up of one
+ROWS = (1, 32, 256, 2048)
+DTYPE = torch.bfloat16
+
+
+def random(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(DTYPE)
+
+
+def endpoints(*shape: int) -> tuple[Tensor, Tensor]:
+    """As `PairMatrix` keeps them: strided views of one tensor `[…, out, 2, in]`."""
+    low = random(*shape, scale=0.02, seed=1)
+    both = torch.stack((low, low + random(*shape, scale=0.002, seed=2)), dim=-2)
+    return both[..., 0, :], both[..., 1, :]
+
+
+def lambdas(rows: int) -> Tensor:
+    return torch.linspace(0, 1, rows + 2, device=DEVICE)[1:-1]
+
+
+def mixed(x: Tensor, low: Tensor, high: Tensor, weights: Tensor) -> Tensor:
+    return torch.lerp(x.float() @ low.float().mT, x.float() @ high.float().mT, weights[:, None])
+
+
+def assert_near(result: Tensor, exact: Tensor) -> None:
+    """One rounding of every number away, and a little for the order of the sums."""
+    slack = exact.abs() * 2**-7 + 1e-4 * exact.abs().max()
+    assert ((result.float() - exact).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_the_pair_product_is_both_products_mixed_row_by_row(matrix: str, rows: int) -> None:
+    columns, depth = MATRICES[matrix]
+    x, (low, high), weights = random(rows, depth), endpoints(columns, depth), lambdas(rows)
+    result = pair_linear(x, low, high, weights)
+    assert_near(result, mixed(x, low, high, weights))
+    if rows > 1:
+        assert torch.equal(result, pair_linear(x, low, high, weights)), "not the same bits again"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_with_a_rounded_difference_it_is_what_that_difference_says(
+    kind: str, matrix: str, rows: int
+) -> None:
+    columns, depth = MATRICES[matrix]
+    x, (low, high), weights = random(rows, depth), endpoints(columns, depth), lambdas(rows)
+    low = low.contiguous()
+    delta = quantize(low, high, kind)  # type: ignore[arg-type]
+    result = delta_linear(x, low, delta.values, delta.scales, weights)
+    thinking = low.float() + delta.dequantized(torch.float32)
+    assert_near(result, mixed(x, low, thinking, weights))
+
+
+@pytest.mark.parametrize("rows", [1, 32, 256])
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_rows_go_through_their_own_experts(kind: str, rows: int) -> None:
+    experts, chosen, columns, depth = EXPERTS
+    x, weights = random(rows, depth), lambdas(rows)
+    low, high = endpoints(experts, columns, depth)
+    ids = torch.rand(rows, experts, device=DEVICE).topk(chosen).indices
+    second, scales = high, None
+    if kind != "none":
+        low = low.contiguous()
+        delta = quantize(low, high, kind)  # type: ignore[arg-type]
+        second, scales = delta.values, delta.scales
+        high = low.float() + delta.dequantized(torch.float32)
+    alignment = align(ids, experts)
+    found = grouped_linear(x, low, second, scales, None, weights, alignment, True)
+    order = alignment.order
+    sources, owners = order // chosen, ids.flatten()[order]
+    exact = torch.cat([
+        mixed(x[row : row + 1], low[expert], high[expert], weights[row : row + 1])
+        for row, expert in zip(sources.tolist(), owners.tolist(), strict=True)
+    ])  # fmt: skip
+    assert_near(found, exact)
+
+
+@pytest.mark.parametrize("kind", ["pair", "int8", "int4"])
+def test_a_product_can_be_recorded_and_reads_the_λ_that_are_written_before_its_replay(
+    kind: str,
+) -> None:
+    columns, depth = MATRICES["down"]
+    x, (low, high), weights = random(8, depth), endpoints(columns, depth), lambdas(8)
+    low = low.contiguous()
+    product: Callable[[], Tensor] = lambda: pair_linear(x, low, high, weights)  # noqa: E731
+    if kind != "pair":
+        delta = quantize(low, high, kind)  # type: ignore[arg-type]
+        product = lambda: delta_linear(x, low, delta.values, delta.scales, weights)  # noqa: E731
+    product()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = product()
+    weights.copy_(weights.flip(0))
+    x.normal_()
+    graph.replay()
+    assert torch.equal(out, product())
