@@ -10,7 +10,7 @@ a model that this module does not understand is refused before it serves.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -54,7 +54,6 @@ class BlendedModel:
 
     model: PreTrainedModel
     groups: BlendGroups
-    kernels: KernelChoice
     layers: tuple[LayerShape, ...]
     device: torch.device
     dtype: torch.dtype
@@ -62,6 +61,7 @@ class BlendedModel:
     weight_bytes: int  # of both endpoints, as they are kept
     peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
     load_seconds: float
+    kernels: KernelChoice = field(default_factory=KernelChoice)
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         """Logits `[kept, vocabulary]` of a flat batch; ids and positions are `[tokens]` int64."""
