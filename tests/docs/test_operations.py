@@ -29,7 +29,7 @@ def rows(title: str) -> list[list[str]]:
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics("pair")
-    info = EngineInfo("", "", "", "", "", 1, 1, 1, 1, 1, 1, 1, 0.0)
+    info = EngineInfo("", "", "", "", "", "", 1, 1, 1, 1, 1, 1, 1, 0.0)
     metrics.follow_engine(lambda: EngineState(info=info))
     observations = Observations(["default"])
     observations.add("default", 0.5, 7, cut=False)

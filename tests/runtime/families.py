@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 96
@@ -64,12 +65,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_pair(
-    directory: Path, family: str, *, dtype: torch.dtype = torch.float32, **changes: Any
+    directory: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    apart: float | None = None,
+    **changes: Any,
 ) -> tuple[Path, Path]:
-    """Two random checkpoints of one family; gives their directories."""
+    """Two random checkpoints of one family; gives their directories.
+
+    They have nothing to do with each other, or differ by `apart` of their difference, as endpoints
+    do that were tuned from one base.
+    """
     endpoints = (directory / "instruct", directory / "thinking")
     for seed, endpoint in enumerate(endpoints):
         write_checkpoint(endpoint, family, seed, dtype=dtype, **changes)
+    if apart is not None:
+        low, high = (load_file(endpoint / "model.safetensors") for endpoint in endpoints)
+        near = {name: torch.lerp(low[name], high[name], apart) for name in low}
+        save_file(near, endpoints[1] / "model.safetensors", metadata={"format": "pt"})
     return endpoints
 
 

@@ -108,8 +108,9 @@ def planner(
     costs: CostModel = PLAIN,
     missing: Callable[[Dial], float] = lambda dial: 1.0,
     capacity: int = 4,
+    endpoints: tuple[float, ...] = (0.0, 1.0),
 ) -> Planner:
-    return Planner(policy, costs, missing, capacity)  # type: ignore[arg-type]
+    return Planner(policy, costs, missing, capacity, endpoints)  # type: ignore[arg-type]
 
 
 # --- What the tests draw ------------------------------------------------------------------------
@@ -194,6 +195,19 @@ def test_a_plan_is_never_dearer_than_one_pair_forward_over_everything(
     parts = planner("auto", costs, lambda dial: float(dial not in ready), capacity).plan(chunks)
     everything = seconds(costs, [Part(chunks, blended=False)])
     assert seconds(costs, parts) <= everything * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "expected"),
+    [((0.0, 1.0), {Dial(0.0), Dial(1.0)}), ((0.0,), {Dial(0.0)}), ((), set())],
+)
+def test_only_the_endpoints_of_the_model_have_single_weights_from_the_start(
+    endpoints: tuple[float, ...], expected: set[Dial]
+) -> None:
+    works: list[Work] = [(Dial(0.0), 40), (Dial(1.0), 40), (Dial(0.5), 40)]
+    costs = CostModel(fixed=0.0, single=affine(1.0, 0.1), pair=affine(8.0, 0.2), build=1e9)
+    plan = planner(costs=costs, endpoints=endpoints).plan(chunks_of(works))
+    assert alone(plan) == expected
 
 
 @settings(max_examples=60)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.request import Dial
-from mi_runtime.rows import MEMO_ROWS, BlendGroups, Rows, StepRows, Way
+from mi_runtime.rows import INSTRUCT, MEMO_ROWS, BlendGroups, Rows, StepRows, Way
 from mi_runtime.swap import group_of
 
 LAYERS = 2
@@ -104,6 +104,20 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
             torch.testing.assert_close(shown, torch.tensor(wanted))
             assert (rows.way is E) == (len(set(values)) == 1 and values[0] in (0.0, 1.0))
             assert rows.blend is None or {rows.blend.value} == set(values)
+
+
+def test_a_λ_that_is_no_endpoint_of_the_model_goes_like_those_between() -> None:
+    """Thinking, where it is kept as a rounded difference."""
+    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(1 << 20), {0.0: INSTRUCT})
+    for dial, blended, way in (
+        (Dial(1.0), False, P),
+        (Dial(1.0), True, B),
+        (Dial(0.0), True, E),
+    ):
+        groups.begin(step(dial, blended=blended))
+        assert ways(groups) == every(way)
+    groups.begin(step(SPLIT, blended=True))
+    assert ways(groups) == every(B, l0_attn=E)
 
 
 def test_blended_groups_are_used_from_the_cache_by_group_and_λ() -> None:

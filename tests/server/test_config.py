@@ -99,11 +99,12 @@ def test_a_pair_is_called_by_its_thinking_endpoint_or_as_told() -> None:
 
 def test_every_setting_reaches_the_engine_under_its_name() -> None:
     flags = ["--threads", "3", "--no-prefix-caching", "--max-model-len", "99", "--num-blocks", "7"]
-    flags += ["--blend-policy", "pair", "--blend-cache-bytes", "1000"]
+    flags += ["--blend-policy", "pair", "--blend-cache-bytes", "1000", "--delta-dtype", "int4"]
     config = load_settings(flags).engine_config(instruct=Path("a"), thinking=Path("b"))
     assert (config.threads, config.prefix_caching) == (3, False)
     assert (config.max_model_len, config.num_blocks) == (99, 7)
     assert (config.blend_policy, config.blend_cache_bytes) == ("pair", 1000)
+    assert config.delta_dtype == "int4"
 
 
 def test_a_list_is_a_repeated_flag_a_variable_with_commas_or_a_list_of_the_file(

@@ -26,10 +26,11 @@ def test_lists_are_read_and_said_once() -> None:
 
 
 def test_the_pair_and_what_stands_behind_the_dashes_goes_to_the_server() -> None:
-    words = "--out d --instruct A --thinking B -- --threads 2 --seed-is-not-ours 3"
+    words = "--out d --thinking B --instruct A --delta-dtype int8 -- --threads 2 --not-ours 3"
     flags = parsed(sweep_parser(), words.split())
     assert flags.serve == [
-        "--instruct=A", "--thinking=B", "--threads", "2", "--seed-is-not-ours", "3"
+        "--instruct=A", "--thinking=B", "--delta-dtype=int8",
+        "--threads", "2", "--not-ours", "3",
     ]  # fmt: skip
 
 
