@@ -81,6 +81,15 @@ def test_the_engine_speaks_token_ids_only(path: Path) -> None:
     assert not [name for name in imports_of(path) if name.startswith("mi_runtime.embedded_pair")]
 
 
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=relative)
+def test_only_kernels_import_triton(path: Path) -> None:
+    assert "triton" not in packages_of(path)
+
+
+def test_an_engine_without_a_gpu_never_loads_triton_kernels() -> None:
+    assert "mi_runtime.kernels.pair_linear" not in modules_after_importing("mi_runtime.engine")
+
+
 @pytest.mark.parametrize("module", POLICY)
 def test_policy_imports_no_tensors(module: str) -> None:
     path = ROOT / "mi_runtime" / f"{module}.py"
