@@ -17,6 +17,9 @@ Which way a module goes is in its `RowSlot`. Linear and embedding modules are sw
 norms and other elementwise parameters by a property that yields the blend for the rows, so that
 every class's own forward runs untouched.
 
+Modules that read one input share one matrix, and one product. On a GPU, products of few rows and
+those of experts go by the kernels that a matrix was given (`mi_runtime/kernels/`).
+
 Rejected: two separate products and a lerp (less accurate in bf16, two launches), and
 `W_I + λ·(W_T − W_I)` in bf16 (misses the Thinking endpoint at λ = 1).
 """

@@ -10,7 +10,7 @@ a model that this module does not understand is refused before it serves.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -54,7 +54,6 @@ class BlendedModel:
 
     model: PreTrainedModel
     groups: BlendGroups
-    kernels: KernelChoice
     layers: tuple[LayerShape, ...]
     device: torch.device
     dtype: torch.dtype
@@ -64,6 +63,7 @@ class BlendedModel:
     load_seconds: float
     identity: str  # hex digest of configs and weights; of a pair that no file holds, any name
     max_positions: int  # tokens of context that both endpoints were made for
+    kernels: KernelChoice = field(default_factory=KernelChoice)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:

@@ -94,7 +94,7 @@ def _between(low, high, value):
     return tl.where(value == 0, low, tl.where(value == 1, high, mixed))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "weight_step"])  # a batch's size compiles nothing anew
 def _product(
     x,
     first,  # W, or W_I
@@ -111,6 +111,7 @@ def _product(
     columns,
     depth,
     split_depth,
+    weight_step,  # 0: all rows share one λ
     x_row,
     first_expert,
     first_row,
@@ -125,7 +126,6 @@ def _product(
     GROUPED: tl.constexpr,
     GATHER: tl.constexpr,  # x by token, out by position in `order`; else x by position
     TOP_K: tl.constexpr,
-    WEIGHT_STEP: tl.constexpr,  # 0: all rows share one λ
     WHOLE: tl.constexpr,  # no tile reaches over the end of K or of a split
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -206,7 +206,7 @@ def _product(
                 tile = tl.load(second + k[:, None] * second_column, mask=w_mask, other=0)
                 high = _dot(left, tile, high, UPCAST)
 
-    value = tl.load(weights + token * WEIGHT_STEP, mask=is_row, other=0)[:, None]
+    value = tl.load(weights + token * weight_step, mask=is_row, other=0)[:, None]
     if KIND == SINGLE:
         result = low
     elif KIND == PAIR:
@@ -226,7 +226,7 @@ def _product(
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
@@ -340,11 +340,11 @@ def _launch(
         columns=columns,
         depth=depth,
         split_depth=split_depth or depth,
+        weight_step=int(len(weights) > 1),
         x_row=x.stride(0),
         **matrices.strides,
         **experts.arguments,
         KIND=matrices.kind,
-        WEIGHT_STEP=int(len(weights) > 1),
         WHOLE=depth % tiles.depth == 0,
         UPCAST=INTERPRETED and x.dtype is torch.bfloat16,
         BLOCK_M=tiles.rows,

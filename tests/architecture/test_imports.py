@@ -94,10 +94,16 @@ def test_the_engine_speaks_token_ids_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "mi_runtime").rglob("*.py")), ids=relative)
 def test_only_kernels_import_triton_which_may_be_missing(path: Path) -> None:
-    if path in KERNEL_FILES and path.name != "__init__.py":
+    needing = [one for one in KERNEL_FILES if "triton" in set(imports_at_import(one))]
+    if path in needing:
         return
-    needing = {f"mi_runtime.kernels.{one.stem}" for one in KERNEL_FILES} | {"triton"}
-    assert not needing & set(imports_at_import(path))
+    modules = {f"mi_runtime.kernels.{one.stem}" for one in needing} | {"triton"}
+    assert needing
+    assert not modules & set(imports_at_import(path))
+
+
+def test_an_engine_without_a_gpu_never_loads_triton_kernels() -> None:
+    assert "mi_runtime.kernels.pair_linear" not in modules_after_importing("mi_runtime.engine")
 
 
 @pytest.mark.parametrize("module", POLICY)

@@ -261,6 +261,41 @@ def test_untied_embeddings_stay_two(pair_of: PairOf) -> None:
     assert model.get_input_embeddings().pair is not model.get_output_embeddings().pair
 
 
+@pytest.mark.parametrize(
+    ("family", "alone"),
+    [
+        ("qwen2", ["down_proj", "o_proj"]),
+        ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+        ("starcoder2", ["c_fc", "c_proj", "o_proj"]),
+        ("qwen2_moe", ["down_proj", "o_proj", "shared_expert_gate"]),
+    ],
+)
+def test_linear_modules_share_a_matrix_where_they_read_one_input(
+    family: str, alone: list[str], pair_of: PairOf
+) -> None:
+    names: dict[object, list[str]] = defaultdict(list)
+    for name, module in load(pair_of(family)).model.named_modules():
+        if isinstance(module, PairLinear) and "layers.1." in name:
+            names[module.pair].append(name.rpartition(".")[2])
+    together = [those for those in names.values() if len(those) > 1]
+    assert sorted(those[0] for those in names.values() if len(those) == 1) == alone
+    expected = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+    assert all(those in expected for those in together)
+    assert (expected[0] in together) == ("qkv_proj" not in alone)
+
+
+def test_modules_that_share_a_matrix_blend_it_once(pair_of: PairOf) -> None:
+    model = load(pair_of("llama"))
+    layer = model.model.model.layers[0].self_attn
+    model.groups.cache.budget = 1 << 24
+    model.groups.begin(StepRows((Dial(0.3),), (0, 0), (0, 1), blended=True))
+    x = torch.randn(1, 2, 48)
+    query, key, value = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
+    assert (query.shape[-1], key.shape[-1], value.shape[-1]) == (48, 24, 24)
+    assert model.groups.cache.nbytes == (48 + 24 + 24) * 48 * 4
+    model.groups.end()
+
+
 def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
     directories = pair_of("qwen3")
     endpoints = [oracle.endpoint(directory) for directory in directories]

@@ -40,18 +40,19 @@ class AheadOfTime:
         options = {name: named.pop(name) for name in OPTIONS if name in named}
         names = self._kernel.arg_names
         values = {**dict(zip(names, args, strict=False)), **named}
-        constant = {parameter.name for parameter in self._kernel.params if parameter.is_constexpr}
+        constant = {one.name for one in self._kernel.params if one.is_constexpr}
+        plain = {one.name for one in self._kernel.params if one.do_not_specialize}
         signature, constants, attributes = {}, {}, {}
         for index, name in enumerate(names):
             value = values[name]
             if isinstance(value, Tensor):
                 signature[name] = TYPES[value.dtype]
-            elif name in constant or value in (None, 1):
+            elif name in constant or value is None or (value == 1 and name not in plain):
                 signature[name], constants[(index,)] = "constexpr", value
                 continue
             else:
                 signature[name] = "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
+            if isinstance(value, Tensor) or (value % 16 == 0 and name not in plain):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self._kernel, signature, constants, attributes)
         binary = compile(source, target=self._target, options=options)

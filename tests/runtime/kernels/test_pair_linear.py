@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mi_runtime.kernels import pair_linear as kernels
 from mi_runtime.kernels.pair_linear import align, delta_linear, grouped_linear, pair_linear
 
+ROOT = Path(__file__).parents[3]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING)
 # Columns and K that no tile divides; the second has its K split.
@@ -205,10 +206,11 @@ def test_blocks_cover_every_assignment_once_and_have_one_expert_each(
 
 
 def test_what_is_launched_compiles_and_fits_the_shared_memory() -> None:
-    program = Path(__file__).with_name("compile_ahead.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(program), "90"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tests.runtime.kernels.compile_ahead", "90"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     assert {name for name, _, _ in launches} == {"_product", "_sum_splits"}
     assert all(shared <= SHARED_MEMORY and size for _, shared, size in launches)
