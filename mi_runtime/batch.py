@@ -52,9 +52,10 @@ def build_batch(part: Part, block_size: int, zero_block: int, device: torch.devi
             blocks = tensor(table[: -(-end // block_size)])
             prefills.append(Prefill(len(ids), chunk.length, start, blocks))
         scored += [len(ids) + position - start for position in chunk.scored]
-        if not chunk.is_known:
+        known = sequence.tokens[start:end]
+        if not known:
             ahead[len(ids)] = sequence
-        ids += sequence.tokens[start:end] if chunk.is_known else [0]
+        ids += known or [0]
         positions += range(start, end)
         slots += [
             table[position // block_size] * block_size + position % block_size
