@@ -42,9 +42,10 @@ def build_batch(part: Part, block_size: int, spare_block: int, device: torch.dev
     for chunk in part.chunks:
         sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
         scored += [len(ids) + position - start for position in chunk.scored]
-        if not chunk.is_known:
+        known = sequence.tokens[start:end]
+        if not known:
             ahead[len(ids)] = sequence
-        ids += sequence.tokens[start:end] if chunk.is_known else [0]
+        ids += known or [0]
         positions += range(start, end)
         if chunk.samples:
             kept.append(len(ids) - 1)

@@ -68,9 +68,10 @@ class Chunk:
     def __post_init__(self) -> None:
         """What is to be done with its logits, as things stand when it is scheduled."""
         end, unscored = self.start + self.length, self.sequence.unscored
-        scored = range(max(self.start, unscored.start), min(end, unscored.stop))
+        if unscored:
+            unscored = range(max(self.start, unscored.start), min(end, unscored.stop))
         object.__setattr__(self, "samples", end >= len(self.sequence.tokens))
-        object.__setattr__(self, "scored", scored)
+        object.__setattr__(self, "scored", unscored)
 
     @property
     def dial(self) -> Dial | None:
@@ -78,11 +79,6 @@ class Chunk:
         first = self.sequence.dial_at(self.start)
         last = self.sequence.dial_at(self.start + self.length - 1)
         return first if first is last or first == last else None
-
-    @property
-    def is_known(self) -> bool:
-        """Whether its tokens are known; the one of a sequence that runs ahead is being drawn."""
-        return self.start < len(self.sequence.tokens)
 
 
 class Line:
