@@ -111,12 +111,16 @@ class AttentionPlan:
     query_starts: Tensor  # [chunks + 1] int32: first row of each chunk, then the number of rows
     lengths: Tensor  # [chunks] int32: tokens of each chunk's sequence, the chunk's own counted
     tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the spare block
-    decodes: int  # so many chunks, the first ones, are single tokens
     longest_decode: int  # tokens of a sequence among the decodes; 0 without any
     longest_query: int  # rows of a chunk
     longest: int  # tokens of a sequence
     prefills: tuple[Prefill, ...]  # for the reference: the chunks behind the decodes
     opened: Tensor  # for the reference: blocks filled in part, from their first slot on; int64
+
+    @property
+    def decodes(self) -> int:
+        """So many chunks, the first ones, are single tokens."""
+        return len(self.lengths) - len(self.prefills)
 
     @property
     def by_rows(self) -> tuple[Tensor, ...]:

@@ -56,12 +56,12 @@ def choose_attention(
         reason = obstacle(wanted, layers, dtype, device)
         if reason is not None:
             raise PairError([f"--attention-backend {wanted}: {reason}"])
-        return AttentionChoice(make_backend(wanted, device), wanted)
+        return AttentionChoice(make_backend(wanted), wanted)
     if device.type == "cpu":
         return AttentionChoice(ReferenceAttention(), ReferenceAttention.name)
     able = [name for name in NAMES if obstacle(name, layers, dtype, device) is None]
     workloads = tuple(measured_workloads(layers, dtype, device, block_size))
-    choice = fastest([make_backend(name, device) for name in able], workloads, device_clock)
+    choice = fastest([make_backend(name) for name in able], workloads, device_clock)
     del workloads
     torch.cuda.empty_cache()  # what the measurement took is free for KV
     return choice
@@ -94,7 +94,7 @@ def _obstacle_of_torch(layers: Sequence[LayerShape], dtype: torch.dtype) -> str 
     return "it computes in 16 bits only" if dtype.itemsize != 2 else None
 
 
-def make_backend(name: str, device: torch.device) -> AttentionBackend:
+def make_backend(name: str) -> AttentionBackend:
     if name == "reference":
         return ReferenceAttention()
     if name == "torch":
@@ -103,7 +103,7 @@ def make_backend(name: str, device: torch.device) -> AttentionBackend:
         return TorchAttention()
     from mi_runtime.kernels.paged_attention import TritonAttention
 
-    return TritonAttention(device)
+    return TritonAttention()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,6 @@ def uniform_plan(
         query_starts=(torch.arange(sequences + 1) * rows).to(device, torch.int32),
         lengths=torch.full((sequences,), length, dtype=torch.int32, device=device),
         tables=tables.to(device, torch.int32),
-        decodes=decodes,
         longest_decode=length if decodes else 0,
         longest_query=rows,
         longest=length,

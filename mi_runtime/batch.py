@@ -79,7 +79,6 @@ def attention_plan(
         query_starts=own[0],
         lengths=own[1],
         tables=own[2].view(len(chunks), -1),
-        decodes=decodes,
         longest_decode=max(lengths[:decodes], default=0),
         longest_query=max(chunk.length for chunk in chunks),
         longest=max(lengths),

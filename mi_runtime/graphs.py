@@ -179,7 +179,6 @@ class DecodeGraphs:
             query_starts=self._starts[: rows + 1],
             lengths=self._lengths[:rows],
             tables=self._tables[:rows],
-            decodes=rows,
             longest_decode=longest,
             longest_query=1,
             longest=longest,

@@ -57,7 +57,6 @@ PREFILL: Final = {
     90: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
     80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
 }
-PREFILL_ROWS: Final = 128  # about those of the table
 INTERPRETED: Final = Tiles(16, 16, 1, 1)  # so small that a test crosses every boundary
 
 
@@ -324,12 +323,14 @@ def paged_attention(
     scale: float,
     window: int | None,
     decodes: int,
-    decode_splits: int,
-    prefill_splits: int,
+    longest_decode: int,
+    longest: int,
+    splits: int = 0,
 ) -> Tensor:
     """`[tokens, heads, key_dim]` in, `[tokens, heads, value_dim]` out; tensors as in a plan.
 
-    Sinks are `[heads]`, `[1, heads]` or `[tokens, heads]`.
+    Sinks are `[heads]`, `[1, heads]` or `[tokens, heads]`. `splits`: programs that share the tokens
+    of a tile's sequence; 0 is as many as keep the device busy.
     """
     assert keys.is_contiguous()
     assert values.is_contiguous()
@@ -344,13 +345,17 @@ def paged_attention(
     )
     if decodes:
         settings = attend_settings(query, keys, values, window, decode=True)
-        _launch(out, out[:decodes], decodes, decode_splits, arguments, settings)
+        wanted = DECODE_PROGRAMS * processors(query.device)
+        own = splits or number_of_splits(decodes * keys.shape[2], wanted, longest_decode)
+        _launch(out, out[:decodes], decodes, own, arguments, settings)
     if len(query) > decodes:
         settings = attend_settings(query, keys, values, window, decode=False)
         queries = settings["ROWS"] // settings["GROUP"]
         # Each chunk's last tile may be one that the division does not count.
         tiles = (len(query) - decodes) // queries + len(tables) - decodes
-        _launch(out, out[decodes:], tiles, prefill_splits, arguments, settings)
+        wanted = PREFILL_PROGRAMS * processors(query.device)
+        own = splits or number_of_splits(tiles * keys.shape[2], wanted, longest)
+        _launch(out, out[decodes:], tiles, own, arguments, settings)
     return out
 
 
@@ -391,8 +396,9 @@ def _(
     scale: float,
     window: int | None,
     decodes: int,
-    decode_splits: int,
-    prefill_splits: int,
+    longest_decode: int,
+    longest: int,
+    splits: int = 0,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], values.shape[3])
 
@@ -431,6 +437,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _padded(dim: int) -> int:
     """A matrix product takes powers of two, from 16 on."""
     return max(16, int(triton.next_power_of_2(dim)))
@@ -444,13 +456,6 @@ class TritonAttention:
     """The attention backend of these kernels."""
 
     name = "triton"
-
-    def __init__(self, device: torch.device) -> None:
-        self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count
-            if device.type == "cuda"
-            else 1
-        )
 
     def begin(self, plan: AttentionPlan) -> None:
         pass
@@ -471,16 +476,8 @@ class TritonAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        kv_heads = keys.shape[2]
-        decode_splits = number_of_splits(
-            plan.decodes * kv_heads, DECODE_PROGRAMS * self._processors, plan.longest_decode
-        )
-        rows = (len(query) - plan.decodes) * query.shape[1] // kv_heads
-        prefill_splits = number_of_splits(
-            -(-rows // PREFILL_ROWS) * kv_heads, PREFILL_PROGRAMS * self._processors, plan.longest
-        )
         out: Tensor = paged_attention(
             *(query, keys, values, plan.tables, plan.lengths, plan.query_starts, sinks),
-            *(scale, window, plan.decodes, decode_splits, prefill_splits),
+            *(scale, window, plan.decodes, plan.longest_decode, plan.longest),
         )
         return out

@@ -58,7 +58,7 @@ def usable(name: str, shape: str, dtype: torch.dtype) -> str:
 def test_a_decode_step_is_that_of_the_reference(
     name: str, shape: str, load: str, dtype: torch.dtype
 ) -> None:
-    backend = make_backend(usable(name, shape, dtype), torch.device(DEVICE))
+    backend = make_backend(usable(name, shape, dtype))
     work, _ = workloads(shape, *LOADS[load], dtype)
     assert_near(work.run(backend), exact(work))
 
@@ -66,7 +66,7 @@ def test_a_decode_step_is_that_of_the_reference(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["reference", "triton", "torch"])
 def test_a_prefill_chunk_behind_a_prefix_is_that_of_the_reference(name: str, shape: str) -> None:
-    backend = make_backend(usable(name, shape, torch.bfloat16), torch.device(DEVICE))
+    backend = make_backend(usable(name, shape, torch.bfloat16))
     _, work = workloads(shape, 2, 1024, torch.bfloat16)
     assert_near(work.run(backend), exact(work))
 
@@ -75,7 +75,7 @@ def test_a_prefill_chunk_behind_a_prefix_is_that_of_the_reference(name: str, sha
 def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_replay(
     name: str,
 ) -> None:
-    backend = make_backend(usable(name, "Qwen3-4B", torch.bfloat16), torch.device(DEVICE))
+    backend = make_backend(usable(name, "Qwen3-4B", torch.bfloat16))
     work, _ = workloads("Qwen3-4B", 8, 1024, torch.bfloat16)
     work.run(backend)  # compiles
     graph = torch.cuda.CUDAGraph()

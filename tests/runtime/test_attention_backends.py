@@ -99,7 +99,7 @@ def test_what_is_measured_computes_the_same_on_every_backend() -> None:
 
     for work in workloads(replace(LAYER, value_dim=12, window=8, sinks=True)):
         torch.testing.assert_close(
-            work.run(TritonAttention(CPU)), work.run(ReferenceAttention()), atol=3e-6, rtol=1e-5
+            work.run(TritonAttention()), work.run(ReferenceAttention()), atol=3e-6, rtol=1e-5
         )
 
 
@@ -214,7 +214,7 @@ def test_an_attention_layer_compiles_as_one_graph() -> None:
     from mi_runtime.kernels.paged_attention import TritonAttention
 
     work = workloads(replace(LAYER, sinks=True))[0]
-    backend = TritonAttention(CPU)
+    backend = TritonAttention()
 
     def layer(query: Tensor, key: Tensor, value: Tensor, plan_slots: Tensor) -> Tensor:
         plan = work.plan

@@ -109,7 +109,8 @@ class Case:
         keys, values = self.caches(torch.nan)
         out: Tensor = kernels.paged_attention(
             *(self.query(), keys, values, plan.tables, plan.lengths, plan.query_starts),
-            *(self.sink_values(), self.scale, self.window, plan.decodes, self.splits, self.splits),
+            *(self.sink_values(), self.scale, self.window, plan.decodes),
+            *(plan.longest_decode, plan.longest, self.splits),
         )
         return out
 
@@ -189,7 +190,7 @@ def test_rows_that_pad_a_batch_change_nothing() -> None:
         torch.cat((plan.tables, spare)),
         torch.cat((plan.lengths, torch.ones(padding, dtype=torch.int32))),
         torch.arange(len(query) + 1, dtype=torch.int32),
-        *(None, case.scale, None, len(query), case.splits, 1),
+        *(None, case.scale, None, len(query), 200, 200, case.splits),
     )
     torch.testing.assert_close(out[: case.rows], case.expected(), atol=3e-6, rtol=3e-6)
 
@@ -234,7 +235,7 @@ def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_rightly() -> No
     one.block_table = [blocks, 0]
     plan = attention_plan([Chunk(one, 0, 20)], block_size, 1, CPU)
     key, value, query = (torch.randn(20, heads, dim).half() for heads in (1, 1, 2))
-    backend = kernels.TritonAttention(CPU)
+    backend = kernels.TritonAttention()
     backend.write(plan, keys, values, key, value)
     out = backend.attend(plan, query, keys, values, scale=0.1, window=None, sinks=None)
     assert torch.equal(keys[blocks], key[:16])
@@ -258,7 +259,7 @@ def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int)
         sinks=chance.choice(["none", "shared", "by row"]),
         budget=24,
     )
-    over = attention(work, kernels.TritonAttention(CPU))
+    over = attention(work, kernels.TritonAttention())
     for cache in (*over._keys, *over._values):
         cache.fill_(torch.nan)
     out = paged(work, over, sequences(work, shuffled_blocks(seed)))
@@ -292,7 +293,7 @@ def test_the_operators_are_described_rightly_for_tracing() -> None:
     arguments = (case.query(), keys, values, plan.tables, plan.lengths, plan.query_starts)
     torch.library.opcheck(
         kernels.paged_attention,
-        (*arguments, case.sink_values(), case.scale, 7, plan.decodes, 2, 2),
+        (*arguments, case.sink_values(), case.scale, 7, plan.decodes, 24, 24, 2),
         test_utils=tests,
     )
     new = case.random(6, 2, 64)
@@ -311,7 +312,7 @@ def test_a_layer_is_traced_with_tensors_of_a_gpu_that_is_not_there() -> None:
             plan,
             **{name: torch.empty_like(getattr(plan, name), device=cuda) for name in tensors},
         )
-        backend = kernels.TritonAttention(CPU)  # of which only the number of processors is asked
+        backend = kernels.TritonAttention()
         over = PagedAttention(
             (LayerShape(2, 64, 32, 8),), NUM_BLOCKS, 4, torch.bfloat16, cuda, backend
         )
