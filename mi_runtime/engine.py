@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.grammar import Grammars
@@ -17,11 +19,12 @@ from mi_runtime.request import (
 )
 from mi_runtime.rows import Way
 from mi_runtime.runner import Flight
-from mi_runtime.scheduler import Scheduler
+from mi_runtime.scheduler import Chunk, Scheduler
 from mi_runtime.sequence import Sequence
 from mi_runtime.start import start_runner
 
 GRAMMAR_WAIT = 0.02  # seconds that a step without work waits for a grammar; requests may come in
+OUT_OF_MEMORY = "the device ran out of memory in a step that computed this request"
 NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not finite"
 
 
@@ -111,19 +114,38 @@ class Engine:
         are taken, and the events are those of the one before.
         """
         self._add_compiled()
-        flight = self._launch()
+        chunks = self.scheduler.schedule()
+        flight = self._launch(chunks) if chunks else None
         events = self._take_results()
-        if flight is not None:
-            self._runner.sample(flight)
-        self._flight = flight
+        if flight is not None and self._sample(flight):
+            self._flight = flight
+        else:
+            events += self._fail(chunks)
         return events if self._asynchronous else events + self._take_results()
 
-    def _launch(self) -> Flight | None:
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return None
+    def _launch(self, chunks: list[Chunk]) -> Flight | None:
+        """None where the device has no memory for it."""
         self._steps += 1
-        return self._runner.launch(chunks, self._flight)
+        try:
+            return self._runner.launch(chunks, self._flight)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _sample(self, flight: Flight) -> bool:
+        """False where the device has no memory for it."""
+        try:
+            self._runner.sample(flight)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _fail(self, chunks: list[Chunk]) -> list[TokenEvent]:
+        """Ends the requests of a step that did not fit; what it left of itself is given back."""
+        if chunks:
+            self._groups.end()
+            torch.cuda.empty_cache()
+        running = [chunk.sequence for chunk in chunks if not chunk.sequence.ended]
+        return [self.scheduler.fail(sequence, OUT_OF_MEMORY) for sequence in running]
 
     def _take_results(self) -> list[TokenEvent]:
         """Of the step in flight, to those of its sequences that have not ended."""

@@ -145,7 +145,13 @@ def _chunk(
 
 
 def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner) -> int:
-    """Most bytes that the largest steps held on a CUDA device, beside what they found there."""
+    """Most bytes that the largest steps held on a CUDA device, beside what they found there.
+
+    Steps of all sizes run before: kernels are compiled for some of them, which no request shall
+    wait for.
+    """
+    for power in range(config.max_batched_tokens.bit_length()):
+        runner.launch([_chunk(config, 2**power)])
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     for chunks in largest_steps(config, model.vocab_size):
