@@ -295,6 +295,7 @@ class PairLinear(nn.Linear):
 
     pair: Matrix
     part: slice | None  # this module's rows of a matrix that it shares with others
+    sharers: int  # of the matrix, this module counted
     pair_bias: RowParameter | None
     slot: RowSlot
 
@@ -303,7 +304,7 @@ class PairLinear(nn.Linear):
         if self.part is None:
             out = self.pair.product(input, rows)
         else:
-            out = rows.shared(self.pair, input)[..., self.part]
+            out = rows.shared(self.pair, input, self.sharers)[..., self.part]
         return out if self.pair_bias is None else out + self.pair_bias.value()
 
 

@@ -50,6 +50,7 @@ class Rows:
         "_memo",
         "_mix",
         "_product",
+        "_reads",
         "blend",
         "endpoint",
         "live",
@@ -72,6 +73,7 @@ class Rows:
         self._matrix: _Matrix | None = None
         self._input: Tensor | None = None
         self._product = weights
+        self._reads = 0  # of the product
 
     @property
     def mix(self) -> Tensor:
@@ -84,18 +86,23 @@ class Rows:
             return Way.ENDPOINT
         return Way.PAIR if self.blend is None else Way.BLENDED
 
-    def shared(self, matrix: "_Matrix", x: Tensor) -> Tensor:
+    def shared(self, matrix: "_Matrix", x: Tensor, sharers: int) -> Tensor:
         """`matrix.product(x, self)`, computed once for the modules that share the matrix.
 
-        They read one input after another (query, key, value; gate, up): the last product is kept,
-        and known by the identity of its input while that is kept alive. A model that wrote into an
+        They read one input after another (query, key, value; gate, up): the product is kept until
+        the last of the `sharers` has read it, as it is large and rows may be a layer's own. It is
+        known by the identity of its input while that is kept alive. A model that wrote into an
         input between two such modules would not be served rightly; the self-check at load refuses
         it.
         """
         if self._matrix is not matrix or self._input is not x:
             self._product = matrix.product(x, self)
-            self._matrix, self._input = matrix, x
-        return self._product
+            self._matrix, self._input, self._reads = matrix, x, 0
+        self._reads += 1
+        product = self._product
+        if self._reads == sharers:
+            self.forget_input()
+        return product
 
     def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make(weights)`, made once for as long as the rows stay as they are."""
@@ -110,6 +117,7 @@ class Rows:
 
     def forget_input(self) -> None:
         self._matrix, self._input, self._product = None, None, self.weights
+        self._reads = 0
 
 
 def _both(weights: Tensor) -> Tensor:

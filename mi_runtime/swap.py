@@ -132,6 +132,7 @@ class ModuleSwap:
             swapped = cast(PairLinear, one.instruct)
             swapped.pair, swapped.slot = pair, slot
             swapped.part = slice(first, last) if len(siblings) > 1 else None
+            swapped.sharers = len(siblings)
             swapped.pair_bias = None if bias is None else RowParameter(*bias, slot)
             first = last
 

@@ -240,15 +240,25 @@ def test_a_shared_product_is_made_once_for_an_input_and_let_go_at_the_end() -> N
     groups.begin(step(Dial(0.25), Dial(0.75), blended=False))
     rows, matrix, other = groups.slot("0.attn", kept=False).now, CountedMatrix(), CountedMatrix()
     x, y = torch.ones(2, 3), torch.ones(2, 3)
-    product = rows.shared(matrix, x)
-    assert rows.shared(matrix, x) is product
-    assert rows.shared(matrix, y) is not product
+    product = rows.shared(matrix, x, 3)
+    assert rows.shared(matrix, x, 3) is product
+    assert rows.shared(matrix, y, 3) is not product
     assert (matrix.asked, other.asked) == (2, 0)
-    rows.shared(other, y)
+    rows.shared(other, y, 3)
     assert (matrix.asked, other.asked) == (2, 1)
     groups.end()
     assert rows._input is None
-    assert rows.shared(other, y).tolist() == [[2.0] * 3] * 2
+    assert rows.shared(other, y, 3).tolist() == [[2.0] * 3] * 2
+
+
+def test_a_shared_product_is_let_go_when_its_last_reader_has_it() -> None:
+    rows, matrix, x = Rows(torch.tensor([0.5]), None), CountedMatrix(), torch.ones(2, 3)
+    product = rows.shared(matrix, x, 2)
+    assert rows._input is x
+    assert rows.shared(matrix, x, 2) is product
+    assert rows._input is None
+    assert rows._product is rows.weights
+    assert rows.shared(matrix, x, 2) is not product
 
 
 # --- Names --------------------------------------------------------------------------------------
