@@ -182,6 +182,11 @@ class PagedAttention:
         self._values = [cache(shape, shape.value_dim) for shape in shapes]
         self.plan: AttentionPlan | None = None
 
+    @property
+    def caches(self) -> tuple[Tensor, ...]:
+        """Keys, then values of each layer, `[blocks + 1, …]`."""
+        return *self._keys, *self._values
+
     def begin(self, plan: AttentionPlan) -> None:
         """Sets how the rows of the next forward attend."""
         self.plan = plan

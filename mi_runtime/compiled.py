@@ -28,6 +28,8 @@ def compiled_logits(model: BlendedModel, backend: str = "inductor") -> Forward:
         for rows in (ids, positions, kept, *attention.plan.by_rows, *model.groups.held):
             if len(rows) > 1:
                 torch._dynamo.maybe_mark_dynamic(rows, 0)
+        for cache in attention.caches:  # compiled while memory is measured, with few blocks
+            torch._dynamo.maybe_mark_dynamic(cache, 0)
         with torch._dynamo.config.patch(recompile_limit=FORWARDS):
             result: Tensor = forward(model.model, ids, positions, kept, attention)
         model.groups.end()

@@ -123,7 +123,9 @@ def _cuda_sizes(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
-    blocks = blocks_of_largest(config)
+    # One more: a forward that is compiled here takes sizes that are equal for one and the same, and
+    # rows of recordings are powers of two as steps are.
+    blocks = blocks_of_largest(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)
     recordable = _recordable(config, model, runner.attention)

@@ -238,13 +238,22 @@ def _fresh_dynamo() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_a_forward_is_compiled_whole_and_once_for_each_way(pair_of: PairOf, family: str) -> None:
-    """With the kernels as a GPU has them, without a break, whatever the rows and the λ."""
+    """With the kernels as a GPU has them, without a break, whatever the rows, the λ, and the blocks
+    of KV: memory is measured with few."""
     pair = pair_of(family, num_hidden_layers=1)
     engine = make_subject(pair, prefix_caching=False, attention_backend="triton").engine
     engine._runner._model.kernels.enable(rows=64)
     dials = (Dial(0.3), Dial(0.3, (("head", 0.7),)), Dial(1.0), Dial(0.0))
     expected = answers(engine, dials)
-    forward = compiled_logits(engine._runner._model, backend="eager")
+    model, attention = engine._runner._model, engine._runner.attention
+    forward = compiled_logits(model, backend="eager")
+    model.groups.cache = BlendCache()
+    few = PagedAttention(
+        *(model.layers, 6, attention.block_size, model.dtype, model.device, attention.backend)
+    )
+    trial = DecodeGraphs(model, few, run_again, max_rows=4, max_blocks=16, forward=forward)
+    trial.record(trial.forms[:1])
+    trial._replays[trial.forms[0]]()
     graphs = record(engine, max_rows=4, forward=forward)
     for form in graphs.forms:
         graphs._replays[form]()
