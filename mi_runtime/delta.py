@@ -42,7 +42,9 @@ from mi_runtime.rows import INSTRUCT, THINKING, Rows
 
 DeltaKind = Literal["int8", "int4"]
 GROUP = 64  # inputs that share a scale of int4
-PIECE = 1 << 18  # values that are (de)quantized at once: fp32 copies that stay in a CPU's cache
+# Values that are (de)quantized at once. On a CPU fp32 copies stay in its cache; a GPU takes a
+# launch for every operation on a piece, and 128 MiB a copy.
+PIECE_OF_CPU, PIECE_OF_GPU = 1 << 18, 1 << 25
 INT8_MOST = 127
 
 
@@ -88,7 +90,7 @@ def quantize(instruct: Tensor, thinking: Tensor, kind: DeltaKind) -> Delta:
         torch.empty(*outer, size, dtype=dtype, device=instruct.device)
         for size, dtype in zip(shapes, dtypes, strict=True)
     )
-    for piece in _pieces(instruct.shape):
+    for piece in _pieces(instruct):
         values[piece], scales[piece] = encode(thinking[piece].float() - instruct[piece].float())
     return Delta(values, scales, inputs)
 
@@ -124,10 +126,11 @@ def _divisor(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _pieces(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
+def _pieces(tensor: Tensor) -> Iterator[tuple[int | slice, ...]]:
     """Indices of some rows of one matrix each, that cover `[…, out, in]`."""
-    *outer, rows, inputs = shape
-    step = max(1, PIECE // inputs)
+    *outer, rows, inputs = tensor.shape
+    piece = PIECE_OF_CPU if tensor.device.type == "cpu" else PIECE_OF_GPU
+    step = max(1, piece // inputs)
     for index in product(*map(range, outer)):
         for first in range(0, rows, step):
             yield (*index, slice(first, first + step))
@@ -137,7 +140,7 @@ def blended(instruct: Tensor, delta: Delta, value: float, out: Tensor | None = N
     """W_I + λ D̂ in fp32, rounded once to Instruct's dtype; contiguous."""
     if out is None:
         out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
-    for piece in _pieces(instruct.shape):
+    for piece in _pieces(instruct):
         out[piece] = instruct[piece].float() + value * delta[piece].dequantized(torch.float32)
     return out
 
@@ -148,7 +151,7 @@ def delta_product(x: Tensor, instruct: Tensor, delta: Delta, weights: Tensor) ->
     Two products, put together in fp32. A row at λ = 0 is Instruct's product to the bit.
     """
     out = F.linear(x, instruct)
-    for (piece,) in _pieces(instruct.shape):
+    for (piece,) in _pieces(instruct):
         steered = F.linear(x, delta[piece].dequantized(x.dtype))
         out[..., piece] = out[..., piece].float() + weights.unsqueeze(-1) * steered.float()
     return out

@@ -106,10 +106,15 @@ def test_work_in_pieces_changes_nothing(
 ) -> None:
     pair = random_pair(*shape)
     whole = quantize(*pair, kind)
-    monkeypatch.setattr(module, "PIECE", 4 * 70)
+    monkeypatch.setattr(module, "PIECE_OF_CPU", 4 * 70)
     pieces = quantize(*pair, kind)
     assert torch.equal(whole.values, pieces.values)
     assert torch.equal(whole.scales, pieces.scales)
+
+
+def test_a_gpu_takes_a_large_matrix_in_few_pieces() -> None:
+    """Each piece is some launches, and a prefill goes through every matrix."""
+    assert len(list(module._pieces(torch.empty(19456, 2560, device="meta")))) == 2
 
 
 @pytest.mark.parametrize(("kind", "copies"), [("int8", 1.5), ("int4", 1.25 + 1 / GROUP)])
@@ -139,7 +144,7 @@ def test_a_blend_is_instruct_and_a_share_of_the_difference_rounded_once(
 def test_every_row_is_multiplied_with_its_own_blend(
     kind: DeltaKind, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", 4 * 70)
+    monkeypatch.setattr(module, "PIECE_OF_CPU", 4 * 70)
     matrix = DeltaMatrix(*random_pair(9, 70), kind)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     out = matrix.product(x, mixed(*LAMBDAS))
