@@ -38,7 +38,8 @@ def measure_costs(model: BlendedModel) -> CostModel:
         half = torch.full((rows,), 0.5, device=model.device)
         ways = Rows(half, INSTRUCT), Rows(half, None)
         for way, seconds in zip(ways, (single, pair), strict=True):
-            seconds.append(scale * _time(model, lambda: _products(sample, inputs, way)))  # noqa: B023
+            products = _captured(model, lambda: _products(sample, inputs, way))  # noqa: B023
+            seconds.append(scale * _time(model, products))
     whole = _parameters(model) / sampled
     build = whole * _time(model, lambda: [one.blend(0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model, Dial(0.0)))
