@@ -148,6 +148,8 @@ def pair_up(
         probe.check(instruct, groups, expected, kind, delta_dtype)
     except UnsupportedModel as error:
         raise PairError([f"model_type {instruct.config.model_type}: {error}"]) from error
+    except torch.OutOfMemoryError as error:
+        raise _too_large(error) from error
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # of the model's code
         reason = f"its forward does not run with pair modules ({type(error).__name__}: {error})"
         raise PairError([f"model_type {instruct.config.model_type}: {reason}"]) from error
@@ -196,6 +198,8 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError as error:
+        raise _too_large(error) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise PairError([f"{endpoint.directory}: {error}"]) from error
     problems = [
@@ -213,6 +217,11 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     assert isinstance(model, PreTrainedModel)
     use_paged_attention(model)
     return model
+
+
+def _too_large(error: torch.OutOfMemoryError) -> PairError:
+    said = (str(error).splitlines() or [""])[0]
+    return PairError([f"the pair does not fit in memory (--delta-dtype keeps it smaller): {said}"])
 
 
 def _saved_bytes(model: nn.Module) -> int:

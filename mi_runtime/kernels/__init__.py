@@ -6,6 +6,7 @@ where they are used, once they know that `triton_installed()`. Each has a slow t
 
 import importlib.util
 import os
+import subprocess
 
 
 def triton_installed() -> bool:
@@ -23,4 +24,5 @@ def launch_errors() -> tuple[type[Exception], ...]:
         return (RuntimeError,)
     from triton.errors import TritonError
 
-    return RuntimeError, TritonError
+    # Triton builds its launchers with the machine's C compiler, which may be missing or fail.
+    return RuntimeError, TritonError, OSError, subprocess.SubprocessError
