@@ -19,8 +19,10 @@ FORWARDS = 16  # compiled of one model: one a way, and some for row counts that 
 def compiled_logits(model: BlendedModel, backend: str = "inductor") -> Forward:
     """`model.logits`, compiled at its first call for each way.
 
-    Raises at that call what torch raises for a model that it cannot compile whole.
+    Raises at that call what torch raises for a model that it cannot compile whole. Forgets what was
+    compiled of other models, which counts against the same limit: what they need is recorded.
     """
+    torch._dynamo.reset()
     forward = torch.compile(forward_logits, fullgraph=True, backend=backend)
 
     def logits(ids: Tensor, positions: Tensor, kept: Tensor, attention: PagedAttention) -> Tensor:
