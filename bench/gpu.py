@@ -1,6 +1,7 @@
 """The engine on a GPU against the card's own limits, on random pairs of real shapes.
 
     python -m bench.gpu [--model 4b|30b-a3b] [--only static,pair,…] [--seconds 360] [--out DIR]
+    python -m bench.gpu --no-compile  where `torch.compile` at start would take the rows' time
     python -m bench.gpu --smoke       every row on tiny shapes, on whatever device there is
 
 Rows: a decode step at 1 to 256 sequences and contexts of 1k and 8k, prefill, 32 whole answers, and
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -67,6 +68,7 @@ class Run:
 
     model: str
     smoke: bool
+    compiled: bool = True
 
     @property
     def name(self) -> str:
@@ -78,7 +80,7 @@ class Run:
 
     @property
     def scale(self) -> Scale:
-        return SMALL_SCALE if self.smoke else Scale()
+        return replace(SMALL_SCALE if self.smoke else Scale(), compiled=self.compiled)
 
     @property
     def place(self) -> Place:
@@ -96,9 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=360)
     parser.add_argument("--out", type=Path, help="folder of the JSON")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="recorded steps as they are")
     parser.add_argument("--subject", choices=SUBJECTS, help=argparse.SUPPRESS)  # a child's
     chosen = parser.parse_args(arguments)
-    run, subjects = Run(chosen.model, chosen.smoke), chosen.only.split(",")
+    run = Run(chosen.model, chosen.smoke, not chosen.no_compile)
+    subjects = chosen.only.split(",")
     if unknown := set(subjects) - SUBJECTS.keys():
         parser.error(f"--only: there are {', '.join(SUBJECTS)}, not {', '.join(sorted(unknown))}")
     if chosen.subject:
@@ -215,6 +219,7 @@ def rows_of_child(subject: str, run: Run, seconds: float) -> Iterator[Record]:
     """In a process of its own, which is ended when its time has long passed."""
     command = [sys.executable, "-m", "bench.gpu", "--subject", subject, "--model", run.model]
     command += ["--seconds", str(seconds), *(["--smoke"] if run.smoke else [])]
+    command += [] if run.compiled else ["--no-compile"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         clock = threading.Timer(seconds + GRACE, child.kill)
         clock.start()

@@ -60,6 +60,7 @@ class Scale:
     seconds: float = 1.0  # that the rounds of a decode row may take together
     blocks: int | None = None  # of KV; None: what the memory holds
     blend_bytes: int | None = None  # of blended weights, likewise
+    compiled: bool = True  # what is recorded; it takes minutes of the time that rows have
 
 
 SMALL = Scale(
@@ -324,6 +325,7 @@ def _config(store: Store, scale: Scale) -> EngineConfig:
         "blend_cache_bytes": scale.blend_bytes,
         "max_model_len": max(scale.contexts) + SPARE,
         "max_num_seqs": max(scale.batches),
+        "torch_compile": scale.compiled,
     }
     if store == "static":
         settings["blend_policy"] = "pair"  # there is nothing to choose
