@@ -34,6 +34,8 @@ from mi_runtime.sizing import (
     taken_by,
 )
 
+RECORDED = "recorded"  # as it runs
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -78,10 +80,9 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     runner = _runner(config, model, attention.backend, sizes.num_blocks, costs)
     graphs = "none"
     if recordable is not None:
-        runner.graphs = _recordings(config, model, runner.attention, recordable.forward)
-        runner.graphs.record()
+        runner.graphs, how = _recorded(config, model, runner.attention, recordable)
         seconds = time.monotonic() - started
-        graphs = f"{len(runner.graphs.forms)} {recordable.how}, in {seconds:.0f} s"
+        graphs = f"{len(runner.graphs.forms)} {how}, in {seconds:.0f} s"
     model.groups.start_counting()
     return Started(runner, sizes.num_blocks, attention.told, pair_kernels, graphs)
 
@@ -149,17 +150,44 @@ def _recordable(
 ) -> Recordable | None:
     """The first forward that can be recorded, by trying; why one cannot is printed."""
     for forward, how in _forwards(config, model, attention):
-        from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which takes time
-
         try:
             first, each = _tried(_recordings(config, model, attention, forward))
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TorchDynamoException) as error:
+        except _recording_errors() as error:
+            model.groups.end()  # what a forward that ended early left
             print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
             continue
         return Recordable(forward, how, first, each)
     return None
+
+
+def _recorded(
+    config: EngineConfig, model: BlendedModel, attention: PagedAttention, recordable: Recordable
+) -> tuple[DecodeGraphs, str]:
+    """All recordings, and how they were made: the trial was of one way, and another may fail yet
+    to compile."""
+    recordings = _recordings(config, model, attention, recordable.forward)
+    try:
+        recordings.record()
+    except torch.OutOfMemoryError:
+        raise
+    except _recording_errors() as error:
+        if recordable.how == RECORDED:
+            raise
+        print(f"Decode steps are not {recordable.how}: {_first_sentence(error)}", file=sys.stderr)
+    else:
+        return recordings, recordable.how
+    model.groups.end()
+    recordings = _recordings(config, model, attention, model.logits)
+    recordings.record()
+    return recordings, RECORDED
+
+
+def _recording_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which takes time
+
+    return RuntimeError, TorchDynamoException
 
 
 def _tried(recordings: DecodeGraphs) -> tuple[int, int]:
@@ -176,8 +204,8 @@ def _forwards(
     if not config.cuda_graphs or attention.backend.name == "reference":  # which waits for the host
         return
     if config.torch_compile:
-        yield compiled_logits(model), "recorded and compiled"
-    yield model.logits, "recorded"
+        yield compiled_logits(model), f"{RECORDED} and compiled"
+    yield model.logits, RECORDED
 
 
 def _first_sentence(error: Exception) -> str:
