@@ -156,7 +156,7 @@ class Settings(BaseSettings):
     blend_policy: BlendPolicy = "auto"
     """How weights at λ are had: pair product, blended weights, or the cheaper one."""
     blend_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Bytes of blended weights kept; default: a share of the free memory."""
+    """Bytes of blended weights kept, of whole λ values; default: a share of the free memory."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of the engine; default: all cores but one."""
 

@@ -112,7 +112,7 @@ class _Server(uvicorn.Server):
             f"Ready: {name} ({info.model_type}, {_numbers(info)} on {info.device}, context "
             f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
             f"{_size(info.peak_bytes)} at the peak of loading; attention {info.attention}; "
-            f"{_products(info)}profile "
+            f"{_products(info)}{_recorded(info)}profile "
             f"{self._service.routing.name}) at {address}\n"
             f"Try:\n"
             f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"
@@ -137,6 +137,10 @@ def _numbers(info: EngineInfo) -> str:
 def _products(info: EngineInfo) -> str:
     """What was measured of pair products, where there was a choice."""
     return f"pair kernels {info.pair_kernels}; " if info.pair_kernels else ""
+
+
+def _recorded(info: EngineInfo) -> str:
+    return "" if info.graphs == "none" else f"decode steps: {info.graphs}; "
 
 
 def _size(count: int) -> str:
