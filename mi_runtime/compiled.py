@@ -6,6 +6,8 @@ has set. Only decode steps that are recorded run compiled: there nothing of it i
 but its kernels.
 """
 
+from types import FunctionType
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,9 @@ def compiled_logits(model: BlendedModel, backend: str = "inductor") -> Forward:
 
     Raises at that call what torch raises for a model that it cannot compile whole.
     """
-    forward = torch.compile(forward_logits, fullgraph=True, backend=backend)
+    # Torch counts what it has compiled by code object: each model's is its own.
+    own = FunctionType(forward_logits.__code__.replace(), forward_logits.__globals__)
+    forward = torch.compile(own, fullgraph=True, backend=backend)
 
     def logits(ids: Tensor, positions: Tensor, kept: Tensor, attention: PagedAttention) -> Tensor:
         assert attention.plan is not None
