@@ -1,7 +1,7 @@
 """The engine on a GPU against the card's own limits, on random pairs of real shapes.
 
     python -m bench.gpu [--model 4b|30b-a3b] [--only static,pair,…] [--seconds 360] [--out DIR]
-    python -m bench.gpu --no-compile  where `torch.compile` at start would take the rows' time
+    python -m bench.gpu --compile --only card,static,pair --seconds 560     recorded steps compiled
     python -m bench.gpu --smoke       every row on tiny shapes, on whatever device there is
 
 Rows: a decode step at 1 to 256 sequences and contexts of 1k and 8k, prefill, 32 whole answers, and
@@ -15,10 +15,11 @@ that none's memory or mistake reaches the next:
     batching   continuous batching of `transformers`, one λ
     generate   its `generate` with static cache and compilation, one λ
 
-`--seconds` is for all together: what a subject does not use, the next ones have, and rows come in
-order of importance. The JSON is written after each row; a row that fails says so and the next one
-runs; one without room or time says that it was skipped. Bounds are told in `bench/gpu_bounds.py`,
-how rows are timed in `bench/gpu_rows.py`.
+Compiling takes a server minutes at start, which rows would not have: so recorded steps run as they
+are unless `--compile` says otherwise. `--seconds` is for all together: what a subject does not use,
+the next ones have, and rows come in order of importance. The JSON is written after each row; a row
+that fails says so and the next one runs; one without room or time says that it was skipped. Bounds
+are told in `bench/gpu_bounds.py`, how rows are timed in `bench/gpu_rows.py`.
 """
 
 import argparse
@@ -68,11 +69,12 @@ class Run:
 
     model: str
     smoke: bool
-    compiled: bool = True
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        return f"gpu-{self.model}{'-smoke' if self.smoke else ''}"
+        kinds = {"compiled": self.compiled, "smoke": self.smoke}
+        return "-".join(["gpu", self.model, *(kind for kind, is_so in kinds.items() if is_so)])
 
     @property
     def shape(self) -> Shape:
@@ -98,10 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=360)
     parser.add_argument("--out", type=Path, help="folder of the JSON")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--no-compile", action="store_true", help="recorded steps as they are")
+    parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
     parser.add_argument("--subject", choices=SUBJECTS, help=argparse.SUPPRESS)  # a child's
     chosen = parser.parse_args(arguments)
-    run = Run(chosen.model, chosen.smoke, not chosen.no_compile)
+    run = Run(chosen.model, chosen.smoke, chosen.compile)
     subjects = chosen.only.split(",")
     if unknown := set(subjects) - SUBJECTS.keys():
         parser.error(f"--only: there are {', '.join(SUBJECTS)}, not {', '.join(sorted(unknown))}")
@@ -219,7 +221,7 @@ def rows_of_child(subject: str, run: Run, seconds: float) -> Iterator[Record]:
     """In a process of its own, which is ended when its time has long passed."""
     command = [sys.executable, "-m", "bench.gpu", "--subject", subject, "--model", run.model]
     command += ["--seconds", str(seconds), *(["--smoke"] if run.smoke else [])]
-    command += [] if run.compiled else ["--no-compile"]
+    command += ["--compile"] if run.compiled else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         clock = threading.Timer(seconds + GRACE, child.kill)
         clock.start()

@@ -60,7 +60,7 @@ class Scale:
     seconds: float = 1.0  # that the rounds of a decode row may take together
     blocks: int | None = None  # of KV; None: what the memory holds
     blend_bytes: int | None = None  # of blended weights, likewise
-    compiled: bool = True  # what is recorded; it takes minutes of the time that rows have
+    compiled: bool = False  # what is recorded
 
 
 SMALL = Scale(

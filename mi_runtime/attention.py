@@ -51,7 +51,7 @@ def attention_forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What `transformers` calls: `[1, heads, tokens, dim]` in, `[1, tokens, heads, dim]` out."""
-    unsupported = sorted(name for name in _MEANINGFUL & others.keys() if others[name] is not None)
+    unsupported = sorted(name for name in _MEANINGFUL if others.get(name) is not None)
     if unsupported or attention_mask is not None:
         raise UnsupportedModel(f"attention with {', '.join(unsupported) or 'a mask of its own'}")
     out = attention_context.attend(

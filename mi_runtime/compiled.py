@@ -6,6 +6,8 @@ has set. Only decode steps that are recorded run compiled: there nothing of it i
 but its kernels.
 """
 
+from types import FunctionType
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,11 @@ FORWARDS = 16  # compiled of one model: one a way, and some for row counts that 
 def compiled_logits(model: BlendedModel, backend: str = "inductor") -> Forward:
     """`model.logits`, compiled at its first call for each way.
 
-    Raises at that call what torch raises for a model that it cannot compile whole. Forgets what was
-    compiled of other models, which counts against the same limit: what they need is recorded.
+    Raises at that call what torch raises for a model that it cannot compile whole.
     """
-    torch._dynamo.reset()
-    forward = torch.compile(forward_logits, fullgraph=True, backend=backend)
+    # Torch counts what it has compiled by code object: each model's is its own.
+    own = FunctionType(forward_logits.__code__.replace(), forward_logits.__globals__)
+    forward = torch.compile(own, fullgraph=True, backend=backend)
 
     def logits(ids: Tensor, positions: Tensor, kept: Tensor, attention: PagedAttention) -> Tensor:
         assert attention.plan is not None

@@ -261,6 +261,20 @@ def test_a_forward_is_compiled_whole_and_once_for_each_way(pair_of: PairOf, fami
     assert answers(engine, dials) == expected
 
 
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_what_one_model_has_compiled_leaves_the_next_as_much(
+    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mi_runtime.compiled.FORWARDS", 1)
+    pair = pair_of("qwen3", num_hidden_layers=1)
+    for _ in range(2):
+        engine = make_subject(pair, attention_backend="triton").engine
+        forward = compiled_logits(engine._runner._model, backend="eager")
+        graphs = record(engine, max_rows=1, forward=forward)
+        graphs._replays[graphs.forms[0]]()
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_attention_is_told_the_capacity_so_that_a_recording_serves_every_length(
     graphs: DecodeGraphs,
 ) -> None:
