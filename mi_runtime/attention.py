@@ -133,10 +133,6 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def begin(self, plan: AttentionPlan) -> None:
-        """A new forward begins, whose layers all attend by `plan`."""
-        ...
-
     def write(
         self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
     ) -> None:
@@ -190,7 +186,6 @@ class PagedAttention:
     def begin(self, plan: AttentionPlan) -> None:
         """Sets how the rows of the next forward attend."""
         self.plan = plan
-        self.backend.begin(plan)
 
     def attend(
         self,
@@ -224,10 +219,8 @@ class ReferenceAttention:
     name = "reference"
 
     def __init__(self) -> None:
+        self._plan: AttentionPlan | None = None  # of the masks
         self._decode_masks: dict[int | None, Tensor] = {}
-
-    def begin(self, plan: AttentionPlan) -> None:
-        self._decode_masks.clear()
 
     def write(
         self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
@@ -263,6 +256,9 @@ class ReferenceAttention:
 
     def _decode_mask(self, plan: AttentionPlan, window: int | None, width: int) -> Tensor:
         """`[decodes, 1, 1, width]` bool: the positions each decode sees. Made once a step."""
+        if self._plan is not plan:
+            self._plan = plan
+            self._decode_masks.clear()
         if window not in self._decode_masks:
             positions = torch.arange(width, device=plan.lengths.device)
             ends = plan.lengths[: plan.decodes].unsqueeze(1)

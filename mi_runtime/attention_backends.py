@@ -121,7 +121,6 @@ class AttentionWorkload:
     weight: int
 
     def run(self, backend: AttentionBackend) -> Tensor:
-        backend.begin(self.plan)
         backend.write(self.plan, self.keys, self.values, self.key, self.value)
         return backend.attend(
             *(self.plan, self.query, self.keys, self.values),

@@ -91,7 +91,6 @@ class DecodeGraphs:
         self._sizes = sizes_for(max_rows)
         self._replays: dict[Form, Callable[[], Tensor]] = {}
         self._filled: StepRows | None = None  # whose λ lie in the buffer
-        self.replays = 0  # since start
         self.device = model.device
         most, device, spare = self._sizes[-1], model.device, attention.spare_block
 
@@ -218,7 +217,6 @@ class DecodeGraphs:
         self._write(batch, count, form.rows)
         self._write_lambdas(form, batch.rows)
         logits = self._replays[form]()
-        self.replays += 1
         self._groups.count(form.way)
         return logits[:count]
 

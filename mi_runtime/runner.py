@@ -133,7 +133,7 @@ class Runner:
             batch, rows = self._forward(part, before)
             if batch.scored:
                 rows = self._score(rows, batch, scores)
-            elif len(parts) > 1:
+            elif self.graphs is not None and len(parts) > 1:
                 rows = rows.clone()  # a replay's hold until the next one
             logits.append(rows)
             sequences += batch.sampling

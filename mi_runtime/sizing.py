@@ -23,7 +23,7 @@ from mi_runtime.sequence import Sequence
 KV_SHARE_OF_CPU = 0.3  # of the free memory
 BLEND_SHARE_OF_CPU = 0.2  # of what KV leaves
 BLEND_SHARE_OF_CUDA = 0.25  # of what is left of the device
-MOST_PLACES = 4  # λ values with blended weights on CUDA: each has recordings of its own
+MOST_PLACES = 4  # of it, λ values: each has recordings of its own
 GIB = 2**30
 
 
@@ -58,10 +58,11 @@ def cuda_sizes(config: EngineConfig, model: BlendedModel, needs: Needs) -> Sizes
     """Raises PairError, with numbers and advice, where no KV block fits."""
     allowed = int(needs.total * config.gpu_memory_utilization)
     left = allowed - needs.used - needs.workspace - needs.graphs
-    wanted = config.blend_cache_bytes
-    budget = max(0, left) * BLEND_SHARE_OF_CUDA if wanted is None else wanted
     a_place = max(1, blend_bytes(model) + needs.graphs_a_place)
-    places = min(MOST_PLACES, int(budget // a_place))
+    if config.blend_cache_bytes is None:
+        places = min(MOST_PLACES, int(max(0, left) * BLEND_SHARE_OF_CUDA // a_place))
+    else:
+        places = config.blend_cache_bytes // a_place
     num_blocks = _blocks(config, model, left - places * a_place)
     if num_blocks < 1:
         raise PairError([_no_room(config, needs, allowed, left)])

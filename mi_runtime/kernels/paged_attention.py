@@ -457,9 +457,6 @@ class TritonAttention:
 
     name = "triton"
 
-    def begin(self, plan: AttentionPlan) -> None:
-        pass
-
     def write(
         self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
     ) -> None:

@@ -10,25 +10,17 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from mi_runtime.attention import AttentionPlan
-from mi_runtime.kernels.paged_attention import write_kv
+from mi_runtime.kernels.paged_attention import TritonAttention
 
 
 def torch_has_pages() -> bool:
     return "block_table" in inspect.signature(varlen_attn).parameters
 
 
-class TorchAttention:
+class TorchAttention(TritonAttention):
     """The attention backend of torch; KV is written by our own kernel."""
 
     name = "torch"
-
-    def begin(self, plan: AttentionPlan) -> None:
-        pass
-
-    def write(
-        self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        write_kv(keys, values, key, value, plan.slots)
 
     def attend(
         self,

@@ -69,9 +69,9 @@ def test_kv_gets_no_more_than_full_sequences_can_use(model: BlendedModel) -> Non
 def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
     sizes = cuda_sizes(replace(CONFIG, num_blocks=9, blend_cache_bytes=0), model, NEEDS)
     assert sizes == Sizes(num_blocks=9, places=0)
-    by_bytes = replace(CONFIG, kv_cache_bytes=10 * GIB, blend_cache_bytes=15 * GIB)
+    by_bytes = replace(CONFIG, kv_cache_bytes=10 * GIB, blend_cache_bytes=44 * GIB)
     sizes = cuda_sizes(by_bytes, model, NEEDS)
-    assert sizes.places == 2
+    assert sizes.places == 6
     assert sizes.num_blocks == 10 * GIB // sizing.block_bytes(CONFIG, model)
 
 
