@@ -157,8 +157,8 @@ def delta_product(x: Tensor, instruct: Tensor, delta: Delta, weights: Tensor) ->
     return out
 
 
-class DeltaMatrix:
-    """A matrix `[out, in]` at every λ: `blend.PairMatrix` with a quantized difference."""
+class DeltaWeights:
+    """One matrix `[out, in]`, or those of all experts, with a quantized difference."""
 
     def __init__(
         self,
@@ -182,6 +182,10 @@ class DeltaMatrix:
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
         return blended(self.instruct, self.delta, value, out)
+
+
+class DeltaMatrix(DeltaWeights):
+    """A matrix `[out, in]` at every λ: what `blend.PairMatrix` is of both endpoints whole."""
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, in]` to `[..., rows, out]`."""
@@ -208,7 +212,7 @@ class DeltaVocabulary(DeltaMatrix):
         return (own.float() + rows.weights.unsqueeze(-1) * steered).to(own.dtype)
 
 
-class DeltaExperts:
+class DeltaExperts(DeltaWeights):
     """One projection of all experts, `[experts, out, in]`, kept row-major also where the model has
     it transposed. Biases are an exact pair."""
 
@@ -220,23 +224,9 @@ class DeltaExperts:
         kind: DeltaKind,
         kernels: KernelChoice | None = None,
     ) -> None:
-        self.kernels = kernels or KernelChoice()
         instruct, thinking = (weight.mT if transposed else weight for weight in weights)
-        self.instruct = off_the_file(instruct).contiguous()
-        self.delta = quantize(self.instruct, thinking, kind)
+        super().__init__(instruct, thinking, kind, kernels)
         self.biases = stacked_biases(biases)
-
-    @property
-    def parameters(self) -> int:
-        """Of both endpoints."""
-        return 2 * self.instruct.numel()
-
-    @property
-    def nbytes(self) -> int:
-        return self.instruct.nbytes + self.delta.nbytes
-
-    def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        return blended(self.instruct, self.delta, value, out)
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
         """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
