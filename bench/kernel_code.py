@@ -373,9 +373,11 @@ INDEX: Final = "__grp__"  # of the files of a kernel, by Triton's name
 def pack(file: Path, cases: Iterable[Case], capability: int) -> list[Variant]:
     """Compiles into a cache of its own, and keeps what running the kernels needs."""
     with tempfile.TemporaryDirectory() as directory:
-        with patch.dict(os.environ, TRITON_CACHE_DIR=directory):
-            with _building_launchers(Path(directory) / "stub") as launcher:
-                variants = compiled(cases, capability, launcher)
+        with (
+            patch.dict(os.environ, TRITON_CACHE_DIR=directory),
+            _building_launchers(Path(directory) / "stub") as launcher,
+        ):
+            variants = compiled(cases, capability, launcher)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(file, "w:xz") as archive:
             for path in sorted(Path(directory).glob("*/*")):
@@ -426,7 +428,7 @@ class _Unloaded:
 
 
 def table(variants: Iterable[Variant]) -> Iterator[str]:
-    yield f"{'kernel':<17}{'regs':>5}{'spill':>7}{'shared':>9}{'loads':>6}  {'by':<9}{'s':>5}  launched"
+    yield "kernel            regs  spill   shared loads  by           s  launched"
     for one in sorted(variants, key=lambda one: (one.kernel, -one.registers)):
         loads = "" if one.in_flight is None else one.in_flight
         more = f" and {len(one.cases) - 1} more" if len(one.cases) > 1 else ""

@@ -22,7 +22,7 @@ from mi_runtime.attention import (
     ReferenceAttention,
 )
 from mi_runtime.config import AttentionName
-from mi_runtime.kernels import launch_errors, triton_installed, triton_interpreted
+from mi_runtime.kernels import cause_of, launch_errors, triton_installed, triton_interpreted
 from mi_runtime.pair import PairError
 
 NAMES = ("reference", "triton", "torch")
@@ -189,7 +189,10 @@ def uniform_plan(
 def fastest(
     backends: Sequence[AttentionBackend], workloads: Sequence[AttentionWorkload], clock: Clock
 ) -> AttentionChoice:
-    """Of those that run and agree with the first, which is the reference."""
+    """Of those that run and agree with the first, which is the reference.
+
+    Raises PairError where one that does not run takes the device with it.
+    """
     expected = [work.run(backends[0]) for work in workloads]
     milliseconds: dict[AttentionBackend, float] = {}
     told: dict[str, str] = {}
@@ -203,7 +206,9 @@ def fastest(
                 for work in workloads
             )
         except launch_errors() as error:
-            told[backend.name] = f"does not run ({_first_line(error)})"
+            told[backend.name] = f"does not run ({cause_of(error)})"
+            if _lost(workloads[0].query.device):
+                raise PairError([_without(backend, told[backend.name])]) from error
         else:
             told[backend.name] = f"{milliseconds[backend]:.3g} ms"
     best = min(milliseconds, key=milliseconds.__getitem__)
@@ -217,8 +222,22 @@ def _agrees(out: Tensor, expected: Tensor) -> bool:
     return bool(error <= TOLERANCE[expected.dtype] * expected.float().abs().max())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:100] or type(error).__name__
+def _lost(device: torch.device) -> bool:
+    """Whether it takes no more work of this process, as after an access to memory not its own."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _without(backend: AttentionBackend, told: str) -> str:
+    return (
+        f"the attention backend {backend.name} {told}, and the GPU takes no more work of this "
+        "process: start again with another --attention-backend"
+    )
 
 
 def device_clock(work: Callable[[], object]) -> float:

@@ -24,5 +24,19 @@ def launch_errors() -> tuple[type[Exception], ...]:
         return (RuntimeError,)
     from triton.errors import TritonError
 
-    # Triton builds its launchers with the machine's C compiler, which may be missing or fail.
-    return RuntimeError, TritonError, OSError, subprocess.SubprocessError
+    # Triton builds its launchers with the machine's C compiler, which may be missing or fail; what
+    # is built may not load; and a driver's library that the linker does not know is an assertion.
+    of_launchers = OSError, subprocess.SubprocessError, ImportError, AssertionError
+    return RuntimeError, ValueError, TritonError, *of_launchers
+
+
+def cause_of(error: BaseException) -> str:
+    """One line that says why, of an error that a kernel raised.
+
+    Triton wraps what is wrong in a line of a kernel in errors that quote the lines around it, one
+    for every function that the kernel calls.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = getattr(error, "error_message", None) or str(error)
+    return (text.splitlines() or [""])[0][:100] or type(error).__name__

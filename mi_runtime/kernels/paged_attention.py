@@ -168,7 +168,7 @@ def attend_kernel(
     q = tl.load(
         query
         + token.to(tl.int64)[:, None] * query_token_stride
-        + head[:, None] * query_head_stride
+        + head.to(tl.int64)[:, None] * query_head_stride  # heads may lie before tokens
         + key_column[None, :],
         mask=valid[:, None] & (key_column < KEY_DIM)[None, :],
         other=0.0,

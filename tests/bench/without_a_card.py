@@ -1,4 +1,4 @@
-"""What `test_kernel_code` looks at, in a process where Triton compiles: elsewhere it is interpreted.
+"""What `test_kernel_code` looks at: in a process where Triton compiles, and does not interpret.
 
 python -m tests.bench.without_a_card FOLDER        one JSON object
 """

@@ -1,5 +1,6 @@
 """Which attention backend serves, and that what a model answers does not depend on it."""
 
+import ast
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mi_runtime.attention_backends import (
 )
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.kernels import triton_installed
+from mi_runtime.kernels import cause_of, triton_installed
 from mi_runtime.pair import PairError
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 
@@ -80,6 +81,26 @@ def test_one_that_does_not_run_is_left_out_with_its_reason() -> None:
     chosen = choice(Timed("a", 1.0, error="needs FA3\nat such a line"))
     assert chosen.backend.name == "reference"
     assert "a does not run (needs FA3)" in chosen.told
+
+
+def test_one_that_takes_the_gpu_with_it_ends_the_start_and_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After an illegal access no other backend could run either."""
+    monkeypatch.setattr(attention_backends, "_lost", lambda device: True)
+    with pytest.raises(PairError, match="backend a does not run .an illegal access.*start again"):
+        choice(Timed("a", 1.0, error="an illegal access"), Timed("b", 1.0))
+
+
+@needs_triton
+def test_what_is_told_of_a_kernel_that_does_not_compile_is_the_reason_and_not_the_place() -> None:
+    from triton.compiler.errors import CompilationError
+
+    inner = CompilationError("def f():\n    x", ast.Pass(), "K must be at least 16\nfor this")
+    outer = CompilationError("def g():\n    f()", ast.Pass(), None)
+    outer.__cause__ = inner
+    assert cause_of(outer) == "K must be at least 16"
+    assert cause_of(RuntimeError()) == "RuntimeError"
 
 
 def test_every_layer_shape_is_measured_as_often_as_a_model_has_it() -> None:
