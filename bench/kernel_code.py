@@ -42,7 +42,8 @@ from torch import Tensor
 from bench.gpu_bounds import SHAPES, Shape
 
 PROCESSORS: Final = 132
-SHARED: Final = 227 * 1024  # bytes, at most, of a program on an H100 or H200
+SHARED: Final = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB, at most, of a program
+LEAST_SHARED: Final = 99  # on all others: 8.6, 8.9, 12.x
 GROUP: Final = 64  # inputs that share a scale of int4
 BLOCK_SIZE: Final = 16  # tokens of a KV block
 CONTEXTS: Final = (1024, 8192, 262_144)  # bounds of the lengths; the last is the longest context
@@ -102,7 +103,7 @@ class Driver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED}
+        return {"max_shared_mem": 1024 * SHARED.get(self._target.arch, LEAST_SHARED)}
 
     def unload_module(self, module: str) -> None: ...
 
@@ -201,7 +202,7 @@ def _in_flight(ptx: str) -> int:
 
 
 def _tensor_cores(ptx: str) -> str:
-    return next((name for name in ("wgmma", "mma.sync") if f"{name}." in ptx), "")
+    return next((name for name in ("wgmma", "tcgen05", "mma.sync") if f"{name}." in ptx), "")
 
 
 def _resource_usage(binary: Path) -> str:

@@ -346,7 +346,8 @@ def paged_attention(
     if decodes:
         settings = attend_settings(query, keys, values, window, decode=True)
         wanted = DECODE_PROGRAMS * processors(query.device)
-        own = splits or number_of_splits(decodes * keys.shape[2], wanted, longest_decode)
+        seen = longest_decode if window is None else min(window, longest_decode)
+        own = splits or number_of_splits(decodes * keys.shape[2], wanted, seen)
         _launch(out, out[:decodes], decodes, own, arguments, settings)
     if len(query) > decodes:
         settings = attend_settings(query, keys, values, window, decode=False)
@@ -354,7 +355,8 @@ def paged_attention(
         # Each chunk's last tile may be one that the division does not count.
         tiles = (len(query) - decodes) // queries + len(tables) - decodes
         wanted = PREFILL_PROGRAMS * processors(query.device)
-        own = splits or number_of_splits(tiles * keys.shape[2], wanted, longest)
+        seen = longest if window is None else min(window + queries, longest)
+        own = splits or number_of_splits(tiles * keys.shape[2], wanted, seen)
         _launch(out, out[decodes:], tiles, own, arguments, settings)
     return out
 

@@ -53,7 +53,7 @@ class Tiles:
 
 TILES = {  # by the most rows they are meant for; all fit the shared memory of sm_80 and sm_90
     16: Tiles(16, 32, 128, warps=4, stages=4),
-    32: Tiles(32, 32, 128, warps=4, stages=3),
+    32: Tiles(32, 32, 64, warps=4, stages=4),
     64: Tiles(64, 64, 64, warps=4, stages=4),
     128: Tiles(128, 64, 64, warps=8, stages=3),
 }

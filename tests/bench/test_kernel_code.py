@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from bench.kernel_code import SHARED
+from bench import kernel_code
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {"attend_kernel", "add_parts_kernel", "write_kernel", "_product", "_sum_splits"}
+SHARED = 1024 * kernel_code.SHARED[90]
 REGISTERS = 65_536 // 256  # of a thread, where a program has eight warps
 
 

@@ -39,13 +39,14 @@ WITH_SINKS = replace(DENSE, heads=64, head_dim=64)
 def cases() -> Iterator[Case]:
     bf16 = torch.bfloat16
     yield from products(2, "pair", "int8", "int4")
-    yield from products(32, "int8")
+    yield from products(32, "pair")
     yield from products(64, "pair", "int4")
     yield from products(256, "pair", "int4")
     yield from products(64, "int4", dtype=torch.float32)
-    for case in kernel_code.experts("30b-a3b", EXPERTS, 2048, bf16):
-        if case.what == "experts int4":
-            yield case
+    for rows, kind in ((384, "int8"), (2048, "int4")):  # 24 and 128 an expert
+        for case in kernel_code.experts("30b-a3b", EXPERTS, rows, bf16):
+            if case.what == f"experts {kind}":
+                yield case
     yield Case("4b", "writing KV", 8, partial(kernel_code.write, DENSE, 8, bf16))
     attention = {
         "decode in parts": partial(kernel_code.attend, EXPERTS, 2, 2, 262_144),

@@ -1,11 +1,12 @@
 """The Triton kernels of paged attention against the reference, by Triton's interpreter.
 
 Interpreted, a tile is 16 tokens by 16 rows, so that lengths of some tens cross every boundary. What
-compiles for a GPU is `test_ahead_of_time`.
+compiles for a GPU is `tests/bench/test_kernel_code.py`.
 """
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -284,6 +285,28 @@ def test_work_is_split_to_fill_a_device_and_no_further(
     programs: int, longest: int, splits: int
 ) -> None:
     assert kernels.number_of_splits(programs, 6 * 132, longest) == splits
+
+
+@pytest.mark.parametrize("chunks", [((300, 1), (0, 1)), ((290, 10),)])
+@pytest.mark.parametrize(("window", "divided"), [(None, True), (20, False)])
+def test_work_that_a_window_leaves_small_is_not_split(
+    chunks: tuple[tuple[int, int], ...],
+    window: int | None,
+    divided: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added = []
+    add_parts = kernels.add_parts_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            added.append(grid)
+            return add_parts[grid]
+
+    monkeypatch.setattr(kernels, "processors", lambda device: 16)
+    monkeypatch.setattr(kernels, "add_parts_kernel", Counted())
+    Case(chunks, kv_heads=1, window=window, splits=0).check()
+    assert bool(added) == divided
 
 
 def test_the_operators_are_described_rightly_for_tracing() -> None:

@@ -1,5 +1,5 @@
 """Pair kernels against plain torch, interpreted on the CPU; what the compiler makes of them for a
-GPU is `test_ahead_of_time`."""
+GPU is `tests/bench/test_kernel_code.py`."""
 
 import pytest
 import torch
