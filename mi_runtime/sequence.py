@@ -4,12 +4,20 @@ Knows nothing of other sequences. The scheduler moves it, the runner reads it.
 """
 
 import random
+import sys
 import time
+from array import array
+from collections.abc import MutableSequence
 from enum import Enum, auto
+from typing import Final
 
 from mi_runtime.grammar import Grammars, GrammarState
 from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
 from mi_runtime.thinking import Phase, ThinkingState, TokenMarks
+
+
+NO_TOKENS: Final = frozenset[int]()
+NOTHING: Final = range(0)
 
 
 class Status(Enum):
@@ -36,6 +44,7 @@ class Sequence:
         "first_run",
         "grammar",
         "in_flight",
+        "most_tokens",
         "prompt_length",
         "prompt_logprobs",
         "rank",
@@ -56,9 +65,10 @@ class Sequence:
         self.request = request
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
+        self.most_tokens = self.prompt_length + _or_endless(request.sampling.max_tokens)
         self.computed = 0  # tokens whose KV is in blocks, or will be before what comes next
         self.in_flight = 0  # steps that compute it, and whose results are not there yet
-        self.block_table: list[int] = []
+        self.block_table: MutableSequence[int] = array("i")
         self.block_keys: list[bytes] = []  # root, then one of each full block; made when needed
         self.cached_tokens = 0  # of the prompt, at first admission
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, …; as far as known
@@ -102,8 +112,9 @@ class Sequence:
     @property
     def may_switch(self) -> bool:
         """Whether the next token may be the first under the answer's dial."""
-        inside = self.thinking is not None and self.thinking.phase is Phase.INSIDE
-        return inside and self.request.answer_dial is not None
+        if self.request.answer_dial is None or self.thinking is None:
+            return False
+        return self.thinking.phase is Phase.INSIDE
 
     @property
     def output(self) -> list[int]:
@@ -117,7 +128,8 @@ class Sequence:
     @property
     def forbids_ending(self) -> bool:
         """Whether the next token may not be one of `ending_token_ids`."""
-        if self.output_length < self.request.sampling.min_tokens:
+        least = self.request.sampling.min_tokens
+        if least and self.output_length < least:
             return True
         return self.thinking is not None and self.thinking.forbids_eos
 
@@ -125,7 +137,7 @@ class Sequence:
     def forbidden_token_ids(self) -> frozenset[int]:
         """What the next token may not be, whatever the model says."""
         params = self.request.sampling
-        forbidden = self.ending_token_ids if self.forbids_ending else frozenset[int]()
+        forbidden = self.ending_token_ids if self.forbids_ending else NO_TOKENS
         if self.grammar is not None and params.ignore_eos:  # a grammar allows an end when complete
             forbidden |= params.eos_token_ids
         return forbidden
@@ -145,7 +157,7 @@ class Sequence:
     def unscored(self) -> range:
         """Positions whose logits are still needed: each scores the prompt token behind it."""
         if self.request.sampling.prompt_logprobs is None:
-            return range(0)
+            return NOTHING
         return range(len(self.prompt_logprobs), self.prompt_length - 1)
 
     @property
@@ -179,3 +191,7 @@ class Sequence:
             and self.request.answer_dial is not None
         ):
             self.switch_at = len(self.tokens) - 1
+
+
+def _or_endless(max_tokens: int | None) -> int:
+    return sys.maxsize if max_tokens is None else max_tokens
