@@ -155,14 +155,11 @@ def _step_rows(part: Part, kept: list[int]) -> StepRows:
     dials: dict[Dial, int] = {}
     index: list[int] = []
     for chunk in part.chunks:
-        whole = chunk.dial
-        own = (
-            [chunk.sequence.dial_at(chunk.start + row) for row in range(chunk.length)]
-            if whole is None
-            else [whole]
-        )
-        places = [dials.setdefault(dial, len(dials)) for dial in own]
-        index += places if whole is None else places * chunk.length
+        if chunk.dial is not None:
+            index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
+            continue
+        for position in range(chunk.start, chunk.start + chunk.length):
+            index.append(dials.setdefault(chunk.sequence.dial_at(position), len(dials)))
     return StepRows(tuple(dials), tuple(index), tuple(kept), part.blended)
 
 

@@ -79,6 +79,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same, beside each token of the prompt
 
     @property
+    def has_penalty(self) -> bool:
+        return (
+            self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        )
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a token is drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def ending_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids

@@ -56,7 +56,7 @@ SCORED_ROWS: Final = 512
 """Prompt positions of a step that have logits; with a vocabulary of 150,000 in fp32 300 MB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nothing changes it; frozen, it would take five times as long to make
 class Chunk:
     """Tokens [start, start + length) of a sequence: one step computes their KV."""
 
@@ -73,10 +73,9 @@ class Chunk:
         scored = sequence.unscored
         if scored:
             scored = range(max(self.start, scored.start), min(end, scored.stop))
-        first, last = sequence.dial_at(self.start), sequence.dial_at(end - 1)
-        object.__setattr__(self, "samples", end >= len(sequence.tokens))
-        object.__setattr__(self, "scored", scored)
-        object.__setattr__(self, "dial", first if first is last or first == last else None)
+        self.samples = end >= len(sequence.tokens)
+        self.scored = scored
+        self.dial = sequence.dial_over(self.start, end)
 
 
 class Line:
@@ -213,9 +212,10 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step. Empty only where nothing is unfinished, or hangs on a step in flight."""
         chunks = self._decodes()
-        decoding = sum(sequence.remaining <= 1 for sequence in self.running)  # or about to
+        prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
+        decoding = len(self.running) - len(prefilling)  # or about to
         budget, scored_rows = self.max_batched_tokens - decoding, SCORED_ROWS
-        prefills = self._prefills()
+        prefills = self._prefills(prefilling)
         while budget > 0 and (sequence := next(prefills, None)) is not None:
             length = min(budget, sequence.remaining)
             chunk = _within(scored_rows, Chunk(sequence, sequence.computed, length))
@@ -310,9 +310,9 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.preemptions += 1
 
-    def _prefills(self) -> Iterator[Sequence]:
+    def _prefills(self, prefilling: list[Sequence]) -> Iterator[Sequence]:
         """Running sequences still in prefill, then the waiting ones, each admitted when asked."""
-        yield from [sequence for sequence in self.running if sequence.remaining > 1]
+        yield from prefilling
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.first
             if not self._admit(sequence):
@@ -476,7 +476,9 @@ def _first_event_scores(
 ) -> tuple[TokenLogprobs, ...] | None:
     """The prompt's log-probabilities, told once: with the first token, or where none comes."""
     sampling = sequence.request.sampling
-    if sampling.prompt_logprobs is None or reason in (FinishReason.ABORT, FinishReason.ERROR):
+    if sampling.prompt_logprobs is None:
+        return None
+    if reason in (FinishReason.ABORT, FinishReason.ERROR):
         return None
     is_first = sampling.max_tokens == 0 or sequence.output_length == 1
     return tuple(sequence.prompt_logprobs) if is_first else None

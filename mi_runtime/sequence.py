@@ -9,6 +9,7 @@ import time
 from array import array
 from collections.abc import MutableSequence
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Final
 
 from mi_runtime.grammar import Grammars, GrammarState
@@ -35,14 +36,17 @@ class Sequence:
 
     __slots__ = (
         "__weakref__",
+        "answer_dial",
         "arrival",
         "block_keys",
         "block_table",
         "cached_tokens",
         "computed",
+        "dial",
         "ending_token_ids",
         "first_run",
         "grammar",
+        "has_rules",
         "in_flight",
         "most_tokens",
         "prompt_length",
@@ -63,6 +67,8 @@ class Sequence:
         grammars: Grammars | None = None,
     ) -> None:
         self.request = request
+        self.dial = _shared(request.dial)
+        self.answer_dial = None if request.answer_dial is None else _shared(request.answer_dial)
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
         self.most_tokens = self.prompt_length + _or_endless(request.sampling.max_tokens)
@@ -76,6 +82,7 @@ class Sequence:
         self.rank = (request.priority, 0)  # the least runs first; the scheduler counts arrivals
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
+        self.has_rules = _has_rules(request)
         self.switch_at: int | None = None  # position from which on the answer's dial holds
         self.thinking = None if request.think is None else ThinkingState(request.think, marks)
         self.grammar: GrammarState | None = None
@@ -112,7 +119,7 @@ class Sequence:
     @property
     def may_switch(self) -> bool:
         """Whether the next token may be the first under the answer's dial."""
-        if self.request.answer_dial is None or self.thinking is None:
+        if self.answer_dial is None or self.thinking is None:
             return False
         return self.thinking.phase is Phase.INSIDE
 
@@ -176,9 +183,16 @@ class Sequence:
     def dial_at(self, position: int) -> Dial:
         """The dial under which the token at `position` is computed."""
         if self.switch_at is None or position < self.switch_at:
-            return self.request.dial
-        assert self.request.answer_dial is not None
-        return self.request.answer_dial
+            return self.dial
+        assert self.answer_dial is not None
+        return self.answer_dial
+
+    def dial_over(self, start: int, end: int) -> Dial | None:
+        """The dial of the tokens [start, end); None where the answer's begins among them."""
+        switch = self.switch_at
+        if switch is None or end <= switch:
+            return self.dial
+        return self.answer_dial if start >= switch or self.dial == self.answer_dial else None
 
     def append(self, token_id: int) -> None:
         """Takes a sampled token. The one that closes the think block is the first of the answer."""
@@ -188,10 +202,26 @@ class Sequence:
         if (
             self.thinking is not None
             and self.thinking.observe(token_id)
-            and self.request.answer_dial is not None
+            and self.answer_dial is not None
         ):
             self.switch_at = len(self.tokens) - 1
 
 
+@lru_cache(maxsize=1024)
+def _shared(dial: Dial) -> Dial:
+    """The first of equal dials: where they are one object, nobody compares them value by value."""
+    return dial
+
+
 def _or_endless(max_tokens: int | None) -> int:
     return sys.maxsize if max_tokens is None else max_tokens
+
+
+def _has_rules(request: EngineRequest) -> bool:
+    """Whether penalties, bias or forbidden ends may ever change logits."""
+    return (
+        request.sampling.has_penalty
+        or bool(request.sampling.logit_bias)
+        or request.sampling.min_tokens > 0
+        or (request.think is not None and request.think.forbid_eos)
+    )

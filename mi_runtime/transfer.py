@@ -26,8 +26,13 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor of these numbers, or rows of numbers; sent in one copy."""
-    return send(torch.from_numpy(np.array(values, dtype=NUMPY[dtype])), device)
+    """The tensor of these numbers, or rows of numbers; sent in one copy.
+
+    What is too large for fp32 is infinite there.
+    """
+    with np.errstate(over="ignore"):
+        array = np.array(values, dtype=NUMPY[dtype])
+    return send(torch.from_numpy(array), device)
 
 
 def together_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
