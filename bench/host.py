@@ -20,6 +20,7 @@ dispatches outside the forward. On a GPU each launch and each copy takes the hos
 """
 
 import argparse
+import gc
 import socket
 import subprocess
 import sys
@@ -50,6 +51,7 @@ from mi_runtime.planner import CostModel, Curve, Planner
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
 from mi_runtime.rows import BlendGroups
 from mi_runtime.transfer import Readback
+from mi_runtime.worker import receive
 
 LAYERS: Final = 36  # of a 4B model
 VOCABULARY: Final = 64
@@ -244,6 +246,8 @@ def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[
     engine = engine_of(case, context, device.forward, torch.device("cpu"))
     submit(engine, case, context, steps)
     clock = Clock()
+    gc.collect()
+    gc.freeze()  # as the worker does
     with reader() as pipe, watched(engine, clock, device):
         for _ in range(WARM_UP):
             _step(engine, pipe, clock)
@@ -268,7 +272,8 @@ def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[
 def _step(engine: Engine, pipe: "Connection[object, object]", clock: "Clock") -> None:
     """As the worker does."""
     clock.begin()
-    events = engine.step()
+    events = clock.timed("receive", receive)(pipe, engine)
+    events += engine.step()
     report = clock.timed("stats", engine.stats)()
     clock.timed("report", pipe.send)(StepReport(tuple(events), report))
 
