@@ -54,7 +54,7 @@ from mi_runtime.transfer import Readback
 from mi_runtime.worker import receive
 
 LAYERS: Final = 36  # of a 4B model
-VOCABULARY: Final = 64
+VOCABULARY: Final = 8
 WARM_UP: Final = 20  # steps
 FLAT = (1, 256)  # rows: decoding costs what the weights' bytes cost
 COSTS = CostModel(0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)

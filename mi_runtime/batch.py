@@ -4,6 +4,7 @@ Rows of single tokens (decodes) come first, as the scheduler orders them; then p
 tensors are made as arrays of the host and sent in one copy.
 """
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -123,9 +124,11 @@ def _layout(
 
 def _tables(chunks: list[Chunk], widths: Array, spare_block: int) -> Array:
     """The blocks of every chunk's KV, none that its sequence has for later."""
+    held = array("i")
+    for chunk, width in zip(chunks, widths.tolist(), strict=True):
+        held.extend(chunk.sequence.block_table[:width])
     tables = np.full((len(chunks), widths.max()), spare_block, dtype=np.int32)
-    for table, chunk, width in zip(tables, chunks, widths.tolist(), strict=True):
-        table[:width] = chunk.sequence.block_table[:width]
+    tables[np.arange(tables.shape[1]) < widths[:, None]] = held
     return tables
 
 

@@ -340,6 +340,7 @@ class Scheduler:
 
     def _note_first_run(self, sequence: Sequence) -> None:
         sequence.first_run = time.monotonic()
+        sequence.queue_seconds = sequence.first_run - sequence.arrival
         sequence.cached_tokens = sequence.computed
         if self.prefix_caching and not sequence.unscored:
             self.prefix_queried_tokens += sequence.prompt_length
@@ -491,14 +492,15 @@ def _event(
     logprobs: TokenLogprobs | None = None,
     error: str | None = None,
 ) -> TokenEvent:
+    thinking = sequence.thinking
     return TokenEvent(
-        sequence.request_id,
+        sequence.request.request_id,
         token_id,
         finish_reason,
         logprobs,
         cached_tokens=sequence.cached_tokens,
-        reasoning_tokens=sequence.reasoning_tokens,
-        forced_close=sequence.forced_close,
+        reasoning_tokens=0 if thinking is None else thinking.reasoning_tokens,
+        forced_close=False if thinking is None else thinking.forced_close,
         queue_seconds=sequence.queue_seconds,
         error=error,
         prompt_logprobs=_first_event_scores(sequence, finish_reason),

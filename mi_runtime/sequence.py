@@ -51,6 +51,7 @@ class Sequence:
         "most_tokens",
         "prompt_length",
         "prompt_logprobs",
+        "queue_seconds",
         "rank",
         "request",
         "rng",
@@ -91,6 +92,7 @@ class Sequence:
             self.grammar = grammars.state(request.grammar, self.thinking)
         self.arrival = time.monotonic()  # seconds
         self.first_run: float | None = None  # seconds, of the same clock
+        self.queue_seconds = 0.0  # from submission to the first step that ran it; 0 where none did
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -170,11 +172,6 @@ class Sequence:
     @property
     def reasoning_tokens(self) -> int:
         return 0 if self.thinking is None else self.thinking.reasoning_tokens
-
-    @property
-    def queue_seconds(self) -> float:
-        """From submission to the first step that ran it; 0 where none did."""
-        return 0.0 if self.first_run is None else self.first_run - self.arrival
 
     @property
     def forced_close(self) -> bool:
