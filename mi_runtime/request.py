@@ -81,7 +81,9 @@ class SamplingParams:
     @property
     def has_penalty(self) -> bool:
         return (
-            self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
         )
 
     @property

@@ -115,7 +115,9 @@ class Sampler:
         _constrain(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-        penalized = {row: one for row, one in enumerate(sequences) if one.request.sampling.has_penalty}
+        penalized = {
+            row: one for row, one in enumerate(sequences) if one.request.sampling.has_penalty
+        }
         if not penalized:
             return
         counts = self._counts_of(list(penalized.values()), logits)

@@ -16,7 +16,6 @@ from mi_runtime.grammar import Grammars, GrammarState
 from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
 from mi_runtime.thinking import Phase, ThinkingState, TokenMarks
 
-
 NO_TOKENS: Final = frozenset[int]()
 NOTHING: Final = range(0)
 

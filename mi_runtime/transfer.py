@@ -40,8 +40,7 @@ def together_on_device(arrays: Sequence[Array], device: torch.device) -> list[Te
     ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
     packed = np.empty(ends[-1], dtype=np.uint8)
     places = [
-        slice(first, first + array.nbytes)
-        for first, array in zip((0, *ends), arrays, strict=False)
+        slice(first, first + array.nbytes) for first, array in zip((0, *ends), arrays, strict=False)
     ]
     for place, array in zip(places, arrays, strict=True):
         packed[place] = array.reshape(-1).view(np.uint8)
