@@ -7,9 +7,11 @@ the other sees the end of the pipe at once.
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 
 import torch
@@ -42,6 +44,10 @@ def main() -> int:
         return run(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # tidying up after a GPU that has failed may hang, and the pipe with it
 
 
 def run(connection: "Connection[object, object]") -> int:
@@ -54,6 +60,8 @@ def run(connection: "Connection[object, object]") -> int:
     except PairError as error:
         connection.send(LoadFailed(str(error)))
         return LOAD_FAILED
+    gc.collect()
+    gc.freeze()  # what start has left lives on: looking through it would hold up a step
     connection.send(Ready(engine.info))
     while True:
         events = receive(connection, engine)
