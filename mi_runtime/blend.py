@@ -6,7 +6,8 @@ A layer is linear in its weights, so for a row x with its own λ
 
 and one product over concatenated inputs serves any mixture of λ values exactly, without forming
 W(λ). A pair of matrices is stored once as `[out, 2, in]`: flattened it is the concatenated matrix,
-each endpoint is a strided view of it, and a blend is one lerp of the views.
+each endpoint is a strided view of it, and a blend is one `torch.lerp` of the views: that computes
+in fp32 whatever the dtype, rounds once, and holds nothing beside its result.
 
     way        rows                  reads             multiply-adds
     endpoint   all at λ=0, or at 1   2P bytes          R·P
@@ -37,25 +38,10 @@ from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.rows import ENDPOINTS, INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
 
 EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # of a swapped module of experts
-BLEND_ROWS = 4096  # rows of a matrix that are blended at once: bounds the fp32 copies
 
 
 class UnsupportedModel(ValueError):
     """A part of the model that no swap covers; the message names it."""
-
-
-def lerp_rounded(
-    instruct: Tensor, thinking: Tensor, value: float, out: Tensor | None = None
-) -> Tensor:
-    """(1−λ) · instruct + λ · thinking in fp32, rounded once to their dtype; contiguous."""
-    if out is None:
-        out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
-    if instruct.dtype == torch.float32:
-        return torch.lerp(instruct, thinking, value, out=out)
-    for first in range(0, len(instruct), BLEND_ROWS):
-        part = slice(first, first + BLEND_ROWS)
-        out[part] = torch.lerp(instruct[part].float(), thinking[part].float(), value)
-    return out
 
 
 class Weights(Blendable, Protocol):
@@ -143,7 +129,7 @@ class PairMatrix:
         self.endpoints = (both[:, INSTRUCT], both[:, THINKING])  # strided views
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        return lerp_rounded(*self.endpoints, value, out)
+        return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, in]` to `[..., rows, out]`."""
@@ -196,7 +182,7 @@ class VocabularyPair:
         return sum(one.nbytes for one in self.endpoints)
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        return lerp_rounded(*self.endpoints, value, out)
+        return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, dim]` to `[..., rows, vocabulary]`."""
@@ -381,13 +367,8 @@ class PairExperts:
         return self.concatenated.nbytes
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        """`[experts, out, in]`, one expert at a time."""
-        instruct, thinking = self.endpoints
-        if out is None:
-            out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
-        for low, high, room in zip(instruct, thinking, out, strict=True):
-            lerp_rounded(low, high, value, room)
-        return out
+        """`[experts, out, in]`, laid out as the endpoints are."""
+        return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
         """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
