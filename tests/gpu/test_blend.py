@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mi_runtime.blend import PairExperts, PairMatrix, VocabularyPair
+from mi_runtime.delta import DeltaExperts
 from tests.gpu.conftest import DEVICE
 
 Pair = tuple[Tensor, Tensor]
@@ -67,3 +68,13 @@ def test_all_experts_are_blended_at_once_and_laid_out_as_their_endpoints(transpo
     blend = PairExperts(pair, None, transposed).blend(0.3)
     assert not differing(blend, rounded_once((low, high), 0.3))
     assert blend.stride() == low.stride()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_rounded_difference_is_added_in_fp32(kind: str) -> None:
+    """To within one rounding of the result; on a GPU it may be fused, on a CPU not."""
+    pair = near(4, 96, 160, dtype=torch.bfloat16)
+    experts = DeltaExperts(pair, None, False, kind)  # type: ignore[arg-type]
+    exact = pair[0].double() + 0.3 * experts.delta.dequantized(torch.float32).double()
+    error = (experts.blend(0.3).double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 + 1e-6).all()
