@@ -38,6 +38,7 @@ from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.rows import ENDPOINTS, INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
 
 EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # of a swapped module of experts
+VOCABULARY_PIECE = 16384  # tokens whose logits are blended at once: bounds the fp32 copies
 
 
 class UnsupportedModel(ValueError):
@@ -159,7 +160,8 @@ class VocabularyPair:
     """Both endpoints' `[vocabulary, dim]` matrices as they were loaded: embedding, head, or both.
 
     The largest matrices of a model stay apart, so that loading never copies them; for the rows
-    that reach the head, two products and a lerp cost the same as one product over `2·dim`.
+    that reach the head, two products and a lerp cost the same as one product over `2·dim`. They
+    are made piece by piece: of 512 scored positions, both and their fp32 copies are over a GB.
     """
 
     def __init__(
@@ -193,7 +195,12 @@ class VocabularyPair:
         low, high = self.endpoints
         if self.kernels.takes(x):
             return self.kernels.pair(x, low, high, rows.weights)
-        return _lerp_rows(F.linear(x, low), F.linear(x, high), rows)
+        out = x.new_empty(*x.shape[:-1], len(low))
+        for first in range(0, len(low), VOCABULARY_PIECE):
+            piece = slice(first, first + VOCABULARY_PIECE)
+            own = F.linear(x, low[piece]), F.linear(x, high[piece])
+            out[..., piece] = _lerp_rows(*own, rows)
+        return out
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
         """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`.
