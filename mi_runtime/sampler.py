@@ -271,13 +271,14 @@ def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
     """`[rows]` int64."""
-    held = [(row, one.forced_token) for row, one in enumerate(sequences)]
-    forced = {row: token for row, token in held if token is not None}
-    drawn = {
-        row: one
-        for row, one in enumerate(sequences)
-        if one.request.sampling.temperature > 0 and row not in forced
-    }
+    forced: dict[int, int] = {}
+    drawn: dict[int, Sequence] = {}
+    for row, one in enumerate(sequences):
+        token = one.forced_token
+        if token is not None:
+            forced[row] = token
+        elif one.request.sampling.temperature > 0:
+            drawn[row] = one
     greedy = len(drawn) < len(sequences)
     tokens = logits.argmax(1) if greedy else logits.new_zeros(len(logits), dtype=torch.int64)
     if drawn:
