@@ -230,7 +230,9 @@ class RowParameter:
         self.endpoints = (instruct.clone(), thinking.clone())
         self.slot = slot
         self._lambda_shape = (-1,) + (1,) * (axes + instruct.dim())
-        self._own_shape = (1,) * axes + tuple(instruct.shape)
+        shape = (1,) * axes + tuple(instruct.shape)
+        # In fp32 they are small as well, and need not be widened anew in every replay.
+        self._wide = tuple(side.float().view(shape) for side in self.endpoints)
 
     def value(self) -> Tensor:
         """The parameter itself at an endpoint, else `[rows or 1, 1…, *shape]`, in its dtype."""
@@ -240,8 +242,7 @@ class RowParameter:
         return rows.derived(self, self._blend_rows)
 
     def _blend_rows(self, weights: Tensor) -> Tensor:
-        instruct, thinking = (side.float().view(self._own_shape) for side in self.endpoints)
-        blend = torch.lerp(instruct, thinking, weights.view(self._lambda_shape))
+        blend = torch.lerp(*self._wide, weights.view(self._lambda_shape))
         return blend.to(self.endpoints[INSTRUCT].dtype)
 
 
