@@ -232,7 +232,8 @@ class RowParameter:
         self._lambda_shape = (-1,) + (1,) * (axes + instruct.dim())
         shape = (1,) * axes + tuple(instruct.shape)
         # In fp32 they are small as well, and need not be widened anew in every replay.
-        self._wide = tuple(side.float().view(shape) for side in self.endpoints)
+        low, high = (side.float().view(shape) for side in self.endpoints)
+        self._wide = (low, high)
 
     def value(self) -> Tensor:
         """The parameter itself at an endpoint, else `[rows or 1, 1…, *shape]`, in its dtype."""
