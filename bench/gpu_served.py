@@ -8,7 +8,8 @@ In this order, and told as a line of JSON each when it is known:
     start           the pair made and written as checkpoints (into memory, where it has room), and
                     `mi-server serve` on them, a process of its own, up to its `/ready`
     HTTP            64 greedy streams of exactly 128 tokens, read by this process: at 64 different
-                    λ, and at one
+                    λ, and at one; with seconds to the first token and between tokens, and how many
+                    cores each process took
     start, engine   an engine in this process with the same settings, on the pair in its memory
     HTTP / engine   rounds of both in turn, at the same token ids: the ratio is of their medians
 
@@ -55,9 +56,10 @@ from server.config import load_settings
 
 NAME: Final = "random"  # of the model on the wire
 AIMED_AT: Final = 0.95  # of the engine's throughput, over HTTP
-ROUNDS: Final = 5  # of a measurement, at most
+ROUNDS: Final = 5  # of both in turn, at most
+FIRST_ROUNDS: Final = 2  # of HTTP by itself
 LONGEST_ROUND: Final = 120.0  # seconds: streams that take longer hang
-START_LIMIT: Final = 900.0  # seconds, compiled steps included
+START_LIMIT: Final = 600.0  # seconds, compiled steps included
 BLEND_ROOM: Final = 1.5  # models: room for one, and for its recordings
 LONGEST_ERROR: Final = 500  # characters
 
@@ -179,7 +181,7 @@ def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
                 "layers": run.shape.layers,
                 "engine": engine,
             }
-            yield row("start", facts=facts, **faults(engine, run))
+            yield row("start", facts=facts, **faults(engine, run.place.device))
             rounds = Rounds(run, server, seconds)
             for kind in KINDS:
                 yield rounds.over_http(kind)
@@ -187,12 +189,12 @@ def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
             alone = engine_alone(run, pair, flags)
             engine = said_by(alone.info)
             facts = {"seconds": time.perf_counter() - started, "engine": engine}
-            yield row("start, engine alone", facts=facts, **faults(engine, run))
+            yield row("start, engine alone", facts=facts, **faults(engine, run.place.device))
             for kind in KINDS:
                 yield from rounds.in_turn(kind, alone)
 
 
-def row(what: str, run: Run | None = None, kind: Lambdas = "different", **values: Any) -> Record:
+def row(what: str, run: Run | None = None, kind: Lambdas = "one", **values: Any) -> Record:
     """Of `run`: one that was measured."""
     sizes = {"sequences": 0, "tokens": 0}
     if run is not None:
@@ -223,13 +225,13 @@ def said_by(info: EngineInfo) -> dict[str, str]:
     return {"attention": info.attention, "pair_kernels": kernels, "graphs": info.graphs}
 
 
-def faults(engine: dict[str, str], run: Run) -> dict[str, str]:
+def faults(engine: dict[str, str], device: torch.device) -> dict[str, str]:
     """What must not be on a GPU, as the error of a row."""
-    if run.place.device.type != "cuda":
+    if device.type != "cuda":
         return {}
-    off = [name for name in ("graphs", "pair_kernels") if engine[name].startswith("none")]
-    off += ["pair_kernels"] if engine["pair_kernels"] == "up to 0 rows" else []
-    return {"error": f"off: {', '.join(off)}"} if off else {}
+    off = {"graphs": ("none",), "pair_kernels": ("none", "up to 0 rows")}
+    found = [name for name, words in off.items() if engine[name].startswith(words)]
+    return {"error": f"off: {', '.join(found)}"} if found else {}
 
 
 def free_memory(run: Run) -> int:
@@ -250,14 +252,20 @@ class Rounds:
         self._seeds = itertools.count()
 
     def over_http(self, kind: Lambdas) -> Record:
-        (served,) = self._measured(kind, {"HTTP": self._streamed}).values()
-        streams = [stream for answered in served for stream in answered.streams]
-        return self._row("HTTP", kind, served, **latencies(streams))
+        """A row with few rounds, so that it is early."""
+        ways, cpu = self._server.ways(), self._cpu_seconds()
+        served = self._measured(kind, {"HTTP": self._streamed}, FIRST_ROUNDS)["HTTP"]
+        taken = {name: now - cpu[name] for name, now in self._cpu_seconds().items()}
+        seconds = taken.pop("wall")
+        facts = latencies([stream for answered in served for stream in answered.streams])
+        facts["ways"] = {way: now - ways[way] for way, now in self._server.ways().items()}
+        facts["cores"] = {name: one / seconds for name, one in taken.items()}
+        return self._row("HTTP", kind, served, **facts)
 
     def in_turn(self, kind: Lambdas, alone: EngineAlone) -> Iterator[Record]:
         """Rows of the engine alone and of the ratio."""
         ways = {"HTTP": self._streamed, "engine alone": alone.answer}
-        served, by_itself = self._measured(kind, ways).values()
+        served, by_itself = self._measured(kind, ways, self._run.scale.rounds).values()
         yield self._row("engine alone", kind, by_itself)
         seconds = [median(one.seconds for one in rounds) for rounds in (by_itself, served)]
         said = [
@@ -271,12 +279,12 @@ class Rounds:
         yield row("HTTP / engine alone", self._run, kind, ratio=ratio, facts=facts)
 
     def _measured(
-        self, kind: Lambdas, ways: dict[str, Callable[[list[Asked]], Answered]]
+        self, kind: Lambdas, ways: dict[str, Callable[[list[Asked]], Answered]], most: int
     ) -> dict[str, list[Answered]]:
-        """Rounds in which all ways are asked the same, one after the other; after a warm-up, as many
-        as there is time for."""
+        """Rounds in which all ways are asked the same, one after the other. After a warm-up as many
+        as there is time for, and at least one."""
         measured: dict[str, list[Answered]] = {name: [] for name in ways}
-        for index in range(self._run.scale.rounds + 1):
+        for index in range(most + 1):
             if index > 1 and self._left <= 0:
                 break
             asked = self._asked(kind)
@@ -288,6 +296,11 @@ class Rounds:
                 print(f"round {index}  {kind} λ  {name:<13} {rate:>9,.1f} tokens/s", flush=True)
             self._left -= time.monotonic() - started
         return measured
+
+    def _cpu_seconds(self) -> dict[str, float]:
+        """Of each process, and of the clock."""
+        own = {"client": time.process_time(), "wall": time.monotonic()}
+        return self._server.cpu_seconds() | own
 
     def _asked(self, kind: Lambdas) -> list[Asked]:
         return workload(
@@ -340,4 +353,7 @@ def middle_and_tail(seconds: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    # Whoever ends this process has its files gone, and its server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    torch.set_num_threads(default_threads())
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""`mi-server serve` as a process, on the embedded pair or another, and clients of it in this one."""
+"""`mi-server serve` as a process, on the embedded pair or another, and clients of it here."""
 
 import asyncio
 import http.client
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.workload import NEW_TOKENS
 from mi_runtime.embedded_pair.task import draw_questions
@@ -158,12 +160,17 @@ class Server:
         raise ServerFailed(f"the server did not start: exit code {self._process.wait()}")
 
     def _check_ready(self) -> None:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=10)
-        connection.request("GET", "/ready")
-        status = connection.getresponse().status
-        connection.close()
+        status, _ = self._get("/ready")
         if status != 200:
             raise ServerFailed(f"/ready says {status}")
+
+    def _get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=10)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, text
 
     def _end(self) -> int:
         """Has it end, or ends it; its exit code."""
@@ -177,6 +184,19 @@ class Server:
             self._process.wait()
             assert self._process.stdout is not None
             self._process.stdout.close()
+
+    def ways(self) -> dict[str, int]:
+        """How many blend groups forwards have run by each way, so far."""
+        _, text = self._get("/metrics")
+        found = re.findall(r'^mi_layer_executions_total\{.*way="(\w+)"\} (\S+)', text, re.MULTILINE)
+        return {way: int(float(count)) for way, count in found}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Of the cores, so far, by its two processes."""
+        http_process = psutil.Process(self._process.pid)
+        (engine,) = http_process.children()
+        times = {"http": http_process.cpu_times(), "engine": engine.cpu_times()}
+        return {name: one.user + one.system for name, one in times.items()}
 
     async def stream_all(self, asked: Sequence[Asked], key: str = "-") -> list[Streamed]:
         """All of them at once, in the order of `asked`. Raises `ServerFailed`."""

@@ -1,7 +1,7 @@
-"""A random pair of real shapes on disk, as a user's would be: weights, configs, tokenizer, template.
+"""A random pair of real shapes on disk, as a user's: weights, configs, tokenizer, chat template.
 
-Weights are drawn on their device and go into shards of safetensors, a thread each, through one small
-buffer a thread: fresh pages are what writing into memory costs, so none are taken but the file's.
+Weights are drawn on their device and go into shards of safetensors, one thread a shard, through one
+small buffer a thread: the only new pages are the file's, which are what writing into memory costs.
 The models stay, so that an engine in this process need not load what it wrote.
 
 The tokenizer is the embedded pair's, with made-up words for all other ids: four letters behind a

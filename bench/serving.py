@@ -103,8 +103,10 @@ class EngineAlone:
 
 
 def over_http(server: Server, asked: Sequence[Asked], limit: float | None = None) -> Answered:
-    """All streams at once, from the first request's start to the last's end; within so many seconds,
-    or TimeoutError."""
+    """All streams at once, from the first request's start to the last's end.
+
+    Raises `ServerFailed`, and TimeoutError where they take longer than `limit` seconds.
+    """
 
     async def read() -> list[Streamed]:
         async with asyncio.timeout(limit):
