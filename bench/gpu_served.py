@@ -7,11 +7,12 @@ In this order, and told as a line of JSON each when it is known:
 
     start           the pair made and written as checkpoints (into memory, where it has room), and
                     `mi-server serve` on them, a process of its own, up to its `/ready`
-    HTTP            64 greedy streams of exactly 128 tokens, read by this process: at 64 different
-                    λ, and at one; with seconds to the first token and between tokens, and how many
-                    cores each process took
+    HTTP            64 greedy streams of exactly 256 tokens, read by this process: at 64 different
+                    λ, and at one; with seconds to the first token and between tokens, the rate once
+                    all streams run, and how many cores each process took
     start, engine   an engine in this process with the same settings, on the pair in its memory
-    HTTP / engine   rounds of both in turn, at the same token ids: the ratio is of their medians
+    HTTP / engine   rounds of both in turn, at the same token ids: the ratio of their medians, and
+                    how many answers are the same, to the last token
 
 Both are resident at once, with as much KV and blended weights as they need and no more. `--seconds`
 bounds the rounds; starting takes what it takes, and of each kind two rounds are run whatever is
@@ -30,7 +31,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -70,8 +71,8 @@ KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
 @dataclass(frozen=True, slots=True)
 class Scale:
     streams: int = 64
-    new_tokens: int = 128
-    context: int = 256  # tokens of a prompt and its answer, at most
+    new_tokens: int = 256  # some seconds: reading 64 requests is a part that no answer has again
+    context: int = 384  # tokens of a prompt and its answer, at most
     rounds: int = ROUNDS
 
 
@@ -258,6 +259,7 @@ class Rounds:
         taken = {name: now - cpu[name] for name, now in self._cpu_seconds().items()}
         seconds = taken.pop("wall")
         facts = latencies([stream for answered in served for stream in answered.streams])
+        facts["steady_tokens_a_second"] = median(steady(answered.streams) for answered in served)
         facts["ways"] = {way: now - ways[way] for way, now in self._server.ways().items()}
         facts["cores"] = {name: one / seconds for name, one in taken.items()}
         return self._row("HTTP", kind, served, **facts)
@@ -273,8 +275,9 @@ class Rounds:
             for over_http, directly in zip(served, by_itself, strict=True)
             for one, other in zip(over_http.texts, directly.texts, strict=True)
         ]
-        facts = {"aimed_at": AIMED_AT, "answers": len(said), "same_answers": sum(said)}
+        facts: Record = {"aimed_at": AIMED_AT, "answers": len(said), "same_answers": sum(said)}
         facts["seconds"] = {"engine": seconds[0], "HTTP": seconds[1]}
+        facts["steady_tokens_a_second"] = median(steady(answered.streams) for answered in served)
         ratio = seconds[0] / seconds[1]
         yield row("HTTP / engine alone", self._run, kind, ratio=ratio, facts=facts)
 
@@ -345,6 +348,15 @@ def latencies(streams: list[Streamed]) -> dict[str, Any]:
         "events": sum(map(len, moments)),
         "tokens": sum(stream.asked.new_tokens for stream in streams),
     }
+
+
+def steady(streams: Sequence[Streamed]) -> float:
+    """Tokens a second from when all streams have their first token until one has its last: what is
+    left out is reading so many requests at once."""
+    moments = [stream.moments for stream in streams]
+    start, end = max(one[0] for one in moments), min(one[-1] for one in moments)
+    read = sum(start < at <= end for one in moments for at in one)
+    return read / (end - start) if end > start else 0.0
 
 
 def middle_and_tail(seconds: list[float]) -> dict[str, float]:

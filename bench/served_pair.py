@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from bench.gpu_bounds import Shape
+from bench.gpu_card import synchronize
 from bench.gpu_pairs import Place, random_endpoint, random_thinking
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.embedded_pair.tokenizer import TURN_END
@@ -75,6 +76,7 @@ def write_pair(shape: Shape, place: Place, folder: Path) -> WrittenPair:
     words = range(*_ids_of_words(tokenizer))
     for endpoint in (instruct, thinking):
         say_only(endpoint, words)
+    synchronize(place.device)
     made = time.perf_counter()
     directories = folder / "instruct", folder / "thinking"
     shards: list[tuple[Path, dict[str, Tensor]]] = []

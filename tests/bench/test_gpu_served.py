@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 import bench.gpu_served
 from bench.gpu_bounds import SHAPES, TINY
 from bench.gpu_pairs import Place
-from bench.gpu_served import SMALL, Run, engine_said, faults, main, rows_of, said_by
+from bench.gpu_served import SMALL, Run, engine_said, faults, main, rows_of, said_by, steady
 from bench.served import Asked, ServerFailed, Streamed
 from bench.served_pair import made_up_tokenizer, write_pair
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
@@ -148,6 +148,15 @@ def test_a_stream_that_ends_early_is_an_error_that_shows_its_end() -> None:
     told_error = b'data: {"error":{"message":"The engine process ended"}}\n\n'
     with pytest.raises(ServerFailed, match="The engine process ended"):
         Streamed(Asked("x", 0.5, seed=1), 0.0, ((1.0, told_error),)).check()
+
+
+def test_the_steady_rate_is_taken_while_all_streams_run() -> None:
+    event = b'data: {"choices":[{"index":0,"delta":{"content":" aaaa"}}]}\n\n'
+    streams = [
+        Streamed(Asked("x", 0.5, seed), 0.0, tuple((float(at), event) for at in moments))
+        for seed, moments in enumerate([(1, 2, 3, 4), (3, 4, 5, 6)])
+    ]
+    assert steady(streams) == 2  # the second's first token is at 3, the first's last at 4
 
 
 def test_an_event_that_is_read_in_two_pieces_has_come_with_the_second() -> None:
