@@ -31,7 +31,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -169,6 +169,11 @@ def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
         return
     with tempfile.TemporaryDirectory(prefix="mi-served-", dir=folder) as directory:
         pair = write_pair(run.shape, run.place, Path(directory))
+        made, written = (
+            f"made in {pair.seconds_made:.1f} s",
+            f"written in {pair.seconds_written:.1f} s",
+        )
+        print(f"{pair.bytes / 1e9:.2f} GB {made}, {written}: {directory}", flush=True)
         flags, before = run.flags(pair), free_memory(run)
         with Server(*flags, start_limit=START_LIMIT) as server:
             engine = engine_said(server.ready_line)
@@ -226,7 +231,7 @@ def said_by(info: EngineInfo) -> dict[str, str]:
     return {"attention": info.attention, "pair_kernels": kernels, "graphs": info.graphs}
 
 
-def faults(engine: dict[str, str], device: torch.device) -> dict[str, str]:
+def faults(engine: dict[str, str], device: torch.device) -> Record:
     """What must not be on a GPU, as the error of a row."""
     if device.type != "cuda":
         return {}
@@ -282,7 +287,7 @@ class Rounds:
         yield row("HTTP / engine alone", self._run, kind, ratio=ratio, facts=facts)
 
     def _measured(
-        self, kind: Lambdas, ways: dict[str, Callable[[list[Asked]], Answered]], most: int
+        self, kind: Lambdas, ways: Mapping[str, Callable[[list[Asked]], Answered]], most: int
     ) -> dict[str, list[Answered]]:
         """Rounds in which all ways are asked the same, one after the other. After a warm-up as many
         as there is time for, and at least one."""

@@ -86,7 +86,10 @@ class EngineAlone:
         started = time.perf_counter()
         events = self._engine.generate(requests)
         seconds = time.perf_counter() - started
-        said = [[event.token_id for event in events[it.request_id]] for it in requests]
+        said = [
+            [event.token_id for event in events[it.request_id] if event.token_id is not None]
+            for it in requests
+        ]
         assert [len(tokens) for tokens in said] == [one.new_tokens for one in asked]
         return Answered(seconds, [self._prompts.vocabulary.decode(tokens) for tokens in said])
 
