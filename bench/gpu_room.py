@@ -12,6 +12,7 @@ from bench.gpu_cases import Scale, Skipped
 
 RESERVE: Final = 6e9  # the largest step's activations, recordings, workspaces of libraries
 PLACES: Final = 2  # λ values with blended weights: a hot one, and one that is new
+TINY: Final = 1e9
 WARM_STEPS: Final = 12
 HOT_STEPS: Final = 200  # in which a λ that stays alone must have got its blended weights
 BLOCK: Final = 16  # tokens
@@ -21,7 +22,7 @@ BLOCK: Final = 16  # tokens
 class Room:
     tokens: int  # of KV
     places: int  # of blended weights
-    blend_bytes: int  # of them together, with what recordings take besides
+    blend_bytes: int | None  # for them, and their recordings; None: as the engine divides
 
 
 def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = ITEM) -> Room:
@@ -38,8 +39,9 @@ def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = 
     places = int(min(PLACES, (left - least * token) // copy)) if store == "pair" else 0
     wanted = max(tokens_of(*size, scale) for size in scale.decodes)
     tokens = int(min(wanted, (left - places * copy) // token))
-    # 1.4: between what so many places take and what one more would, however large its recordings
-    return Room(tokens, places, int(1.4 * places * copy))
+    # 1.4: more than so many places take with their recordings, and less than one more would. Of a
+    # tiny model recordings are the larger part.
+    return Room(tokens, places, None if copy < TINY else int(1.4 * places * copy))
 
 
 def tokens_of(sequences: int, context: int, scale: Scale) -> int:
