@@ -71,6 +71,7 @@ class Scale:
     prefill: tuple[int, int] = (8, 2048)  # sequences, tokens each
     prompts: tuple[int, ...] = (1024, 64)  # whose first token is waited for
     answers: tuple[int, int, int] = (32, 1024, 128)  # sequences, tokens of prompt and of answer
+    warm: int = 12  # steps before the rounds of a decode row
     rounds: int = 5
     steps: int = 32  # at most, of a round
     seconds: float = 1.0  # that the rounds of a decode row may take together
@@ -91,6 +92,7 @@ SMALL: Final = Scale(
     prefill=(2, 24),
     prompts=(8,),
     answers=(32, 8, 4),
+    warm=3,
     rounds=2,
     steps=2,
     seconds=0.01,

@@ -12,8 +12,7 @@ from bench.gpu_cases import Scale, Skipped
 
 RESERVE: Final = 6e9  # the largest step's activations, recordings, workspaces of libraries
 PLACES: Final = 2  # λ values with blended weights: a hot one, and one that is new
-TINY: Final = 1e9
-WARM_STEPS: Final = 12
+TINY: Final = 1e9  # bytes of a copy of the weights
 HOT_STEPS: Final = 200  # in which a λ that stays alone must have got its blended weights
 BLOCK: Final = 16  # tokens
 
@@ -51,4 +50,4 @@ def tokens_of(sequences: int, context: int, scale: Scale) -> int:
 
 def growth(scale: Scale) -> int:
     """Tokens that each context of a decode row may grow by while it is measured."""
-    return 1 + WARM_STEPS + HOT_STEPS + scale.rounds * scale.steps
+    return 1 + scale.warm + HOT_STEPS + scale.rounds * scale.steps

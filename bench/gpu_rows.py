@@ -36,7 +36,7 @@ from bench.gpu_bounds import (
 from bench.gpu_card import synchronize
 from bench.gpu_cases import Case, Lambdas, Record, Scale, Skipped, What
 from bench.gpu_pairs import Place, random_endpoint, random_pair
-from bench.gpu_room import BLOCK, HOT_STEPS, PLACES, WARM_STEPS, Room, room_for, tokens_of
+from bench.gpu_room import BLOCK, HOT_STEPS, PLACES, Room, room_for, tokens_of
 from bench.static import static_model
 from bench.workload import Pair
 from mi_runtime.config import EngineConfig
@@ -116,7 +116,7 @@ class Rows:
         with self._running(case) as requests:
             self._until_each_has_a_token(requests)
             self._until_hot(case)
-            step = min(self._seconds_a_step(1) for _ in range(WARM_STEPS))
+            step = min(self._seconds_a_step(1) for _ in range(self._scale.warm))
             rounds = self._scale.rounds
             steps = max(2, min(self._scale.steps, int(self._scale.seconds / rounds / step)))
             before = self._ways()
