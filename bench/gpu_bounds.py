@@ -78,10 +78,12 @@ class Shape:
 
 SHAPES: Final = {
     "4b": Shape(36, 2560, 9728, 32, 8, 128, 151_936, tied=True),
+    "8b": Shape(36, 4096, 12_288, 32, 8, 128, 151_936, tied=False),
     "30b-a3b": Shape(48, 2048, 768, 32, 4, 128, 151_936, tied=False, experts=128, chosen=8),
+    "70b-tp4": Shape(80, 8192, 7168, 16, 2, 128, 128_256, tied=False),  # a fourth, but for the head
 }
 TINY: Final = {
-    "4b": Shape(2, 64, 96, 4, 2, 16, 512, tied=True),
+    **dict.fromkeys(("4b", "8b", "70b-tp4"), Shape(2, 64, 96, 4, 2, 16, 512, tied=True)),
     "30b-a3b": Shape(2, 64, 32, 4, 2, 16, 512, tied=False, experts=8, chosen=2),
 }
 
