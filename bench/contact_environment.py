@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.contact_carried import installed
+from bench.contact_carried import KERNELS, installed
 from bench.contact_rows import Skipped, Told
 
 ROOT: Final = Path(__file__).parents[1]
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told.attempt("C compiler", compiler_facts)
     told.attempt("torch", torch_facts)
     told.attempt("device", lambda: device_facts(smoke))
+    told.attempt("carried kernels", lambda: carried_facts(smoke))
     told.attempt("a Triton kernel", kernel_facts)
     told.attempt("imports", import_facts)
     return int(told.failed)
@@ -73,17 +74,18 @@ def nvidia_facts() -> Facts:
 
 def room_facts() -> Facts:
     """Free bytes."""
-    return {
-        path: shutil.disk_usage(path).free for path in (".", "/tmp", "/dev/shm") if Path(path).is_dir()
-    } | {"memory": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    folders = [path for path in (".", "/tmp", "/dev/shm") if Path(path).is_dir()]
+    free = {path: shutil.disk_usage(path).free for path in folders}
+    return {**free, "memory": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
 def compiler_facts() -> Facts:
     """Triton builds its launchers with a C compiler and Python's headers."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
+    found = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
+    compiler = next(filter(None, found), None)
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if not compiler or not headers.exists():
-        raise FileNotFoundError(f"compiler: {compiler or 'none'}, {headers}: {headers.exists()}")
+        raise FileNotFoundError(f"compiler: {compiler}, {headers}: {headers.exists()}")
     return {"compiler": compiler, "ncu": shutil.which("ncu")}
 
 
@@ -122,10 +124,21 @@ def device_facts(smoke: bool) -> Facts:
     }
 
 
-def kernel_facts() -> Facts:
-    from bench.contact_kernel import doubled
+def carried_facts(smoke: bool) -> Facts:
+    """Kernels that were compiled elsewhere go where Triton looks for its own."""
+    if smoke or not KERNELS.exists():
+        raise Skipped("kernels are interpreted" if smoke else f"there is no {KERNELS}")
+    from triton import knobs
 
+    from bench.kernel_code import unpack
+
+    return {"figure": f"{unpack(KERNELS, Path(knobs.cache.dir))} kernels carried"}
+
+
+def kernel_facts() -> Facts:
     import torch
+
+    from bench.contact_kernel import doubled
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     numbers = torch.randn(1000, device=device)

@@ -2,10 +2,10 @@
 
     python -m bench.contact_profile [--smoke]
 
-A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, all λ different and then all
-at an endpoint; torch's profiler counts what runs on the device in a few steps. Where `ncu` is there,
-it then reads a few counters of the pair product of gate and up, in a process of its own and with
-the clocks left alone. No trace is kept: rows are.
+A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, all λ different and then
+all at an endpoint; torch's profiler counts what runs on the device in a few steps. Where `ncu` is
+there, it then reads a few counters of the pair product of gate and up, in a process of its own and
+with the clocks left alone. No trace is kept: rows are.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
@@ -23,7 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.contact_rows import Skipped, Told
 from bench.gpu_bounds import SHAPES, TINY
 from bench.gpu_card import synchronize
+from bench.gpu_cases import Run
 from bench.gpu_pairs import Place, random_pair
+from bench.gpu_subjects import what_is_off
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
@@ -70,12 +73,9 @@ CASES: Final = {"different λ": lambda index, rows: (index + 0.5) / rows, "λ = 
 
 def start(smoke: bool, made: "list[Decoding]") -> Facts:
     made.append(Decoding(smoke))
-    info = made[0].engine.info
-    return {
-        "engine": {
-            name: getattr(info, name) for name in ("device", "graphs", "pair_kernels", "attention")
-        }
-    }
+    engine = asdict(made[0].engine.info)
+    off = what_is_off(engine, Run("4b", smoke)) if torch.cuda.is_available() else []
+    return {"engine": engine, **({"error": "; ".join(off)} if off else {})}
 
 
 class Decoding:
@@ -194,9 +194,7 @@ def counters(smoke: bool) -> Facts:
         *("--metrics", ",".join(COUNTERS)),
         *(sys.executable, "-m", "bench.contact_profile", "--launch"),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=NCU_SECONDS, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=NCU_SECONDS, check=False)
     found = counted(done.stdout)
     if not found:
         raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-400:]}")
@@ -211,11 +209,15 @@ def counted(output: str) -> Facts:
     if begin is None:
         return {}
     names, units, *launches = csv.reader(lines[begin:])
-    return {
-        f"{name} [{unit}]" if unit not in ("", "%") else name: value
-        for name, unit, value in zip(names, units, launches[-1], strict=True)
-        if name in COUNTERS
-    } if launches else {}
+    return (
+        {
+            f"{name} [{unit}]" if unit not in ("", "%") else name: value
+            for name, unit, value in zip(names, units, launches[-1], strict=True)
+            if name in COUNTERS
+        }
+        if launches
+        else {}
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What first contact keeps: one JSON that is whole at any moment, and one table at its end.
 
-A step is `ok` where its process ended with code 0, no row tells of an error, and no engine on a GPU
-runs without what it is there for: recorded decode steps, and kernels of pair products.
+A step is `ok` where its process ended with code 0 and no row tells of an error.
 """
 
 import json
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from bench import gpu_report
 from bench.contact_process import Ended, Row
 
 MOST_FIGURES: Final = 4  # of a step, in the table
@@ -47,9 +47,9 @@ class Record:
     def end(self, name: str, ended: Ended) -> None:
         with self._lock:
             told = self.steps[name]
-            found = list(complaints(told["rows"]))
-            status = "failed" if found and ended.status == "ok" else ended.status
-            why = "; ".join(filter(None, [ended.why, *found]))
+            errors = [f"{name_of(row)}: {row['error']}" for row in told["rows"] if "error" in row]
+            status = "failed" if errors and ended.status == "ok" else ended.status
+            why = "; ".join(filter(None, [ended.why, *errors]))
             told |= {"status": status, "seconds": round(ended.seconds, 1), "why": why}
         self.write()
 
@@ -79,25 +79,10 @@ class Record:
             lines.append(f"| {name} | {told['status']} | {told['seconds']:.0f} | {said} |")
         return "\n".join(lines)
 
-
-def complaints(rows: Sequence[Row]) -> Iterator[str]:
-    """What makes a step fail whose process ended well."""
-    for row in rows:
-        name = f"{row['subject']} {row.get('what', '')}".strip()
-        if "error" in row:
-            yield f"{name}: {row['error']}"
-        engine = row.get("engine") or {}
-        if not str(engine.get("device", "")).startswith("cuda"):
-            continue
-        if engine.get("graphs", "none") == "none":
-            yield f"{name}: decode steps are not recorded"
-        if row["subject"] != "static" and not _has_kernels(engine.get("pair_kernels", "")):
-            yield f"{name}: pair kernels are off ({engine.get('pair_kernels') or 'not measured'})"
-
-
-def _has_kernels(told: str) -> bool:
-    """As the engine tells where pair products go by kernels."""
-    return told.startswith("up to ") and not told.startswith("up to 0 ")
+    def ratios(self, smoke: bool) -> list[str]:
+        """Those that are aimed at, of whatever steps their rows are in."""
+        rows = [row for told in self.steps.values() for row in told["rows"] if "model" in row]
+        return [str(ratio) for ratio in gpu_report.ratios(rows, smoke)]
 
 
 def figures_of(rows: Sequence[Row]) -> Iterator[str]:
@@ -115,7 +100,11 @@ def figures_of(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _figure(row: Row) -> str:
-    what = " ".join(str(row[part]) for part in ("subject", "what", "lambdas") if row.get(part))
     size = f" {row['sequences']}×{row['tokens']}" if row.get("sequences") else ""
     share = f", {row['share']:.0%} of its bound" if "share" in row else ""
-    return f"{what}{size}: {row['seconds'] * 1e3:.2f} ms{share}"
+    lambdas = f" {row['lambdas']} λ" if "lambdas" in row else ""
+    return f"{name_of(row)}{lambdas}{size}: {row['seconds'] * 1e3:.2f} ms{share}"
+
+
+def name_of(row: Row) -> str:
+    return f"{row['subject']} {row.get('what', '')}".strip()

@@ -7,24 +7,28 @@
 Each step is a process group of its own with its own limit: one that fails, hangs or breaks its CUDA
 context costs no other. A step starts only if `least` seconds are left, and what it may take is cut
 to what is left. DIR gets two files, whole at any moment: `first_contact.json` with every row of
-every step, `first_contact.log` with all else that they said. Last comes one table. The exit code is
-0 only if every step that was to run is ok; an engine that has no recorded decode steps, or no pair
-kernels, on a GPU is a failure of its step (`contact_record`).
+every step, `first_contact.log` with all else that they said. Last come the ratios that are aimed
+at, and one table. The exit code is 0 only if every step that was to run is ok; a row that tells of
+an error is a failure of its step, and an engine on a GPU without recorded decode steps, or without
+kernels, is such an error.
 
-It needs Python's standard library alone, so that a torch that does not import is told like any other
-failure. Packages that the machine lacks come from `.wheels/`, compiled kernels from `.kernels/`,
-where those folders are there (`contact_carried`).
+It needs Python's standard library alone, so that a torch that does not import is told like any
+other failure. What the machine lacks comes from `.wheels/`, where that folder is there: packages as
+wheels (`make gpu-wheels`), which are unpacked for the steps and not installed, and compiled kernels
+(`make gpu-kernels`).
 
 What cannot be rehearsed without a GPU, and runs for the first time on the day:
 
-- a launch of compiled Triton code: the interpreter runs the kernels here, and `tests/runtime/kernels`
-  compiles them for sm_90 without running them; what a kernel reads out of bounds shows on a GPU only;
+- a launch of compiled Triton code: here kernels are interpreted, and `bench.kernel_code` compiles
+  them for sm_90 without running them; a read out of bounds shows on a GPU only;
+- kernels in bf16 and fp16 with the arithmetic of the matrix units (interpreted: in fp32);
 - recording and replaying CUDA graphs, and compiling what is recorded by inductor for CUDA;
-- copies from pinned memory, streams, events, and what overlaps: on a CPU the device is the host;
+- copies from pinned memory, streams and events, and what overlaps: on a CPU the device is the host;
 - the choice of attention backend and of pair kernels by time, sizing by the memory that is free,
   and running out of it;
-- the shapes of real models: 4B and 30B-A3B pairs, contexts of 8k, batches of 128 and more;
-- kernels in bf16 and fp16 with the arithmetic of the matrix units (interpreted ones compute in fp32);
+- the shapes of real models: 4B and 30B-A3B pairs, contexts of 8k, batches of 128;
+- the machine's own versions of packages whose versions are not known (`bench/gpu_machine.txt`), its
+  numpy, with which Triton 3.6 does not interpret, and its C compiler;
 - `nvidia-smi`, the profiler's view of the device, and `ncu`.
 """
 
@@ -42,15 +46,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.contact_carried import copy_kernels, unpack_missing
+from bench.contact_carried import WHEELS, unpack_missing
 from bench.contact_process import Ended, run_group
 from bench.contact_record import Record
 
 ROOT: Final = Path(__file__).parents[1]
-WHEELS, KERNELS = ROOT / ".wheels", ROOT / ".kernels"
 NAME: Final = "first_contact"
 SECONDS: Final = 540
-MARGIN: Final = 10  # seconds that a step is ended later than it is told to be done
 ENDING: Final = 5  # seconds that ending a group may take
 REHEARSING: Final = 3  # times as long a step may take, on a machine that does other work beside
 TIME, FOLDER = "{seconds}", "{folder}"  # in a command: what it may take, and where it may write
@@ -66,6 +68,7 @@ class Step:
     limit: int  # seconds
     least: int  # seconds with which it is still worth starting
     memory: int = 0  # GiB that the card must have
+    margin: int = 10  # seconds that it is ended later than it is told to be done
     smoke: tuple[str, ...] = ("--smoke",)  # what a rehearsal adds
 
 
@@ -73,15 +76,16 @@ def gpu(*flags: str, model: str = "4b") -> tuple[str, ...]:
     return ("bench.gpu", "--model", model, *flags, "--seconds", TIME, "--out", FOLDER)
 
 
+SERVED: Final = ("bench.gpu_served", "--model", "4b", "--seconds", TIME, "--out", FOLDER)
 STEPS: Final = (
     Step("a", "environment", ("bench.contact_environment",), 50, 10),
     Step("b", "kernels", ("bench.contact_tests", "kernels"), 75, 20),
     Step("c", "engine", ("bench.contact_tests", "engine"), 90, 30),
     Step("d", "pair", gpu("--only", "card,static,pair"), 150, 60),
-    Step("e", "http", ("bench.gpu_served", "--model", "4b", "--seconds", TIME), 90, 60),
+    Step("e", "http", SERVED, 120, 80, margin=80),  # its seconds are those behind its start
     Step("f", "deltas", gpu("--only", "int8,int4"), 80, 40),
     Step("g", "batching", gpu("--only", "batching"), 60, 30),
-    Step("h", "experts", gpu("--only", "static,pair", model="30b-a3b"), 120, 80, memory=130),
+    Step("h", "experts", gpu("--only", "card,static,pair", model="30b-a3b"), 150, 80, memory=130),
     Step("i", "compiled", gpu("--compile", "--only", "card,static,pair"), 150, 90),
     Step("j", "profile", ("bench.contact_profile",), 75, 30),
 )
@@ -104,6 +108,7 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
             contact = Contact(record, log, environment, deadline, chosen.smoke, Path(folder))
             left_out = [step.name for step in wanted if not contact.run(step)]
         finally:
+            print(*record.ratios(chosen.smoke), sep="\n")
             print(record.table([step.name for step in steps]), flush=True)
     to_run = [step.name for step in wanted if step.name not in left_out]
     return 0 if all(map(record.is_ok, to_run)) else 1
@@ -139,8 +144,7 @@ def ended_in_order() -> Iterator[None]:
 def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
     """What steps see: this checkout, what was carried for them, and no network."""
     site = folder / "site"
-    unpacked = unpack_missing(WHEELS, site)
-    print(f"{len(unpacked)} packages unpacked from {WHEELS}", flush=True)
+    print(f"{len(unpack_missing(WHEELS, site))} packages unpacked from {WHEELS}", flush=True)
     path = [str(ROOT), str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {
         "PYTHONPATH": os.pathsep.join(path),
@@ -150,9 +154,6 @@ def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
     }
     if smoke:
         changed["CUDA_VISIBLE_DEVICES"] = ""
-    elif KERNELS.is_dir():
-        changed["TRITON_CACHE_DIR"] = str(folder / "kernels")
-        print(f"{copy_kernels(KERNELS, folder / 'kernels')} kernels from {KERNELS}", flush=True)
     return {**os.environ, **changed}
 
 
@@ -201,7 +202,7 @@ class Contact:
     def _command(self, step: Step, seconds: float) -> Iterator[str]:
         yield from (sys.executable, "-m")
         for word in (*step.command, *(step.smoke if self.smoke else ())):
-            word = word.replace(TIME, f"{max(1, seconds - MARGIN):.0f}")
+            word = word.replace(TIME, f"{max(1, seconds - step.margin):.0f}")
             yield word.replace(FOLDER, str(self.folder / step.name))
 
     def _say(self, line: str) -> None:
