@@ -25,7 +25,6 @@ do not go by kernels, in the server or here: it is measured all the same.
 
 import argparse
 import itertools
-import json
 import re
 import signal
 import sys
@@ -42,8 +41,9 @@ import torch
 from bench.engine import HOT
 from bench.gpu_bounds import SHAPES, TINY, Shape
 from bench.gpu_card import synchronize
+from bench.gpu_cases import Record
 from bench.gpu_pairs import Place
-from bench.gpu_report import Record, Report
+from bench.gpu_report import Report
 from bench.report import RESULTS
 from bench.served import Asked, Server, Streamed, workload
 from bench.served_pair import WrittenPair, bytes_of_pair, folder_with_room, write_pair
@@ -143,14 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # files go, a server too
     torch.set_num_threads(default_threads())
-    name = f"gpu-served-{run.model}{'-smoke' if run.smoke else ''}"
-    report = Report(name, chosen.out or (BUILD if run.smoke else RESULTS))
-    failed = False
+    report = Report(run, ["served"], chosen.out or (BUILD if run.smoke else RESULTS))
     for record in rows_of(run, chosen.seconds):
-        print(json.dumps(record, ensure_ascii=False), flush=True)
-        failed = failed or "error" in record
         report.add(record)
-    return int(failed)
+    return int(report.failed)
 
 
 def rows_of(run: Run, seconds: float) -> Iterator[Record]:

@@ -57,17 +57,19 @@ TILES = {  # by the most rows they are meant for; all fit the shared memory of s
     64: Tiles(64, 64, 64, warps=4, stages=4),
     128: Tiles(128, 64, 64, warps=8, stages=3),
 }
-FP32_DEPTH = 32
+# Tensor cores round fp32: it is multiplied without them, from registers, which have to last. The
+# interpreter has none, and is slow in programs.
+OF_FP32 = {"depth": 32} | ({} if INTERPRETED else {"columns": 16, "warps": 8, "stages": 2})
 
 
 def tiles_for(rows: int, dtype: torch.dtype, group: int | None = None) -> Tiles:
     """`group`: inputs that share a scale of int4; a tile is one of them deep."""
     tiles = next((tiles for most, tiles in TILES.items() if rows <= most), TILES[128])
-    if group is not None:
-        return replace(tiles, columns=64, depth=group)
     if dtype == torch.float32:
-        return replace(tiles, depth=FP32_DEPTH, stages=2)
-    return tiles
+        tiles = replace(tiles, **OF_FP32)
+    elif group is not None:
+        tiles = replace(tiles, columns=64)
+    return tiles if group is None else replace(tiles, depth=group)
 
 
 def splits_for(programs: int, depth: int, tiles: Tiles) -> int:
@@ -94,7 +96,11 @@ def _between(low, high, value):
     return tl.where(value == 0, low, tl.where(value == 1, high, mixed))
 
 
-@triton.jit(do_not_specialize=["rows", "weight_step"])  # a batch's size compiles nothing anew
+# Neither a batch's size nor where its λ lie compiles anything anew.
+@triton.jit(
+    do_not_specialize=["rows", "weight_step", "scales_expert", "scales_row"],
+    do_not_specialize_on_alignment=["scales", "weights", "order", "owners", "begins", "edges"],
+)
 def _product(
     x,
     first,  # W, or W_I

@@ -57,7 +57,7 @@ def by_kernel(kernels: KernelChoice) -> Iterator[None]:
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tiles: Triton's interpreter is slow in programs, not in numbers."""
     monkeypatch.setattr(pair_linear, "TILES", {128: pair_linear.Tiles(32, 512, 512, 1, 1)})
-    monkeypatch.setattr(pair_linear, "FP32_DEPTH", 512)
+    monkeypatch.setattr(pair_linear, "OF_FP32", {})
     monkeypatch.setattr(pair_linear, "BUSY", 1)
 
 

@@ -1,0 +1,479 @@
+"""What Triton's compiler makes of the kernels, for a GPU that need not be there.
+
+    python -m bench.kernel_code                       a table, for compute capability 9.0
+    python -m bench.kernel_code --model 4b --json     one JSON line a compiled kernel
+    python -m bench.kernel_code --pack FILE           a cache for a machine with the same Triton
+    python -m bench.kernel_code --unpack FILE --into DIR
+
+The host code of `mi_runtime.kernels` runs at the shapes of real models, on tensors whose memory is
+never touched, and its launches go all the way through Triton, whose driver is replaced: it loads
+no binary and runs none. So what is compiled is what serving launches, whatever that comes to.
+
+A packed cache holds the binaries, and the launchers that Triton has the C compiler build. Triton
+finds them by a hash of the kernel's source and line, of its arguments' types and divisibility, of
+its options, and of Triton's own files: another version of any finds nothing there, and compiles.
+What ties a cache to its place are absolute paths in an index, which unpacking writes anew. With
+TRITON_CACHE_DIR naming the unpacked cache, this command says how many kernels it did not find.
+
+Knows no speed. Not in a process where TRITON_INTERPRET is set.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from bench.gpu_bounds import SHAPES, Shape
+
+PROCESSORS: Final = 132
+SHARED: Final = 227 * 1024  # bytes, at most, of a program on an H100 or H200
+GROUP: Final = 64  # inputs that share a scale of int4
+BLOCK_SIZE: Final = 16  # tokens of a KV block
+CONTEXTS: Final = (1024, 8192, 262_144)  # bounds of the lengths; the last is the longest context
+PREFILLS: Final = tuple(2**power for power in range(1, 12))  # tokens of a chunk
+EMBEDDED: Final = Shape(6, 128, 384, 4, 2, 32, 320, tied=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A call of the kernels' host code, as serving makes it."""
+
+    model: str
+    what: str
+    rows: int
+    call: Callable[[], object]
+
+    def __str__(self) -> str:
+        return f"{self.model}: {self.what} of {self.rows}"
+
+
+@dataclass(slots=True)
+class Variant:
+    """A compiled kernel, and who launches it."""
+
+    kernel: str
+    shared: int  # bytes
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread
+    in_flight: int | None  # groups of loads that are not waited for; None: not told
+    tensor_cores: str | None  # the instruction that multiplies, if any
+    seconds: float  # to compile; 0 where it was found
+    found: bool  # in the cache
+    cases: list[str] = field(default_factory=list)
+
+
+# --- A driver without a device -------------------------------------------------------------------
+
+
+class Driver:
+    """What Triton asks a driver for, with every launch noted and none run."""
+
+    def __init__(self, capability: int, launcher: Callable[..., object] | None = None) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+        self._launcher = launcher
+        self.utils = self
+        self.launched: list[str] = []  # kernels, by hash
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED}
+
+    def unload_module(self, module: str) -> None: ...
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """Module, function, registers, spills, and most threads of a program."""
+        return "module", "function", 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        if self._launcher is not None:
+            self._launcher(source, metadata)
+        return partial(self._launch, metadata.hash)
+
+    def _launch(self, kernel: str, x: int, y: int, z: int, *_: object) -> None:
+        assert max(y, z) <= 65_535, (x, y, z)  # of a grid in CUDA
+        assert x * y * z < 2**31, (x, y, z)  # Triton launches nothing where this is not positive
+        self.launched.append(kernel)
+
+
+def compiled(
+    cases: Iterable[Case], capability: int = 90, launcher: Callable[..., object] | None = None
+) -> list[Variant]:
+    """Everything that the cases launch, each compiled or found once."""
+    from triton import knobs
+
+    variants: dict[str, Variant] = {}
+
+    def listen(*, metadata: dict[str, Any], metadata_group: Any, times: Any, **told: Any) -> None:
+        variants[metadata["hash"]] = _variant(metadata, metadata_group, times, told["cache_hit"])
+
+    with _on(Driver(capability, launcher)) as driver, knobs.compilation.scope():
+        knobs.compilation.listener = listen
+        for case in cases:
+            case.call()
+            for kernel in dict.fromkeys(driver.launched):
+                variants[kernel].cases.append(str(case))
+            driver.launched.clear()
+    return list(variants.values())
+
+
+def distinct(cases: Iterable[Case], capability: int = 90) -> dict[tuple[str, str], list[str]]:
+    """The kernels that the cases launch, told apart as Triton does, by name and key; with those
+    that launch them. Nothing is compiled."""
+    from triton import knobs
+
+    found: dict[tuple[str, str], list[str]] = {}
+    with _on(Driver(capability)), knobs.runtime.scope():
+        for case in cases:
+
+            def skip(*, key: str, fn: Any, case: Case = case, **_: object) -> bool:
+                found.setdefault((fn.name, key), []).append(str(case))
+                return True
+
+            knobs.runtime.jit_cache_hook = skip
+            case.call()
+    return found
+
+
+@contextmanager
+def _on(driver: Driver) -> Iterator[Driver]:
+    from triton.runtime.driver import driver as active
+    from triton.runtime.jit import JITFunction
+
+    from mi_runtime.kernels import paged_attention, pair_linear, triton_interpreted
+
+    assert not triton_interpreted()
+    capability = driver.get_current_target().arch
+    active.set_active(driver)
+    for kernel in (*vars(paged_attention).values(), *vars(pair_linear).values()):
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.clear()  # of this process, and another driver
+    device = {"architecture": lambda _: capability, "processors": lambda _: PROCESSORS}
+    with patch.multiple(paged_attention, **device):
+        yield driver
+
+
+def _variant(metadata: dict[str, Any], files: dict[str, str], times: Any, found: bool) -> Variant:
+    paths = {Path(file).suffix: Path(file) for file in files.values()}
+    usage = _resource_usage(paths[".cubin"])
+    ptx = paths[".ptx"].read_text() if ".ptx" in paths else None
+    return Variant(
+        kernel=metadata["name"],
+        shared=metadata["shared"],
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        spilled=int(re.findall(r"STACK:(\d+)", usage)[0]),
+        in_flight=None if ptx is None else _in_flight(ptx),
+        tensor_cores=None if ptx is None else _tensor_cores(ptx),
+        seconds=0.0 if found else times.total / 1e6,
+        found=found,
+    )
+
+
+def _in_flight(ptx: str) -> int:
+    """The loads of the next tiles that are still on their way while one is computed."""
+    waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)
+    return max(map(int, waits), default=0)
+
+
+def _tensor_cores(ptx: str) -> str:
+    return next((name for name in ("wgmma", "mma.sync") if f"{name}." in ptx), "")
+
+
+def _resource_usage(binary: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# --- What serving launches -----------------------------------------------------------------------
+
+
+def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Of every number of rows that is recorded or measured, and of prefill chunks."""
+    from mi_runtime.graphs import SIZES
+    from mi_runtime.measure import KERNEL_ROWS
+
+    decodes = sorted({1, *SIZES})
+    for rows in sorted({*SIZES, *KERNEL_ROWS}):
+        if rows <= max(KERNEL_ROWS):
+            yield from products(model, shape, rows, dtype)
+    for rows in sorted({*decodes, *PREFILLS}):
+        yield from experts(model, shape, rows, dtype)
+        yield Case(model, "writing KV", rows, partial(write, shape, rows, dtype))
+    for rows in decodes:
+        for context in CONTEXTS:
+            call = partial(attend, shape, rows, rows, context, dtype)
+            yield Case(model, f"decode over {context}", rows, call)
+    for rows in PREFILLS:
+        for behind in (0, *CONTEXTS[:2]):
+            call = partial(attend, shape, rows, 0, behind + rows, dtype)
+            yield Case(model, f"prefill behind {behind}", rows, call)
+
+
+def products(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Of the dense matrices, by what is kept of Thinking."""
+    for what, (columns, depth) in matrices(shape).items():
+        for kind, call in (("pair", _pair), ("int8", _int8), ("int4", _int4)):
+            yield Case(model, f"{what} {kind}", rows, partial(call, rows, columns, depth, dtype))
+
+
+def matrices(shape: Shape) -> dict[str, tuple[int, int]]:
+    """`[out, in]` of those that modules share, and of the head."""
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    found = {
+        "q, k and v": (query + 2 * kv, shape.hidden),
+        "output of attention": (shape.hidden, query),
+        "head": (shape.vocabulary, shape.hidden),
+    }
+    if shape.experts:
+        return found
+    mlp = {"gate and up": (2 * shape.inner, shape.hidden), "down": (shape.hidden, shape.inner)}
+    return found | mlp
+
+
+def experts(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator[Case]:
+    if not shape.experts:
+        return
+    for kind in ("single", "pair", "int8", "int4"):
+        call = partial(_experts, shape, rows, kind, dtype)
+        yield Case(model, f"experts {kind}", rows, call)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory that is asked for, and never touched."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def _pair(rows: int, columns: int, depth: int, dtype: torch.dtype) -> None:
+    from mi_runtime.kernels.pair_linear import pair_linear
+
+    both = empty(columns, 2, depth, dtype=dtype)
+    pair_linear(empty(rows, depth, dtype=dtype), both[:, 0], both[:, 1], torch.zeros(rows))
+
+
+def _int8(rows: int, columns: int, depth: int, dtype: torch.dtype) -> None:
+    _delta(rows, empty(columns, depth, dtype=dtype), *_rounded("int8", columns, depth))
+
+
+def _int4(rows: int, columns: int, depth: int, dtype: torch.dtype) -> None:
+    _delta(rows, empty(columns, depth, dtype=dtype), *_rounded("int4", columns, depth))
+
+
+def _delta(rows: int, base: Tensor, delta: Tensor, scales: Tensor) -> None:
+    from mi_runtime.kernels.pair_linear import delta_linear
+
+    x = empty(rows, base.shape[1], dtype=base.dtype)
+    delta_linear(x, base, delta, scales, torch.zeros(rows))
+
+
+def _rounded(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
+    """The difference and its scales, as `mi_runtime/delta.py` lays them out."""
+    *outer, inputs = shape
+    if kind == "int8":
+        return empty(*shape, dtype=torch.int8), empty(*outer, 1, dtype=torch.float32)
+    groups = math.ceil(inputs / GROUP)
+    values = empty(*outer, groups * GROUP // 2, dtype=torch.uint8)
+    return values, empty(*outer, groups, dtype=torch.bfloat16)
+
+
+def _experts(shape: Shape, rows: int, kind: str, dtype: torch.dtype) -> None:
+    """Both projections: the first takes tokens, the second what the first gives."""
+    from mi_runtime.kernels.pair_linear import align, grouped_linear
+
+    alignment = align(torch.zeros(rows, shape.chosen, dtype=torch.int64), shape.experts)
+    weights, assignments = torch.zeros(rows), rows * shape.chosen
+    for columns, depth, gather in (
+        (2 * shape.inner, shape.hidden, True),
+        (shape.hidden, shape.inner, False),
+    ):
+        x = empty(rows if gather else assignments, depth, dtype=dtype)
+        first, second, scales = _expert_matrices(kind, (shape.experts, columns, depth), dtype)
+        grouped_linear(x, first, second, scales, None, weights, alignment, gather=gather)
+
+
+def _expert_matrices(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    experts, columns, depth = shape
+    if kind == "pair":
+        both = empty(experts, columns, 2, depth, dtype=dtype)
+        return both[:, :, 0], both[:, :, 1], None
+    first = empty(*shape, dtype=dtype)
+    return (first, None, None) if kind == "single" else (first, *_rounded(kind, *shape))
+
+
+def write(shape: Shape, rows: int, dtype: torch.dtype) -> None:
+    """Keys come from a norm or a rotation, values as they lie in the shared product."""
+    from mi_runtime.kernels.paged_attention import write_kv
+
+    kv_heads, dim = shape.kv_heads, shape.head_dim
+    keys, values = (empty(64, BLOCK_SIZE, kv_heads, dim, dtype=dtype) for _ in range(2))
+    shared = empty(rows, shape.heads + 2 * kv_heads, dim, dtype=dtype)
+    slots = empty(rows, dtype=torch.int64)
+    write_kv(keys, values, empty(rows, kv_heads, dim, dtype=dtype), shared[:, -kv_heads:], slots)
+
+
+def attend(
+    shape: Shape,
+    rows: int,
+    decodes: int,
+    longest: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+    sinks: bool = False,
+) -> None:
+    """Of so many rows that are decodes each, or one chunk of prefill."""
+    from mi_runtime.kernels.paged_attention import paged_attention
+
+    dim, chunks = shape.head_dim, decodes or 1
+    cache = empty(64, BLOCK_SIZE, shape.kv_heads, dim, dtype=dtype)
+    tables = empty(chunks, math.ceil(longest / BLOCK_SIZE), dtype=torch.int32)
+    numbers = empty(chunks + 1, dtype=torch.int32)
+    own = empty(shape.heads, dtype=dtype) if sinks else None
+    paged_attention(
+        *(empty(rows, shape.heads, dim, dtype=dtype), cache, cache),
+        *(tables, numbers[:-1], numbers, own, dim**-0.5, window),
+        *(decodes, longest if decodes else 0, longest),
+    )
+
+
+# --- A cache to carry ----------------------------------------------------------------------------
+
+KEPT: Final = {".cubin", ".json", ".so"}  # the other stages of a compilation are never read again
+INDEX: Final = "__grp__"  # of the files of a kernel, by Triton's name
+
+
+def pack(file: Path, cases: Iterable[Case], capability: int) -> list[Variant]:
+    """Compiles into a cache of its own, and keeps what running the kernels needs."""
+    with tempfile.TemporaryDirectory() as directory:
+        with patch.dict(os.environ, TRITON_CACHE_DIR=directory):
+            with _building_launchers(Path(directory) / "stub") as launcher:
+                variants = compiled(cases, capability, launcher)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(file, "w:xz") as archive:
+            for path in sorted(Path(directory).glob("*/*")):
+                if path.suffix in KEPT and not path.name.startswith(INDEX):
+                    archive.add(path, path.relative_to(directory))
+    return variants
+
+
+def unpack(file: Path, into: Path) -> int:
+    """Gives the number of kernels; needs no Triton."""
+    with tarfile.open(file) as archive:
+        archive.extractall(into, filter="data")
+    kernels = [path.absolute() for path in into.glob("*/*.json") if INDEX not in path.name]
+    for kernel in kernels:
+        files = {path.name: str(path) for path in kernel.parent.glob(f"{kernel.stem}.*")}
+        (kernel.parent / f"{INDEX}{kernel.name}").write_text(json.dumps({"child_paths": files}))
+    return len(kernels)
+
+
+@contextmanager
+def _building_launchers(stub: Path) -> Iterator[Callable[..., object]]:
+    """Triton's C code, compiled for every kernel's arguments, against a library with nothing in it
+    in the place of the driver's, and not loaded."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    stub.mkdir()
+    library = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1"]
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, *library, "-o", str(stub / "libcuda.so.1")], check=True)
+    with (
+        patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(stub)),
+        patch.object(build, "_load_module_from_path", lambda name, path: _Unloaded()),
+    ):
+        driver.CudaUtils()
+        # Later versions have one launcher for all, in what CudaUtils builds.
+        yield driver.CudaLauncher if hasattr(driver, "make_launcher") else lambda *_: None
+
+
+class _Unloaded:
+    """Stands for a module of which nothing is called."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+# --- What is printed -----------------------------------------------------------------------------
+
+
+def table(variants: Iterable[Variant]) -> Iterator[str]:
+    yield f"{'kernel':<17}{'regs':>5}{'spill':>7}{'shared':>9}{'loads':>6}  {'by':<9}{'s':>5}  launched"
+    for one in sorted(variants, key=lambda one: (one.kernel, -one.registers)):
+        loads = "" if one.in_flight is None else one.in_flight
+        more = f" and {len(one.cases) - 1} more" if len(one.cases) > 1 else ""
+        yield (
+            f"{one.kernel:<17}{one.registers:>5}{one.spilled:>7}{one.shared:>9,}{loads:>6}  "
+            f"{one.tensor_cores or '':<9}{one.seconds:>5.1f}  {one.cases[0]}{more}"
+        )
+
+
+def summary(variants: Iterable[Variant]) -> str:
+    variants = list(variants)
+    counts = Counter(one.kernel for one in variants)
+    found, seconds = sum(one.found for one in variants), sum(one.seconds for one in variants)
+    return (
+        f"{len(variants)} kernels ({', '.join(f'{n} {name}' for name, n in counts.items())}): "
+        f"{found} found, {len(variants) - found} compiled in {seconds:.0f} s; "
+        f"{sum(one.spilled > 0 for one in variants)} spill, "
+        f"at most {max(one.shared for one in variants) / 1024:.0f} KiB of shared memory"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    models = {**SHAPES, "embedded": EMBEDDED}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=models, action="append", help="all, if not given")
+    parser.add_argument("--capability", type=int, default=90, help="10 times the GPU's")
+    parser.add_argument("--json", action="store_true", help="one line a kernel")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="what is compiled, as a .tar.xz")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="compiles nothing")
+    parser.add_argument("--into", type=Path, metavar="DIR", help="where, for TRITON_CACHE_DIR")
+    chosen = parser.parse_args(arguments)
+    if chosen.unpack:
+        print(f"{unpack(chosen.unpack, chosen.into)} kernels in {chosen.into}")
+        return 0
+    cases = (case for name in chosen.model or models for case in serving(name, models[name]))
+    if chosen.pack:
+        variants = pack(chosen.pack, cases, chosen.capability)
+    else:
+        variants = compiled(cases, chosen.capability)
+    lines = (json.dumps(asdict(one)) for one in variants) if chosen.json else table(variants)
+    for line in lines:
+        print(line, flush=True)
+    print(summary(variants), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

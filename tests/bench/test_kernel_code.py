@@ -1,0 +1,110 @@
+"""The kernels as the compiler makes them for a Hopper GPU (9.0), none of which is needed for it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.kernel_code import SHARED
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {"attend_kernel", "add_parts_kernel", "write_kernel", "_product", "_sum_splits"}
+REGISTERS = 65_536 // 256  # of a thread, where a program has eight warps
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By a process that compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    folder = str(tmp_path_factory.mktemp("carried"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.bench.without_a_card", folder],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_every_kernel_fits_and_keeps_its_numbers_in_registers(looked_at: dict[str, Any]) -> None:
+    assert {one["kernel"] for one in looked_at["compiled"]} == KERNELS
+    for one in looked_at["compiled"]:
+        assert one["shared"] <= SHARED, one
+        assert one["registers"] < REGISTERS, one
+        assert one["spilled"] == 0, one
+
+
+def test_two_programs_of_a_decode_fit_a_processor_at_once(looked_at: dict[str, Any]) -> None:
+    """One loads while the other computes."""
+    decodes = [one for one in attending(looked_at) if "decode" in one["cases"][0]]
+    assert len(decodes) == 2
+    assert max(one["shared"] for one in decodes) * 2 <= SHARED
+
+
+def test_the_next_tile_is_on_its_way_while_one_is_computed(looked_at: dict[str, Any]) -> None:
+    """The compiler sees to it only where it has the addresses early: so the table is read ahead.
+
+    Keys and values of one tile; of a product, at least both endpoints of one. Without tensor
+    cores, in fp32, nothing is loaded ahead."""
+    assert len(attending(looked_at)) == 5
+    for one in attending(looked_at):
+        assert one["in_flight"] == 2, one
+    for one in products(looked_at):
+        assert one["in_flight"] >= 2, one
+
+
+def test_many_rows_are_multiplied_by_the_instruction_that_is_made_for_it(
+    looked_at: dict[str, Any],
+) -> None:
+    """Which takes 64 rows at least."""
+    for one in products(looked_at):
+        rows = int(one["cases"][0].rsplit(" ", 1)[1])
+        assert one["tensor_cores"] == ("wgmma" if rows >= 64 else "mma.sync"), one
+
+
+def test_a_model_is_served_by_some_dozens_of_kernels(looked_at: dict[str, Any]) -> None:
+    """A compilation takes a second, and the first step that launches a kernel waits for it.
+
+    Of products: 3 kinds, 4 sizes of tiles, and K split or whole; as many again for each projection
+    of experts, of 4 kinds, never split. Attention is decode or prefill, split or not."""
+    for model, kernels in looked_at["variants"].items():
+        counts = Counter(kernel.split()[0] for kernel in kernels)
+        experts = 2 * 4 * 4 if model == "30b-a3b" else 0
+        assert counts["_product"] <= 3 * 4 * 2 + experts
+        assert counts["attend_kernel"] <= 4
+        assert counts["add_parts_kernel"] <= 6  # 2 to 64 parts
+        assert counts["_sum_splits"] <= 7  # 2 to 8
+        assert counts["write_kernel"] == 1
+    shared = set.intersection(*map(set, looked_at["variants"].values()))
+    assert len(shared) > 20, "models of other sizes take the same products"
+
+
+def test_what_a_model_launches_is_what_the_command_compiles(looked_at: dict[str, Any]) -> None:
+    for model, launched in looked_at["launched"]:
+        assert {kernel.split()[0] for kernel in launched} >= {"attend_kernel", "_product"}
+        assert set(launched) <= set(looked_at["known"][model]), model
+
+
+def test_a_packed_cache_is_found_where_it_is_unpacked(looked_at: dict[str, Any]) -> None:
+    assert looked_at["carried"] == {"packed": [False], "unpacked": 1, "found": [True]}
+
+
+def attending(looked_at: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in looked_at["compiled"] if one["kernel"] == "attend_kernel"]
+
+
+def products(looked_at: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        one for one in looked_at["compiled"] if one["tensor_cores"] and one["kernel"] == "_product"
+    ]

@@ -1,0 +1,156 @@
+"""What `test_kernel_code` looks at, in a process where Triton compiles: elsewhere it is interpreted.
+
+python -m tests.bench.without_a_card FOLDER        one JSON object
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from bench import kernel_code
+from bench.gpu_bounds import SHAPES, TINY, Shape, Store
+from bench.gpu_pairs import Place, random_pair
+from bench.kernel_code import Case
+from mi_runtime.attention import PagedAttention
+from mi_runtime.attention_backends import uniform_plan
+from mi_runtime.kernels.paged_attention import TritonAttention
+from mi_runtime.load import BlendedModel
+from mi_runtime.request import Dial
+from mi_runtime.rows import StepRows
+
+CPU = torch.device("cpu")
+BLOCKS = 64
+DENSE, EXPERTS = SHAPES["4b"], SHAPES["30b-a3b"]
+LARGE_HEADS = replace(DENSE, head_dim=256)
+WITH_SINKS = replace(DENSE, heads=64, head_dim=64)
+
+
+# --- Compiled: the launches that matter, and those that take most --------------------------------
+
+
+def cases() -> Iterator[Case]:
+    bf16 = torch.bfloat16
+    yield from products(2, "pair", "int8", "int4")
+    yield from products(32, "int8")
+    yield from products(64, "pair", "int4")
+    yield from products(256, "pair", "int4")
+    yield from products(64, "int4", dtype=torch.float32)
+    for case in kernel_code.experts("30b-a3b", EXPERTS, 2048, bf16):
+        if case.what == "experts int4":
+            yield case
+    yield Case("4b", "writing KV", 8, partial(kernel_code.write, DENSE, 8, bf16))
+    attention = {
+        "decode in parts": partial(kernel_code.attend, EXPERTS, 2, 2, 262_144),
+        "decode with window and sinks": partial(
+            kernel_code.attend, WITH_SINKS, 8, 8, 1024, window=128, sinks=True
+        ),
+        "prefill": partial(kernel_code.attend, EXPERTS, 2048, 0, 2048),
+        "prefill in parts": partial(kernel_code.attend, EXPERTS, 64, 0, 2048),
+        "prefill of the largest heads": partial(
+            kernel_code.attend, LARGE_HEADS, 2048, 0, 2048, window=512
+        ),
+    }
+    for what, attend in attention.items():
+        yield Case("attention", what, 0, partial(attend, dtype=bf16))
+
+
+def products(rows: int, *kinds: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Of one matrix, whose K is split where rows are few."""
+    for case in kernel_code.products("4b", DENSE, rows, dtype):
+        if case.what in {f"output of attention {kind}" for kind in kinds}:
+            yield case
+
+
+# --- Not compiled --------------------------------------------------------------------------------
+
+
+def variants() -> dict[str, list[str]]:
+    """Of each model, the kernels that serving it takes, by name and key."""
+    return {model: known(model, shape) for model, shape in SHAPES.items()}
+
+
+def known(model: str, shape: Shape) -> list[str]:
+    return named(kernel_code.distinct(kernel_code.serving(model, shape)))
+
+
+def launched(model: str, shape: Shape, store: Store) -> list[str]:
+    """What a model of this shape launches, whatever the command knows of it."""
+    pair = random_pair(shape, Place(CPU, torch.bfloat16, positions=256), store)
+    pair.kernels.enable(rows=256)
+    return named(kernel_code.distinct(forwards(model, shape, pair)))
+
+
+def named(kernels: dict[tuple[str, str], list[str]]) -> list[str]:
+    return [" ".join(kernel) for kernel in kernels]
+
+
+def forwards(model: str, shape: Shape, pair: BlendedModel) -> Iterator[Case]:
+    """Decodes and a prefill chunk, each at λ of their own, at one, at a blended one, and at 0."""
+    attention = PagedAttention(
+        pair.layers, BLOCKS, kernel_code.BLOCK_SIZE, torch.bfloat16, CPU, TritonAttention()
+    )
+    pair.groups.cache.places = 1
+    for sequences, rows in ((8, 1), (1, 32)):
+        mixed, one = (Dial(0.3), Dial(0.6)), (Dial(0.3),)
+        for dials, blended in ((mixed, False), (one, False), (one, True), ((Dial(0.0),), False)):
+            call = partial(forward, pair, attention, sequences, rows, dials, blended)
+            yield Case(model, f"forward at {len(dials)}", sequences * rows, call)
+
+
+def forward(
+    pair: BlendedModel,
+    attention: PagedAttention,
+    sequences: int,
+    rows: int,
+    dials: tuple[Dial, ...],
+    blended: bool,
+) -> None:
+    tokens, length = sequences * rows, 32
+    index = tuple(row % len(dials) for row in range(tokens))
+    pair.groups.begin(StepRows(dials, index, tuple(range(tokens)), blended))
+    attention.begin(uniform_plan(sequences, length, rows, attention.block_size, BLOCKS, CPU))
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    pair.logits(ids, ids, torch.arange(tokens), attention)
+
+
+# --- A cache that is carried ---------------------------------------------------------------------
+
+
+def carried(folder: Path) -> dict[str, Any]:
+    """Packs the kernels of two launches, and looks for them where they were unpacked."""
+    few = [Case("4b", "writing KV", 8, partial(kernel_code.write, DENSE, 8, torch.bfloat16))]
+    packed = kernel_code.pack(folder / "kernels.tar.xz", few, 90)
+    unpacked = kernel_code.unpack(folder / "kernels.tar.xz", folder / "elsewhere")
+    with patch.dict(os.environ, TRITON_CACHE_DIR=str(folder / "elsewhere")):
+        found = kernel_code.compiled(few)
+    return {
+        "packed": [one.found for one in packed],
+        "unpacked": unpacked,
+        "found": [one.found for one in found],
+    }
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    stores: tuple[tuple[str, Store], ...] = (
+        ("4b", "pair"),
+        ("30b-a3b", "pair"),
+        ("30b-a3b", "int8"),
+        ("30b-a3b", "int4"),
+    )
+    looked_at = {
+        "variants": variants(),
+        "known": {model: known(model, TINY[model]) for model in dict(stores)},
+        "launched": [(model, launched(model, TINY[model], store)) for model, store in stores],
+        "carried": carried(Path(sys.argv[1])),
+        "compiled": [asdict(one) for one in kernel_code.compiled(cases())],
+    }
+    print(json.dumps(looked_at))
