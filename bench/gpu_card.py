@@ -2,8 +2,8 @@
 
 Bandwidth is a copy's, bytes read and written; the rate is that of one large product. Numbers are
 random, as zeros run faster; copies go round among buffers that are larger than the cache. Each
-figure is the median of a few repeats after a warm-up, by a synchronized wall clock: a repeat takes
-milliseconds, the clock adds microseconds.
+figure is the median of a few repeats after a warm-up that lets the card find its clocks, by a
+synchronized wall clock: a repeat takes milliseconds, the clock adds microseconds.
 """
 
 import time
@@ -16,7 +16,8 @@ import torch
 from bench.gpu_bounds import Card
 
 REPEATS = 9
-WARM_UP = 5
+WARM_UP = 100
+PRODUCTS = 4  # in one repeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ def _bandwidth(device: torch.device, load: Load) -> float:
 
 def _rate(device: torch.device, width: int) -> float:
     one, two = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
-    return 2 * width**3 / _seconds(device, lambda: one @ two)
+    seconds = _seconds(device, lambda: [one @ two for _ in range(PRODUCTS)])
+    return PRODUCTS * 2 * width**3 / seconds
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -74,8 +74,8 @@ def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> Pr
 
 
 def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
-    """Both endpoints whole (`pair`), or the difference as int8 or int4, which both are whole for
-    until they are paired."""
+    """Both endpoints whole (`pair`), or the difference as int8 or int4: then both endpoints lie on
+    the device too, until they are paired."""
     instruct = random_endpoint(shape, place)
     thinking = random_thinking(shape, instruct, place)
     if store in ("int8", "int4"):
