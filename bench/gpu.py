@@ -125,14 +125,18 @@ class Child:
     def rows(self) -> Iterator[Record]:
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # transformers asks its hub for kernels
         with subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, text=True, env=offline
+            self._command,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",  # of what others print
+            env=offline,
         ) as child:
             clock = threading.Timer(self._deadline + GRACE - time.monotonic(), child.kill)
             clock.start()
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
-                    if line.startswith('{"subject"'):
+                    if line.startswith('{"subject"') and line.endswith("}\n"):  # whole
                         yield json.loads(line)
                     else:
                         print(line, end="", flush=True)
