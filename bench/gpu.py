@@ -27,8 +27,10 @@ told in `bench/gpu_bounds.py`, how rows are timed in `bench/gpu_rows.py`.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -55,6 +57,7 @@ from bench.gpu_report import Report
 
 BUILD, RESULTS = Path("build/bench"), Path(__file__).parent / "results"
 GRACE: Final = 5  # seconds after the deadline that a row in progress may still take
+PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
 COMMAND: Final = (sys.executable, "-m", "bench.gpu_subjects")
 
 
@@ -130,6 +133,7 @@ class Child:
             encoding="utf-8",
             errors="replace",  # of what others print
             env=offline,
+            preexec_fn=_end_with_parent,
         ) as child:
             clock = threading.Timer(self._deadline + GRACE - time.monotonic(), child.kill)
             clock.start()
@@ -144,6 +148,11 @@ class Child:
             finally:
                 clock.cancel()
                 child.kill()  # nothing, where it has ended
+
+
+def _end_with_parent() -> None:
+    """In a process that is about to become a child: nobody else would free the device."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ skipped. So `bench/gpu.py`, which started it, knows from the rows that came whic
 """
 
 import argparse
-import ctypes
 import gc
 import importlib.metadata
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -43,7 +41,6 @@ from bench.gpu_rows import Measured, Rows
 from bench.report import machine
 
 LONGEST_ERROR: Final = 500  # characters
-PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
 
 
 def main() -> int:
@@ -54,7 +51,6 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--compile", action="store_true")
     chosen = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody else would free the device
     jobs = [Job(subject, Case(**case)) for subject, case in json.loads(chosen.jobs)]
     run = Run(chosen.model, chosen.smoke, chosen.compile)
     for row in rows_of(jobs, run, chosen.deadline):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -253,6 +254,24 @@ def test_a_process_that_does_not_end_is_ended_at_the_deadline(
     rows = list(rows_of_group(jobs, SMOKE, time.monotonic() + 0.5))
     assert len(rows) == len(jobs)
     assert rows[-1]["skipped"] == "out of time"
+
+
+OUTLIVES = """
+import sys, time, bench.gpu
+from bench.gpu_cases import Job, Run
+stays = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+bench.gpu.COMMAND = (sys.executable, "-ISc", stays)
+list(bench.gpu.rows_of_group([Job("card")], Run("4b"), time.monotonic() + 60))
+"""
+
+
+def test_a_process_does_not_outlive_the_bench_that_started_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", OUTLIVES], stdout=subprocess.PIPE) as bench_alone:
+        assert bench_alone.stdout is not None
+        child = int(bench_alone.stdout.readline())
+        bench_alone.kill()
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
 
 
 def test_the_command_prints_rows_and_keeps_them(
