@@ -20,8 +20,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 if REHEARSED:  # an interpreter computes a program at a time
     SHAPES = {
         "Qwen3-4B": LayerShape(2, 16, 16, heads=4),
-        "Qwen3-30B-A3B": LayerShape(1, 16, 16, heads=4),
-        "heads of 256 and a window": LayerShape(1, 32, 32, heads=2, window=16),
         "sinks and a window": LayerShape(2, 16, 16, heads=4, window=16, sinks=True),
     }
     LOADS = {"32 of 1k": (4, 48), "2 of 16k": (2, 96)}

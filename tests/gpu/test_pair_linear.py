@@ -30,7 +30,7 @@ MATRICES = {  # [out, in] of Qwen3-4B
     "output of attention": (2560, 4096),
 }
 if REHEARSED:  # an interpreter computes a program at a time
-    MATRICES = {"q, k and v": (96, 256), "gate and up": (80, 256), "down": (40, 1088)}
+    MATRICES = {"gate and up": (70, 256), "down": (40, 1088)}
 FEW = ("gate and up", "down")  # the widest, and one whose K is split
 # Of Qwen3-30B-A3B: how many, chosen, and gate and up of one.
 EXPERTS = (8, 2, 48, 128) if REHEARSED else (128, 8, 1536, 2048)
