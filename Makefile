@@ -75,7 +75,7 @@ $(GPU_VENV)/.installed: bench/gpu_machine.txt pyproject.toml
 
 # All steps of first contact at tiny shapes on this machine's CPU, in that environment if it is there.
 gpu-rehearsal:
-	$(if $(wildcard $(GPU_VENV)/.installed),$(GPU_VENV),$(VENV))/bin/python -m bench.first_contact --smoke
+	$(if $(wildcard $(GPU_VENV)/.installed),$(GPU_VENV),$(VENV))/bin/python -m bench.first_contact --smoke $(GPU_FLAGS)
 
 # What the compiler makes of the kernels, for a GPU that need not be there.
 kernel-code: $(VENV)/.tested

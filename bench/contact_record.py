@@ -94,16 +94,16 @@ def figures_of(rows: Sequence[Row]) -> Iterator[str]:
     card = next((row["card"] for row in rows if "card" in row), None)
     if card:
         yield f"{card['bandwidth'] / 1e12:.2f} TB/s, {card['rate'] / 1e12:.0f} TFLOP/s"
+    yield from (f"{_sized(row)}: {row['ratio']:.3f}" for row in rows if "ratio" in row)
     for row in rows:
         if "seconds" in row and "tokens_a_second" in row:
-            yield _figure(row)
+            share = f", {row['share']:.0%} of its bound" if "share" in row else ""
+            yield f"{_sized(row)}: {row['seconds'] * 1e3:.2f} ms{share}"
 
 
-def _figure(row: Row) -> str:
+def _sized(row: Row) -> str:
     size = f" {row['sequences']}×{row['tokens']}" if row.get("sequences") else ""
-    share = f", {row['share']:.0%} of its bound" if "share" in row else ""
-    lambdas = f" {row['lambdas']} λ" if "lambdas" in row else ""
-    return f"{name_of(row)}{lambdas}{size}: {row['seconds'] * 1e3:.2f} ms{share}"
+    return f"{name_of(row)}, {row['lambdas']} λ{size}"
 
 
 def name_of(row: Row) -> str:
