@@ -11,8 +11,8 @@ In this order, and told as a line of JSON each when it is known:
                     λ, and at one; with seconds to the first token and between tokens, the rate once
                     all streams run, and how many cores each process took
     start, engine   an engine in this process with the same settings, on the pair in its memory
-    HTTP / engine   rounds of both in turn, at the same token ids: the ratio of their medians, and
-                    how many answers are the same, to the last token
+    … in turn       rounds of both, HTTP and the engine alone, at the same token ids, whose ratio is
+                    aimed at; and how many answers are the same, to the last token
 
 Both are resident at once, with as much KV and blended weights as they need and no more. `--seconds`
 bounds the rounds; starting takes what it takes, and of each kind two rounds are run whatever is
@@ -46,7 +46,13 @@ from bench.gpu_pairs import Place
 from bench.gpu_report import Report
 from bench.report import RESULTS
 from bench.served import Asked, Server, Streamed, workload
-from bench.served_pair import WrittenPair, bytes_of_pair, folder_with_room, write_pair
+from bench.served_pair import (
+    WrittenPair,
+    bytes_of_pair,
+    drop_weights,
+    folder_with_room,
+    write_pair,
+)
 from bench.serving import Answered, EngineAlone, over_http
 from bench.workload import BUILD
 from mi_runtime.engine import Engine
@@ -56,7 +62,6 @@ from mi_runtime.worker import default_threads
 from server.config import load_settings
 
 NAME: Final = "random"  # of the model on the wire
-AIMED_AT: Final = 0.95  # of the engine's throughput, over HTTP
 ROUNDS: Final = 5  # of both in turn, at most
 FIRST_ROUNDS: Final = 2  # of HTTP by itself
 LONGEST_ROUND: Final = 120.0  # seconds: streams that take longer hang
@@ -139,13 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(chosen.model, chosen.smoke, chosen.compile, chosen.layers)
     if not run.smoke and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --smoke runs tiny shapes on a CPU")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # files go, a server too
-    torch.set_num_threads(default_threads())
+    started = time.monotonic()
     report = Report(run, ["served"], chosen.out or (BUILD if run.smoke else RESULTS))
     for record in rows_of(run, chosen.seconds):
         report.add(record)
+    report.finish(time.monotonic() - started)
     return int(report.failed)
 
 
@@ -184,6 +187,7 @@ def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
                 "engine": engine,
             }
             yield row("start", facts=facts, **faults(engine, run.place.device))
+            drop_weights(pair)
             rounds = Rounds(run, server, seconds)
             for kind in KINDS:
                 yield rounds.over_http(kind)
@@ -192,8 +196,8 @@ def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
             engine = said_by(alone.info)
             facts = {"seconds": time.perf_counter() - started, "engine": engine}
             yield row("start, engine alone", facts=facts, **faults(engine, run.place.device))
-            for kind in KINDS:
-                yield from rounds.in_turn(kind, alone)
+            for left, kind in zip((2, 1), KINDS, strict=True):
+                yield from rounds.in_turn(kind, alone, share=1 / left)
 
 
 def row(what: str, run: Run | None = None, kind: Lambdas = "one", **values: Any) -> Record:
@@ -255,50 +259,52 @@ class Rounds:
 
     def over_http(self, kind: Lambdas) -> Record:
         """A row with few rounds, so that it is early."""
-        ways, cpu = self._server.ways(), self._cpu_seconds()
-        served = self._measured(kind, {"HTTP": self._streamed}, FIRST_ROUNDS)["HTTP"]
+        executions, cpu = self._server.ways(), self._cpu_seconds()
+        ways = {"HTTP": self._streamed}
+        served = self._measured(kind, ways, FIRST_ROUNDS, self._left)["HTTP"]
         taken = {name: now - cpu[name] for name, now in self._cpu_seconds().items()}
         seconds = taken.pop("wall")
         facts = latencies([stream for answered in served for stream in answered.streams])
-        facts["steady_tokens_a_second"] = median(steady(answered.streams) for answered in served)
-        facts["ways"] = {way: now - ways[way] for way, now in self._server.ways().items()}
+        facts |= rate_of(served)
+        facts["ways"] = {way: now - executions[way] for way, now in self._server.ways().items()}
         facts["cores"] = {name: one / seconds for name, one in taken.items()}
         return self._row("HTTP", kind, served, **facts)
 
-    def in_turn(self, kind: Lambdas, alone: EngineAlone) -> Iterator[Record]:
-        """Rows of the engine alone and of the ratio."""
+    def in_turn(self, kind: Lambdas, alone: EngineAlone, share: float) -> Iterator[Record]:
+        """Rows of both, in a share of the time that is left."""
         ways = {"HTTP": self._streamed, "engine alone": alone.answer}
-        served, by_itself = self._measured(kind, ways, self._run.scale.rounds).values()
-        yield self._row("engine alone", kind, by_itself)
-        seconds = [median(one.seconds for one in rounds) for rounds in (by_itself, served)]
+        most, seconds = self._run.scale.rounds, self._left * share
+        served, by_itself = self._measured(kind, ways, most, seconds).values()
         said = [
             one == other
             for over_http, directly in zip(served, by_itself, strict=True)
             for one, other in zip(over_http.texts, directly.texts, strict=True)
         ]
-        facts: Record = {"aimed_at": AIMED_AT, "answers": len(said), "same_answers": sum(said)}
-        facts["seconds"] = {"engine": seconds[0], "HTTP": seconds[1]}
-        facts["steady_tokens_a_second"] = median(steady(answered.streams) for answered in served)
-        ratio = seconds[0] / seconds[1]
-        yield row("HTTP / engine alone", self._run, kind, ratio=ratio, facts=facts)
+        facts = {"answers": len(said), "same_answers": sum(said), **rate_of(served)}
+        yield self._row("HTTP in turn", kind, served, **facts)
+        yield self._row("engine in turn", kind, by_itself)
 
     def _measured(
-        self, kind: Lambdas, ways: Mapping[str, Callable[[list[Asked]], Answered]], most: int
+        self,
+        kind: Lambdas,
+        ways: Mapping[str, Callable[[list[Asked]], Answered]],
+        most: int,
+        seconds: float,
     ) -> dict[str, list[Answered]]:
         """Rounds in which all ways are asked the same, one after the other. After a warm-up as many
         as there is time for, and at least one."""
+        began = time.monotonic()
         measured: dict[str, list[Answered]] = {name: [] for name in ways}
         for index in range(most + 1):
-            if index > 1 and self._left <= 0:
+            if index > 1 and time.monotonic() - began > seconds:
                 break
             asked = self._asked(kind)
-            started = time.monotonic()
             for name, answer in ways.items():
                 answered = answer(asked)
                 measured[name] += [answered] if index else []
                 rate = self._tokens / answered.seconds
                 print(f"round {index}  {kind} λ  {name:<13} {rate:>9,.1f} tokens/s", flush=True)
-            self._left -= time.monotonic() - started
+        self._left -= time.monotonic() - began
         return measured
 
     def _cpu_seconds(self) -> dict[str, float]:
@@ -349,6 +355,10 @@ def latencies(streams: list[Streamed]) -> dict[str, Any]:
         "events": sum(map(len, moments)),
         "tokens": sum(stream.asked.new_tokens for stream in streams),
     }
+
+
+def rate_of(served: list[Answered]) -> dict[str, float]:
+    return {"steady_tokens_a_second": median(steady(answered.streams) for answered in served)}
 
 
 def steady(streams: Sequence[Streamed]) -> float:
