@@ -114,8 +114,8 @@ def workload(
 class Server:
     """Listens on a free port of the loopback for as long as the context lasts.
 
-    `start_limit`: seconds until it must be ready, else it is killed. What it and its engine say goes
-    to this process's outputs.
+    `start_limit`: seconds until it must be ready, else it is killed. What it and its engine say is
+    said by this process too.
     """
 
     def __init__(self, *flags: str, stamps: Path | None = None, start_limit: float = 600) -> None:
