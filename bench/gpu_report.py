@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Final
+from typing import Final, Literal
 
 from bench.gpu_bounds import Card, Work, card_named
 from bench.gpu_cases import Lambdas, Record, Run, Scale, Subject, What
@@ -120,7 +120,7 @@ class Ratio:
         return f"{self.name}: {self.value:.3f} ({sign} {self.aim}: {verdict})"
 
 
-Key = tuple[Subject, What, Lambdas]
+Key = tuple[Subject | Literal["served"], What | Literal["HTTP in turn", "engine in turn"], Lambdas]
 STATIC: Final[Key] = ("static", "decode", "one")
 SHARES: Final[dict[str, Key]] = {
     "static": STATIC,
@@ -139,6 +139,18 @@ RATES: Final[tuple[tuple[str, float, Key, Key], ...]] = (
         3.0,
         ("pair", "answers", "one"),
         ("batching", "answers", "one"),
+    ),
+    (
+        "64 streams over HTTP at different λ / the engine alone",
+        0.95,
+        ("served", "HTTP in turn", "different"),
+        ("served", "engine in turn", "different"),
+    ),
+    (
+        "64 streams over HTTP at a hot λ / the engine alone",
+        0.95,
+        ("served", "HTTP in turn", "one"),
+        ("served", "engine in turn", "one"),
     ),
 )
 FIRST_TOKEN: Final[Key] = ("pair", "first token", "never seen")

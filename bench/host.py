@@ -1,76 +1,323 @@
-"""Host time of a decode step: what the engine spends outside the model's forward.
+"""What the host does in a decode step, and how much of it a device hides that works on its own.
 
-    python -m bench.host [--rows 32] [--lambdas 32]
+    python -m bench.host [--rows 1,32,256] [--device-ms 5] [--context 1024] [--steps 100]
 
-Medians over the steps of one run on the embedded pair, in milliseconds: scheduling, planning and
-building the batch, sampling, update. Greedy, and again with temperature and top-p.
+The engine is the real one with asynchronous scheduling, over a model of 36 layers that computes
+nothing: a fake device has a queue, and a forward adds its milliseconds to the device's clock, from
+when all before it is done. Results are there when that clock has passed them; until then the
+thread spins, as it does on CUDA's events. Decode steps go by the recorded path, as on a GPU. The
+vocabulary is tiny, so that the tensor work of a draw, which a GPU does, is little beside what it
+takes to have it done. All clocks are the CPU time of the engine's thread: what else runs on the
+machine is not counted, though it slows the cores and their caches.
+
+Milliseconds, medians over the steps of a run:
+
+    not hidden      a step's length without the device's own time
+    device idle     between the end of what was queued and the next launch (mean)
+    host            what the engine's thread does in a step, waiting left out, and its parts
+
+Each for greedy and sampled answers, at one hot λ and at a λ of its own for every row, and for rows
+that end one a step. `dispatches` counts what a step launches outside the forward, on a device whose
+tensors have no values.
 """
 
 import argparse
+import gc
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any
+from typing import Any, Final
+from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mi_runtime.runner
 from bench.report import publish
-from bench.static import blended_config
-from bench.workload import EMBEDDED_PAIR, prompts
+from mi_runtime.attention import LayerShape
+from mi_runtime.blend_cache import BlendCache
+from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.worker import default_threads
+from mi_runtime.graphs import DecodeGraphs, Recorder
+from mi_runtime.load import BlendedModel
+from mi_runtime.planner import CostModel, Curve, Planner
+from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
+from mi_runtime.rows import BlendGroups
+from mi_runtime.transfer import Readback
+from mi_runtime.worker import receive
 
-STEPS = 200
-GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0)
-SAMPLED = SamplingParams(max_tokens=STEPS, temperature=0.7, top_p=0.95, top_k=20, seed=1)
+LAYERS: Final = 36  # of a 4B model
+VOCABULARY: Final = 8
+WARM_UP: Final = 20  # steps
+FLAT = (1, 256)  # rows: decoding costs what the weights' bytes cost
+COSTS = CostModel(0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, top_k=20, seed=1)
+READER = "from multiprocessing.connection import Connection as C\nc = C({fd})\nwhile 1: c.recv()"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    rows: int
+    sampling: SamplingParams
+    lambdas: int  # 1: a hot one
+    ending: bool = False  # a row ends in every step
+
+    @property
+    def name(self) -> str:
+        drawn = "sampled" if self.sampling.temperature else "greedy"
+        dials = "one λ" if self.lambdas == 1 else f"{self.lambdas} λ"
+        return f"{self.rows} rows, {drawn}, {dials}{', one ends a step' * self.ending}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--lambdas", type=int, default=32)
+    parser.add_argument("--rows", default="1,32,256")
+    parser.add_argument("--device-ms", type=float, default=5.0)
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt")
+    parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
-    torch.set_num_threads(default_threads())
-    engine = Engine(blended_config(EMBEDDED_PAIR))
+    torch.set_num_threads(1)
     values = {}
-    for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
-        for part, milliseconds in run(engine, arguments.rows, arguments.lambdas, sampling).items():
-            values[f"{name}: {part}"] = milliseconds
-    host = {name: median(values[f"{name}: outside the forward"]) for name in ("greedy", "sampled")}
-    publish("host", "ms a step", values, {f"{name}, ms": value for name, value in host.items()})
+    for case in cases([int(rows) for rows in arguments.rows.split(",")]):
+        found = run(case, arguments.device_ms / 1e3, arguments.context, arguments.steps)
+        told = ", ".join(f"{part} {median(ms):.3f}" for part, ms in found.items())
+        print(f"{case.name}: {told}", flush=True)
+        values |= {f"{case.name}: {part}": ms for part, ms in found.items()}
+    ends = ("not hidden", "host")
+    publish(
+        "host",
+        "ms a step",
+        values,
+        {f"{name}, ms": median(one) for name, one in values.items() if name.endswith(ends)},
+    )
 
 
-def run(
-    engine: Engine, rows: int, lambdas: int, sampling: SamplingParams
-) -> dict[str, list[float]]:
-    """Milliseconds of every decode step, by part."""
-    runner, scheduler = engine._runner, engine.scheduler
+def cases(rows: Sequence[int]) -> Iterator[Case]:
+    for count in rows:
+        for sampling in (GREEDY, SAMPLED):
+            yield Case(count, sampling, 1)
+            if count > 1:
+                yield Case(count, sampling, count)
+        if count > 1:
+            yield Case(count, SAMPLED, count, ending=True)
+
+
+# --- The device that is none -------------------------------------------------------------------
+
+
+class FakeDevice:
+    """A queue of work; what is launched begins when all before it is done."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds  # of a forward
+        self._free_at = 0.0
+        self.idle = 0.0  # seconds since start
+        self.waited = 0.0
+
+    def launch(self, seconds: float) -> float:
+        """When it will be done."""
+        now = time.thread_time()
+        self.idle += max(0.0, now - self._free_at)
+        self._free_at = max(now, self._free_at) + seconds
+        return self._free_at
+
+    def forward(self) -> None:
+        self.launch(self._seconds)
+
+    def wait_until(self, moment: float) -> None:
+        started = time.thread_time()
+        while time.thread_time() < moment:
+            pass
+        self.waited += time.thread_time() - started
+
+    def readback(self) -> type[Readback]:
+        """What stands in the place of results on their way to the host."""
+        fake = self
+
+        class Queued(Readback):
+            def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+                super().__init__(tensors, device)
+                self._there = fake.launch(0.0)
+
+            def wait(self) -> Iterator[Tensor]:
+                fake.wait_until(self._there)
+                return super().wait()
+
+        return Queued
+
+
+@dataclass(frozen=True, slots=True)
+class InstantModel(BlendedModel):
+    """One whose forward is the device's to wait for, and whose logits are always the same."""
+
+    forward: Callable[[], None] = lambda: None
+
+    def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
+        self.forward()
+        return torch.empty(len(kept), VOCABULARY, dtype=self.dtype, device=self.device).zero_()
+
+
+def instant_model(forward: Callable[[], None], device: torch.device) -> InstantModel:
+    nothing = nn.Module()
+    nothing.config = argparse.Namespace(model_type="instant")  # type: ignore[assignment]
+    return InstantModel(
+        model=nothing,  # type: ignore[arg-type]
+        groups=BlendGroups(LAYERS, device, BlendCache(2)),
+        layers=(LayerShape(1, 1, 1, 1),) * 2,
+        device=device,
+        dtype=torch.bfloat16,
+        vocab_size=VOCABULARY,
+        weight_bytes=0,
+        peak_bytes=0,
+        load_seconds=0.0,
+        identity="instant",
+        max_positions=2**17,
+        forward=forward,
+    )
+
+
+def engine_of(
+    case: Case, context: int, forward: Callable[[], None], device: torch.device
+) -> Engine:
+    """The engine with recorded decode steps, the planner told what a GPU's forwards cost."""
+    blocks = (context + 1024) // 16
+    config = EngineConfig(
+        "",
+        "",
+        num_blocks=case.rows * blocks,
+        max_num_seqs=case.rows,
+        max_batched_tokens=2**20,
+        async_scheduling=True,
+        blend_policy="pair",
+        attention_backend="reference",
+        prefix_caching=True,
+    )
+    model = instant_model(forward, device)
+    engine = Engine(config, model)
+    runner, cache = engine._runner, model.groups.cache
+    cache.places = 2
+    runner.planner = Planner("auto", COSTS, lambda dial: 0.0, cache.places)
+    runner.graphs = DecodeGraphs(
+        model, runner.attention, recorder(forward), max_rows=case.rows, max_blocks=blocks
+    )
+    runner.graphs.record()
+    return engine
+
+
+def recorder(forward: Callable[[], None]) -> Recorder:
+    """What replays gives the logits that the recording left."""
+
+    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        logits = run()
+
+        def replay() -> Tensor:
+            forward()
+            return logits
+
+        return replay
+
+    return record
+
+
+def submit(engine: Engine, case: Case, context: int, steps: int) -> None:
+    for row in range(case.rows):
+        tokens = max(2, WARM_UP + steps - row) if case.ending else WARM_UP + steps
+        dial = Dial.on_grid((row % case.lambdas + 1) / (case.lambdas + 1), 0.001)
+        prompt = tuple((row + place) % VOCABULARY for place in range(context))
+        sampling = replace(case.sampling, max_tokens=tokens)
+        engine.submit(EngineRequest(f"chatcmpl-{row:032x}", prompt, dial, sampling))
+
+
+# --- Seconds -----------------------------------------------------------------------------------
+
+
+def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of every step, by part."""
+    device = FakeDevice(seconds)
+    engine = engine_of(case, context, device.forward, torch.device("cpu"))
+    submit(engine, case, context, steps)
     clock = Clock()
-    watched = [
-        (scheduler, "schedule", "schedule"),
-        (scheduler, "update", "update"),
+    gc.collect()
+    gc.freeze()  # as the worker does
+    with reader() as pipe, watched(engine, clock, device):
+        for _ in range(WARM_UP):
+            _step(engine, pipe, clock)
+        clock.steps.clear()
+        idle, period = device.idle, []
+        started = time.thread_time()
+        for _ in range(steps - 5):
+            waited = device.waited
+            _step(engine, pipe, clock)
+            now = time.thread_time()
+            period.append(now - started)
+            clock.steps[-1]["host"] = now - started - (device.waited - waited)
+            started = now
+        idle = device.idle - idle
+    return {
+        "not hidden": [1e3 * (one - seconds) for one in period],
+        "device idle": [1e3 * idle / len(period)],
+        **clock.table(),
+    }
+
+
+def _step(engine: Engine, pipe: "Connection[object, object]", clock: "Clock") -> None:
+    """As the worker does."""
+    clock.begin()
+    events = clock.timed("receive", receive)(pipe, engine)
+    events += engine.step()
+    report = clock.timed("stats", engine.stats)()
+    clock.timed("report", pipe.send)(StepReport(tuple(events), report))
+
+
+@contextmanager
+def reader() -> Iterator["Connection[object, object]"]:
+    """A pipe to a process that reads all that comes."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fd = theirs.fileno()
+        process = subprocess.Popen([sys.executable, "-c", READER.format(fd=fd)], pass_fds=[fd])
+        theirs.close()
+        yield Connection(ours.detach())
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None]:
+    """Times the parts of every step; results are there when the device's clock says so."""
+    runner = engine._runner
+    module, graphs = mi_runtime.runner, runner.graphs
+    parts: list[tuple[object, str, str]] = [
+        (engine.scheduler, "schedule", "schedule"),
         (runner.planner, "plan", "plan"),
-        (runner._sampler, "sample", "sample"),
+        (module, "build_batch", "build batch"),
+        (graphs, "form_for", "form"),
+        (graphs, "_write", "write buffers"),
+        (graphs, "_write_lambdas", "write λ"),
+        (engine.scheduler, "update", "update"),
+        (runner, "sample", "sample"),
     ]
-    originals = [getattr(owner, method) for owner, method, _ in watched]
-    for (owner, method, part), original in zip(watched, originals, strict=True):
-        setattr(owner, method, clock.timed(part, original))
-    forward = runner._model.model.forward
-    runner._model.model.forward = clock.timed("forward", forward)
-    for index, prompt in enumerate(prompts(EMBEDDED_PAIR, seed=0, count=rows)):
-        dial = Dial.on_grid(index % lambdas / max(1, lambdas - 1), 0.01)
-        engine.submit(
-            EngineRequest(f"{sampling.temperature}-{index}", tuple(prompt), dial, sampling)
-        )
-    engine.step()  # prefill
-    clock.steps.clear()
-    while not engine.idle:
-        clock.step(engine.step)
-    for (owner, method, _), original in zip(watched, originals, strict=True):
-        setattr(owner, method, original)
-    runner._model.model.forward = forward
-    return clock.table()
+    patches = [
+        patch.object(owner, name, clock.timed(part, getattr(owner, name)))
+        for owner, name, part in parts
+    ]
+    patches.append(patch.object(module, "Readback", device.readback()))
+    for one in patches:
+        one.start()
+    try:
+        yield
+    finally:
+        for one in patches:
+            one.stop()
 
 
 class Clock:
@@ -78,29 +325,74 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self._now: dict[str, float] = {}
+
+    def begin(self) -> None:
+        self.steps.append({"host": 0.0})
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed_call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = time.thread_time()
             try:
                 return call(*args, **kwargs)
             finally:
-                self._now[part] = self._now.get(part, 0.0) + time.perf_counter() - started
+                now = self.steps[-1]
+                now[part] = now.get(part, 0.0) + time.thread_time() - started
 
         return timed_call
 
-    def step(self, call: Callable[[], Any]) -> None:
-        self._now = {}
-        self.timed("whole step", call)()
-        outside = self._now["whole step"] - self._now["forward"]
-        named = sum(self._now[part] for part in ("schedule", "update", "plan", "sample"))
-        self.steps.append(
-            {**self._now, "outside the forward": outside, "build and the rest": outside - named}
-        )
-
     def table(self) -> dict[str, list[float]]:
-        return {part: [one[part] * 1e3 for one in self.steps] for part in self.steps[0]}
+        names = dict.fromkeys(name for step in self.steps for name in step)
+        return {part: [1e3 * one.get(part, 0.0) for one in self.steps] for part in names}
+
+
+# --- Counts ------------------------------------------------------------------------------------
+
+
+class Dispatches(TorchDispatchMode):
+    """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            fetched = kwargs["device"].type == "cpu"
+            self.counts["fetched" if fetched else "sent"] += 1
+            if fetched:
+                return torch.zeros(args[0].shape, dtype=args[0].dtype)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor | tuple | list):
+            on_device = any(
+                isinstance(one, Tensor) and one.is_meta
+                for one in (result if isinstance(result, tuple | list) else (result,))
+            )
+            if on_device:
+                self.counts["views" if func.is_view else "launched"] += 1
+        return result
+
+
+def dispatches(case: Case, context: int = 64, steps: int = 10) -> dict[str, float]:
+    """Of a step, outside the forward."""
+    device = torch.device("meta")
+    counting = Dispatches()
+    with patch.object(Tensor, "pin_memory", lambda tensor: tensor), counting:
+        engine = engine_of(case, context, lambda: None, device)
+        submit(engine, replace(case, ending=False), context, steps)
+        for _ in range(WARM_UP):
+            engine.step()
+        counting.counts.clear()
+        for _ in range(steps - 5):
+            engine.step()
+    return {name: count / (steps - 5) for name, count in counting.counts.items()}
 
 
 if __name__ == "__main__":

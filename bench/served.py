@@ -114,8 +114,8 @@ def workload(
 class Server:
     """Listens on a free port of the loopback for as long as the context lasts.
 
-    `start_limit`: seconds until it must be ready, else it is killed. Its errors are on this
-    process's stderr.
+    `start_limit`: seconds until it must be ready, else it is killed. What it and its engine say is
+    said by this process too.
     """
 
     def __init__(self, *flags: str, stamps: Path | None = None, start_limit: float = 600) -> None:
@@ -136,12 +136,18 @@ class Server:
             self._check_ready()
         except BaseException:
             self._end()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
             raise
         self.start_seconds = time.perf_counter() - started
+        # A full pipe would hold up what writes into it.
+        self._rest = threading.Thread(target=self._pass_on, daemon=True)
+        self._rest.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         code = self._end()
+        self._rest.join(STOP_SECONDS)
         if code and exception[0] is None:
             raise ServerFailed(f"the server ended with exit code {code}")
 
@@ -158,6 +164,12 @@ class Server:
         finally:
             clock.cancel()
         raise ServerFailed(f"the server did not start: exit code {self._process.wait()}")
+
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                print(line, end="", flush=True)
 
     def _check_ready(self) -> None:
         status, _ = self._get("/ready")
@@ -182,8 +194,6 @@ class Server:
         finally:
             self._process.kill()  # nothing, where it has ended
             self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
 
     def ways(self) -> dict[str, int]:
         """How many blend groups forwards have run by each way, so far."""

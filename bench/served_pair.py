@@ -148,6 +148,13 @@ def say_only(model: PreTrainedModel, words: range) -> None:
     head[words.stop :].mul_(QUIET)
 
 
+def drop_weights(pair: WrittenPair) -> None:
+    """Removes the files that a server which is ready has no more use for; they lie in memory."""
+    for directory in pair.directories:
+        for path in directory.glob("*.safetensors"):
+            path.unlink()
+
+
 # --- Texts ----------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,17 @@
 """One step's chunks as the tensors of one flat batch.
 
-Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks.
+Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks. All
+tensors are made as arrays of the host and sent in one copy.
 """
 
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +21,17 @@ from mi_runtime.request import Dial
 from mi_runtime.rows import StepRows
 from mi_runtime.scheduler import Chunk
 from mi_runtime.sequence import Sequence
-from mi_runtime.transfer import together_on_device
+from mi_runtime.transfer import Array, together_on_device
+
+NOTHING_DRAWN: Final[Mapping[Sequence, int]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Rows whose token is still being drawn, and where it will stand among the drawn ones."""
+
+    rows: Tensor  # int64; their id is 0 until the token is there
+    drawn: Tensor  # int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,65 +44,113 @@ class Batch:
     kept: Tensor  # [kept] int64, rows
     rows: StepRows
     attention: AttentionPlan
-    ahead: dict[int, Sequence]  # rows whose token is still being drawn, and whose; their id is 0
+    ahead: Ahead | None
     sampling: tuple[Sequence, ...]
     scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
 
 
-def build_batch(part: Part, block_size: int, spare_block: int, device: torch.device) -> Batch:
+def build_batch(
+    part: Part,
+    block_size: int,
+    spare_block: int,
+    device: torch.device,
+    drawn: Mapping[Sequence, int] = NOTHING_DRAWN,
+) -> Batch:
+    """`drawn`: whose tokens are being drawn by the step before, and the row of each there."""
     ids: list[int] = []
-    positions: list[int] = []
     kept: list[int] = []
     scored: list[int] = []
-    ahead: dict[int, Sequence] = {}
+    ahead: dict[int, int] = {}
     for chunk in part.chunks:
-        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
-        scored += [len(ids) + position - start for position in chunk.scored]
-        known = sequence.tokens[start:end]
+        known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]
+        if chunk.scored:
+            scored += [len(ids) + position - chunk.start for position in chunk.scored]
         if not known:
-            ahead[len(ids)] = sequence
+            ahead[len(ids)] = drawn[chunk.sequence]
         ids += known or [0]
-        positions += range(start, end)
         if chunk.samples:
             kept.append(len(ids) - 1)
     kept = scored + kept
-    moved = together_on_device([ids, positions, kept], torch.int64, device)
+    lists = (ids, kept, [*ahead], [*ahead.values()])
+    moved = together_on_device(
+        [
+            *(np.array(one, dtype=np.int64) for one in lists),
+            *_layout(part.chunks, block_size, spare_block),
+        ],
+        device,
+    )
     return Batch(
         ids=moved[0],
-        positions=moved[1],
-        kept=moved[2],
+        positions=moved[4],
+        kept=moved[1],
         rows=_step_rows(part, kept),
-        attention=attention_plan(part.chunks, block_size, spare_block, device),
-        ahead=ahead,
-        sampling=tuple(chunk.sequence for chunk in part.chunks if chunk.samples),
-        scored=tuple(chunk for chunk in part.chunks if chunk.scored),
+        attention=_plan(part.chunks, moved[5:]),
+        ahead=Ahead(moved[2], moved[3]) if ahead else None,
+        sampling=tuple([chunk.sequence for chunk in part.chunks if chunk.samples]),
+        scored=tuple([chunk for chunk in part.chunks if chunk.scored]),
     )
 
 
 def attention_plan(
     chunks: list[Chunk], block_size: int, spare_block: int, device: torch.device
 ) -> AttentionPlan:
-    decodes = _leading_decodes(chunks)
-    starts = [0, *accumulate(chunk.length for chunk in chunks)]
-    lengths = [chunk.start + chunk.length for chunk in chunks]
-    tables = _padded_tables(chunks, lengths, block_size, spare_block)
-    own = together_on_device([starts, lengths, tables], torch.int32, device)
-    wide = together_on_device(
-        [_slots(chunks, block_size), _opened(chunks, block_size)], torch.int64, device
+    _, *arrays = _layout(chunks, block_size, spare_block)
+    return _plan(chunks, together_on_device(arrays, device))
+
+
+def _layout(
+    chunks: list[Chunk], block_size: int, spare_block: int
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """Positions of rows, then what an attention plan has on the device."""
+    begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+    counts = np.array([chunk.length for chunk in chunks], dtype=np.int64)
+    ends = begins + counts
+    starts = np.zeros(len(chunks) + 1, dtype=np.int64)
+    counts.cumsum(out=starts[1:])
+    owners = np.arange(len(chunks)).repeat(counts)  # the chunk of each row
+    positions = np.arange(starts[-1]) + (begins - starts[:-1])[owners]
+    tables = _tables(chunks, -(-ends // block_size), spare_block)
+    slots = tables[owners, positions // block_size].astype(np.int64) * block_size
+    (opened,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
+    return (
+        positions,
+        slots + positions % block_size,
+        starts.astype(np.int32),
+        ends.astype(np.int32),
+        tables,
+        tables[opened, ends[opened] // block_size].astype(np.int64),
     )
+
+
+def _tables(chunks: list[Chunk], widths: Array, spare_block: int) -> Array:
+    """The blocks of every chunk's KV, none that its sequence has for later."""
+    held = array("i")
+    for chunk, width in zip(chunks, widths.tolist(), strict=True):
+        held.extend(chunk.sequence.block_table[:width])
+    tables = np.full((len(chunks), widths.max()), spare_block, dtype=np.int32)
+    tables[np.arange(tables.shape[1]) < widths[:, None]] = held
+    return tables
+
+
+def _plan(chunks: list[Chunk], tensors: list[Tensor]) -> AttentionPlan:
+    slots, query_starts, lengths, tables, opened = tensors
+    ends = [chunk.start + chunk.length for chunk in chunks]
+    decodes = _leading_decodes(chunks)
+    behind = chunks[decodes:]
+    starts = accumulate([chunk.length for chunk in behind], initial=decodes)
     return AttentionPlan(
-        slots=wide[0],
-        query_starts=own[0],
-        lengths=own[1],
-        tables=own[2].view(len(chunks), -1),
-        longest_decode=max(lengths[:decodes], default=0),
+        slots=slots,
+        query_starts=query_starts,
+        lengths=lengths,
+        tables=tables,
+        longest_decode=max(ends[:decodes], default=0),
         longest_query=max(chunk.length for chunk in chunks),
-        longest=max(lengths),
+        longest=max(ends),
         prefills=tuple(
             Prefill(first, chunk.length, chunk.start)
-            for first, chunk in zip(starts[decodes:], chunks[decodes:], strict=False)
+            for first, chunk in zip(starts, behind, strict=False)
         ),
-        opened=wide[1],
+        opened=opened,
     )
 
 
@@ -94,14 +158,11 @@ def _step_rows(part: Part, kept: list[int]) -> StepRows:
     dials: dict[Dial, int] = {}
     index: list[int] = []
     for chunk in part.chunks:
-        whole = chunk.dial
-        own = (
-            [chunk.sequence.dial_at(chunk.start + row) for row in range(chunk.length)]
-            if whole is None
-            else [whole]
-        )
-        places = [dials.setdefault(dial, len(dials)) for dial in own]
-        index += places if whole is None else places * chunk.length
+        if chunk.dial is not None:
+            index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
+            continue
+        for position in range(chunk.start, chunk.start + chunk.length):
+            index.append(dials.setdefault(chunk.sequence.dial_at(position), len(dials)))
     return StepRows(tuple(dials), tuple(index), tuple(kept), part.blended)
 
 
@@ -110,34 +171,3 @@ def _leading_decodes(chunks: list[Chunk]) -> int:
         if chunk.length > 1:
             return index
     return len(chunks)
-
-
-def _padded_tables(
-    chunks: list[Chunk], lengths: list[int], block_size: int, spare_block: int
-) -> list[int]:
-    """The blocks of every chunk's KV, none that its sequence has for later."""
-    tables = [
-        chunk.sequence.block_table[: -(-length // block_size)]
-        for chunk, length in zip(chunks, lengths, strict=True)
-    ]
-    width = max(map(len, tables))
-    return [block for table in tables for block in table + [spare_block] * (width - len(table))]
-
-
-def _slots(chunks: list[Chunk], block_size: int) -> list[int]:
-    """Where each row's KV goes."""
-    return [
-        chunk.sequence.block_table[position // block_size] * block_size + position % block_size
-        for chunk in chunks
-        for position in range(chunk.start, chunk.start + chunk.length)
-    ]
-
-
-def _opened(chunks: list[Chunk], block_size: int) -> list[int]:
-    """Blocks that a chunk fills in part, from their first slot on."""
-    opened = []
-    for chunk in chunks:
-        end = chunk.start + chunk.length
-        if end % block_size and end - end % block_size >= chunk.start:
-            opened.append(chunk.sequence.block_table[end // block_size])
-    return opened

@@ -82,6 +82,8 @@ class Engine:
         )
         self._flight: Flight | None = None  # launched and sampled, its results not taken
         self._steps = 0
+        self._counted_builds = -1  # of blended weights, when their bytes were counted
+        self._counted_bytes = 0
 
     @property
     def idle(self) -> bool:
@@ -190,6 +192,13 @@ class Engine:
                 events[event.request_id].append(event)
         return events
 
+    def _blend_bytes(self) -> int:
+        """Of the cache's many tensors; counted again when something was built."""
+        cache = self._groups.cache
+        if self._counted_builds != cache.builds:
+            self._counted_builds, self._counted_bytes = cache.builds, cache.nbytes
+        return self._counted_bytes
+
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return EngineStats(
@@ -209,6 +218,6 @@ class Engine:
             blend_hits=self._groups.cache.hits,
             blend_builds=self._groups.cache.builds,
             blend_evictions=self._groups.cache.evictions,
-            blend_bytes=self._groups.cache.nbytes,
+            blend_bytes=self._blend_bytes(),
             forced_closes=scheduler.forced_closes,
         )

@@ -115,6 +115,8 @@ class Planner:
         chosen = {work.dial for work in alone}
         for dial in chosen:
             self._use(dial)
+        if not chosen:
+            return [Part(chunks, blended=False)]
         together = [chunk for chunk in chunks if not _is_alone(chunk, chosen)]
         parts = [Part(work.chunks, blended=True) for work in alone]
         return [*parts, Part(together, blended=False)] if together else parts
@@ -201,8 +203,9 @@ class Planner:
                 self._built.popitem(last=False)
 
     def _is_endpoint(self, dial: Dial) -> bool:
-        values = (dial.reasoning_lambda, *(value for _, value in dial.groups))
-        return all(value in self._endpoints for value in values)
+        if dial.reasoning_lambda not in self._endpoints:
+            return False
+        return all(value in self._endpoints for _, value in dial.groups)
 
 
 def _by_dial(chunks: list[Chunk]) -> tuple[list[_Work], list[Chunk]]:

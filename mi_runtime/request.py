@@ -7,6 +7,7 @@ and reports at the end are the messages of the pipe between the HTTP and the eng
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -78,6 +79,19 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same, beside each token of the prompt
 
     @property
+    def has_penalty(self) -> bool:
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a token is drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def ending_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
@@ -134,9 +148,12 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token of one request, or its end without a token (abort, error, max_tokens 0)."""
+class TokenEvent(NamedTuple):
+    """One new token of one request, or its end without a token (abort, error, max_tokens 0).
+
+    A tuple, as every token of every step makes one and sends it through the pipe: a tuple is
+    pickled and read five times as fast as a frozen dataclass.
+    """
 
     request_id: str
     token_id: int | None

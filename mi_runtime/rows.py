@@ -183,6 +183,7 @@ class BlendGroups:
     def begin(self, step: StepRows) -> None:
         """Sets the rows of the next forward. A batch of the same shape as the last keeps them."""
         if step != self._last:
+            self._last = None  # until all slots are set: making their tensors may fail
             self._assign(step)
             self._last = step
         else:

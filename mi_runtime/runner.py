@@ -6,14 +6,14 @@ tokens, which the device has, and what is drawn on all that the host makes of th
 scored prompt positions become log-probabilities part by part, and are not kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mi_runtime.attention import AttentionBackend, PagedAttention
-from mi_runtime.batch import Batch, build_batch
+from mi_runtime.batch import NOTHING_DRAWN, Batch, build_batch
 from mi_runtime.graphs import DecodeGraphs
 from mi_runtime.load import BlendedModel
 from mi_runtime.logprobs import RowLogprobs, read_logprobs, token_logprobs
@@ -81,13 +81,16 @@ class Flight:
         self._logits = []
         self._readback = Readback(tensors, device)
 
-    def tokens_of(self, sequences: Iterable[Sequence]) -> Tensor:
-        """`[sequences]` int64, on the device: the token drawn for each of them."""
+    @property
+    def row_of(self) -> dict[Sequence, int]:
+        """Where the token of each sequence stands among the drawn ones."""
+        drawn = () if self._draw is None else self._draw.sequences
+        return {one: row for row, one in enumerate(drawn)}
+
+    def tokens_at(self, rows: Tensor) -> Tensor:
+        """Those of the drawn tokens, int64; all on the device."""
         assert self._draw is not None
-        row_of = {one: row for row, one in enumerate(self._draw.sequences)}
-        tokens = self._draw.tokens
-        rows = on_device([row_of[one] for one in sequences], torch.int64, tokens.device)
-        return tokens.index_select(0, rows)
+        return self._draw.tokens.index_select(0, rows)
 
     def results(self) -> Results:
         """Waits for the step to be computed; once."""
@@ -146,11 +149,12 @@ class Runner:
 
     def _forward(self, part: Part, before: Flight | None) -> tuple[Batch, Tensor]:
         attention, model, graphs = self.attention, self._model, self.graphs
-        batch = build_batch(part, attention.block_size, attention.spare_block, model.device)
-        if batch.ahead:
+        size, spare = attention.block_size, attention.spare_block
+        drawn = NOTHING_DRAWN if before is None else before.row_of
+        batch = build_batch(part, size, spare, model.device, drawn)
+        if batch.ahead is not None:
             assert before is not None
-            rows = on_device([*batch.ahead], torch.int64, model.device)
-            batch.ids.index_copy_(0, rows, before.tokens_of(batch.ahead.values()))
+            batch.ids.index_copy_(0, batch.ahead.rows, before.tokens_at(batch.ahead.drawn))
         form = None if graphs is None else graphs.form_for(part)
         if graphs is not None and form is not None:
             return batch, graphs.replay(form, batch)

@@ -115,7 +115,9 @@ class Sampler:
         _constrain(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-        penalized = {row: one for row, one in enumerate(sequences) if _has_penalty(one)}
+        penalized = {
+            row: one for row, one in enumerate(sequences) if one.request.sampling.has_penalty
+        }
         if not penalized:
             return
         counts = self._counts_of(list(penalized.values()), logits)
@@ -149,18 +151,11 @@ class Sampler:
         return counts
 
 
-def _has_penalty(sequence: Sequence) -> bool:
-    params = sequence.request.sampling
-    return (
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-    )
-
-
 def _changes_logits(sequence: Sequence) -> bool:
+    if not sequence.has_rules and sequence.grammar is None:
+        return False
     return (
-        _has_penalty(sequence)
+        sequence.request.sampling.has_penalty
         or bool(sequence.request.sampling.logit_bias)
         or bool(sequence.forbidden_token_ids)
         or sequence.constrained_by is not None
@@ -257,16 +252,16 @@ def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
     """`[rows]` int64."""
-    held = [(row, one.forced_token) for row, one in enumerate(sequences)]
-    forced = {row: token for row, token in held if token is not None}
-    drawn = {
-        row: one
-        for row, one in enumerate(sequences)
-        if one.request.sampling.temperature > 0 and row not in forced
-    }
-    free = {row: one for row, one in drawn.items() if not _is_cut(one)}
-    cut = {row: one for row, one in drawn.items() if row not in free}
-    greedy = len(drawn) < len(sequences)
+    forced: dict[int, int] = {}
+    free: dict[int, Sequence] = {}
+    cut: dict[int, Sequence] = {}
+    for row, one in enumerate(sequences):
+        token, params = one.forced_token, one.request.sampling
+        if token is not None:
+            forced[row] = token
+        elif params.temperature > 0:
+            (cut if params.is_cut else free)[row] = one
+    greedy = len(free) + len(cut) < len(sequences)
     tokens = logits.argmax(1) if greedy else logits.new_zeros(len(logits), dtype=torch.int64)
     for rows, draw in ((free, _draw), (cut, _draw_cut)):
         if rows:
@@ -275,11 +270,6 @@ def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
         index, must = on_device([*forced.items()], torch.int64, logits.device).unbind(1)
         tokens.index_copy_(0, index, must)
     return tokens
-
-
-def _is_cut(sequence: Sequence) -> bool:
-    params = sequence.request.sampling
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def _probabilities(logits: Tensor, temperatures: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ Knows token ids and block numbers; no tensors, no text.
 
 import itertools
 import time
+from array import array
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,7 @@ SCORED_ROWS: Final = 512
 """Prompt positions of a step that have logits; with a vocabulary of 150,000 in fp32 300 MB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nothing changes it; frozen, it would take five times as long to make
 class Chunk:
     """Tokens [start, start + length) of a sequence: one step computes their KV."""
 
@@ -64,21 +65,17 @@ class Chunk:
     length: int
     samples: bool = field(init=False)  # it reaches the last token, so that the next one is drawn
     scored: range = field(init=False)  # positions whose logits score the prompt token behind them
+    dial: Dial | None = field(init=False)  # of all its tokens; None where the answer's begins in it
 
     def __post_init__(self) -> None:
-        """What is to be done with its logits, as things stand when it is scheduled."""
-        end, unscored = self.start + self.length, self.sequence.unscored
-        if unscored:
-            unscored = range(max(self.start, unscored.start), min(end, unscored.stop))
-        object.__setattr__(self, "samples", end >= len(self.sequence.tokens))
-        object.__setattr__(self, "scored", unscored)
-
-    @property
-    def dial(self) -> Dial | None:
-        """The dial of all its tokens; None where the answer's dial begins inside it."""
-        first = self.sequence.dial_at(self.start)
-        last = self.sequence.dial_at(self.start + self.length - 1)
-        return first if first is last or first == last else None
+        """What is to be done with it, as things stand when it is scheduled."""
+        sequence, end = self.sequence, self.start + self.length
+        scored = sequence.unscored
+        if scored:
+            scored = range(max(self.start, scored.start), min(end, scored.stop))
+        self.samples = end >= len(sequence.tokens)
+        self.scored = scored
+        self.dial = sequence.dial_over(self.start, end)
 
 
 class Line:
@@ -215,9 +212,10 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step. Empty only where nothing is unfinished, or hangs on a step in flight."""
         chunks = self._decodes()
-        decoding = sum(sequence.remaining <= 1 for sequence in self.running)  # or about to
+        prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
+        decoding = len(self.running) - len(prefilling)  # or about to
         budget, scored_rows = self.max_batched_tokens - decoding, SCORED_ROWS
-        prefills = self._prefills()
+        prefills = self._prefills(prefilling)
         while budget > 0 and (sequence := next(prefills, None)) is not None:
             length = min(budget, sequence.remaining)
             chunk = _within(scored_rows, Chunk(sequence, sequence.computed, length))
@@ -288,10 +286,8 @@ class Scheduler:
         """Whether its next token is known, or the step is the same whichever it will be."""
         if not sequence.runs_ahead:
             return True
-        max_tokens = sequence.request.sampling.max_tokens
-        is_last = len(sequence) + 1 == self.max_model_len
-        if max_tokens is not None:
-            is_last |= sequence.output_length + 1 >= max_tokens
+        length = len(sequence.tokens) + 1
+        is_last = length >= self.max_model_len or length >= sequence.most_tokens
         return not is_last and not sequence.may_switch
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -314,9 +310,9 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.preemptions += 1
 
-    def _prefills(self) -> Iterator[Sequence]:
+    def _prefills(self, prefilling: list[Sequence]) -> Iterator[Sequence]:
         """Running sequences still in prefill, then the waiting ones, each admitted when asked."""
-        yield from [sequence for sequence in self.running if sequence.remaining > 1]
+        yield from prefilling
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.first
             if not self._admit(sequence):
@@ -333,7 +329,7 @@ class Scheduler:
         block_table = self.blocks.acquire(found, fresh)
         if block_table is None:
             return False
-        sequence.block_table = block_table
+        sequence.block_table = array("i", block_table)
         sequence.computed = len(found) * self.blocks.block_size
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
@@ -344,6 +340,7 @@ class Scheduler:
 
     def _note_first_run(self, sequence: Sequence) -> None:
         sequence.first_run = time.monotonic()
+        sequence.queue_seconds = sequence.first_run - sequence.arrival
         sequence.cached_tokens = sequence.computed
         if self.prefix_caching and not sequence.unscored:
             self.prefix_queried_tokens += sequence.prompt_length
@@ -408,9 +405,9 @@ class Scheduler:
             return FinishReason.STOP
         if grammar is not None and grammar.complete:
             return FinishReason.COMPLETE
-        if sequence.output_length == sequence.request.sampling.max_tokens:
-            return FinishReason.LENGTH
-        return FinishReason.LENGTH if len(sequence) == self.max_model_len else None
+        length = len(sequence.tokens)
+        is_full = length == self.max_model_len or length == sequence.most_tokens
+        return FinishReason.LENGTH if is_full else None
 
     # --- Ends -----------------------------------------------------------------------------------
 
@@ -430,7 +427,7 @@ class Scheduler:
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.computed = 0
 
     # --- Checks ---------------------------------------------------------------------------------
@@ -480,7 +477,9 @@ def _first_event_scores(
 ) -> tuple[TokenLogprobs, ...] | None:
     """The prompt's log-probabilities, told once: with the first token, or where none comes."""
     sampling = sequence.request.sampling
-    if sampling.prompt_logprobs is None or reason in (FinishReason.ABORT, FinishReason.ERROR):
+    if sampling.prompt_logprobs is None:
+        return None
+    if reason in (FinishReason.ABORT, FinishReason.ERROR):
         return None
     is_first = sampling.max_tokens == 0 or sequence.output_length == 1
     return tuple(sequence.prompt_logprobs) if is_first else None
@@ -493,14 +492,15 @@ def _event(
     logprobs: TokenLogprobs | None = None,
     error: str | None = None,
 ) -> TokenEvent:
+    thinking = sequence.thinking
     return TokenEvent(
-        sequence.request_id,
+        sequence.request.request_id,
         token_id,
         finish_reason,
         logprobs,
         cached_tokens=sequence.cached_tokens,
-        reasoning_tokens=sequence.reasoning_tokens,
-        forced_close=sequence.forced_close,
+        reasoning_tokens=0 if thinking is None else thinking.reasoning_tokens,
+        forced_close=False if thinking is None else thinking.forced_close,
         queue_seconds=sequence.queue_seconds,
         error=error,
         prompt_logprobs=_first_event_scores(sequence, finish_reason),

@@ -4,12 +4,20 @@ Knows nothing of other sequences. The scheduler moves it, the runner reads it.
 """
 
 import random
+import sys
 import time
+from array import array
+from collections.abc import MutableSequence
 from enum import Enum, auto
+from functools import lru_cache
+from typing import Final
 
 from mi_runtime.grammar import Grammars, GrammarState
 from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
 from mi_runtime.thinking import Phase, ThinkingState, TokenMarks
+
+NO_TOKENS: Final = frozenset[int]()
+NOTHING: Final = range(0)
 
 
 class Status(Enum):
@@ -27,17 +35,22 @@ class Sequence:
 
     __slots__ = (
         "__weakref__",
+        "answer_dial",
         "arrival",
         "block_keys",
         "block_table",
         "cached_tokens",
         "computed",
+        "dial",
         "ending_token_ids",
         "first_run",
         "grammar",
+        "has_rules",
         "in_flight",
+        "most_tokens",
         "prompt_length",
         "prompt_logprobs",
+        "queue_seconds",
         "rank",
         "request",
         "rng",
@@ -54,11 +67,14 @@ class Sequence:
         grammars: Grammars | None = None,
     ) -> None:
         self.request = request
+        self.dial = _shared(request.dial)
+        self.answer_dial = None if request.answer_dial is None else _shared(request.answer_dial)
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
+        self.most_tokens = self.prompt_length + _or_endless(request.sampling.max_tokens)
         self.computed = 0  # tokens whose KV is in blocks, or will be before what comes next
         self.in_flight = 0  # steps that compute it, and whose results are not there yet
-        self.block_table: list[int] = []
+        self.block_table: MutableSequence[int] = array("i")
         self.block_keys: list[bytes] = []  # root, then one of each full block; made when needed
         self.cached_tokens = 0  # of the prompt, at first admission
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, …; as far as known
@@ -66,6 +82,7 @@ class Sequence:
         self.rank = (request.priority, 0)  # the least runs first; the scheduler counts arrivals
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
+        self.has_rules = _has_rules(request)
         self.switch_at: int | None = None  # position from which on the answer's dial holds
         self.thinking = None if request.think is None else ThinkingState(request.think, marks)
         self.grammar: GrammarState | None = None
@@ -74,6 +91,7 @@ class Sequence:
             self.grammar = grammars.state(request.grammar, self.thinking)
         self.arrival = time.monotonic()  # seconds
         self.first_run: float | None = None  # seconds, of the same clock
+        self.queue_seconds = 0.0  # from submission to the first step that ran it; 0 where none did
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -102,8 +120,9 @@ class Sequence:
     @property
     def may_switch(self) -> bool:
         """Whether the next token may be the first under the answer's dial."""
-        inside = self.thinking is not None and self.thinking.phase is Phase.INSIDE
-        return inside and self.request.answer_dial is not None
+        if self.answer_dial is None or self.thinking is None:
+            return False
+        return self.thinking.phase is Phase.INSIDE
 
     @property
     def output(self) -> list[int]:
@@ -117,7 +136,8 @@ class Sequence:
     @property
     def forbids_ending(self) -> bool:
         """Whether the next token may not be one of `ending_token_ids`."""
-        if self.output_length < self.request.sampling.min_tokens:
+        least = self.request.sampling.min_tokens
+        if least and self.output_length < least:
             return True
         return self.thinking is not None and self.thinking.forbids_eos
 
@@ -125,7 +145,7 @@ class Sequence:
     def forbidden_token_ids(self) -> frozenset[int]:
         """What the next token may not be, whatever the model says."""
         params = self.request.sampling
-        forbidden = self.ending_token_ids if self.forbids_ending else frozenset[int]()
+        forbidden = self.ending_token_ids if self.forbids_ending else NO_TOKENS
         if self.grammar is not None and params.ignore_eos:  # a grammar allows an end when complete
             forbidden |= params.eos_token_ids
         return forbidden
@@ -145,17 +165,12 @@ class Sequence:
     def unscored(self) -> range:
         """Positions whose logits are still needed: each scores the prompt token behind it."""
         if self.request.sampling.prompt_logprobs is None:
-            return range(0)
+            return NOTHING
         return range(len(self.prompt_logprobs), self.prompt_length - 1)
 
     @property
     def reasoning_tokens(self) -> int:
         return 0 if self.thinking is None else self.thinking.reasoning_tokens
-
-    @property
-    def queue_seconds(self) -> float:
-        """From submission to the first step that ran it; 0 where none did."""
-        return 0.0 if self.first_run is None else self.first_run - self.arrival
 
     @property
     def forced_close(self) -> bool:
@@ -164,9 +179,16 @@ class Sequence:
     def dial_at(self, position: int) -> Dial:
         """The dial under which the token at `position` is computed."""
         if self.switch_at is None or position < self.switch_at:
-            return self.request.dial
-        assert self.request.answer_dial is not None
-        return self.request.answer_dial
+            return self.dial
+        assert self.answer_dial is not None
+        return self.answer_dial
+
+    def dial_over(self, start: int, end: int) -> Dial | None:
+        """The dial of the tokens [start, end); None where the answer's begins among them."""
+        switch = self.switch_at
+        if switch is None or end <= switch:
+            return self.dial
+        return self.answer_dial if start >= switch or self.dial == self.answer_dial else None
 
     def append(self, token_id: int) -> None:
         """Takes a sampled token. The one that closes the think block is the first of the answer."""
@@ -176,6 +198,26 @@ class Sequence:
         if (
             self.thinking is not None
             and self.thinking.observe(token_id)
-            and self.request.answer_dial is not None
+            and self.answer_dial is not None
         ):
             self.switch_at = len(self.tokens) - 1
+
+
+@lru_cache(maxsize=1024)
+def _shared(dial: Dial) -> Dial:
+    """The first of equal dials: where they are one object, nobody compares them value by value."""
+    return dial
+
+
+def _or_endless(max_tokens: int | None) -> int:
+    return sys.maxsize if max_tokens is None else max_tokens
+
+
+def _has_rules(request: EngineRequest) -> bool:
+    """Whether penalties, bias or forbidden ends may ever change logits."""
+    return (
+        request.sampling.has_penalty
+        or bool(request.sampling.logit_bias)
+        or request.sampling.min_tokens > 0
+        or (request.think is not None and request.think.forbid_eos)
+    )

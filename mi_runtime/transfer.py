@@ -6,13 +6,16 @@ its allocator hands a piece out again when the copies of it are done, so no step
 an earlier one still reads. Knows nothing of what the numbers mean.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-ALIGNED = 4  # elements: a tensor begins at a multiple of 16 bytes, as kernels are compiled for
+ALIGNED: Final = 16  # bytes: where a tensor begins, as kernels are compiled for it
+NUMPY: Final = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -23,22 +26,29 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor of these numbers, or rows of numbers; sent in one copy."""
-    return send(torch.tensor(values, dtype=dtype), device)
+    """The tensor of these numbers, or rows of numbers; sent in one copy.
+
+    What is too large for fp32 is infinite there.
+    """
+    with np.errstate(over="ignore"):
+        array = np.array(values, dtype=NUMPY[dtype])
+    return send(torch.from_numpy(array), device)
 
 
-def together_on_device(
-    lists: Iterable[Sequence[Any]], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """The tensor of each list, all sent in one copy."""
-    flat: list[Any] = []
-    bounds = []
-    for values in lists:
-        bounds.append((len(flat), len(flat) + len(values)))
-        flat += values
-        flat += [0] * (-len(flat) % ALIGNED)
-    sent = on_device(flat, dtype, device)
-    return [sent[first:end] for first, end in bounds]
+def together_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """The tensor of each array, all sent in one copy."""
+    ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
+    packed = np.empty(ends[-1], dtype=np.uint8)
+    places = [
+        slice(first, first + array.nbytes) for first, array in zip((0, *ends), arrays, strict=False)
+    ]
+    for place, array in zip(places, arrays, strict=True):
+        packed[place] = array.reshape(-1).view(np.uint8)
+    sent = send(torch.from_numpy(packed), device)
+    return [
+        sent[place].view(torch.from_numpy(array).dtype).view(array.shape)
+        for place, array in zip(places, arrays, strict=True)
+    ]
 
 
 class Readback:

@@ -7,12 +7,14 @@ the other sees the end of the pipe at once; one that still loads, which reads no
 """
 
 import argparse
+import gc
 import os
 import select
 import signal
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 
 import torch
@@ -47,6 +49,10 @@ def main() -> int:
         return run(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # tidying up after a GPU that has failed may hang, and the pipe with it
 
 
 def leave_behind(pipe: int) -> None:
@@ -69,6 +75,8 @@ def run(connection: "Connection[object, object]") -> int:
     except PairError as error:
         connection.send(LoadFailed(str(error)))
         return LOAD_FAILED
+    gc.collect()
+    gc.freeze()  # what start has left lives on: looking through it would hold up a step
     connection.send(Ready(engine.info))
     while True:
         events = receive(connection, engine)

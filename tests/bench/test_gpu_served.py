@@ -26,27 +26,37 @@ Rows = dict[tuple[str, str], Any]
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Rows by what they measured, and the λ."""
+def record(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("served")
     assert main(["--smoke", "--seconds", "0", "--out", str(folder)]) == 0
-    rows = json.loads((folder / "gpu-served-4b-smoke.json").read_text())["rows"]
-    return {(row["what"], row["lambdas"]): row for row in rows}
+    return json.loads((folder / "gpu-4b-served-smoke.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def smoke(record: Any) -> Rows:
+    """Rows by what they measured, and the λ."""
+    return {(row["what"], row["lambdas"]): row for row in record["rows"]}
 
 
 def test_a_smoke_run_serves_and_measures_everything(smoke: Rows) -> None:
-    measured = ("HTTP", "engine alone", "HTTP / engine alone")
+    measured = ("HTTP", "HTTP in turn", "engine in turn")
     wanted = [(what, kind) for what in measured for kind in ("different", "one")]
     assert sorted(smoke) == sorted([*wanted, ("start", "one"), ("start, engine alone", "one")])
     for kind in ("different", "one"):
         assert smoke["HTTP", kind]["facts"]["first_token"]["p50"] > 0
-        assert smoke["HTTP / engine alone", kind]["ratio"] > 0
     assert smoke["HTTP", "different"]["facts"]["ways"]["pair"] > 0
+
+
+def test_the_ratio_that_is_aimed_at_is_of_rounds_in_turn(record: Any, smoke: Rows) -> None:
+    ratio = record["ratios"]["4b: 64 streams over HTTP at a hot λ / the engine alone"]
+    served, alone = smoke["HTTP in turn", "one"], smoke["engine in turn", "one"]
+    assert ratio["value"] == pytest.approx(alone["seconds"] / served["seconds"])
+    assert ratio["aim"] == 0.95
 
 
 def test_the_server_and_the_engine_alone_say_the_same(smoke: Rows) -> None:
     for kind in ("different", "one"):
-        facts = smoke["HTTP / engine alone", kind]["facts"]
+        facts = smoke["HTTP in turn", kind]["facts"]
         assert facts["same_answers"] == facts["answers"] == SMALL.streams
 
 

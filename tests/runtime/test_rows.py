@@ -1,6 +1,7 @@
 """Rows of a step: which way each blend group goes, what is kept from step to step, who is who."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,32 @@ def test_a_batch_of_another_shape_does_not(other: StepRows) -> None:
     assert [rows.weights.tolist() for rows in slots(groups)] == [
         rows.weights.tolist() for rows in before
     ]
+
+
+def test_a_batch_whose_rows_could_not_be_set_leaves_none_to_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step that found no memory half way was dropped; the next was like the one before it, and
+    ran with some groups at the λ of the dropped one."""
+    groups = groups_of()
+    first = step(Dial(0.3), blended=False)
+    groups.begin(first)
+    make, made = groups._rows, []
+
+    def rows(values: tuple[float, ...], *others: Any) -> Any:
+        if made:
+            raise torch.OutOfMemoryError
+        made.append(values)
+        return make(values, *others)
+
+    monkeypatch.setattr(groups, "_rows", rows)
+    with pytest.raises(torch.OutOfMemoryError):
+        groups.begin(step(Dial(0.5, (("0.mlp", 0.6),)), blended=False))
+    monkeypatch.undo()
+    groups.begin(first)
+    assert [groups.slot(name, kept=False).now.weights.item() for name in NAMES] == [
+        pytest.approx(0.3)
+    ] * len(NAMES)
 
 
 def test_every_blended_execution_is_a_hit_or_a_build() -> None:

@@ -36,11 +36,16 @@ ENDLESS = 200  # tokens: the request is still running when the test comes to it
 class Worker:
     """A worker process and this side's end of its pipe."""
 
-    def __init__(self, directories: Directories, **settings: Any) -> None:
+    def __init__(
+        self,
+        directories: Directories,
+        command: tuple[str, ...] = ("-m", "mi_runtime.worker"),
+        **settings: Any,
+    ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mi_runtime.worker", "--fd", str(theirs.fileno())],
+                [sys.executable, *command, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=ROOT,
                 stderr=subprocess.PIPE,
@@ -172,6 +177,32 @@ def test_a_killed_worker_is_the_end_of_the_pipe(
     with pytest.raises((EOFError, ConnectionResetError)):
         one.events_until_end("r")
     assert one.wait() < 0
+
+
+BREAKS = """
+import atexit, sys, time
+from mi_runtime import engine, worker
+
+def step(self):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+engine.Engine.step = step
+atexit.register(time.sleep, 10_000)
+sys.exit(worker.main())
+"""
+
+
+def test_a_broken_engine_ends_its_process_at_once_even_where_tidying_up_would_hang(
+    started: Callable[..., Worker], qwen3_pair: Directories
+) -> None:
+    """After an error that a GPU does not recover from, nothing that frees its memory returns."""
+    one = started(qwen3_pair, command=("-c", BREAKS))
+    assert isinstance(one.receive(), Ready)
+    one.submit("r")
+    assert one.wait() == 1
+    assert "an illegal memory access was encountered" in one.errors
+    with pytest.raises((EOFError, ConnectionResetError)):
+        one.receive()
 
 
 def test_a_pair_that_cannot_be_served_is_told_and_the_exit_code_is_2(
