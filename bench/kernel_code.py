@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -49,6 +50,8 @@ BLOCK_SIZE: Final = 16  # tokens of a KV block
 CONTEXTS: Final = (1024, 8192, 262_144)  # bounds of the lengths; the last is the longest context
 PREFILLS: Final = tuple(2**power for power in range(1, 12))  # tokens of a chunk
 EMBEDDED: Final = Shape(6, 128, 384, 4, 2, 32, 320, tied=True)
+LARGE_HEADS: Final = Shape(1, 4096, 4096, 16, 4, 256, 32_000, tied=True)
+MANY_HEADS: Final = Shape(1, 4096, 4096, 64, 8, 64, 32_000, tied=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,23 @@ def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> It
         for behind in (0, *CONTEXTS[:2]):
             call = partial(attend, shape, rows, 0, behind + rows, dtype)
             yield Case(model, f"prefill behind {behind}", rows, call)
+
+
+def tested() -> Iterator[Case]:
+    """What `tests/gpu` launches beside: the embedded pair in fp32, and attention of all kinds."""
+    yield from serving("embedded", EMBEDDED, torch.float32)
+    kinds = (
+        ("4b", partial(attend, SHAPES["4b"]), SHAPES["4b"]),
+        ("30b-a3b", partial(attend, SHAPES["30b-a3b"]), SHAPES["30b-a3b"]),
+        ("large heads", partial(attend, LARGE_HEADS, window=1024), LARGE_HEADS),
+        ("sinks", partial(attend, MANY_HEADS, window=128, sinks=True), MANY_HEADS),
+    )
+    for (model, call, shape), dtype in product(kinds, (torch.bfloat16, torch.float16)):
+        yield Case(model, "writing KV", 32, partial(write, shape, 32, dtype))
+        for rows, longest in ((32, 1024), (8, 1024), (2, 16_384)):
+            decode = partial(call, rows, rows, longest, dtype)
+            yield Case(model, f"{dtype} decode over {longest}", rows, decode)
+        yield Case(model, f"{dtype} prefill", 1024, partial(call, 1024, 0, 2048, dtype))
 
 
 def products(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -452,11 +472,14 @@ def summary(variants: Iterable[Variant]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    models = {**SHAPES, "embedded": EMBEDDED}
+    launched: dict[str, Callable[[], Iterator[Case]]] = {
+        **{name: partial(serving, name, shape) for name, shape in SHAPES.items()},
+        "tests": tested,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=models, action="append", help="all, if not given")
+    parser.add_argument("--model", choices=launched, action="append", help="all, if not given")
     parser.add_argument("--capability", type=int, default=90, help="10 times the GPU's")
     parser.add_argument("--json", action="store_true", help="one line a kernel")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="what is compiled, as a .tar.xz")
@@ -466,7 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.unpack:
         print(f"{unpack(chosen.unpack, chosen.into)} kernels in {chosen.into}")
         return 0
-    cases = (case for name in chosen.model or models for case in serving(name, models[name]))
+    cases = (case for name in chosen.model or launched for case in launched[name]())
     if chosen.pack:
         variants = pack(chosen.pack, cases, chosen.capability)
     else:
