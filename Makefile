@@ -7,7 +7,8 @@ PORT ?= 8000
 # torch's CPU build, where there is no NVIDIA driver; the plain package brings gigabytes of CUDA.
 CPU_TORCH ?= torch==2.13.0 --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types pytest format bench gpu-test gpu-bench pair clean
+.PHONY: serve test lint types pytest format bench pair clean kernel-code \
+	gpu-first-contact gpu-test gpu-bench gpu-wheels gpu-kernels gpu-environment gpu-rehearsal
 
 serve: $(VENV)/.installed
 	$(BIN)/mi-server serve --host $(HOST) --port $(PORT)
@@ -39,16 +40,46 @@ bench: $(VENV)/.tested
 	$(BIN)/python -m bench.grammar
 	$(BIN)/python -m bench.routing
 
-# On a machine with a GPU, by its own $(PYTHON) and packages: nothing is installed, nothing fetched.
-# Both leave their JSON in $(GPU_OUT), as GPU_OUT=DIR names it; bench/README.md says what is measured.
+# --- With a GPU; bench/README.md says how ---------------------------------------------------------
+
 GPU_OUT ?= bench/results
 GPU_FLAGS ?=
+GPU_VENV ?= .venv-gpu
+
+# On the machine with the GPU, by its own $(PYTHON) and packages: nothing is installed or fetched.
+gpu-first-contact:
+	$(PYTHON) -m bench.first_contact --out $(GPU_OUT) $(GPU_FLAGS)
 
 gpu-test:
 	GPU_OUT=$(GPU_OUT) TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -W default
 
 gpu-bench:
 	PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
+
+# Where there is a network: what that machine lacks, into .wheels, which goes there with the checkout.
+gpu-wheels:
+	$(PYTHON) -m bench.gpu_wheels
+
+gpu-kernels: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python -m bench.kernel_code --pack .wheels/kernels.tar.xz
+
+# What that machine has of what first contact needs, with its versions; PYTHON must be a Python 3.12.
+# But for numpy: Triton 3.6 interprets with none later than 2.3.
+gpu-environment: $(GPU_VENV)/.installed
+
+$(GPU_VENV)/.installed: bench/gpu_machine.txt pyproject.toml
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --no-deps $$($(GPU_VENV)/bin/python -m bench.gpu_wheels --machine)
+	$(GPU_VENV)/bin/pip install 'numpy<2.4'
+	touch $@
+
+# All steps of first contact at tiny shapes on this machine's CPU, in that environment if it is there.
+gpu-rehearsal:
+	$(if $(wildcard $(GPU_VENV)/.installed),$(GPU_VENV),$(VENV))/bin/python -m bench.first_contact --smoke $(GPU_FLAGS)
+
+# What the compiler makes of the kernels, for a GPU that need not be there.
+kernel-code: $(VENV)/.tested
+	$(BIN)/python -m bench.kernel_code
 
 # Retrains the embedded pair from nothing and replaces the shipped weights (about 10 minutes).
 pair: $(VENV)/.installed
@@ -68,4 +99,4 @@ $(VENV)/.tested: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

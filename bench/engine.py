@@ -217,7 +217,7 @@ class Peer:
         self._settings = GenerationConfig(
             max_new_tokens=pair.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
-        self.page_size = max(page_sizes, key=self._trial)
+        self.page_size = page_sizes[0] if len(page_sizes) == 1 else max(page_sizes, key=self._trial)
         self._open(self.page_size)
 
     def batch(self, seed: int) -> Speed:

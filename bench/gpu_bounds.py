@@ -156,12 +156,24 @@ def _attention(shape: Shape) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the card was measured to do in the same run."""
+    """What the card does at best: as it was measured in the same run, or as its maker says."""
 
-    bandwidth: float  # bytes a second, read and written
+    bandwidth: float  # bytes a second of a copy, read and written
     rate: float  # operations a second of a large matrix product
+    measured: bool = True
 
     def bound(self, work: Work) -> tuple[float, Literal["bytes", "operations"]]:
         """The least seconds, and which of the two asks for them."""
         moving, computing = work.bytes / self.bandwidth, work.operations / self.rate
         return (moving, "bytes") if moving >= computing else (computing, "operations")
+
+
+NOMINAL: Final = {  # by a part of the device's name
+    "H100": Card(3.35e12, 989e12, measured=False),
+    "H200": Card(4.8e12, 989e12, measured=False),
+}
+
+
+def card_named(device: str) -> Card | None:
+    """What the maker says of a device; None of one that is not known here."""
+    return next((card for name, card in NOMINAL.items() if name in device), None)

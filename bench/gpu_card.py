@@ -1,8 +1,9 @@
 """What the card does at best, measured in the run whose rows are held against it.
 
-Bandwidth is the larger of a copy's (bytes read and written) and of a reduction's (bytes read); the
-rate is that of one large product of random matrices. Each the median of a few repeats after a
-warm-up, by a synchronized wall clock: what is timed takes milliseconds, what it adds microseconds.
+Bandwidth is a copy's, bytes read and written; the rate is that of one large product. Numbers are
+random, as zeros run faster; copies go round among buffers that are larger than the cache. Each
+figure is the median of a few repeats after a warm-up that lets the card find its clocks, by a
+synchronized wall clock: a repeat takes milliseconds, the clock adds microseconds.
 """
 
 import time
@@ -15,18 +16,21 @@ import torch
 from bench.gpu_bounds import Card
 
 REPEATS = 9
+WARM_UP = 100
+PRODUCTS = 4  # in one repeat
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """How much is moved, in bytes, and how wide the multiplied matrices are."""
 
-    bytes: int
+    bytes: int  # of each buffer
+    buffers: int
     width: int
 
 
-FULL = Load(4 << 30, 8192)
-SMALL = Load(1 << 20, 64)
+FULL = Load(1 << 30, 4, 8192)
+SMALL = Load(1 << 18, 4, 64)
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,28 +39,35 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_card(device: torch.device, load: Load) -> Card:
-    return Card(bandwidth=_bandwidth(device, load.bytes), rate=_rate(device, load.width))
+    return Card(bandwidth=_bandwidth(device, load), rate=_rate(device, load.width))
 
 
-def _bandwidth(device: torch.device, size: int) -> float:
-    numbers = torch.ones(size // 4, device=device)
-    other = torch.empty_like(numbers)
-    copying = _seconds(device, lambda: other.copy_(numbers))
-    reading = _seconds(device, numbers.sum)
-    return max(2 * size / copying, size / reading)
+def _bandwidth(device: torch.device, load: Load) -> float:
+    size = load.bytes // torch.bfloat16.itemsize
+    buffers = [
+        torch.empty(size, dtype=torch.bfloat16, device=device).normal_()
+        for _ in range(load.buffers)
+    ]
+
+    def copy_round() -> None:
+        for one, other in zip(buffers, buffers[1:] + buffers[:1], strict=True):
+            other.copy_(one)
+
+    return 2 * load.bytes * load.buffers / _seconds(device, copy_round)
 
 
 def _rate(device: torch.device, width: int) -> float:
     one, two = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
-    return 2 * width**3 / _seconds(device, lambda: one @ two)
+    seconds = _seconds(device, lambda: [one @ two for _ in range(PRODUCTS)])
+    return PRODUCTS * 2 * width**3 / seconds
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     taken = []
-    for repeat in range(REPEATS + 3):
+    for repeat in range(WARM_UP + REPEATS):
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
-        taken += [time.perf_counter() - started] if repeat >= 3 else []
+        taken += [time.perf_counter() - started] if repeat >= WARM_UP else []
     return median(taken)

@@ -1,9 +1,7 @@
 """Random Qwen3 endpoints, made where they are to lie: no file, and no copy in another dtype.
 
 A model is constructed without memory, materialized on its device in its dtype, and every parameter
-is drawn there. Thinking is Instruct plus noise of a tenth of its scale, drawn parameter by
-parameter on Instruct's device, so that one that is to lie on the CPU costs a transfer and no random
-numbers there.
+is drawn there, which takes a GPU a second. Thinking is Instruct plus noise of a tenth of its scale.
 """
 
 from dataclasses import dataclass
@@ -76,22 +74,13 @@ def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> Pr
 
 
 def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
-    """Both endpoints whole (`pair`), or the difference as int8 or int4."""
+    """Both endpoints whole (`pair`), or the difference as int8 or int4: then both endpoints lie on
+    the device too, until they are paired."""
     instruct = random_endpoint(shape, place)
-    if store not in ("int8", "int4"):
-        return pair_up(instruct, random_thinking(shape, instruct, place), "random")
-    aside = Place(_device_for(instruct), place.dtype, place.positions)
-    thinking = random_thinking(shape, instruct, aside)
-    return pair_up(instruct, thinking, "random", delta_dtype=store)
-
-
-def _device_for(instruct: PreTrainedModel) -> torch.device:
-    """Of a Thinking endpoint that will not stay: the device where it fits, which is faster."""
-    if instruct.device.type != "cuda":
-        return instruct.device
-    wanted = sum(tensor.nbytes for tensor in instruct.parameters())
-    fits = torch.cuda.mem_get_info(instruct.device)[0] > 1.1 * wanted
-    return instruct.device if fits else torch.device("cpu")
+    thinking = random_thinking(shape, instruct, place)
+    if store in ("int8", "int4"):
+        return pair_up(instruct, thinking, "random", delta_dtype=store)
+    return pair_up(instruct, thinking, "random")
 
 
 def _empty(shape: Shape, place: Place) -> PreTrainedModel:
@@ -102,6 +91,7 @@ def _empty(shape: Shape, place: Place) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     model.to_empty(device=place.device)
     model.tie_weights()  # materialized one by one
+    assert not shape.tied or model.lm_head.weight is model.model.embed_tokens.weight
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(place.device)
     return model.eval().requires_grad_(False)

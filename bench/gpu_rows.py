@@ -4,11 +4,13 @@ A decode row's contexts are not computed. The KV is filled with random numbers o
 of a prompt are put into the prefix cache under their keys, as if a request had left them there: the
 engine then finds all of the prompt but its last token, and decodes from the first step on. Every
 sequence has a salt, so that none shares its blocks. What attention reads is as large and as
-scattered as it would be, and prefilling two million tokens is left out.
+scattered as it would be, and prefilling a million tokens is left out.
 
 The engine chooses its ways as a server's does (`blend_policy` auto); each row tells which it took.
-Timed is `Engine.step`, in rounds of many steps between two synchronizations, on the wall clock; a
-row is the median of its rounds, and warm-up is outside.
+Timed is `Engine.step`, on the wall clock, from one return to a later one: with asynchronous
+scheduling a step returns when the one before it has been computed, so that between returns lie
+whole steps of the device, with the host's work beside them as in a server. A row is the median of
+its rounds, and warm-up is outside.
 """
 
 import itertools
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Final
 
 import torch
 
@@ -32,54 +34,19 @@ from bench.gpu_bounds import (
     way_of,
 )
 from bench.gpu_card import synchronize
+from bench.gpu_cases import Case, Lambdas, Record, Scale, Skipped, What
 from bench.gpu_pairs import Place, random_endpoint, random_pair
+from bench.gpu_room import BLOCK, HOT_STEPS, PLACES, Room, room_for, tokens_of
 from bench.static import static_model
 from bench.workload import Pair
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
+from mi_runtime.load import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.sequence import Sequence
 
-What = Literal["start", "decode", "prefill", "first token", "answers"]
-Lambdas = Literal["one", "different", "never seen"]
-WARM_STEPS = 6
-HOT_STEPS = 200  # in which a λ that stays alone must have got its blended weights
-MOST_STEPS = 32  # of a round
-SPARE = 1024  # tokens that a context may grow by while it is measured
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How large the rows are; the first of each are the most important."""
-
-    batches: tuple[int, ...] = (32, 1, 8, 128, 256)
-    contexts: tuple[int, ...] = (1024, 8192)
-    prefill: tuple[int, int] = (8, 2048)  # sequences, tokens each
-    prompts: tuple[int, ...] = (1024, 64)  # whose first token is waited for
-    answers: tuple[int, int, int] = (32, 1024, 128)  # sequences, tokens of prompt and of answer
-    rounds: int = 5
-    seconds: float = 1.0  # that the rounds of a decode row may take together
-    blocks: int | None = None  # of KV; None: what the memory holds
-    blend_bytes: int | None = None  # of blended weights, likewise
-    compiled: bool = False  # what is recorded
-
-
-SMALL = Scale(
-    *((2, 1), (16, 48), (2, 24), (8,), (32, 8, 4)),
-    rounds=2,
-    seconds=0.01,
-    blocks=96,
-    blend_bytes=1 << 21,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What one row measures; `tokens` of context or prompt, each sequence."""
-
-    what: What
-    lambdas: Lambdas = "one"
-    sequences: int = 0
-    tokens: int = 0
+VALUES: Final[dict[Lambdas, float]] = {"one": HOT, "instruct": 0.0, "thinking": 1.0}
+MEMORY_OF_CPU: Final = 1e12  # bytes: never the bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,62 +56,39 @@ class Measured:
     seconds: tuple[float, ...]
     tokens: float
     work: Work
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-class Skipped(Exception):
-    """A row that this engine or this memory cannot have; the message says why."""
-
-
-def cases_of(store: Store, scale: Scale) -> list[Case]:
-    """In order of importance; a hot λ of compact deltas has one row, its weights are a pair's."""
-    kinds: list[Lambdas] = ["one"] if store == "static" else ["different", "one"]
-    mostly = kinds[:1] if store in ("int8", "int4") else kinds
-    first, *others = [
-        Case("decode", "one", batch, context)
-        for context in scale.contexts
-        for batch in scale.batches
-    ]
-    sequences, prompt, _ = scale.answers
-    cases = _each(first, kinds) + _each(Case("prefill", "one", *scale.prefill), mostly)
-    cases += _each(Case("answers", "one", sequences, prompt), mostly)
-    if store == "pair":
-        cases += [Case("first token", "never seen", 1, length) for length in scale.prompts]
-    return cases + [case for other in others for case in _each(other, mostly)]
-
-
-def _each(case: Case, kinds: list[Lambdas]) -> list[Case]:
-    return [Case(case.what, kind, case.sequences, case.tokens) for kind in kinds]
+    facts: Record = field(default_factory=dict)
 
 
 class Rows:
     """One engine's rows."""
 
-    def __init__(self, shape: Shape, store: Store, place: Place, scale: Scale) -> None:
+    def __init__(
+        self, shape: Shape, store: Store, place: Place, scale: Scale, compiled: bool = False
+    ) -> None:
+        """Raises Skipped where the device has no room, and whatever pairing and starting raise."""
         started = time.perf_counter()
         self._shape, self._store, self._scale, self._device = shape, store, scale, place.device
-        self.cases = cases_of(store, scale)
-        config = _config(store, scale)
-        if store == "static":
-            model = static_model(random_endpoint(shape, place))
-        else:
-            model = random_pair(shape, place, store)
+        room = room_for(shape, store, scale, _free(place.device), place.dtype.itemsize)
+        self._model = _model(shape, store, place)
         loaded = time.perf_counter()
-        self.engine = Engine(config, model)
+        config = _config(store, scale, room, place.positions, compiled)
+        self.engine = Engine(config, self._model)
         synchronize(self._device)
-        self.start = (loaded - started, time.perf_counter() - loaded)
+        self._start = (loaded - started, time.perf_counter() - loaded)
         _fill_with_random_numbers(self.engine)
         self._unseen = (round(0.1 + 1e-4 * index, 4) for index in range(3900))  # below HOT
         self._seeds = itertools.count()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Record:
         """Of the engine; memory in bytes."""
         blocks = self.engine.info.num_blocks * self.engine.info.block_size
+        on_gpu = self._device.type == "cuda"
         return {
-            "pair_seconds": self.start[0],
-            "start_seconds": self.start[1],
+            "pair_seconds": self._start[0],
+            "start_seconds": self._start[1],
             "kv_bytes": blocks * self._shape.kv_bytes,
-            "memory_free": torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None,
+            "blend_places": self._places,
+            "memory_free": torch.cuda.mem_get_info(self._device)[0] if on_gpu else None,
             **asdict(self.engine.info),
         }
 
@@ -156,31 +100,31 @@ class Rows:
             "answers": self._answers,
             "first token": self._first_token,
         }
+        self._check_places(case)
         before = self._ways()
         try:
             measured = measures[case.what](case)
         finally:
             self._drain()
-        ways = {way: count - before[way] for way, count in self._ways().items()}
-        measured.facts["ways"] = {way: count for way, count in ways.items() if count}
+        measured.facts.setdefault("ways", self._ways_since(before))
         return measured
 
     # --- Kinds of rows --------------------------------------------------------------------------
 
     def _decode(self, case: Case) -> Measured:
-        if case.lambdas == "different" and case.sequences == 1:
-            raise Skipped("one sequence has one λ, which soon is hot")
-        self._check_room(case.sequences * (case.tokens + SPARE // 4))
+        self._check_room(tokens_of(case.sequences, case.tokens, self._scale))
         with self._running(case) as requests:
             self._until_each_has_a_token(requests)
             self._until_hot(case)
-            step = min(self._seconds_a_step(2) for _ in range(WARM_STEPS))
+            step = min(self._seconds_a_step(1) for _ in range(self._scale.warm))
             rounds = self._scale.rounds
-            steps = max(2, min(MOST_STEPS, int(self._scale.seconds / rounds / step)))
+            steps = max(2, min(self._scale.steps, int(self._scale.seconds / rounds / step)))
+            before = self._ways()
             seconds = tuple(self._seconds_a_step(steps) for _ in range(rounds))
             middle = sum(map(len, self._sequences(requests))) / case.sequences - rounds * steps / 2
         work = decode_work(self._shape, self._way(case), case.sequences, middle)
-        return Measured(seconds, case.sequences, work, {"steps_a_round": steps})
+        facts = {"steps_a_round": steps, "ways": self._ways_since(before)}
+        return Measured(seconds, case.sequences, work, facts)
 
     def _prefill(self, case: Case) -> Measured:
         self._check_room(case.sequences * case.tokens)
@@ -247,43 +191,42 @@ class Rows:
                 waiting.discard(event.request_id)
 
     def _until_hot(self, case: Case) -> None:
-        if case.lambdas == "different" or self._store == "static":
+        if case.lambdas != "one" or self._store == "static":
             return
-        before = self.engine.stats().blended_executions
+        before = self._ways()
         for _ in range(HOT_STEPS):
-            if self.engine.stats().blended_executions > before:
-                return
             self.engine.step()
+            if "blended" in self._ways_since(before):
+                return
+        raise RuntimeError(f"λ = {HOT} has no blended weights after {HOT_STEPS} steps of its own")
 
     def _seconds_a_step(self, steps: int) -> float:
-        synchronize(self._device)
         started = time.perf_counter()
         for _ in range(steps):
             for event in self.engine.step():
                 assert event.finish_reason is None, event
-        synchronize(self._device)
         return (time.perf_counter() - started) / steps
 
     def _drain(self) -> None:
+        """Ends what runs. A step may be left in flight, whose results the next one drops."""
         for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
             self.engine.abort(sequence.request_id)
-        while not self.engine.idle:
-            self.engine.step()
 
     # --- Facts ----------------------------------------------------------------------------------
 
-    def _sequences(self, requests: list[EngineRequest]) -> list[Any]:
-        found = [self.engine.scheduler.running.get(request.request_id) for request in requests]
-        assert all(found), "a sequence was preempted"
+    def _sequences(self, requests: list[EngineRequest]) -> list[Sequence]:
+        running = self.engine.scheduler.running
+        found = [one for one in (running.get(each.request_id) for each in requests) if one]
+        assert len(found) == len(requests), "a sequence was preempted"
         return found
 
     def _values(self, case: Case) -> list[float]:
-        if case.lambdas == "one":
-            return [HOT] * case.sequences
-        return [(index + 0.5) / case.sequences for index in range(case.sequences)]
+        if case.lambdas == "different":
+            return [(index + 0.5) / case.sequences for index in range(case.sequences)]
+        return [VALUES[case.lambdas]] * case.sequences
 
     def _way(self, case: Case) -> Way:
-        return way_of(self._store, one_lambda=case.lambdas == "one")
+        return way_of(self._store, one_lambda=case.lambdas in VALUES)
 
     def _ways(self) -> dict[str, int]:
         stats = self.engine.stats()
@@ -292,6 +235,21 @@ class Rows:
             "blended": stats.blended_executions,
             "pair": stats.pair_executions,
         }
+
+    def _ways_since(self, before: dict[str, int]) -> dict[str, int]:
+        """How many groups went which way; ways that none went are left out."""
+        ways = {way: count - before[way] for way, count in self._ways().items()}
+        return {way: count for way, count in ways.items() if count}
+
+    @property
+    def _places(self) -> int:
+        return self._model.groups.cache.places
+
+    def _check_places(self, case: Case) -> None:
+        """A λ that is new may push out the hot one where there is room for one alone."""
+        needed = {"one": 1, "never seen": PLACES}.get(case.lambdas, 0)
+        if self._store != "static" and self._places < needed:
+            raise Skipped(f"blended weights of {needed} λ do not fit: {self._places} do")
 
     def _check_room(self, tokens: int) -> None:
         info = self.engine.info
@@ -313,19 +271,29 @@ def pretend_computed(engine: Engine, request: EngineRequest) -> None:
 
 @torch.inference_mode()
 def _fill_with_random_numbers(engine: Engine) -> None:
-    attention = engine._runner.attention
-    for cache in (*attention._keys, *attention._values):
+    for cache in engine._runner.attention.caches:
         cache.normal_()
 
 
-def _config(store: Store, scale: Scale) -> EngineConfig:
+def _model(shape: Shape, store: Store, place: Place) -> BlendedModel:
+    if store == "static":
+        return static_model(random_endpoint(shape, place))
+    return random_pair(shape, place, store)
+
+
+def _free(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else MEMORY_OF_CPU
+
+
+def _config(store: Store, scale: Scale, room: Room, positions: int, compiled: bool) -> EngineConfig:
     """A server's defaults, but for the room that the rows need."""
     settings: dict[str, Any] = {
-        "num_blocks": scale.blocks,
-        "blend_cache_bytes": scale.blend_bytes,
-        "max_model_len": max(scale.contexts) + SPARE,
-        "max_num_seqs": max(scale.batches),
-        "torch_compile": scale.compiled,
+        "block_size": BLOCK,
+        "num_blocks": room.tokens // BLOCK,
+        "blend_cache_bytes": room.blend_bytes,
+        "max_model_len": positions,
+        "max_num_seqs": max(scale.batch, scale.answers[0]),
+        "torch_compile": compiled,
     }
     if store == "static":
         settings["blend_policy"] = "pair"  # there is nothing to choose

@@ -46,7 +46,8 @@ def added_to_a_token(rounds: int) -> dict[str, list[float]]:
             with Server(stamps=stamps) as server:
                 asyncio.run(server.stream_all(workload(0, lambdas=[0.0] * STREAMS)))  # warm
                 asked = workload(number + 1, lambdas=[0.0] * STREAMS)
-                arrivals = asyncio.run(server.stream_all(asked))
+                streamed = asyncio.run(server.stream_all(asked))
+            arrivals = {one.asked.seed: one.moments for one in streamed}
             cuts = quantiles(seconds_added(stamps, arrivals), n=100)
         for name, row in measured.items():
             row.append(cuts[int(name[1:]) - 1] * 1000)

@@ -1,4 +1,4 @@
-"""`mi-server serve` on the embedded pair as a process, and clients of it in this one."""
+"""`mi-server serve` as a process, on the embedded pair or another, and clients of it here."""
 
 import asyncio
 import http.client
@@ -9,18 +9,29 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench.workload import NEW_TOKENS
 from mi_runtime.embedded_pair.task import draw_questions
+from server.config import EMBEDDED_NAME
 
 HOST = "127.0.0.1"
 STREAMS = 64
+STOP_SECONDS = 60.0  # that an idle server may take to end
 _SERVE = "import sys; from server.cli import main; sys.exit(main(sys.argv[2:], {worker!r}))"
+
+
+class ServerFailed(Exception):
+    """The server did not start, did not answer as asked, or did not end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +41,19 @@ class Asked:
     text: str
     reasoning_lambda: float
     seed: int
+    model: str = EMBEDDED_NAME
+    new_tokens: int = NEW_TOKENS
 
     @property
     def body(self) -> bytes:
-        """A greedy answer of exactly `NEW_TOKENS` tokens, streamed."""
+        """A greedy answer of exactly `new_tokens` tokens, streamed."""
         fields = {
-            "model": "mi-embedded",
+            "model": self.model,
             "messages": [{"role": "user", "content": self.text}],
             "reasoning_lambda": self.reasoning_lambda,
             "seed": self.seed,
-            "max_tokens": NEW_TOKENS,
-            "min_tokens": NEW_TOKENS,
+            "max_tokens": self.new_tokens,
+            "min_tokens": self.new_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -48,21 +61,67 @@ class Asked:
         return json.dumps(fields).encode()
 
 
-def workload(seed: int, *, lambdas: Sequence[float]) -> list[Asked]:
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """An answer as it was read: bytes, and on the monotonic clock when they came."""
+
+    asked: Asked
+    sent: float
+    pieces: tuple[tuple[float, bytes], ...]
+
+    def check(self) -> None:
+        """Raises `ServerFailed` unless all tokens that were asked for came."""
+        whole = self.whole
+        usage: list[bytes] = re.findall(rb'"completion_tokens": ?(\d+)', whole)
+        if b"[DONE]" not in whole or not usage or int(usage[-1]) != self.asked.new_tokens:
+            end = whole[-500:].decode(errors="replace")
+            raise ServerFailed(f"stream {self.asked.seed} is not complete; it ends: {end!r}")
+
+    @property
+    def whole(self) -> bytes:
+        return b"".join(piece for _, piece in self.pieces)
+
+    @property
+    def moments(self) -> list[float]:
+        """When each event of content was read to its end; each token is one, where all are text."""
+        ends = list(accumulate(len(piece) for _, piece in self.pieces))
+        events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.whole)
+        return [self.pieces[bisect_left(ends, event.end())][0] for event in events]
+
+    @property
+    def text(self) -> str:
+        """The content of all events."""
+        events = re.findall(rb"^data: (\{.*\})", self.whole, re.MULTILINE)
+        choices = [choice for event in events for choice in json.loads(event)["choices"]]
+        return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+def workload(
+    seed: int,
+    *,
+    lambdas: Sequence[float],
+    model: str = EMBEDDED_NAME,
+    new_tokens: int = NEW_TOKENS,
+) -> list[Asked]:
     """Questions of the embedded pair's task, each with its λ."""
     questions = draw_questions(random.Random(seed), len(lambdas))
     return [
-        Asked(question.text, round(value, 2), seed=seed * len(lambdas) + index)
+        Asked(question.text, round(value, 2), seed * len(lambdas) + index, model, new_tokens)
         for index, (question, value) in enumerate(zip(questions, lambdas, strict=True))
     ]
 
 
 class Server:
-    """Listens on a free port of the loopback for as long as the context lasts."""
+    """Listens on a free port of the loopback for as long as the context lasts.
 
-    def __init__(self, *flags: str, stamps: Path | None = None) -> None:
+    `start_limit`: seconds until it must be ready, else it is killed. What it and its engine say is
+    said by this process too.
+    """
+
+    def __init__(self, *flags: str, stamps: Path | None = None, start_limit: float = 600) -> None:
         self._flags = flags
         self._stamps = stamps
+        self._start_limit = start_limit
 
     def __enter__(self) -> "Server":
         started = time.perf_counter()
@@ -72,48 +131,104 @@ class Server:
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-        assert self._process.stdout is not None
-        for line in self._process.stdout:  # it says so when it is ready
-            found = re.search(rf"http://{HOST}:(\d+)", line)
-            if found:
-                self.port = int(found[1])
-                break
-        else:
-            raise RuntimeError("the server did not start")
-        connection = http.client.HTTPConnection(HOST, self.port)
-        connection.request("GET", "/ready")
-        assert connection.getresponse().status == 200
+        try:
+            self.ready_line = self._line_when_ready()
+            self._check_ready()
+        except BaseException:
+            self._end()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            raise
         self.start_seconds = time.perf_counter() - started
+        # A full pipe would hold up what writes into it.
+        self._rest = threading.Thread(target=self._pass_on, daemon=True)
+        self._rest.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout=60)
+        code = self._end()
+        self._rest.join(STOP_SECONDS)
+        if code and exception[0] is None:
+            raise ServerFailed(f"the server ended with exit code {code}")
 
-    async def stream_all(self, asked: Sequence[Asked], key: str = "-") -> dict[int, list[float]]:
-        """All of them at once; the moments their tokens were read, by the seed of each."""
-        arrivals = await asyncio.gather(*(self._stream(one, key) for one in asked))
-        return {one.seed: moments for one, moments in zip(asked, arrivals, strict=True)}
+    def _line_when_ready(self) -> str:
+        """What the server says when it is ready: where it listens, and what its engine is."""
+        assert self._process.stdout is not None
+        clock = threading.Timer(self._start_limit, self._process.kill)
+        clock.start()
+        try:
+            for line in self._process.stdout:
+                if found := re.search(rf"http://{HOST}:(\d+)", line):
+                    self.port = int(found[1])
+                    return line
+        finally:
+            clock.cancel()
+        raise ServerFailed(f"the server did not start: exit code {self._process.wait()}")
 
-    async def _stream(self, asked: Asked, key: str) -> list[float]:
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                print(line, end="", flush=True)
+
+    def _check_ready(self) -> None:
+        status, _ = self._get("/ready")
+        if status != 200:
+            raise ServerFailed(f"/ready says {status}")
+
+    def _get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=10)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, text
+
+    def _end(self) -> int:
+        """Has it end, or ends it; its exit code."""
+        self._process.terminate()
+        try:
+            return self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            self._process.kill()  # nothing, where it has ended
+            self._process.wait()
+
+    def ways(self) -> dict[str, int]:
+        """How many blend groups forwards have run by each way, so far."""
+        _, text = self._get("/metrics")
+        found = re.findall(r'^mi_layer_executions_total\{.*way="(\w+)"\} (\S+)', text, re.MULTILINE)
+        return {way: int(float(count)) for way, count in found}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Of the cores, so far, by its two processes."""
+        http_process = psutil.Process(self._process.pid)
+        (engine,) = http_process.children()
+        times = {"http": http_process.cpu_times(), "engine": engine.cpu_times()}
+        return {name: one.user + one.system for name, one in times.items()}
+
+    async def stream_all(self, asked: Sequence[Asked], key: str = "-") -> list[Streamed]:
+        """All of them at once, in the order of `asked`. Raises `ServerFailed`."""
+        return await asyncio.gather(*(self._stream(one, key) for one in asked))
+
+    async def _stream(self, asked: Asked, key: str) -> Streamed:
         body = asked.body
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
             f"Authorization: Bearer {key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
+        sent = time.monotonic()
         reader, writer = await asyncio.open_connection(HOST, self.port)
         writer.write(head.encode() + body)
         pieces: list[tuple[float, bytes]] = []
         while piece := await reader.read(1 << 16):
             pieces.append((time.monotonic(), piece))
         writer.close()
-        answer = b"".join(piece for _, piece in pieces)
-        usage: list[str] = re.findall(r'"completion_tokens": ?(\d+)', answer.decode())
-        assert b"[DONE]" in answer, answer[-500:]
-        assert int(usage[-1]) == NEW_TOKENS
-        # A token's event is sent in one piece, and a piece is hardly ever read in two.
-        return [at for at, piece in pieces for _ in range(piece.count(b'"delta":{"content":'))]
+        streamed = Streamed(asked, sent, tuple(pieces))
+        streamed.check()
+        return streamed
 
     def _command(self) -> list[str]:
         if self._stamps is None:

@@ -12,13 +12,17 @@ import argparse
 import asyncio
 import itertools
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
 
 from bench.report import interleaved, publish
-from bench.served import STREAMS, Server, workload
-from bench.workload import EMBEDDED, NEW_TOKENS
+from bench.served import STREAMS, Asked, Server, Streamed, workload
+from bench.workload import EMBEDDED
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
@@ -28,7 +32,15 @@ from server.prompt import Prompts
 from server.schemas import Message
 
 LAMBDAS = [index / (STREAMS - 1) for index in range(STREAMS)]
-TURN_END = 317  # in the embedded pair's vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one round took, and what was said, in the order that it was asked."""
+
+    seconds: float
+    texts: list[str]
+    streams: tuple[Streamed, ...] = ()  # over HTTP
 
 
 def main() -> None:
@@ -37,47 +49,76 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(default_threads())
 
-    engine = Engine(EMBEDDED)
+    alone = EngineAlone(Engine(EMBEDDED), INSTRUCT_DIRECTORY, THINKING_DIRECTORY)
     with Server("--no-prefix-caching") as server:
         seeds = itertools.count()
+
+        def tokens_a_second(answer: Callable[[list[Asked]], Answered]) -> float:
+            asked = workload(next(seeds), lambdas=LAMBDAS)
+            return sum(one.new_tokens for one in asked) / answer(asked).seconds
+
         values = interleaved(
             {
-                "engine alone": lambda: engine_alone(engine, next(seeds)),
-                f"HTTP, {STREAMS} streams": lambda: streamed(server, next(seeds)),
+                "engine alone": lambda: tokens_a_second(alone.answer),
+                f"HTTP, {STREAMS} streams": lambda: tokens_a_second(partial(over_http, server)),
             },
             arguments.rounds,
         )
-        alone, served = (median(measured) for measured in values.values())
+        by_itself, served = (median(measured) for measured in values.values())
         publish("serving", "tokens/s", values, {
-            "HTTP / engine alone": served / alone,
+            "HTTP / engine alone": served / by_itself,
             "seconds from start to ready": server.start_seconds,
         })  # fmt: skip
 
 
-def engine_alone(engine: Engine, seed: int) -> float:
-    prompts = Prompts(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
-    sampling = SamplingParams(
-        max_tokens=NEW_TOKENS,
-        min_tokens=NEW_TOKENS,
-        temperature=0.0,
-        eos_token_ids=frozenset({TURN_END}),
-    )
-    requests = []
-    for asked in workload(seed, lambdas=LAMBDAS):
+class EngineAlone:
+    """An engine in this process, asked with the token ids that the server would make."""
+
+    def __init__(self, engine: Engine, instruct: Path, thinking: Path) -> None:
+        self._engine = engine
+        self.info = engine.info
+        endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
+        self._prompts = Prompts(*endpoints)
+        self._ends = frozenset().union(*(endpoint.eos_token_ids for endpoint in endpoints))
+
+    def answer(self, asked: Sequence[Asked]) -> Answered:
+        requests = [self._request(one) for one in asked]
+        started = time.perf_counter()
+        events = self._engine.generate(requests)
+        seconds = time.perf_counter() - started
+        said = [
+            [event.token_id for event in events[it.request_id] if event.token_id is not None]
+            for it in requests
+        ]
+        assert [len(tokens) for tokens in said] == [one.new_tokens for one in asked]
+        return Answered(seconds, [self._prompts.vocabulary.decode(tokens) for tokens in said])
+
+    def _request(self, asked: Asked) -> EngineRequest:
         dial = Dial.on_grid(asked.reasoning_lambda, 0.01)
-        prompt = prompts.build([Message(role="user", content=asked.text)], dial)
-        requests.append(EngineRequest(f"{asked.seed}", prompt.token_ids, dial, sampling))
-    started = time.perf_counter()
-    events = engine.generate(requests)
-    assert sum(map(len, events.values())) == STREAMS * NEW_TOKENS
-    return STREAMS * NEW_TOKENS / (time.perf_counter() - started)
+        prompt = self._prompts.build([Message(role="user", content=asked.text)], dial)
+        sampling = SamplingParams(
+            max_tokens=asked.new_tokens,
+            min_tokens=asked.new_tokens,
+            temperature=0.0,
+            eos_token_ids=self._ends,
+        )
+        return EngineRequest(f"{asked.seed}", prompt.token_ids, dial, sampling)
 
 
-def streamed(server: Server, seed: int) -> float:
-    """Tokens a second over all streams, from the first request's start to the last's end."""
+def over_http(server: Server, asked: Sequence[Asked], limit: float | None = None) -> Answered:
+    """All streams at once, from the first request's start to the last's end.
+
+    Raises `ServerFailed`, and TimeoutError where they take longer than `limit` seconds.
+    """
+
+    async def read() -> list[Streamed]:
+        async with asyncio.timeout(limit):
+            return await server.stream_all(asked)
+
     started = time.perf_counter()
-    asyncio.run(server.stream_all(workload(seed, lambdas=LAMBDAS)))
-    return STREAMS * NEW_TOKENS / (time.perf_counter() - started)
+    streams = asyncio.run(read())
+    seconds = time.perf_counter() - started
+    return Answered(seconds, [one.text for one in streams], tuple(streams))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 Started as `python -m mi_runtime.worker --fd N`, where N is its end of a socket pair. The first
 message is the EngineConfig; afterwards Submit and Abort come in, and Ready or LoadFailed, then one
 StepReport a step go out. The other end closing is the command to stop: when either process dies,
-the other sees the end of the pipe at once.
+the other sees the end of the pipe at once; one that still loads, which reads nothing, is ended.
 """
 
 import argparse
 import gc
 import os
+import select
 import signal
 import sys
+import threading
+import time
 import traceback
 from multiprocessing.connection import Connection
 
@@ -33,6 +36,7 @@ from mi_runtime.request import (
 )
 
 LOAD_FAILED = 2  # exit code
+LEAVE_SECONDS = 2.0  # that this process may take to end by itself behind its pipe
 
 
 def main() -> int:
@@ -40,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="this process's end of the pipe")
     connection = Connection(parser.parse_args().fd)
+    threading.Thread(target=leave_behind, args=(connection.fileno(),), daemon=True).start()
     try:
         return run(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -48,6 +53,16 @@ def main() -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # tidying up after a GPU that has failed may hang, and the pipe with it
+
+
+def leave_behind(pipe: int) -> None:
+    """Waits for the pipe's other end to close, and ends this process if nothing else does: loading
+    may take minutes, in which nobody reads, and would hold a GPU for a server that is gone."""
+    hung_up = select.poll()
+    hung_up.register(pipe, 0)  # asked for nothing, it tells of this alone
+    hung_up.poll()
+    time.sleep(LEAVE_SECONDS)
+    os._exit(0)
 
 
 def run(connection: "Connection[object, object]") -> int:

@@ -109,11 +109,7 @@ class _Server(uvicorn.Server):
             return
         key = " -H 'Authorization: Bearer KEY'" if self._service.keys else ""
         print(
-            f"Ready: {name} ({info.model_type}, {_numbers(info)} on {info.device}, context "
-            f"{info.max_model_len}, weights {_size(info.weight_bytes)}, "
-            f"{_size(info.peak_bytes)} at the peak of loading; attention {info.attention}; "
-            f"{_products(info)}{_recorded(info)}profile "
-            f"{self._service.routing.name}) at {address}\n"
+            f"Ready: {name} ({told(info)}profile {self._service.routing.name}) at {address}\n"
             f"Try:\n"
             f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"
             f'{{"model": "{name}", "reasoning_lambda": 0.6, "messages": [{{"role": "user", '
@@ -125,6 +121,15 @@ class _Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         scheme = "http" if self._service.settings.ssl_certfile is None else "https"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def told(info: EngineInfo) -> str:
+    """The engine, as the operator is told of it: what it is and what it chose at start."""
+    return (
+        f"{info.model_type}, {_numbers(info)} on {info.device}, context {info.max_model_len}, "
+        f"weights {_size(info.weight_bytes)}, {_size(info.peak_bytes)} at the peak of loading; "
+        f"attention {info.attention}; {_products(info)}{_recorded(info)}"
+    )
 
 
 def _numbers(info: EngineInfo) -> str:

@@ -1,11 +1,16 @@
 """Tests that need a GPU; where there is none, or Triton is interpreted, all of them are skipped.
 
 `make gpu-test` runs them, on the machine's own packages, and has what became of them written to
-`gpu-test.json`.
+`gpu-test.json`. With `GPU_REHEARSAL=1` they run on a CPU at tiny shapes, kernels interpreted, all
+but those that are `on_a_gpu_only`: so that no test fails on the day for a mistake of its own.
+
+Memory that nothing has written is NaN here (the largest number of an integer type): a kernel that
+leaves a part of its result out cannot be right by luck.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,44 @@ import torch
 
 from bench.report import machine
 
-DEVICE = "cuda"
+REHEARSED = os.environ.get("GPU_REHEARSAL") == "1"
+DEVICE = "cpu" if REHEARSED else "cuda"
+on_a_gpu_only = pytest.mark.skipif(REHEARSED, reason="rehearsed without a GPU")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _on_a_gpu() -> None:
+    if REHEARSED:
+        return
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton is interpreted in this run: `make gpu-test` lets it compile")
+
+
+@pytest.fixture
+def poisoned(_on_a_gpu: None) -> Iterator[None]:
+    """Empty memory is filled, which torch does for deterministic algorithms only."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _ends_with_what_it_launched(_on_a_gpu: None) -> Iterator[None]:
+    """What fails on the device fails in its own test. No other can run in this process then: one of
+    several ends here, and another takes its place; a process alone ends the run."""
+    yield
+    if REHEARSED:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the device cannot be used any more: {error}", returncode=1)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -13,15 +13,27 @@ from mi_runtime.attention_backends import (
     measured_workloads,
     obstacle,
 )
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, REHEARSED, on_a_gpu_only
 
-SHAPES = {
-    "Qwen3-4B": LayerShape(8, 128, 128, heads=32),
-    "Qwen3-30B-A3B": LayerShape(4, 128, 128, heads=32),
-    "heads of 256 and a window": LayerShape(4, 256, 256, heads=16, window=1024),
-    "sinks and a window": LayerShape(8, 64, 64, heads=64, window=128, sinks=True),
-}
-LOADS = {"32 of 1k": (32, 1024), "2 of 16k": (2, 16384)}  # decodes, tokens each
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+if REHEARSED:  # an interpreter computes a program at a time
+    SHAPES = {
+        "Qwen3-4B": LayerShape(2, 16, 16, heads=4),
+        "sinks and a window": LayerShape(2, 16, 16, heads=4, window=16, sinks=True),
+    }
+    LOADS = {"32 of 1k": (4, 48), "2 of 16k": (2, 96)}
+else:
+    SHAPES = {
+        "Qwen3-4B": LayerShape(8, 128, 128, heads=32),
+        "Qwen3-30B-A3B": LayerShape(4, 128, 128, heads=32),
+        "heads of 256 and a window": LayerShape(4, 256, 256, heads=16, window=1024),
+        "sinks and a window": LayerShape(8, 64, 64, heads=64, window=128, sinks=True),
+    }
+    LOADS = {"32 of 1k": (32, 1024), "2 of 16k": (2, 16384)}  # decodes, tokens each
+PREFILL = LOADS["32 of 1k"][1]
+DTYPE = torch.float32 if REHEARSED else torch.bfloat16  # which the interpreter takes for integers
+NAMES = ("triton", "reference", "torch")
 BLOCK_SIZE = 16
 ERROR = 0.02  # of the largest output, in 16 bits
 
@@ -51,26 +63,28 @@ def usable(name: str, shape: str, dtype: torch.dtype) -> str:
     return name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["reference", "triton", "torch"])
-def test_a_decode_step_is_that_of_the_reference(
-    name: str, shape: str, load: str, dtype: torch.dtype
-) -> None:
+def check_decodes(name: str, shape: str, load: str, dtype: torch.dtype) -> None:
     backend = make_backend(usable(name, shape, dtype))
     work, _ = workloads(shape, *LOADS[load], dtype)
     assert_near(work.run(backend), exact(work))
 
 
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["reference", "triton", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decode_step_is_that_of_the_reference(name: str, shape: str, load: str) -> None:
+    check_decodes(name, shape, load, DTYPE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prefill_chunk_behind_a_prefix_is_that_of_the_reference(name: str, shape: str) -> None:
-    backend = make_backend(usable(name, shape, torch.bfloat16))
-    _, work = workloads(shape, 2, 1024, torch.bfloat16)
+    backend = make_backend(usable(name, shape, DTYPE))
+    _, work = workloads(shape, 2, PREFILL, DTYPE)
     assert_near(work.run(backend), exact(work))
 
 
+@on_a_gpu_only
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_replay(
     name: str,
@@ -85,3 +99,8 @@ def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_repl
     work.plan.lengths.sub_(5)  # other lengths, within the same bound
     graph.replay()
     assert_near(out, exact(work))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes_have_the_same_decode_step(dtype: torch.dtype) -> None:
+    check_decodes("triton", "Qwen3-4B", "32 of 1k", dtype)

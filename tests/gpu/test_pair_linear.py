@@ -1,4 +1,8 @@
-"""Pair products at the shapes of real models, against fp32 on the same GPU."""
+"""Pair products at the shapes of real models, against fp32 on the same GPU.
+
+In order of what a server needs first. Each number of rows has tiles of its own, which compile in a
+second; matrices differ in how their K is split.
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mi_runtime.delta import quantize
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, REHEARSED, on_a_gpu_only
 
 pytest.importorskip("triton")
 from mi_runtime.kernels.pair_linear import (
@@ -17,26 +21,35 @@ from mi_runtime.kernels.pair_linear import (
     pair_linear,
 )
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 MATRICES = {  # [out, in] of Qwen3-4B
     "q, k and v": (6144, 2560),
-    "output of attention": (2560, 4096),
     "gate and up": (19456, 2560),
     "down": (2560, 9728),
+    "output of attention": (2560, 4096),
 }
-EXPERTS = (128, 8, 1536, 2048)  # of Qwen3-30B-A3B: how many, chosen, and gate and up of one
-ROWS = (1, 32, 256, 2048)
-DTYPE = torch.bfloat16
+if REHEARSED:  # an interpreter computes a program at a time
+    MATRICES = {"gate and up": (70, 256), "down": (40, 1088)}
+FEW = ("gate and up", "down")  # the widest, and one whose K is split
+# Of Qwen3-30B-A3B: how many, chosen, and gate and up of one.
+EXPERTS = (8, 2, 48, 128) if REHEARSED else (128, 8, 1536, 2048)
+ROWS = (3, 1) if REHEARSED else (32, 1, 64, 256)  # each with tiles of its own
+SOME_ROWS = ROWS if REHEARSED else (32, 1, 256)
+WIDTH = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}  # of a rounding
 
 
-def random(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+def random(
+    *shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(DTYPE)
+    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
 
 
-def endpoints(*shape: int) -> tuple[Tensor, Tensor]:
+def endpoints(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """As `PairMatrix` keeps them: strided views of one tensor `[…, out, 2, in]`."""
-    low = random(*shape, scale=0.02, seed=1)
-    both = torch.stack((low, low + random(*shape, scale=0.002, seed=2)), dim=-2)
+    low = random(*shape, scale=0.02, seed=1, dtype=dtype)
+    both = torch.stack((low, low + random(*shape, scale=0.002, seed=2, dtype=dtype)), dim=-2)
     return both[..., 0, :], both[..., 1, :]
 
 
@@ -50,26 +63,49 @@ def mixed(x: Tensor, low: Tensor, high: Tensor, weights: Tensor) -> Tensor:
 
 def assert_near(result: Tensor, exact: Tensor) -> None:
     """One rounding of every number away, and a little for the order of the sums."""
-    slack = exact.abs() * 2**-7 + 1e-4 * exact.abs().max()
+    slack = exact.abs() * WIDTH[result.dtype] + 1e-4 * exact.abs().max()
     assert ((result.float() - exact).abs() <= slack).all()
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("matrix", MATRICES)
-def test_the_pair_product_is_both_products_mixed_row_by_row(matrix: str, rows: int) -> None:
+def check_pair(matrix: str, rows: int, dtype: torch.dtype) -> None:
     columns, depth = MATRICES[matrix]
-    x, (low, high), weights = random(rows, depth), endpoints(columns, depth), lambdas(rows)
+    x, weights = random(rows, depth, dtype=dtype), lambdas(rows)
+    low, high = endpoints(columns, depth, dtype=dtype)
     result = pair_linear(x, low, high, weights)
     assert_near(result, mixed(x, low, high, weights))
-    if rows > 1:
-        assert torch.equal(result, pair_linear(x, low, high, weights)), "not the same bits again"
+    assert torch.equal(result, pair_linear(x, low, high, weights)), "not the same bits again"
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_pair_product_is_both_products_mixed_row_by_row(matrix: str, rows: int) -> None:
+    check_pair(matrix, rows, torch.bfloat16)
+
+
+def test_rows_of_one_λ_share_it() -> None:
+    columns, depth = MATRICES["down"]
+    x, (low, high) = random(32, depth), endpoints(columns, depth)
+    one, each = (torch.full((rows,), 0.3, device=DEVICE) for rows in (1, 32))
+    assert torch.equal(pair_linear(x, low, high, one), pair_linear(x, low, high, each))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_in_one_endpoint_never_reaches_rows_at_the_other(bad: float) -> None:
+    columns, depth = MATRICES["down"]
+    x, (low, high) = random(3, depth), endpoints(columns, depth)
+    weights = torch.tensor([0.0, 0.5, 1.0], device=DEVICE)
+    clean = pair_linear(x, low, high, weights)
+    high[:, 7] = bad
+    spoiled = pair_linear(x, low, high, weights)
+    assert torch.equal(spoiled[0], clean[0])
+    assert not spoiled[1:].isfinite().any()
+
+
+@pytest.mark.parametrize("matrix", FEW)
+@pytest.mark.parametrize("rows", SOME_ROWS)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_with_a_rounded_difference_it_is_what_that_difference_says(
-    kind: str, matrix: str, rows: int
+    kind: str, rows: int, matrix: str
 ) -> None:
     columns, depth = MATRICES[matrix]
     x, (low, high), weights = random(rows, depth), endpoints(columns, depth), lambdas(rows)
@@ -80,30 +116,7 @@ def test_with_a_rounded_difference_it_is_what_that_difference_says(
     assert_near(result, mixed(x, low, thinking, weights))
 
 
-@pytest.mark.parametrize("rows", [1, 32, 256])
-@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
-def test_rows_go_through_their_own_experts(kind: str, rows: int) -> None:
-    experts, chosen, columns, depth = EXPERTS
-    x, weights = random(rows, depth), lambdas(rows)
-    low, high = endpoints(experts, columns, depth)
-    ids = torch.rand(rows, experts, device=DEVICE).topk(chosen).indices
-    second, scales = high, None
-    if kind != "none":
-        low = low.contiguous()
-        delta = quantize(low, high, kind)  # type: ignore[arg-type]
-        second, scales = delta.values, delta.scales
-        high = low.float() + delta.dequantized(torch.float32)
-    alignment = align(ids, experts)
-    found = grouped_linear(x, low, second, scales, None, weights, alignment, True)
-    order = alignment.order
-    sources, owners = order // chosen, ids.flatten()[order]
-    exact = torch.cat([
-        mixed(x[row : row + 1], low[expert], high[expert], weights[row : row + 1])
-        for row, expert in zip(sources.tolist(), owners.tolist(), strict=True)
-    ])  # fmt: skip
-    assert_near(found, exact)
-
-
+@on_a_gpu_only
 @pytest.mark.parametrize("kind", ["pair", "int8", "int4"])
 def test_a_product_can_be_recorded_and_reads_the_λ_that_are_written_before_its_replay(
     kind: str,
@@ -123,3 +136,34 @@ def test_a_product_can_be_recorded_and_reads_the_λ_that_are_written_before_its_
     x.normal_()
     graph.replay()
     assert torch.equal(out, product())
+
+
+@pytest.mark.parametrize("rows", SOME_ROWS)
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_rows_go_through_their_own_experts(kind: str, rows: int) -> None:
+    experts, chosen, columns, depth = EXPERTS
+    x, weights = random(rows, depth), lambdas(rows)
+    low, high = endpoints(experts, columns, depth)
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    ids = torch.rand(rows, experts, device=DEVICE, generator=generator).topk(chosen).indices
+    second, scales = high, None
+    if kind != "none":
+        low = low.contiguous()
+        delta = quantize(low, high, kind)  # type: ignore[arg-type]
+        second, scales = delta.values, delta.scales
+        high = low.float() + delta.dequantized(torch.float32)
+    alignment = align(ids, experts)
+    found = grouped_linear(x, low, second, scales, None, weights, alignment, True)
+    order = alignment.order
+    sources, owners = order // chosen, ids.flatten()[order]
+    exact = torch.cat([
+        mixed(x[row : row + 1], low[expert], high[expert], weights[row : row + 1])
+        for row, expert in zip(sources.tolist(), owners.tolist(), strict=True)
+    ])  # fmt: skip
+    assert_near(found, exact)
+
+
+@pytest.mark.parametrize("rows", ROWS[:2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes_have_the_same_product(dtype: torch.dtype, rows: int) -> None:
+    check_pair("down", rows, dtype)

@@ -130,6 +130,32 @@ def test_a_worker_says_it_is_ready_and_ends_with_its_pipe(
     assert "Traceback" not in one.errors
 
 
+LOADS_FOR_EVER = """
+import sys, time
+from mi_runtime import worker
+worker.Engine = lambda config: print("loading", flush=True) or time.sleep(600)
+sys.exit(worker.main())
+"""
+
+
+def test_a_worker_whose_pipe_ends_while_it_loads_ends_as_well() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LOADS_FOR_EVER, "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+        )
+    with process:
+        pipe: Connection[Any, Any] = Connection(ours.detach())
+        pipe.send(EngineConfig("", ""))
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        pipe.close()
+        assert process.wait(SECONDS) == 0
+
+
 def test_closing_the_pipe_ends_a_worker_that_is_busy(
     started: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:

@@ -1,0 +1,175 @@
+"""First contact with the environment: what is there, what imports, and one kernel that runs.
+
+    python -m bench.contact_environment [--smoke]
+
+Reads and tries, and changes nothing: `nvidia-smi` is only queried.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from bench.contact_carried import KERNELS, installed
+from bench.contact_rows import Skipped, Told
+
+ROOT: Final = Path(__file__).parents[1]
+PACKAGES: Final = ("mi_runtime", "server", "bench")
+OPTIONAL: Final = {"triton", "opentelemetry", "math_verify", "if_verifiable", "matplotlib"}
+"""What a module may need that a server need not have: measuring, and kernels on a CPU."""
+TOLD: Final = ("torch", "triton", "transformers", "accelerate", "numpy", "tokenizers", "fastapi")
+QUERIED: Final = (
+    *("name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem"),
+    *("power.limit", "persistence_mode", "mig.mode.current", "compute_mode"),
+)
+Facts = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="there need be no GPU")
+    smoke = parser.parse_args(arguments).smoke
+    told = Told("environment")
+    told.attempt("packages", package_facts)
+    told.attempt("nvidia-smi", nvidia_facts)
+    told.attempt("room", room_facts)
+    told.attempt("C compiler", compiler_facts)
+    told.attempt("torch", torch_facts)
+    told.attempt("device", lambda: device_facts(smoke))
+    told.attempt("carried kernels", lambda: carried_facts(smoke))
+    told.attempt("a Triton kernel", kernel_facts)
+    told.attempt("imports", import_facts)
+    return int(told.failed)
+
+
+def package_facts() -> Facts:
+    found = installed()
+    named = ", ".join(f"{name} {found.get(name)}" for name in TOLD)
+    return {
+        "figure": f"Python {platform.python_version()}, {named}",
+        "python": sys.version,
+        "executable": sys.executable,
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "packages": found,
+    }
+
+
+def nvidia_facts() -> Facts:
+    if shutil.which("nvidia-smi") is None:
+        raise Skipped("there is no nvidia-smi")
+    query = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    values = told.splitlines()[0].split(", ")
+    return {"figure": values[0], **dict(zip(QUERIED, values, strict=True))}
+
+
+def room_facts() -> Facts:
+    """Free bytes."""
+    folders = [path for path in (".", "/tmp", "/dev/shm") if Path(path).is_dir()]
+    free = {path: shutil.disk_usage(path).free for path in folders}
+    return {**free, "memory": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+
+
+def compiler_facts() -> Facts:
+    """Triton builds its launchers with a C compiler and Python's headers."""
+    found = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
+    compiler = next(filter(None, found), None)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not compiler or not headers.exists():
+        raise FileNotFoundError(f"compiler: {compiler}, {headers}: {headers.exists()}")
+    return {"compiler": compiler, "ncu": shutil.which("ncu")}
+
+
+def torch_facts() -> Facts:
+    started = time.perf_counter()
+    import torch
+
+    return {
+        "figure": f"import torch {time.perf_counter() - started:.1f} s",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_facts(smoke: bool) -> Facts:
+    import torch
+
+    if not torch.cuda.is_available():
+        if smoke:
+            raise Skipped("rehearsed without a GPU")
+        raise RuntimeError("torch sees no CUDA device")
+    found = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
+    square = torch.randn(256, 256, device="cuda").bfloat16()
+    assert bool((square @ square).isfinite().all())
+    return {
+        "figure": f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free",
+        "name": found.name,
+        "capability": [found.major, found.minor],
+        "processors": found.multi_processor_count,
+        "l2_bytes": found.L2_cache_size,
+        "free": free,
+        "total": total,
+    }
+
+
+def carried_facts(smoke: bool) -> Facts:
+    """Kernels that were compiled elsewhere go where Triton looks for its own."""
+    if smoke or not KERNELS.exists():
+        raise Skipped("kernels are interpreted" if smoke else f"there is no {KERNELS}")
+    from triton import knobs
+
+    from bench.kernel_code import unpack
+
+    return {"figure": f"{unpack(KERNELS, Path(knobs.cache.dir))} kernels carried"}
+
+
+def kernel_facts() -> Facts:
+    import torch
+
+    from bench.contact_kernel import doubled
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    numbers = torch.randn(1000, device=device)
+    assert torch.equal(doubled(numbers), 2 * numbers)
+    return {"device": device}
+
+
+def import_facts() -> Facts:
+    """Every module of the engine, the server and the benches; what one lacks that it must have."""
+    lacking, failed, count = {}, [], 0
+    for name in modules():
+        count += 1
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if str(error.name).split(".")[0] in OPTIONAL:
+                lacking[name] = error.name
+            else:
+                failed.append(f"{name}: {error}")
+        except Exception as error:  # all of them are wanted
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+    facts = {"figure": f"{count - len(failed)} of {count} modules import", "lacking": lacking}
+    return facts | ({"error": "; ".join(failed)} if failed else {})
+
+
+def modules() -> Iterator[str]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

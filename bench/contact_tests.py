@@ -1,0 +1,95 @@
+"""First contact by tests: those that need a GPU, each a row.
+
+    python -m bench.contact_tests kernels|engine [--smoke]
+
+Kernels compile for a second each on one core, so tests are spread over processes where pytest-xdist
+is there; files and their tests are ordered by what is to be known first. With `--smoke` they run on
+the CPU at tiny shapes, Triton interpreted, and what needs a GPU is skipped.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from bench.contact_rows import Told
+
+ROOT: Final = Path(__file__).parents[1]
+FILES: Final = {
+    "kernels": ("test_pair_linear.py", "test_attention.py"),
+    "engine": ("test_engine.py",),
+}
+MOST_PROCESSES: Final = 4
+LONGEST_ERROR: Final = 500  # characters
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("subject", choices=FILES)
+    parser.add_argument("--smoke", action="store_true")
+    chosen = parser.parse_args(arguments)
+    if chosen.smoke:
+        os.environ |= {"GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
+    with os.fdopen(os.dup(1), "w") as out:  # for rows alone: pytest writes parts of lines
+        os.dup2(2, 1)
+        rows = Rows(Told(chosen.subject, out))
+        return rows.run([str(ROOT / "tests/gpu" / name) for name in FILES[chosen.subject]])
+
+
+class Rows:
+    """A pytest plugin that tells each test as it ends."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+        self._passed = 0
+
+    def run(self, files: Sequence[str]) -> int:
+        """Not 0 either where no test passed: without a GPU all of them are skipped."""
+        import pytest
+
+        flags = ["--rootdir", str(ROOT), "-W", "default", "-p", "no:cacheprovider", *_spread()]
+        try:
+            code = int(pytest.main([*flags, *files], plugins=[self]))
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        if not self._passed:
+            self._told.row("tests", error=f"none passed; pytest ended with code {code}")
+        return code or int(not self._passed)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.passed:
+            return
+        self._passed += report.passed
+        values = {"outcome": report.outcome, "took": round(report.duration, 2)}
+        if report.failed:
+            values["error"] = _last_line(report)
+            print(report.longreprtext, file=sys.__stderr__, flush=True)  # a killed run tells it too
+        elif report.skipped:
+            values["skipped"] = _last_line(report)
+        self._told.row(report.nodeid.rpartition("/")[2], **values)
+
+
+def _spread() -> list[str]:
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 4))
+    return ["-n", str(processes), "--maxschedchunk", "1"]
+
+
+def _last_line(report: Any) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = crash.message if crash is not None else str(report.longrepr)
+    return str(message)[:LONGEST_ERROR]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How a device's memory is divided among the weights, blended weights and KV of a bench's engine.
+
+A server takes what there is; a bench takes what its rows need, so that every engine of a process
+finds room once the one before it is gone. Plain numbers, in bytes and tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from bench.gpu_bounds import DIFFERENCE, ITEM, Shape, Store
+from bench.gpu_cases import Scale, Skipped
+
+RESERVE: Final = 6e9  # the largest step's activations, recordings, workspaces of libraries
+PLACES: Final = 2  # λ values with blended weights: a hot one, and one that is new
+TINY: Final = 1e9  # bytes of a copy of the weights
+HOT_STEPS: Final = 200  # in which a λ that stays alone must have got its blended weights
+BLOCK: Final = 16  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    tokens: int  # of KV
+    places: int  # of blended weights
+    blend_bytes: int | None  # for them, and their recordings; None: as the engine divides
+
+
+def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = ITEM) -> Room:
+    """Of `free` bytes, for numbers of `item` bytes. Raises Skipped where the first decode row does
+    not fit, or the pair while it is made: both endpoints lie there whole at once."""
+    copy, token = shape.weights * item, shape.kv_bytes * item / ITEM
+    kept = copy * (1 if store == "static" else 1 + DIFFERENCE[store] / ITEM)
+    making = copy * (1 if store == "static" else 2)
+    left = free - RESERVE - kept
+    least = tokens_of(*scale.decodes[0], scale)
+    if free - RESERVE < making or left < least * token:
+        needed = RESERVE + max(making, kept + least * token)
+        raise Skipped(f"{needed / 1e9:.0f} GB are needed, and {free / 1e9:.0f} GB are free")
+    places = int(min(PLACES, (left - least * token) // copy)) if store == "pair" else 0
+    wanted = max(tokens_of(*size, scale) for size in scale.decodes)
+    tokens = int(min(wanted, (left - places * copy) // token))
+    # 1.4: more than so many places take with their recordings, and less than one more would. Of a
+    # tiny model recordings are the larger part.
+    return Room(tokens, places, None if copy < TINY else int(1.4 * places * copy))
+
+
+def tokens_of(sequences: int, context: int, scale: Scale) -> int:
+    """KV of a decode row, at the end of its rounds."""
+    return sequences * -(-(context + growth(scale)) // BLOCK) * BLOCK
+
+
+def growth(scale: Scale) -> int:
+    """Tokens that each context of a decode row may grow by while it is measured."""
+    return 1 + scale.warm + HOT_STEPS + scale.rounds * scale.steps

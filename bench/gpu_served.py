@@ -1,0 +1,382 @@
+"""The whole server over HTTP on a random pair of real shapes, against the engine alone.
+
+    python -m bench.gpu_served [--model 4b|30b-a3b] [--seconds 90] [--compile] [--out DIR]
+    python -m bench.gpu_served --smoke      tiny shapes, in fp32 where there is no GPU
+
+In this order, and told as a line of JSON each when it is known:
+
+    start           the pair made and written as checkpoints (into memory, where it has room), and
+                    `mi-server serve` on them, a process of its own, up to its `/ready`
+    HTTP            64 greedy streams of exactly 256 tokens, read by this process: at 64 different
+                    λ, and at one; with seconds to the first token and between tokens, the rate once
+                    all streams run, and how many cores each process took
+    start, engine   an engine in this process with the same settings, on the pair in its memory
+    … in turn       rounds of both, HTTP and the engine alone, at the same token ids, whose ratio is
+                    aimed at; and how many answers are the same, to the last token
+
+Both are resident at once, with as much KV and blended weights as they need and no more. `--seconds`
+bounds the rounds; starting takes what it takes, and of each kind two rounds are run whatever is
+left: a warm-up, which is not counted, and one. Steps are recorded as they run; `--compile` compiles
+them, for minutes. A pair whose files have no room anywhere is skipped; `--layers` cuts it.
+
+The exit code is 1 where anything failed, and where on a GPU steps are not recorded or pair products
+do not go by kernels, in the server or here: it is measured all the same.
+"""
+
+import argparse
+import itertools
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Final, Literal
+
+import torch
+
+from bench.engine import HOT
+from bench.gpu_bounds import SHAPES, TINY, Shape
+from bench.gpu_card import synchronize
+from bench.gpu_cases import Record
+from bench.gpu_pairs import Place
+from bench.gpu_report import Report
+from bench.report import RESULTS
+from bench.served import Asked, Server, Streamed, workload
+from bench.served_pair import (
+    WrittenPair,
+    bytes_of_pair,
+    drop_weights,
+    folder_with_room,
+    write_pair,
+)
+from bench.serving import Answered, EngineAlone, over_http
+from bench.workload import BUILD
+from mi_runtime.engine import Engine
+from mi_runtime.load import pair_up
+from mi_runtime.request import EngineInfo
+from mi_runtime.worker import default_threads
+from server.config import load_settings
+
+NAME: Final = "random"  # of the model on the wire
+ROUNDS: Final = 5  # of both in turn, at most
+FIRST_ROUNDS: Final = 2  # of HTTP by itself
+LONGEST_ROUND: Final = 120.0  # seconds: streams that take longer hang
+START_LIMIT: Final = 600.0  # seconds, compiled steps included
+BLEND_ROOM: Final = 1.5  # models: room for one, and for its recordings
+LONGEST_ERROR: Final = 500  # characters
+
+Lambdas = Literal["different", "one"]
+KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    streams: int = 64
+    new_tokens: int = 256  # some seconds: reading 64 requests is a part that no answer has again
+    context: int = 384  # tokens of a prompt and its answer, at most
+    rounds: int = ROUNDS
+
+
+SMALL: Final = Scale(streams=6, new_tokens=24, context=96, rounds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is served, and how."""
+
+    model: str
+    smoke: bool = False
+    compiled: bool = False
+    layers: int | None = None  # None: all
+
+    @property
+    def shape(self) -> Shape:
+        whole = (TINY if self.smoke else SHAPES)[self.model]
+        return replace(whole, layers=self.layers or whole.layers)
+
+    @property
+    def scale(self) -> Scale:
+        return SMALL if self.smoke else Scale()
+
+    @property
+    def place(self) -> Place:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return Place(device, dtype, positions=self.scale.context)
+
+    def flags(self, pair: WrittenPair) -> list[str]:
+        """Of `mi-server serve`: no more memory than the streams need."""
+        scale, (instruct, thinking) = self.scale, pair.directories
+        settings = {
+            "instruct": instruct,
+            "thinking": thinking,
+            "device": self.place.device.type,
+            "served-model-name": NAME,
+            "max-num-seqs": scale.streams,
+            "max-model-len": scale.context,
+            "num-blocks": scale.streams * -(-scale.context // 16),
+            "blend-cache-bytes": int(BLEND_ROOM * pair.bytes / 2),
+        }
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return [*flags, "--no-prefix-caching", *([] if self.compiled else ["--no-torch-compile"])]
+
+    def lambdas(self, kind: Lambdas) -> list[float]:
+        if kind == "one":
+            return [HOT] * self.scale.streams
+        return [index / (self.scale.streams - 1) for index in range(self.scale.streams)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=SHAPES, default="4b")
+    parser.add_argument("--layers", type=int, help="as many of the model's layers")
+    parser.add_argument("--seconds", type=float, default=90, help="for the rounds")
+    parser.add_argument("--out", type=Path, help="folder of the JSON")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
+    chosen = parser.parse_args(arguments)
+    run = Run(chosen.model, chosen.smoke, chosen.compile, chosen.layers)
+    if not run.smoke and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --smoke runs tiny shapes on a CPU")
+    started = time.monotonic()
+    report = Report(run, ["served"], chosen.out or (BUILD if run.smoke else RESULTS))
+    for record in rows_of(run, chosen.seconds):
+        report.add(record)
+    report.finish(time.monotonic() - started)
+    return int(report.failed)
+
+
+def rows_of(run: Run, seconds: float) -> Iterator[Record]:
+    """What fails is a row that says so, and the last one."""
+    try:
+        yield from measured_rows(run, seconds)
+    except Exception as error:
+        yield row("failed", error=f"{type(error).__name__}: {error}"[:LONGEST_ERROR])
+
+
+def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
+    size = bytes_of_pair(run.shape, run.place.dtype)
+    folder = folder_with_room(size)
+    if folder is None:
+        yield row("start", skipped=f"no room for files of {size / 1e9:.0f} GB; --layers cuts them")
+        return
+    with tempfile.TemporaryDirectory(prefix="mi-served-", dir=folder) as directory:
+        pair = write_pair(run.shape, run.place, Path(directory))
+        made, written = (
+            f"made in {pair.seconds_made:.1f} s",
+            f"written in {pair.seconds_written:.1f} s",
+        )
+        print(f"{pair.bytes / 1e9:.2f} GB {made}, {written}: {directory}", flush=True)
+        flags, before = run.flags(pair), free_memory(run)
+        with Server(*flags, start_limit=START_LIMIT) as server:
+            engine = engine_said(server.ready_line)
+            facts = {
+                "folder": str(folder),
+                "bytes": pair.bytes,
+                "seconds_made": pair.seconds_made,
+                "seconds_written": pair.seconds_written,
+                "seconds_to_ready": server.start_seconds,
+                "device_bytes": before - free_memory(run),
+                "layers": run.shape.layers,
+                "engine": engine,
+            }
+            yield row("start", facts=facts, **faults(engine, run.place.device))
+            drop_weights(pair)
+            rounds = Rounds(run, server, seconds)
+            for kind in KINDS:
+                yield rounds.over_http(kind)
+            started = time.perf_counter()
+            alone = engine_alone(run, pair, flags)
+            engine = said_by(alone.info)
+            facts = {"seconds": time.perf_counter() - started, "engine": engine}
+            yield row("start, engine alone", facts=facts, **faults(engine, run.place.device))
+            for left, kind in zip((2, 1), KINDS, strict=True):
+                yield from rounds.in_turn(kind, alone, share=1 / left)
+
+
+def row(what: str, run: Run | None = None, kind: Lambdas = "one", **values: Any) -> Record:
+    """Of `run`: one that was measured."""
+    sizes = {"sequences": 0, "tokens": 0}
+    if run is not None:
+        sizes = {"sequences": run.scale.streams, "tokens": run.scale.new_tokens}
+    return {"subject": "served", "what": what, "lambdas": kind, **sizes, **values}
+
+
+# --- The engines ----------------------------------------------------------------------------------
+
+
+def engine_alone(run: Run, pair: WrittenPair, flags: list[str]) -> EngineAlone:
+    """Set as the server's is, by the same flags. Takes the pair's models."""
+    instruct, thinking = pair.directories
+    config = load_settings(flags).engine_config(instruct=instruct, thinking=thinking)
+    model = pair_up(pair.instruct, pair.thinking, NAME)
+    return EngineAlone(Engine(config, model), *pair.directories)
+
+
+def engine_said(ready_line: str) -> dict[str, str]:
+    """What the server's line of its start tells of the engine's choices."""
+    patterns = {"attention": "attention", "pair_kernels": "pair kernels", "graphs": "decode steps:"}
+    found = {name: re.search(rf"; {word} (.*?); ", ready_line) for name, word in patterns.items()}
+    return {name: match[1] if match else "none" for name, match in found.items()}
+
+
+def said_by(info: EngineInfo) -> dict[str, str]:
+    kernels = info.pair_kernels or "none"
+    return {"attention": info.attention, "pair_kernels": kernels, "graphs": info.graphs}
+
+
+def faults(engine: dict[str, str], device: torch.device) -> Record:
+    """What must not be on a GPU, as the error of a row."""
+    if device.type != "cuda":
+        return {}
+    off = {"graphs": ("none",), "pair_kernels": ("none", "up to 0 rows")}
+    found = [name for name, words in off.items() if engine[name].startswith(words)]
+    return {"error": f"off: {', '.join(found)}"} if found else {}
+
+
+def free_memory(run: Run) -> int:
+    """Bytes that are free on the GPU; 0 where there is none."""
+    device = run.place.device
+    synchronize(device)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+# --- Rounds ---------------------------------------------------------------------------------------
+
+
+class Rounds:
+    """Every round asks what none before it did."""
+
+    def __init__(self, run: Run, server: Server, seconds: float) -> None:
+        self._run, self._server, self._left = run, server, seconds
+        self._seeds = itertools.count()
+
+    def over_http(self, kind: Lambdas) -> Record:
+        """A row with few rounds, so that it is early."""
+        executions, cpu = self._server.ways(), self._cpu_seconds()
+        ways = {"HTTP": self._streamed}
+        served = self._measured(kind, ways, FIRST_ROUNDS, self._left)["HTTP"]
+        taken = {name: now - cpu[name] for name, now in self._cpu_seconds().items()}
+        seconds = taken.pop("wall")
+        facts = latencies([stream for answered in served for stream in answered.streams])
+        facts |= rate_of(served)
+        facts["ways"] = {way: now - executions[way] for way, now in self._server.ways().items()}
+        facts["cores"] = {name: one / seconds for name, one in taken.items()}
+        return self._row("HTTP", kind, served, **facts)
+
+    def in_turn(self, kind: Lambdas, alone: EngineAlone, share: float) -> Iterator[Record]:
+        """Rows of both, in a share of the time that is left."""
+        ways = {"HTTP": self._streamed, "engine alone": alone.answer}
+        most, seconds = self._run.scale.rounds, self._left * share
+        served, by_itself = self._measured(kind, ways, most, seconds).values()
+        said = [
+            one == other
+            for over_http, directly in zip(served, by_itself, strict=True)
+            for one, other in zip(over_http.texts, directly.texts, strict=True)
+        ]
+        facts = {"answers": len(said), "same_answers": sum(said), **rate_of(served)}
+        yield self._row("HTTP in turn", kind, served, **facts)
+        yield self._row("engine in turn", kind, by_itself)
+
+    def _measured(
+        self,
+        kind: Lambdas,
+        ways: Mapping[str, Callable[[list[Asked]], Answered]],
+        most: int,
+        seconds: float,
+    ) -> dict[str, list[Answered]]:
+        """Rounds in which all ways are asked the same, one after the other. After a warm-up as many
+        as there is time for, and at least one."""
+        began = time.monotonic()
+        measured: dict[str, list[Answered]] = {name: [] for name in ways}
+        for index in range(most + 1):
+            if index > 1 and time.monotonic() - began > seconds:
+                break
+            asked = self._asked(kind)
+            for name, answer in ways.items():
+                answered = answer(asked)
+                measured[name] += [answered] if index else []
+                rate = self._tokens / answered.seconds
+                print(f"round {index}  {kind} λ  {name:<13} {rate:>9,.1f} tokens/s", flush=True)
+        self._left -= time.monotonic() - began
+        return measured
+
+    def _cpu_seconds(self) -> dict[str, float]:
+        """Of each process, and of the clock."""
+        own = {"client": time.process_time(), "wall": time.monotonic()}
+        return self._server.cpu_seconds() | own
+
+    def _asked(self, kind: Lambdas) -> list[Asked]:
+        return workload(
+            next(self._seeds),
+            lambdas=self._run.lambdas(kind),
+            model=NAME,
+            new_tokens=self._run.scale.new_tokens,
+        )
+
+    def _streamed(self, asked: list[Asked]) -> Answered:
+        return over_http(self._server, asked, limit=LONGEST_ROUND)
+
+    def _row(self, what: str, kind: Lambdas, rounds: list[Answered], **facts: Any) -> Record:
+        seconds = [answered.seconds for answered in rounds]
+        return row(
+            what,
+            self._run,
+            kind,
+            seconds=median(seconds),
+            lowest=min(seconds),
+            highest=max(seconds),
+            rounds=len(seconds),
+            tokens_a_second=self._tokens / median(seconds),
+            facts=facts,
+        )
+
+    @property
+    def _tokens(self) -> int:
+        """Of a round."""
+        return self._run.scale.streams * self._run.scale.new_tokens
+
+
+def latencies(streams: list[Streamed]) -> dict[str, Any]:
+    """Seconds at this client: to the first token, and between two; and how many tokens were one
+    event each, as all should be."""
+    moments = [stream.moments for stream in streams]
+    first = [one[0] - stream.sent for one, stream in zip(moments, streams, strict=True)]
+    between = [later - at for one in moments for at, later in itertools.pairwise(one)]
+    return {
+        "first_token": middle_and_tail(first),
+        "between_tokens": middle_and_tail(between),
+        "events": sum(map(len, moments)),
+        "tokens": sum(stream.asked.new_tokens for stream in streams),
+    }
+
+
+def rate_of(served: list[Answered]) -> dict[str, float]:
+    return {"steady_tokens_a_second": median(steady(answered.streams) for answered in served)}
+
+
+def steady(streams: Sequence[Streamed]) -> float:
+    """Tokens a second from when all streams have their first token until one has its last: what is
+    left out is reading so many requests at once."""
+    moments = [stream.moments for stream in streams]
+    start, end = max(one[0] for one in moments), min(one[-1] for one in moments)
+    read = sum(start < at <= end for one in moments for at in one)
+    return read / (end - start) if end > start else 0.0
+
+
+def middle_and_tail(seconds: list[float]) -> dict[str, float]:
+    cuts = quantiles(seconds, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98]}
+
+
+if __name__ == "__main__":
+    # Whoever ends this process has its files gone, and its server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    torch.set_num_threads(default_threads())
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The process of the GPU bench that has the device: does jobs in order, and prints a row for each.
+
+    python -m bench.gpu_subjects --jobs JSON --model NAME --deadline SECONDS [--smoke] [--compile]
+
+Every job has exactly one row, whatever becomes of it: what it measured, an error, or why it was
+skipped. So `bench/gpu.py`, which started it, knows from the rows that came which job it died of.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from statistics import median
+from typing import Final
+
+import torch
+
+from bench.gpu_bounds import SHAPES
+from bench.gpu_card import FULL, SMALL, measure_card
+from bench.gpu_cases import (
+    DEVICE_LOST,
+    NOT_STARTED,
+    OUT_OF_TIME,
+    START,
+    STORES,
+    Case,
+    Job,
+    Record,
+    Run,
+    Skipped,
+    Subject,
+)
+from bench.gpu_pairs import Place
+from bench.gpu_peers import Batching, Generate
+from bench.gpu_room import growth
+from bench.gpu_rows import Measured, Rows
+from bench.report import machine
+
+LONGEST_ERROR: Final = 500  # characters
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", required=True)
+    parser.add_argument("--model", choices=SHAPES, required=True)
+    parser.add_argument("--deadline", type=float, required=True, help="of `time.monotonic`")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    chosen = parser.parse_args()
+    jobs = [Job(subject, Case(**case)) for subject, case in json.loads(chosen.jobs)]
+    run = Run(chosen.model, chosen.smoke, chosen.compile)
+    for row in rows_of(jobs, run, chosen.deadline):
+        print(json.dumps(row), flush=True)
+        if "error" in row and is_lost():
+            return DEVICE_LOST
+    return 0
+
+
+def rows_of(jobs: Iterable[Job], run: Run, deadline: float) -> Iterator[Record]:
+    subjects = Subjects(run)
+    for job in jobs:
+        if time.monotonic() > deadline:
+            yield job.told(skipped=OUT_OF_TIME)
+        else:
+            yield subjects.row(job)
+    subjects.end()
+
+
+class Subjects:
+    """One subject at a time, which is gone before the next one begins."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._now: Rows | Batching | Generate | None = None
+
+    def row(self, job: Job) -> Record:
+        """Of one job; whatever fails, the other rows are wanted."""
+        try:
+            return job.told(**self._values(job))
+        except Skipped as reason:
+            return job.told(skipped=str(reason))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
+        give_memory_back()  # the error held the frames, and they tensors
+        return job.told(error=message)
+
+    def end(self) -> None:
+        self._now = None
+        if dynamo := sys.modules.get("torch._dynamo"):
+            dynamo.reset()  # compiled code holds the model that it was compiled for
+        give_memory_back()
+
+    def _values(self, job: Job) -> Record:
+        if job.case == START:
+            self.end()
+            return {"machine": machine_facts(), **self._start(job.subject)}
+        if self._now is None:
+            raise Skipped(NOT_STARTED)
+        return values_of(self._now.measure(job.case))
+
+    def _start(self, subject: Subject) -> Record:
+        run, place = self._run, place_of(self._run)
+        if place.device.type == "cpu" and not run.smoke:
+            raise RuntimeError("there is no CUDA device; --smoke runs tiny shapes on a CPU")
+        if subject == "card":
+            return {"card": asdict(measure_card(place.device, SMALL if run.smoke else FULL))}
+        if subject in STORES:
+            rows = Rows(run.shape, subject, place, run.scale, run.compiled)
+            self._now = rows
+            facts = rows.facts()
+            off = what_is_off(facts, run) if place.device.type == "cuda" else []
+            return {"engine": facts, **({"error": "; ".join(off)} if off else {})}
+        started = time.perf_counter()
+        self._now = (Batching if subject == "batching" else Generate)(run.shape, place, run.scale)
+        return {"start_seconds": time.perf_counter() - started}
+
+
+def values_of(measured: Measured) -> Record:
+    middle = median(measured.seconds)
+    return {
+        "seconds": middle,
+        "lowest": min(measured.seconds),
+        "highest": max(measured.seconds),
+        "rounds": len(measured.seconds),
+        "tokens_a_second": measured.tokens / middle,
+        "work": asdict(measured.work),
+        "facts": measured.facts,
+    }
+
+
+def what_is_off(engine: Record, run: Run) -> list[str]:
+    """What an engine on a GPU runs without, though a server's speed is made of it."""
+    attention, graphs, kernels = (
+        str(engine[fact]) for fact in ("attention", "graphs", "pair_kernels")
+    )
+    off = []
+    if graphs.startswith("none"):
+        off.append(f"decode steps are not recorded: {graphs}")
+    elif run.compiled and "compiled" not in graphs.partition(",")[0]:
+        off.append(f"recorded decode steps are not compiled: {graphs}")
+    if attention.startswith("reference"):
+        off.append(f"attention has no kernels: {attention}")
+    # Tiny matrices may be faster without kernels.
+    if kernels.startswith("none") or (kernels.startswith("up to 0 ") and not run.smoke):
+        off.append(f"pair products have no kernels: {kernels}")
+    return off
+
+
+def place_of(run: Run) -> Place:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Place(device, dtype, positions=run.scale.context + growth(run.scale))
+
+
+def machine_facts() -> Record:
+    return {**machine(), "cuda": torch.version.cuda, "triton": version_of("triton")}
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def give_memory_back() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def is_lost() -> bool:
+    """Whether the device answers no more: after some errors it does not, in this process."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

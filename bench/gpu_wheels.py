@@ -1,0 +1,96 @@
+"""Wheels of what the server needs and the GPU machine without network lacks.
+
+    python -m bench.gpu_wheels [--into .wheels]     downloads them: about 14 MB, for CPython 3.12
+    python -m bench.gpu_wheels --machine            prints what it needs of what the machine has
+
+`bench/gpu_machine.txt` is what the machine has. pip resolves all that the project depends on for
+that machine's Python and system, held to the versions known to be there; what the machine has is
+left out of what is downloaded. Runs where there is a network, with any Python that has pip 23 or
+later.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from bench.contact_carried import normalized
+
+ROOT: Final = Path(__file__).parents[1]
+MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")
+PYTHON: Final = "3.12"
+PLATFORMS: Final = (  # by the glibc that a wheel needs; pip matches each exactly
+    *(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)),
+    *("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"),
+)
+TESTS: Final = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx")
+"""What first contact runs beside the server; the machine has it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--into", type=Path, default=ROOT / ".wheels", help="folder")
+    parser.add_argument("--machine", action="store_true", help="print, and download nothing")
+    chosen = parser.parse_args(arguments)
+    present = machine_packages(MACHINE.read_text())
+    needed = resolved(present)
+    if chosen.machine:
+        print(*(f"{name}=={version}" for name, version in needed.items() if name in present))
+        return 0
+    wanted = {name: version for name, version in needed.items() if name not in present}
+    download(wanted, chosen.into)
+    return 0
+
+
+def machine_packages(text: str) -> dict[str, str | None]:
+    """Normalized names, and versions where they are known."""
+    lines = (line.strip() for line in text.splitlines())
+    pairs = (line.partition("==") for line in lines if line and not line.startswith("#"))
+    return {normalized(name): version or None for name, _, version in pairs}
+
+
+def requirements() -> Iterator[str]:
+    """Of the server, as `pyproject.toml` has them, and of first contact's tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    yield from (*project["dependencies"], *TESTS)
+
+
+def resolved(present: dict[str, str | None]) -> dict[str, str]:
+    """Names and versions of all that is needed there; what was seen there as it was seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, pins = Path(folder, "report.json"), Path(folder, "pins.txt")
+        known = (f"{name}=={version}\n" for name, version in present.items() if version)
+        pins.write_text("".join(known))
+        _pip("install", "--dry-run", "--ignore-installed", "--quiet", "--target", folder,
+             "--report", str(report), "--constraint", str(pins), *requirements())  # fmt: skip
+        installs = json.loads(report.read_text())["install"]
+    found = {normalized(one["metadata"]["name"]): one["metadata"]["version"] for one in installs}
+    return dict(sorted(found.items()))
+
+
+def download(wanted: dict[str, str], folder: Path) -> None:
+    """Exactly these into `folder`, which has nothing else afterwards."""
+    for wheel in folder.glob("*.whl"):
+        wheel.unlink()
+    pins = [f"{name}=={version}" for name, version in wanted.items()]
+    _pip("download", "--quiet", "--no-deps", "--dest", str(folder), *pins)
+    wheels = list(folder.glob("*.whl"))
+    size = sum(wheel.stat().st_size for wheel in wheels) / 1e6
+    print(f"{len(wheels)} wheels, {size:.1f} MB, in {folder}")
+
+
+def _pip(command: str, *arguments: str) -> None:
+    there = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
+    there += [flag for platform in PLATFORMS for flag in ("--platform", platform)]
+    subprocess.run([sys.executable, "-m", "pip", command, *there, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

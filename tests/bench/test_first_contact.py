@@ -1,0 +1,248 @@
+"""First contact's coordinator: whatever a step does, the others run and the file is whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.contact_carried import normalized, unpack_missing
+from bench.contact_process import Ended
+from bench.contact_record import Record
+from bench.first_contact import STEPS, Step, main
+from bench.gpu_wheels import MACHINE, machine_packages
+from tests.contract.conftest import wait_until
+
+ROOT = Path(__file__).parents[2]
+FAKES = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+
+def row(**values):
+    print(json.dumps({"subject": "fake", "what": "row", **values}), flush=True)
+
+match sys.argv[1]:
+    case "good":
+        row(figure="42 apples")
+        print("some words")
+        print("an aside", file=sys.stderr)
+    case "crash":
+        row(figure="a row before the end")
+        os.abort()
+    case "garbage":
+        sys.stdout.buffer.write(b'\\xff\\xfe {"subject": \\n{"subject": half\\n')
+        row(figure="still read")
+    case "telling":
+        row(error="RuntimeError: no kernel image is available")
+    case "deaf":  # a child that ignores being asked to end, and holds the pipe open
+        child = "from signal import *; signal(SIGTERM, SIG_IGN); import time; time.sleep(600)"
+        process = subprocess.Popen([sys.executable, "-c", child])
+        Path(sys.argv[2]).write_text(f"{process.pid}")
+        row(figure="a row before the wait")
+        time.sleep(0 if sys.argv[3] == "ends" else 600)
+    case "counted":
+        with open(sys.argv[2], "a") as file:
+            file.write("run\\n")
+"""
+
+Run = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run({name: arguments of the fake}, *flags)`: the exit code, and the steps of the JSON."""
+    (tmp_path / "fakes.py").write_text(FAKES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(
+        fakes: dict[str, tuple[str, ...]], *flags: str, limit: int = 60, least: int = 0
+    ) -> tuple[int, dict[str, Any]]:
+        steps = [
+            Step(chr(97 + index), name, ("fakes", *fake), limit, least, smoke=())
+            for index, (name, fake) in enumerate(fakes.items())
+        ]
+        out = tmp_path / "out"
+        code = main(["--smoke", "--out", str(out), *flags], steps)
+        assert {path.name for path in out.iterdir()} == {"first_contact.json", "first_contact.log"}
+        return code, json.loads((out / "first_contact.json").read_text())["steps"]
+
+    return run
+
+
+def test_a_step_s_rows_are_kept_and_what_else_it_says_is_logged(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, steps = run({"apples": ("good",)})
+    assert code == 0
+    assert steps["apples"]["status"] == "ok"
+    assert [row["figure"] for row in steps["apples"]["rows"]] == ["42 apples"]
+    log = (tmp_path / "out/first_contact.log").read_text()
+    assert "some words" in log
+    assert "an aside" in log
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("| apples | ok |")
+    assert line.endswith("| 42 apples |")
+
+
+def test_a_step_that_crashes_or_prints_garbage_costs_the_next_one_nothing(run: Run) -> None:
+    code, steps = run(
+        {"crash": ("crash",), "garbage": ("garbage",), "telling": ("telling",), "good": ("good",)}
+    )
+    assert code == 1
+    assert {name: step["status"] for name, step in steps.items()} == {
+        "crash": "failed", "garbage": "ok", "telling": "failed", "good": "ok"
+    }  # fmt: skip
+    assert steps["crash"]["why"] == "ended by SIGABRT"
+    assert len(steps["crash"]["rows"]) == len(steps["garbage"]["rows"]) == 1
+    assert "no kernel image" in steps["telling"]["why"]
+
+
+@pytest.mark.parametrize(("then", "status"), [("ends", "ok"), ("waits", "timed out")])
+def test_no_process_of_a_step_is_left_behind(
+    run: Run, tmp_path: Path, then: str, status: str
+) -> None:
+    told = tmp_path / "pid"
+    _, steps = run({"deaf": ("deaf", str(told), then), "good": ("good",)}, limit=1)
+    assert steps["deaf"]["status"] == status
+    assert steps["deaf"]["rows"]
+    assert steps["good"]["status"] == "ok"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+
+
+def test_steps_that_were_ok_are_not_run_again(run: Run, tmp_path: Path) -> None:
+    count, path = tmp_path / "count", str(tmp_path / "out/first_contact.json")
+    fakes = {"counted": ("counted", str(count)), "crash": ("crash",), "good": ("good",)}
+    assert run(fakes, "--only", "counted,b")[0] == 1
+    code, steps = run(fakes, "--resume", path, "--only", "a,c")
+    assert count.read_text() == "run\n"
+    assert code == 0, "the one that failed was not to run"
+    assert [step["status"] for step in steps.values()] == ["ok", "failed", "ok"]
+    assert steps["crash"]["rows"], "rows of a step that is not run again are kept"
+
+
+def test_a_step_starts_only_with_the_time_that_it_needs(run: Run) -> None:
+    code, steps = run({"late": ("good",)}, "--seconds", "30", least=40)
+    assert code == 1
+    assert steps["late"] == {"status": "not run", "seconds": 0.0, "why": "out of time", "rows": []}
+
+
+def test_a_run_that_is_ended_takes_its_step_along_and_leaves_a_whole_file(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    (tmp_path / "fakes.py").write_text(FAKES)
+    program = (
+        "from bench.first_contact import Step, main; import sys; "
+        f"command = ('fakes', 'deaf', {str(told)!r}, 'waits'); "
+        "sys.exit(main(sys.argv[1:], [Step('a', 'deaf', command, 60, 0, smoke=())]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", program, "--smoke", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: told.exists() and bool(told.read_text()))
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "| deaf | failed | 0 | interrupted" in out
+    assert json.loads((tmp_path / "out/first_contact.json").read_text())["steps"]["deaf"]["rows"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+
+
+def test_the_file_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "first_contact.json"
+    record = Record(path)
+    statuses = []
+    record.begin("one", ["bench.fake"])
+    for write in (
+        lambda: record.add("one", {"subject": "fake"}),
+        lambda: record.end("one", Ended("ok", 1.0)),
+        lambda: record.leave_out("two", "out of time"),
+    ):
+        write()
+        statuses.append([step["status"] for step in json.loads(path.read_text())["steps"].values()])
+    assert statuses == [["running"], ["ok"], ["ok", "not run"]]
+
+
+# --- What is carried -----------------------------------------------------------------------------
+
+
+def test_only_wheels_of_missing_packages_are_unpacked(tmp_path: Path) -> None:
+    for name in ("torch-2.11.0-cp312-cp312-linux_x86_64", "not_there-1.0-py3-none-any"):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as wheel:
+            wheel.writestr(f"{name.split('-')[0]}/__init__.py", "")
+    assert unpack_missing(tmp_path, tmp_path / "site") == ["not_there-1.0-py3-none-any.whl"]
+    assert (tmp_path / "site/not_there/__init__.py").exists()
+    assert not (tmp_path / "site/torch").exists()
+
+
+def test_the_list_of_what_the_machine_has_is_read() -> None:
+    found = machine_packages(MACHINE.read_text())
+    assert found["torch"] == "2.11.0"
+    assert found["pytest"] is None
+    assert "fastapi" not in found
+    assert all(normalized(name) == name for name in found)
+
+
+# --- What is told -------------------------------------------------------------------------------
+
+
+def test_a_profile_s_counters_are_read_from_what_ncu_prints() -> None:
+    from bench.contact_profile import counted
+
+    output = (
+        '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum"\n'
+        '"","","us","Mbyte"\n"0","_product","71.5","201.3"\n'
+    )
+    assert counted(output) == {
+        "gpu__time_duration.sum [us]": "71.5", "dram__bytes.sum [Mbyte]": "201.3"
+    }  # fmt: skip
+    assert counted("==ERROR== no permission") == {}
+
+
+def test_ratios_are_taken_of_the_rows_of_all_steps(tmp_path: Path) -> None:
+    record = Record(tmp_path / "first_contact.json")
+    row = {"what": "decode", "sequences": 32, "tokens": 1024, "model": "4b", "compiled": False}
+    for step, subject, kind, rate in (
+        ("pair", "static", "one", 100),
+        ("deltas", "int8", "different", 70),
+    ):
+        record.begin(step, [])
+        record.add(
+            step,
+            {**row, "subject": subject, "lambdas": kind, "seconds": 1, "tokens_a_second": rate},
+        )
+    assert record.ratios(smoke=False) == [
+        "4b: different λ of an int8 delta / static: 0.700 (≥ 0.62: met)"
+    ]
+
+
+# --- The steps -----------------------------------------------------------------------------------
+
+
+def test_the_most_valuable_steps_fit_into_the_first_call() -> None:
+    assert [step.letter for step in STEPS] == list("abcdefghij")
+    assert sum(step.limit for step in STEPS[:5]) <= 500
+    assert all(step.least <= step.limit for step in STEPS)
+
+
+def test_the_coordinator_imports_nothing_that_may_be_broken() -> None:
+    program = "import sys, bench.first_contact; print(*sys.modules)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "transformers", "triton"} & set(done.stdout.split())
+
+
+def test_the_environment_step_runs_for_real(tmp_path: Path) -> None:
+    started = time.monotonic()
+    code = main(["--smoke", "--only", "a", "--out", str(tmp_path)])
+    step = json.loads((tmp_path / "first_contact.json").read_text())["steps"]["environment"]
+    assert code == 0, step["why"]
+    assert time.monotonic() - started >= step["seconds"] - 0.1
+    assert {"torch", "imports", "a Triton kernel"} <= {row["what"] for row in step["rows"]}
