@@ -134,6 +134,8 @@ class Storage(Protocol):
 class PairMatrix:
     """Both endpoints' `[out, in]` matrices in one `[out, 2, in]` tensor."""
 
+    name = ""
+
     def __init__(
         self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
     ) -> None:
@@ -175,6 +177,8 @@ class VocabularyPair:
     The largest matrices of a model stay apart, so that loading never copies them; for the rows
     that reach the head, two products and a lerp cost the same as one product over `2·dim`.
     """
+
+    name = ""
 
     def __init__(
         self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
@@ -350,6 +354,8 @@ class _Experts(Protocol):
 
 class PairExperts:
     """One projection of all experts: `[experts, out, in]`, or transposed `[experts, in, out]`."""
+
+    name = ""
 
     def __init__(
         self,

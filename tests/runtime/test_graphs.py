@@ -50,10 +50,10 @@ def replays(graphs: DecodeGraphs) -> int:
     return graphs._record.replays
 
 
-def record(engine: Engine, places: int = 2, max_rows: int = 8, **settings: Any) -> DecodeGraphs:
+def record(engine: Engine, places: int = 2, sizes: tuple[int, ...] = (2, 4, 8), **settings: Any) -> DecodeGraphs:
     runner, engine._groups.cache = engine._runner, BlendCache(places)
     runner.graphs = DecodeGraphs(
-        runner._model, runner.attention, RunAgain(), max_rows=max_rows, max_blocks=16, **settings
+        runner._model, runner.attention, RunAgain(), sizes=sizes, max_blocks=16, **settings
     )
     runner.graphs.record()
     return runner.graphs
