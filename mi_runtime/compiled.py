@@ -1,11 +1,11 @@
-"""The decoder layer compiled by `torch.compile`: norms, rotary embedding, activations, residuals and
-the blending of small parameters become few kernels, between the products and the attention.
+"""The decoder layer compiled by `torch.compile`: norms, rotary embedding, activations, residuals
+and the blends of small parameters become few kernels, between the products and the attention.
 
-Compiled once for each way and each kind of layer (of a sliding window or none, dense or of experts),
-with the number of rows left open, for the rows that `BlendGroups.hold` has set: a model of 36 like
-layers takes as long as one of a single layer. So nothing that is compiled may depend on which layer
-it is. The embedding, the last norm and the head run as they are. Only decode steps that are recorded
-run compiled: there nothing of it is left at run time but its kernels.
+Compiled once for each way and each kind of layer (with a sliding window or without, dense or of
+experts), with the number of rows left open, for the rows that `BlendGroups.hold` has set. All
+layers of a kind share the code, so nothing that is compiled may know which layer it is. Embedding,
+last norm and head run as they are. Only decode steps that are recorded run compiled: there nothing
+of it is left at run time but its kernels.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from mi_runtime.attention import PagedAttention
 from mi_runtime.graphs import Forward
 from mi_runtime.load import BlendedModel, forward_logits
 
-LAYERS = 64  # compiled of one model: by kind, by way, and some for row counts that get their own
+LAYERS = 64  # compiled of one model: by kind and way, and some for row counts of their own
 
 Layer = Callable[..., Any]
 

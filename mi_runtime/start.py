@@ -1,8 +1,8 @@
 """From a loaded pair to a runner: all that is measured, chosen and recorded before the first step.
 
 In order: the attention backend, the cost of the ways, the memory that KV and blended weights get,
-and on CUDA the recordings of decode steps. What cannot be recorded, or compiled, is printed and told:
-the engine serves without.
+and on CUDA the recordings of decode steps. What cannot be recorded, or not compiled, is printed and
+told: the engine serves without.
 """
 
 import gc
@@ -86,13 +86,11 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
         sizes = cpu_sizes(config, model)
     model.groups.cache.places = sizes.places
     runner = _runner(config, model, attention.backend, sizes.num_blocks, costs)
-    graphs = "none"
+    how, count = None, 0
     if recordable is not None:
         runner.graphs, how = _recorded(config, model, runner.attention, recordable, failures)
-        seconds = time.monotonic() - started
-        graphs = f"{len(runner.graphs.forms)} {how}, in {seconds:.0f} s"
-    if failures:
-        graphs += f" ({'; '.join(failures)})"
+        count = len(runner.graphs.forms)
+    graphs = _told(how, count, time.monotonic() - started, failures)
     model.groups.start_counting()
     return Started(runner, sizes.num_blocks, attention.told, pair_kernels, graphs)
 
@@ -194,6 +192,12 @@ def _recorded(
     return graphs, RECORDED
 
 
+def _told(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
+    """`none` alone is what was asked for."""
+    made = "none" if how is None else f"{count} {how}, in {seconds:.0f} s"
+    return f"{made} ({'; '.join(failures)})" if failures else made
+
+
 def _graphs(
     config: EngineConfig,
     model: BlendedModel,
@@ -254,6 +258,10 @@ def _causes(error: BaseException) -> str:
         first = before
     said = [_first_sentence(one)[:LONGEST_REASON] for one in (error, first)]
     return ", after ".join(dict.fromkeys(said))
+
+
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 class _MissingShare:
