@@ -62,7 +62,9 @@ class CudaGraphs:
         with torch.cuda.stream(self._stream):
             run()  # compiles and loads kernels and takes workspaces, which no recording may do
             # What other threads of the process do on the device is nothing to a recording.
-            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 result = run()
 
         def replay() -> Tensor:

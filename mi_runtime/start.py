@@ -89,7 +89,7 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     how, count = None, 0
     if recordable is not None:
         runner.graphs, how = _recorded(config, model, runner.attention, recordable, failures)
-        count = len(runner.graphs.forms)
+        count = len(runner.graphs.forms) if runner.graphs else 0
     graphs = _told(how, count, time.monotonic() - started, failures)
     model.groups.start_counting()
     return Started(runner, sizes.num_blocks, attention.told, pair_kernels, graphs)
@@ -172,24 +172,22 @@ def _recorded(
     attention: PagedAttention,
     recordable: Recordable,
     failures: list[str],
-) -> tuple[DecodeGraphs, str]:
-    """All recordings, and how they were made: the trial was of one way, and another may fail yet
-    to compile."""
-    how, stream = recordable.how, recordable.stream
-    try:
-        graphs = _graphs(config, model, attention, recordable.forward, stream)
-        graphs.record()
-    except torch.OutOfMemoryError:
-        raise
-    except _recording_errors() as error:
-        if how == RECORDED:
+) -> tuple[DecodeGraphs | None, str | None]:
+    """All recordings, and how they were made: the trial was of few, and another may fail yet."""
+    ways = [(recordable.forward, recordable.how)]
+    if recordable.how != RECORDED:
+        ways.append((model.logits, RECORDED))
+    for forward, how in ways:
+        try:
+            graphs = _graphs(config, model, attention, forward, recordable.stream)
+            graphs.record()
+        except torch.OutOfMemoryError:
             raise
-        failures.append(_failure(model, how, error))
-    else:
-        return graphs, how
-    graphs = _graphs(config, model, attention, model.logits, stream)
-    graphs.record()
-    return graphs, RECORDED
+        except _recording_errors() as error:
+            failures.append(_failure(model, how, error))
+        else:
+            return graphs, how
+    return None, None
 
 
 def _told(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
@@ -246,6 +244,7 @@ def _recording_errors() -> tuple[type[Exception], ...]:
 def _failure(model: BlendedModel, how: str, error: Exception) -> str:
     """Prints it whole; gives what to tell of it."""
     model.groups.end()  # what a forward that ended early left
+    model.groups.cache.forget()
     print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
     traceback.print_exception(error)
     return f"{TRIED[how]}: {_causes(error)}"
