@@ -55,7 +55,7 @@ def attention_forward(
     if unsupported or attention_mask is not None:
         raise UnsupportedModel(f"attention with {', '.join(unsupported) or 'a mask of its own'}")
     out = attention_context.attend(
-        int(module.layer_idx),  # type: ignore[arg-type]
+        module.layer_idx,  # type: ignore[arg-type]
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -198,12 +198,42 @@ class PagedAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        plan = self.plan
-        assert plan is not None
-        keys, values = self._keys[layer], self._values[layer]
-        self.backend.write(plan, keys, values, key, value)
+        own = self.of_layer(layer)
+        return own.attend(layer, query, key, value, scale=scale, window=window, sinks=sinks)
+
+    def of_layer(self, layer: int) -> "LayerAttention":
+        """What one layer needs for the next forward."""
+        assert self.plan is not None
+        return LayerAttention(self.backend, self.plan, self._keys[layer], self._values[layer])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """One layer's KV, and how the rows of one step attend over it.
+
+    It is all that a compiled layer knows of attention, and never which layer it is: so the code is
+    the same for all.
+    """
+
+    backend: AttentionBackend
+    plan: AttentionPlan
+    keys: Tensor
+    values: Tensor
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        self.backend.write(self.plan, self.keys, self.values, key, value)
         return self.backend.attend(
-            plan, query, keys, values, scale=scale, window=window, sinks=sinks
+            self.plan, query, self.keys, self.values, scale=scale, window=window, sinks=sinks
         )
 
 

@@ -121,6 +121,8 @@ class Storage(Protocol):
 class PairMatrix:
     """Both endpoints' `[out, in]` matrices in one `[out, 2, in]` tensor."""
 
+    name = ""
+
     def __init__(
         self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
     ) -> None:
@@ -163,6 +165,8 @@ class VocabularyPair:
     that reach the head, two products and a lerp cost the same as one product over `2·dim`. They
     are made piece by piece: of 512 scored positions, both and their fp32 copies are over a GB.
     """
+
+    name = ""
 
     def __init__(
         self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
@@ -345,6 +349,8 @@ class _Experts(Protocol):
 
 class PairExperts:
     """One projection of all experts: `[experts, out, in]`, or transposed `[experts, in, out]`."""
+
+    name = ""
 
     def __init__(
         self,

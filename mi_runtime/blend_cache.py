@@ -20,6 +20,8 @@ Key = tuple[str, float]  # (blend group, λ on the grid)
 class Blendable(Protocol):
     """A pair of tensors that can be blended to one."""
 
+    name: str  # which no other of its group has, and that of another layer does; or empty
+
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
         """Θ(λ), rounded once; written into `out` where there is one."""
         ...
@@ -33,14 +35,15 @@ class Blend:
     def __init__(self, place: int, value: float) -> None:
         self.place = place
         self.value = value
-        self._room: dict[Blendable, Tensor] = {}  # written at some λ
-        self._built: dict[Blendable, Tensor] = {}  # at this one
+        self._room: dict[object, Tensor] = {}  # written at some λ
+        self._built: dict[object, Tensor] = {}  # at this one
 
     def get(self, source: Blendable) -> Tensor:
-        tensor = self._built.get(source)
+        key = source.name or source  # by name, all layers find theirs by the same compiled code
+        tensor = self._built.get(key)
         if tensor is None:
-            tensor = source.blend(self.value, self._room.get(source))
-            self._room[source] = self._built[source] = tensor
+            tensor = source.blend(self.value, self._room.get(key))
+            self._room[key] = self._built[key] = tensor
         return tensor
 
     def assign(self, value: float) -> None:

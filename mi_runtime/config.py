@@ -1,6 +1,7 @@
 """What an engine is started with: every default and unit in one place."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from mi_runtime.grammar import GrammarVocabulary
@@ -11,6 +12,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeltaDtype = Literal["none", "int8", "int4"]
 BlendPolicy = Literal["auto", "pair", "blended"]
 AttentionName = Literal["auto", "reference", "triton", "torch"]
+MOST_SIZES = 64  # of recordings
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class EngineConfig:
     blend_policy: BlendPolicy = "auto"  # auto: the cheapest; the others force one way
     blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
     cuda_graphs: bool = True  # on a GPU decode steps are recorded at start and replayed
+    cuda_graph_sizes: tuple[int, ...] = ()  # their rows, ascending; empty: up to max_num_seqs
     torch_compile: bool = True  # what is recorded is compiled
     marks: TokenMarks = field(default_factory=TokenMarks)  # of the pair's vocabulary
     grammar_vocabulary: GrammarVocabulary | None = None  # None: no request may bring a grammar
@@ -49,4 +52,10 @@ class EngineConfig:
         if cells < 1 or abs(cells - round(cells)) > 1e-6:
             raise ValueError(
                 f"lambda_step must divide 1 evenly, as 0.01 does, not {self.lambda_step}"
+            )
+        sizes = self.cuda_graph_sizes
+        if any(later <= size for size, later in pairwise((0, *sizes))) or len(sizes) > MOST_SIZES:
+            raise ValueError(
+                f"cuda_graph_sizes must ascend from 1 on, and be at most {MOST_SIZES}, "
+                f"not {', '.join(map(str, sizes))}"
             )

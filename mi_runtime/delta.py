@@ -178,6 +178,8 @@ def delta_product(x: Tensor, instruct: Tensor, delta: Delta, weights: Tensor) ->
 class DeltaWeights:
     """One matrix `[out, in]`, or those of all experts, with a quantized difference."""
 
+    name = ""
+
     def __init__(
         self,
         instruct: Tensor,

@@ -25,10 +25,10 @@ from mi_runtime.planner import Part
 from mi_runtime.request import Dial
 from mi_runtime.rows import Rows, StepRows, Way
 from mi_runtime.scheduler import Chunk
-from mi_runtime.transfer import on_device
+from mi_runtime.transfer import ALIGNED, on_device
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Rows of recordings. One row runs as two: a compiled forward would be compiled apart for one."""
+"""Rows of recordings. One row runs as two: a compiled layer would be compiled apart for one."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, PagedAttention], Tensor]  # ids, positions, kept
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -45,20 +45,27 @@ class Form:
 
 
 class CudaGraphs:
-    """Records on CUDA; all recordings share one pool of memory, as one runs at a time."""
+    """Records on CUDA; all recordings share one pool of memory, as one runs at a time.
 
-    def __init__(self) -> None:
+    A stream that recordings were made on keeps workspaces of the vendor's products for ever: so
+    there should be one for all.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = stream
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()  # compiles kernels and takes workspaces, which no recording may do
-        self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = run()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # A recording that fails may leave its stream the current one: this gives back the other.
+        with torch.cuda.stream(self._stream):
+            run()  # compiles and loads kernels and takes workspaces, which no recording may do
+            # What other threads of the process do on the device is nothing to a recording.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = run()
 
         def replay() -> Tensor:
             graph.replay()
@@ -70,7 +77,7 @@ class CudaGraphs:
 class DecodeGraphs:
     """The recordings of one model over one KV cache, and the buffers that they read.
 
-    `max_rows`: sequences of a step; `max_blocks`: blocks of a sequence.
+    `sizes`: numbers of rows, ascending, from 2 on; `max_blocks`: blocks of a sequence.
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class DecodeGraphs:
         attention: PagedAttention,
         record: Recorder,
         *,
-        max_rows: int,
+        sizes: tuple[int, ...],
         max_blocks: int,
         forward: Forward | None = None,
     ) -> None:
@@ -88,7 +95,7 @@ class DecodeGraphs:
         self._attention = attention
         self._record = record
         self._forward = forward or model.logits
-        self._sizes = sizes_for(max_rows)
+        self._sizes = sizes
         self._replays: dict[Form, Callable[[], Tensor]] = {}
         self._filled: StepRows | None = None  # whose λ lie in the buffer
         self.device = model.device
@@ -106,9 +113,9 @@ class DecodeGraphs:
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._opened = self._kept[:0]
         self._logits = torch.zeros(most, model.vocab_size, dtype=model.dtype, device=device)
-        self._lambdas = torch.zeros(len(self._groups.names), most, device=device)
+        self._lambdas = _rows_apart(len(self._groups.names), most, device=device)
         self._placed: dict[int, Dial] = {}  # whose λ lie in the buffer, by place
-        self._place_lambdas = torch.zeros(
+        self._place_lambdas = _rows_apart(
             self._groups.cache.places, len(self._groups.names), 1, device=device
         )
         self._shared = torch.arange(2.0, device=device)  # λ of the endpoints
@@ -256,10 +263,16 @@ class DecodeGraphs:
         return on_device(flat, torch.float32, self._lambdas.device).view(len(step.dials), -1)
 
 
-def sizes_for(max_rows: int) -> tuple[int, ...]:
-    """Rows of recordings for steps of at most `max_rows` sequences, or of as many as there are."""
-    enough = [size for size in SIZES if size < max_rows]
-    return (*enough, next((size for size in SIZES if size >= max_rows), SIZES[-1]))[: len(SIZES)]
+def sizes_for(max_rows: int, wanted: Sequence[int] = SIZES) -> tuple[int, ...]:
+    """Of these ascending numbers those that steps of at most `max_rows` sequences need."""
+    sizes = sorted({max(2, size) for size in wanted})
+    return tuple(sizes[: bisect_left(sizes, max_rows) + 1])
+
+
+def _rows_apart(*shape: int, device: torch.device) -> Tensor:
+    """Zeros, each row at a multiple of 16 bytes, as kernels are compiled for."""
+    *outer, last = shape
+    return torch.zeros(*outer, -(-last // ALIGNED) * ALIGNED, device=device)[..., :last]
 
 
 def _is_decode(chunk: Chunk) -> bool:

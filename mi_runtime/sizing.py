@@ -7,6 +7,7 @@ KV and blended weights each take a share of what is free.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ BLEND_SHARE_OF_CPU = 0.2  # of what KV leaves
 BLEND_SHARE_OF_CUDA = 0.25  # of what is left of the device
 MOST_PLACES = 4  # of it, λ values: each has recordings of its own
 GIB = 2**30
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +162,15 @@ def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner
     return peak - before
 
 
-def taken_by(device: torch.device, act: Callable[[], object]) -> int:
-    """Bytes of a CUDA device that are in use after `act` and were free before."""
-    before = free_bytes(device)
-    act()
-    torch.cuda.synchronize(device)
+def taken_by(act: Callable[[], Result]) -> tuple[int, Result]:
+    """Bytes of the CUDA device that are in use after `act` and were free before; what it gave."""
+    before = _free_of_cuda()
+    result = act()
+    return max(0, before - _free_of_cuda()), result
+
+
+def _free_of_cuda() -> int:
+    """What torch keeps for later is free."""
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    return max(0, before - free_bytes(device))
+    return torch.cuda.mem_get_info()[0]

@@ -1,27 +1,31 @@
 """From a loaded pair to a runner: all that is measured, chosen and recorded before the first step.
 
 In order: the attention backend, the cost of the ways, the memory that KV and blended weights get,
-and on CUDA the recordings of decode steps.
+and on CUDA the recordings of decode steps. What cannot be recorded, or not compiled, is printed and
+told: the engine serves without.
 """
 
+import gc
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from mi_runtime.attention import AttentionBackend, PagedAttention
+from mi_runtime.attention import AttentionBackend, PagedAttention, ReferenceAttention
 from mi_runtime.attention_backends import choose_attention
 from mi_runtime.compiled import compiled_logits
 from mi_runtime.config import EngineConfig
-from mi_runtime.graphs import CudaGraphs, DecodeGraphs, Forward, sizes_for
+from mi_runtime.graphs import SIZES, CudaGraphs, DecodeGraphs, Forward, sizes_for
+from mi_runtime.kernels import launch_errors
 from mi_runtime.load import BlendedModel
 from mi_runtime.measure import choose_kernels, measure_costs, with_replays
 from mi_runtime.pair import PairError
 from mi_runtime.planner import NO_COSTS, REMEMBERED, CostModel, Planner
 from mi_runtime.request import Dial
-from mi_runtime.rows import BlendGroups, Way
+from mi_runtime.rows import BlendGroups
 from mi_runtime.runner import Runner
 from mi_runtime.sizing import (
     Needs,
@@ -34,7 +38,9 @@ from mi_runtime.sizing import (
     taken_by,
 )
 
-RECORDED = "recorded"  # as it runs
+RECORDED, COMPILED = "recorded", "recorded and compiled"
+TRIED = {RECORDED: "without torch.compile", COMPILED: "with torch.compile"}
+LONGEST_REASON = 300  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class Started:
     num_blocks: int
     attention: str  # the backend, and what was measured
     pair_kernels: str  # where they are taken
-    graphs: str  # what was recorded
+    graphs: str  # what was recorded, and why not more
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,7 @@ class Recordable:
 
     forward: Forward
     how: str
+    stream: torch.cuda.Stream
     first: int  # bytes of the largest recording
     each: int  # bytes of the next one
 
@@ -71,19 +78,21 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     pair_kernels = choose_kernels(model)
     costs = measure_costs(model) if config.blend_policy == "auto" else NO_COSTS
     started = time.monotonic()
+    failures: list[str] = []
     recordable = None
     if model.device.type == "cuda":
-        sizes, recordable = _cuda_sizes(config, model, attention.backend)
+        sizes, recordable = _cuda_sizes(config, model, attention.backend, failures)
     else:
         sizes = cpu_sizes(config, model)
     model.groups.cache.places = sizes.places
     runner = _runner(config, model, attention.backend, sizes.num_blocks, costs)
-    graphs = "none"
+    how, count = None, 0
     if recordable is not None:
-        runner.graphs, how = _recorded(config, model, runner.attention, recordable)
-        runner.planner.costs = with_replays(costs, model, runner.graphs)
-        seconds = time.monotonic() - started
-        graphs = f"{len(runner.graphs.forms)} {how}, in {seconds:.0f} s"
+        runner.graphs, how = _recorded(config, model, runner.attention, recordable, failures)
+        if runner.graphs is not None:
+            runner.planner.costs = with_replays(costs, model, runner.graphs)
+            count = len(runner.graphs.forms)
+    graphs = _told(how, count, time.monotonic() - started, failures)
     model.groups.start_counting()
     return Started(runner, sizes.num_blocks, attention.told, pair_kernels, graphs)
 
@@ -105,33 +114,23 @@ def _runner(
     return Runner(model, planner, num_blocks, config.block_size, backend)
 
 
-def _recordings(
-    config: EngineConfig, model: BlendedModel, attention: PagedAttention, forward: Forward
-) -> DecodeGraphs:
-    return DecodeGraphs(
-        model,
-        attention,
-        CudaGraphs(),
-        max_rows=config.max_num_seqs,
-        max_blocks=blocks_of_longest(config, model),
-        forward=forward,
-    )
-
-
 def _cuda_sizes(
-    config: EngineConfig, model: BlendedModel, backend: AttentionBackend
+    config: EngineConfig, model: BlendedModel, backend: AttentionBackend, failures: list[str]
 ) -> tuple[Sizes, Recordable | None]:
     """Measured with as much KV as the largest step needs, which is given back."""
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(model.device)
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
-    # One more: a forward that is compiled here takes sizes that are equal for one and the same, and
+    # One more: a layer that is compiled here takes sizes that are equal for one and the same, and
     # rows of recordings are powers of two as steps are.
     blocks = blocks_of_largest(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)
-    recordable = _recordable(config, model, runner.attention)
-    sizes = sizes_for(config.max_num_seqs) if recordable else ()
+    recordable = _recordable(config, model, runner.attention, failures)
+    del runner
+    gc.collect()  # frames of a failure hold what failed
+    torch.cuda.empty_cache()
+    # Only now: in use are also the kernels that were loaded, and the workspaces of products.
+    free, total = torch.cuda.mem_get_info(model.device)
+    sizes = _graph_sizes(config) if recordable else ()
     needs = Needs(
         total=total,
         used=total - free,
@@ -141,76 +140,129 @@ def _cuda_sizes(
         recordings=len(sizes) * (1 + len(model.groups.endpoints)),
         recordings_a_place=len(sizes),
     )
-    del runner
-    torch.cuda.empty_cache()
     return cuda_sizes(config, model, needs), recordable
 
 
+# --- Recordings -----------------------------------------------------------------------------------
+
+
 def _recordable(
-    config: EngineConfig, model: BlendedModel, attention: PagedAttention
+    config: EngineConfig, model: BlendedModel, attention: PagedAttention, failures: list[str]
 ) -> Recordable | None:
-    """The first forward that can be recorded, by trying; why one cannot is printed."""
-    for forward, how in _forwards(config, model, attention):
+    """The first forward that can be recorded, by trying; why others cannot goes to `failures`."""
+    if not config.cuda_graphs:
+        return None
+    if attention.backend.name == ReferenceAttention.name:
+        failures.append("the reference attention waits for the host")
+        return None
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    for forward, how in _forwards(config, model):
         try:
-            first, each = _tried(_recordings(config, model, attention, forward))
+            first, each = _tried(lambda: _graphs(config, model, attention, forward, stream))  # noqa: B023
         except torch.OutOfMemoryError:
             raise
         except _recording_errors() as error:
-            model.groups.end()  # what a forward that ended early left
-            print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
-            continue
-        return Recordable(forward, how, first, each)
+            failures.append(_failure(model, how, error))
+        else:
+            return Recordable(forward, how, stream, first, each)
     return None
 
 
 def _recorded(
-    config: EngineConfig, model: BlendedModel, attention: PagedAttention, recordable: Recordable
-) -> tuple[DecodeGraphs, str]:
-    """All recordings, and how they were made: the trial was of one way, and another may fail yet
-    to compile."""
-    recordings = _recordings(config, model, attention, recordable.forward)
-    try:
-        recordings.record()
-    except torch.OutOfMemoryError:
-        raise
-    except _recording_errors() as error:
-        if recordable.how == RECORDED:
+    config: EngineConfig,
+    model: BlendedModel,
+    attention: PagedAttention,
+    recordable: Recordable,
+    failures: list[str],
+) -> tuple[DecodeGraphs | None, str | None]:
+    """All recordings, and how they were made: the trial was of few, and another may fail yet."""
+    ways = [(recordable.forward, recordable.how)]
+    if recordable.how != RECORDED:
+        ways.append((model.logits, RECORDED))
+    for forward, how in ways:
+        try:
+            graphs = _graphs(config, model, attention, forward, recordable.stream)
+            graphs.record()
+        except torch.OutOfMemoryError:
             raise
-        print(f"Decode steps are not {recordable.how}: {_first_sentence(error)}", file=sys.stderr)
-    else:
-        return recordings, recordable.how
-    model.groups.end()
-    recordings = _recordings(config, model, attention, model.logits)
-    recordings.record()
-    return recordings, RECORDED
+        except _recording_errors() as error:
+            failures.append(_failure(model, how, error))
+        else:
+            return graphs, how
+    return None, None
+
+
+def _told(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
+    """`none` alone is what was asked for."""
+    made = "none" if how is None else f"{count} {how}, in {seconds:.0f} s"
+    return f"{made} ({'; '.join(failures)})" if failures else made
+
+
+def _graphs(
+    config: EngineConfig,
+    model: BlendedModel,
+    attention: PagedAttention,
+    forward: Forward,
+    stream: torch.cuda.Stream,
+) -> DecodeGraphs:
+    return DecodeGraphs(
+        model,
+        attention,
+        CudaGraphs(stream),
+        sizes=_graph_sizes(config),
+        max_blocks=blocks_of_longest(config, model),
+        forward=forward,
+    )
+
+
+def _graph_sizes(config: EngineConfig) -> tuple[int, ...]:
+    return sizes_for(config.max_num_seqs, config.cuda_graph_sizes or SIZES)
+
+
+def _forwards(config: EngineConfig, model: BlendedModel) -> Iterator[tuple[Forward, str]]:
+    if config.torch_compile:
+        yield compiled_logits(model), COMPILED
+    yield model.logits, RECORDED
+
+
+def _tried(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
+    """Bytes that the first recording took, with the buffers of all, and the one after it."""
+
+    def first() -> DecodeGraphs:
+        graphs = make()
+        graphs.record(graphs.forms[:1])
+        return graphs
+
+    largest, graphs = taken_by(first)
+    return largest, taken_by(lambda: graphs.record(graphs.forms[1:2]))[0]
 
 
 def _recording_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which takes time
 
-    return RuntimeError, TorchDynamoException
+    return *launch_errors(), TorchDynamoException
 
 
-def _tried(recordings: DecodeGraphs) -> tuple[int, int]:
-    """Bytes that the largest recording took, and the one after it."""
-    forms = [form for form in recordings.forms if form.way is Way.PAIR]
-    device = recordings.device
-    first = taken_by(device, lambda: recordings.record(forms[:1]))
-    return first, taken_by(device, lambda: recordings.record(forms[:2][-1:]))
+def _failure(model: BlendedModel, how: str, error: Exception) -> str:
+    """Prints it whole; gives what to tell of it."""
+    model.groups.end()  # what a forward that ended early left
+    model.groups.cache.forget()
+    print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
+    traceback.print_exception(error)
+    return f"{TRIED[how]}: {_causes(error)}"
 
 
-def _forwards(
-    config: EngineConfig, model: BlendedModel, attention: PagedAttention
-) -> Iterator[tuple[Forward, str]]:
-    if not config.cuda_graphs or attention.backend.name == "reference":  # which waits for the host
-        return
-    if config.torch_compile:
-        yield compiled_logits(model), f"{RECORDED} and compiled"
-    yield model.logits, RECORDED
+def _causes(error: BaseException) -> str:
+    """What was raised, and what was first: CUDA only says of a recording that it failed before."""
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    said = [_first_sentence(one)[:LONGEST_REASON] for one in (error, first)]
+    return ", after ".join(dict.fromkeys(said))
 
 
-def _first_sentence(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 class _MissingShare:

@@ -42,6 +42,12 @@ def group_of(name: str) -> str:
     return "embed" if "embed" in name else "head"
 
 
+def _name_in_layer(name: str) -> str:
+    """What a module is called in its layer, as it is in every other; outside, its whole name."""
+    found = LAYER.search(name)
+    return found[2] if found else name
+
+
 @dataclass(frozen=True, slots=True)
 class RowAxis:
     """Where a module's input has the rows of the flat batch, as a probe forward recorded it."""
@@ -124,6 +130,7 @@ class ModuleSwap:
             pair: Matrix = self._take_vocabulary(module, other)
         else:
             pair = self._storage.matrix(*_take_joined_weights(siblings))
+        pair.name = _name_in_layer(name)
         first = 0
         for one in siblings:
             last = first + cast(nn.Linear, one.instruct).out_features
@@ -163,6 +170,7 @@ class ModuleSwap:
             assert weights is not None
             biases = _take(module, other, f"{projection}_bias") if flags.has_bias else None
             experts = self._storage.experts(weights, biases, flags.is_transposed)
+            experts.name = f"{_name_in_layer(name)}.{projection}"
             setattr(module, attribute, experts)
         flags.slot = self._groups.slot(group_of(name), kept=False)
         _refuse_rest(name, module)
@@ -181,7 +189,9 @@ class ModuleSwap:
     ) -> Callable[[], Any]:
         is_router = kind.lower().endswith("router")
         if is_router and taken[0].dim() == 2:
-            weight = RoutedWeight(PairMatrix(*taken), self._slot(name)[0], taken[0].dtype)
+            matrix = PairMatrix(*taken)
+            matrix.name = _name_in_layer(name)
+            weight = RoutedWeight(matrix, self._slot(name)[0], taken[0].dtype)
             return lambda: weight
         if is_router or kind.endswith("Norm"):
             return self._row_parameter(name, *taken).value

@@ -149,6 +149,9 @@ class Settings(BaseSettings):
     """Share of a GPU's memory that may be in use, by all processes together."""
     cuda_graphs: bool = True
     """Record decode steps at start and replay them, on a GPU."""
+    cuda_graph_sizes: Annotated[list[int], *Listed] = []
+    """Numbers of sequences that decode steps are recorded for, ascending; a step takes the next
+    larger one, and larger steps are not replayed; default: from 2 up to --max-num-seqs."""
     torch_compile: bool = True
     """Compile what is recorded; takes minutes at start."""
     attention_backend: AttentionName = "auto"
@@ -291,6 +294,7 @@ class Settings(BaseSettings):
                 lambda_step=self.lambda_step,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 cuda_graphs=self.cuda_graphs,
+                cuda_graph_sizes=tuple(self.cuda_graph_sizes),
                 torch_compile=self.torch_compile,
                 attention_backend=self.attention_backend,
                 blend_policy=self.blend_policy,

@@ -21,6 +21,8 @@ HALVES = (torch.bfloat16, torch.float16)
 class Source:
     """A pair of tensors whose blend has `nbytes` bytes, and which counts its blends."""
 
+    name = ""
+
     def __init__(self, nbytes: int = 8) -> None:
         self.nbytes = nbytes
         self.blends = 0

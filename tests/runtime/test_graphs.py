@@ -4,18 +4,16 @@ Here a replay runs the forward again over the same buffers; what a CUDA graph do
 its launch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from mi_runtime.attention import PagedAttention
 from mi_runtime.blend_cache import BlendCache
-from mi_runtime.compiled import compiled_logits
 from mi_runtime.engine import Engine
 from mi_runtime.graphs import SIZES, DecodeGraphs, Form, sizes_for
 from mi_runtime.planner import Part
@@ -50,10 +48,12 @@ def replays(graphs: DecodeGraphs) -> int:
     return graphs._record.replays
 
 
-def record(engine: Engine, places: int = 2, max_rows: int = 8, **settings: Any) -> DecodeGraphs:
+def record(
+    engine: Engine, places: int = 2, sizes: tuple[int, ...] = (2, 4, 8), **settings: Any
+) -> DecodeGraphs:
     runner, engine._groups.cache = engine._runner, BlendCache(places)
     runner.graphs = DecodeGraphs(
-        runner._model, runner.attention, RunAgain(), max_rows=max_rows, max_blocks=16, **settings
+        runner._model, runner.attention, RunAgain(), sizes=sizes, max_blocks=16, **settings
     )
     runner.graphs.record()
     return runner.graphs
@@ -171,6 +171,43 @@ def test_there_are_recordings_for_every_number_of_rows(rows: int, sizes: tuple[i
     assert sizes_for(rows) == sizes
 
 
+@pytest.mark.parametrize(
+    ("rows", "wanted", "sizes"),
+    [
+        (256, (1, 32, 128), (2, 32, 128)),
+        (256, (1, 2, 3), (2, 3)),
+        (20, (8, 32, 128), (8, 32)),
+        (8, (8, 32, 128), (8,)),
+        (1, (1,), (2,)),
+    ],
+)
+def test_or_for_those_that_were_asked_for_and_are_of_use(
+    rows: int, wanted: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    assert sizes_for(rows, wanted) == sizes
+
+
+def test_rows_beyond_the_largest_recording_run_launch_by_launch(pair_of: PairOf) -> None:
+    """Four dials of which three fit: sometimes all are in one step, sometimes fewer."""
+    engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
+    expected = answers(engine)
+    graphs, taken = record(engine, sizes=(3,)), set()
+    choose = graphs.form_for
+    graphs.form_for = lambda part: (taken.add(choose(part)), choose(part))[1]  # type: ignore[method-assign]
+    assert answers(engine) == expected
+    assert answers(engine, MIXED[:3]) == {name: expected[name] for name in "012"}
+    assert taken == {None, Form(3, P)}
+
+
+def test_the_λ_of_a_row_lie_where_kernels_are_compiled_for(pair_of: PairOf) -> None:
+    graphs = record(make_subject(pair_of("qwen3")).engine, sizes=(2, 5))
+    held = [rows.weights for form in graphs.forms for rows in graphs._rows[form].values()]
+    of_endpoints = graphs._shared.data_ptr()
+    addresses = {one.data_ptr() for one in held} - {of_endpoints, of_endpoints + 4}  # never read
+    assert addresses
+    assert not [address for address in addresses if address % 16]
+
+
 @pytest.fixture(scope="module")
 def graphs(pair_of: PairOf) -> DecodeGraphs:
     return record(make_subject(pair_of("qwen3")).engine)
@@ -237,57 +274,6 @@ def test_recording_leaves_the_blend_cache_empty_and_its_memory_taken(pair_of: Pa
     assert (cache.builds, cache.hits, cache.evictions) == (0, 0, 0)
     assert cache.missing([(name, 0.25) for name in engine._groups.names]) == 6 + 2
     assert cache.nbytes > 0
-
-
-# --- Compiled -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_a_forward_is_compiled_whole_and_once_for_each_way(pair_of: PairOf, family: str) -> None:
-    """With the kernels as a GPU has them, without a break, whatever the rows, the λ, and the blocks
-    of KV: memory is measured with few."""
-    pair = pair_of(family, num_hidden_layers=1)
-    engine = make_subject(pair, prefix_caching=False, attention_backend="triton").engine
-    engine._runner._model.kernels.enable(rows=64)
-    dials = (Dial(0.3), Dial(0.3, (("head", 0.7),)), Dial(1.0), Dial(0.0))
-    expected = answers(engine, dials)
-    model, attention = engine._runner._model, engine._runner.attention
-    forward = compiled_logits(model, backend="eager")
-    model.groups.cache = BlendCache()
-    few = PagedAttention(
-        *(model.layers, 6, attention.block_size, model.dtype, model.device, attention.backend)
-    )
-    trial = DecodeGraphs(model, few, RunAgain(), max_rows=4, max_blocks=16, forward=forward)
-    trial.record(trial.forms[:1])
-    trial._replays[trial.forms[0]]()
-    graphs = record(engine, max_rows=4, forward=forward)
-    for form in graphs.forms:
-        graphs._replays[form]()
-    assert counters["stats"]["unique_graphs"] == 4  # pair, two endpoints, blended
-    assert answers(engine, dials) == expected
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_what_one_model_has_compiled_leaves_the_next_as_much(
-    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mi_runtime.compiled.FORWARDS", 1)
-    pair = pair_of("qwen3", num_hidden_layers=1)
-    for _ in range(2):
-        engine = make_subject(pair, attention_backend="triton").engine
-        forward = compiled_logits(engine._runner._model, backend="eager")
-        graphs = record(engine, max_rows=1, forward=forward)
-        graphs._replays[graphs.forms[0]]()
-    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_attention_is_told_the_capacity_so_that_a_recording_serves_every_length(

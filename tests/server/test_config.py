@@ -112,6 +112,26 @@ def test_every_setting_reaches_the_engine_under_its_name() -> None:
     assert not config.torch_compile
 
 
+@pytest.mark.parametrize("flags", ["1,8,32", "1, 8", ""])
+def test_the_sizes_of_recordings_reach_the_engine_as_numbers(flags: str) -> None:
+    settings = load_settings(["--cuda-graph-sizes", flags])
+    config = settings.engine_config(instruct=Path("a"), thinking=Path("b"))
+    assert config.cuda_graph_sizes == tuple(int(size) for size in flags.split(",") if size)
+
+
+@pytest.mark.parametrize("sizes", ["8,4", "8,8", "0", "-1,2", ",".join(map(str, range(1, 66)))])
+def test_sizes_of_recordings_that_do_not_ascend_are_refused(sizes: str) -> None:
+    with pytest.raises(ConfigError, match="cuda_graph_sizes must ascend from 1 on"):
+        load_settings([f"--cuda-graph-sizes={sizes}"]).engine_config(
+            instruct=Path("a"), thinking=Path("b")
+        )
+
+
+def test_sizes_of_recordings_that_are_no_numbers_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="cuda_graph_sizes"):
+        load_settings(["--cuda-graph-sizes", "4,many"])
+
+
 def test_a_list_is_a_repeated_flag_a_variable_with_commas_or_a_list_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,71 @@
+"""How many graphs the decode steps of a model are compiled to, and how long that takes: by layers.
+
+    TORCHINDUCTOR_CACHE_DIR=DIR python -m bench.compiled --layers 36
+
+A random pair of tiny width, by inductor's backend for the CPU: no GPU is needed. Its seconds
+are no GPU's; how they go with the number of layers, and what a second start finds in the directory
+of the first, is the same there. Kernels are interpreted.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton loads
+
+import torch
+from torch._dynamo.utils import calculate_time_spent, counters
+
+from bench.gpu_bounds import Shape
+from bench.gpu_pairs import Place, random_pair
+from mi_runtime.attention import PagedAttention
+from mi_runtime.attention_backends import make_backend
+from mi_runtime.blend_cache import BlendCache
+from mi_runtime.compiled import compiled_logits
+from mi_runtime.graphs import DecodeGraphs
+from mi_runtime.load import BlendedModel
+
+TINY = Shape(1, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, vocabulary=64, tied=True)
+PLACE = Place(torch.device("cpu"), torch.float32, positions=64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=36)
+    layers = parser.parse_args().layers
+    model = random_pair(replace(TINY, layers=layers), PLACE, "pair")
+    model.kernels.enable(rows=64)
+    model.groups.cache = BlendCache(places=2)
+    run_all(model)
+    hits, misses = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+    told = {
+        "layers": layers,
+        "graphs": counters["stats"]["unique_graphs"],
+        "seconds": round(calculate_time_spent()["total_wall_time"], 1),
+        "found in the cache": hits,
+        "not found": misses,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(told))
+
+
+def run_all(model: BlendedModel) -> None:
+    """Every way, for two numbers of rows."""
+    attention = PagedAttention(
+        *(model.layers, 16, 4, model.dtype, model.device, make_backend("triton"))
+    )
+    graphs = DecodeGraphs(
+        *(model, attention, lambda run: run),
+        sizes=(2, 4),
+        max_blocks=4,
+        forward=compiled_logits(model),
+    )
+    with torch.inference_mode():
+        graphs.record()
+        for form in graphs.forms:
+            graphs._replays[form]()
+
+
+if __name__ == "__main__":
+    main()
