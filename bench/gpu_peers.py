@@ -31,6 +31,8 @@ class Batching:
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()
+        # Torch 2.11 takes cuDNN first, which plans for each shape anew: each step has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         _, prompt, self._answer = scale.answers
         self._shape = shape
         self._model = random_endpoint(shape, place)

@@ -191,9 +191,10 @@ def fastest(
 ) -> AttentionChoice:
     """Of those that run and agree with the first, which is the reference.
 
-    Raises PairError where one that does not run takes the device with it.
+    Raises PairError where the reference does not run, or one that does not run takes the device
+    with it.
     """
-    expected = [work.run(backends[0]) for work in workloads]
+    expected = _expected(backends[0], workloads)
     milliseconds: dict[AttentionBackend, float] = {}
     told: dict[str, str] = {}
     for backend in backends:
@@ -205,6 +206,8 @@ def fastest(
                 work.weight * clock(lambda: work.run(backend))  # noqa: B023
                 for work in workloads
             )
+        except torch.OutOfMemoryError:
+            raise
         except launch_errors() as error:
             told[backend.name] = f"does not run ({cause_of(error)})"
             if _lost(workloads[0].query.device):
@@ -215,6 +218,16 @@ def fastest(
     others = ", ".join(f"{name} {what}" for name, what in told.items())
     what = f"{DECODES_A_PREFILL} decode steps and a prefill chunk"
     return AttentionChoice(best, f"{best.name} ({what}: {others})")
+
+
+def _expected(reference: AttentionBackend, workloads: Sequence[AttentionWorkload]) -> list[Tensor]:
+    try:
+        return [work.run(reference) for work in workloads]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = f"attention cannot be checked, as the reference does not run ({cause_of(error)})"
+        raise PairError([f"{reason}: name one by --attention-backend"]) from error
 
 
 def _agrees(out: Tensor, expected: Tensor) -> bool:

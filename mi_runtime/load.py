@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 from transformers.integrations.moe import ExpertsInterface
 
 from mi_runtime.attention import ATTENTION_NAME, LayerShape, PackedAttention, attention_forward
@@ -175,6 +175,8 @@ def pair_up(
 def use_paged_attention(model: PreTrainedModel) -> None:
     """Lets the engine's attention and no other serve the model, which only infers from now on."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    # Torch 2.11 takes cuDNN first, which plans for each shape anew: here nearly every step has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.config._attn_implementation = ATTENTION_NAME
     model.eval().requires_grad_(False)
 
@@ -187,17 +189,18 @@ def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTr
 def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     AttentionInterface.register(ATTENTION_NAME, attention_forward)  # a name must be there to be set
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            endpoint.directory,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-            output_loading_info=True,
-        )
+        with tensors_apart():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                endpoint.directory,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # told below, by name
+                output_loading_info=True,
+            )
     except torch.OutOfMemoryError as error:
         raise _too_large(error) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -217,6 +220,21 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     assert isinstance(model, PreTrainedModel)
     use_paged_attention(model)
     return model
+
+
+@contextmanager
+def tensors_apart() -> Iterator[None]:
+    """Inside, `transformers` takes a GPU's memory tensor by tensor, not a model's in one piece.
+
+    The swap frees an endpoint tensor by tensor, and what is left of one large piece is lost to
+    everybody else: of a pair of 30B-A3B's shapes some 20 GiB, by a model of torch's allocator.
+    """
+    warm_up = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warm_up
 
 
 def _too_large(error: torch.OutOfMemoryError) -> PairError:

@@ -19,7 +19,7 @@ import torch
 from mi_runtime.attention import PackedAttention
 from mi_runtime.blend import Matrix, PairLinear, weights_of
 from mi_runtime.graphs import DecodeGraphs
-from mi_runtime.kernels import launch_errors, triton_installed
+from mi_runtime.kernels import cause_of, launch_errors, triton_installed
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.request import Dial
@@ -78,9 +78,11 @@ def choose_kernels(model: BlendedModel) -> str:
         return ""
     try:
         measure_kernels(model)
+    except torch.OutOfMemoryError:
+        raise
     except launch_errors() as error:
         model.kernels.enable(rows=0, experts=False)
-        return f"none, as they do not run here ({error})"
+        return f"none, as they do not run here ({cause_of(error)})"
     return f"up to {model.kernels.rows} rows"
 
 
@@ -116,7 +118,8 @@ def _captured(model: BlendedModel, work: Callable[[], None]) -> Callable[[], Non
         return work
     work()  # what compiles, compiles now
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A recording that fails may leave its stream the current one: the outer one gives back ours.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         work()
     return graph.replay
 
@@ -177,7 +180,9 @@ def _forward_one_row(model: BlendedModel, dial: Dial) -> None:
 
 
 def _random(model: BlendedModel, rows: int, width: int) -> torch.Tensor:
-    return torch.randn(rows, width, device=model.device).to(model.dtype)
+    """By a generator of its own: a recording that failed leaves torch's unusable."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    return torch.randn(rows, width, device=model.device, generator=generator).to(model.dtype)
 
 
 def _time(model: BlendedModel, work: Callable[[], object]) -> float:

@@ -60,8 +60,10 @@ def cuda_sizes(config: EngineConfig, model: BlendedModel, needs: Needs) -> Sizes
     """Raises PairError, with numbers and advice, where no KV block fits."""
     allowed = int(needs.total * config.gpu_memory_utilization)
     left = allowed - needs.used - needs.workspace - needs.graphs
-    a_place = max(1, blend_bytes(model) + needs.graphs_a_place)
-    if config.blend_cache_bytes is None:
+    a_place = blend_bytes(model) + needs.graphs_a_place
+    if config.blend_policy == "pair" or not blend_bytes(model):
+        places = 0  # nothing would ever lie there
+    elif config.blend_cache_bytes is None:
         places = min(MOST_PLACES, int(max(0, left) * BLEND_SHARE_OF_CUDA // a_place))
     else:
         places = config.blend_cache_bytes // a_place
@@ -120,6 +122,13 @@ def _no_room(config: EngineConfig, needs: Needs, allowed: int, left: int) -> str
 # --- Measuring ------------------------------------------------------------------------------------
 
 
+def steps_of_all_sizes(config: EngineConfig) -> Iterator[list[Chunk]]:
+    """By the pair product, and at an endpoint: the kernels of experts are others there."""
+    for dial in (Dial(0.5), Dial(0.0)):
+        for power in range(config.max_batched_tokens.bit_length()):
+            yield [_chunk(config, 2**power, dial=dial)]
+
+
 def largest_steps(config: EngineConfig, vocab_size: int) -> Iterator[list[Chunk]]:
     """Steps that need the most memory: a prefill of all tokens that a step may have, as many scored
     positions as it may have, and draws of every sequence, with penalties, from the whole
@@ -136,8 +145,13 @@ def blocks_of_largest(config: EngineConfig) -> int:
     return -(-config.max_batched_tokens // config.block_size)
 
 
-def _chunk(config: EngineConfig, tokens: int, sampling: SamplingParams | None = None) -> Chunk:
-    request = EngineRequest("size", (0,) * tokens, Dial(0.5), sampling or SamplingParams())
+def _chunk(
+    config: EngineConfig,
+    tokens: int,
+    sampling: SamplingParams | None = None,
+    dial: Dial = Dial(0.5),  # noqa: B008  # frozen
+) -> Chunk:
+    request = EngineRequest("size", (0,) * tokens, dial, sampling or SamplingParams())
     sequence = Sequence(request)
     sequence.block_table = list(range(-(-tokens // config.block_size)))
     return Chunk(sequence, 0, tokens)
@@ -149,8 +163,8 @@ def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner
     Steps of all sizes run before: kernels are compiled for some of them, which no request shall
     wait for.
     """
-    for power in range(config.max_batched_tokens.bit_length()):
-        runner.launch([_chunk(config, 2**power)])
+    for chunks in steps_of_all_sizes(config):
+        runner.launch(chunks)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     for chunks in largest_steps(config, model.vocab_size):

@@ -92,6 +92,21 @@ def test_one_that_takes_the_gpu_with_it_ends_the_start_and_is_named(
         choice(Timed("a", 1.0, error="an illegal access"), Timed("b", 1.0))
 
 
+def test_a_reference_that_does_not_run_is_told_with_what_to_do() -> None:
+    with pytest.raises(PairError, match=r"No plan.*--attention-backend"):
+        fastest([Timed("reference", 1.0, error="No plan supports this")], workloads(LAYER), clock)
+
+
+def test_a_gpu_that_is_full_is_no_fault_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(self: Timed, *args: Any, **kwargs: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    other = Timed("a", 1.0)
+    monkeypatch.setattr(other, "attend", run_out.__get__(other))
+    with pytest.raises(torch.OutOfMemoryError):
+        choice(other)
+
+
 @needs_triton
 def test_what_is_told_of_a_kernel_that_does_not_compile_is_the_reason_and_not_the_place() -> None:
     from triton.compiler.errors import CompilationError

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from bench.static import static_model
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.load import pair_up
-from mi_runtime.pair import PairError
+from mi_runtime.load import load_pair, pair_up
+from mi_runtime.pair import PairError, check_pair
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from tests.runtime import oracle
 from tests.runtime.conftest import MakeEngine, PairOf
@@ -50,6 +50,18 @@ def test_a_pair_in_memory_that_cannot_be_served_is_refused_by_name(pair_of: Pair
     thinking.extra = thinking.lm_head.__class__(4, 4)
     with pytest.raises(PairError, match="extra"):
         pair_up(instruct, thinking, "")
+
+
+def test_the_memory_of_an_endpoint_is_taken_tensor_by_tensor(
+    qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one large piece, what the swap frees would be lost. Both supported versions warm up."""
+    warmed_up: list[object] = []
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *_: warmed_up.append(_))
+    load_pair(check_pair(*map(str, qwen3_pair)), "cpu")
+    assert not warmed_up
+    AutoModelForCausalLM.from_pretrained(qwen3_pair[0], device_map={"": "cpu"})
+    assert warmed_up, "the loader has another name for it"
 
 
 def test_a_plain_model_in_memory_is_served_without_blending(qwen3_pair: tuple[Path, Path]) -> None:

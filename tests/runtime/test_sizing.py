@@ -76,6 +76,15 @@ def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
     assert sizes.num_blocks == 10 * GIB // sizing.block_bytes(CONFIG, model)
 
 
+def test_blended_weights_get_no_room_where_nothing_takes_them(
+    model: BlendedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cuda_sizes(replace(CONFIG, blend_policy="pair"), model, NEEDS).places == 0
+    monkeypatch.setattr(sizing, "blend_bytes", lambda _model: 0)  # a plain model
+    for asked in (None, 44 * GIB):
+        assert cuda_sizes(replace(CONFIG, blend_cache_bytes=asked), model, NEEDS).places == 0
+
+
 def test_recordings_are_counted_the_first_in_full_the_others_as_the_second() -> None:
     assert NEEDS.graphs == GIB + 35 * 16 * 2**20
     assert NEEDS.graphs_a_place == 12 * 16 * 2**20
@@ -111,6 +120,13 @@ def test_nothing_is_ever_promised_beyond_what_is_allowed(
             return
         assert sizes.num_blocks >= 1
         assert held(config, shape, needs, sizes) <= NEEDS.total * utilization
+
+
+def test_steps_of_all_sizes_run_before_requests_by_both_kinds_of_product() -> None:
+    """The first long prompt at λ = 0 compiled six kernels of experts, and all streams waited."""
+    steps = sizing.steps_of_all_sizes(EngineConfig("", "", max_batched_tokens=2048))
+    ran = {(chunk.dial, chunk.length) for (chunk,) in steps}
+    assert ran == {(Dial(value), 2**power) for value in (0.0, 0.5) for power in range(12)}
 
 
 def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngine) -> None:
