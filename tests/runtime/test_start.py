@@ -14,12 +14,8 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.start import COMPILED, RECORDED, Recordable
 
 UNUSED = cast(Any, None)
-MODEL = cast(
-    Any,
-    SimpleNamespace(
-        logits="as it runs", groups=SimpleNamespace(end=lambda: None, cache=BlendCache())
-    ),
-)
+GROUPS = SimpleNamespace(end=lambda: None, cache=BlendCache())
+MODEL = cast(Any, SimpleNamespace(logits="as it runs", groups=GROUPS))
 
 
 class Fake:
