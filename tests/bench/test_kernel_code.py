@@ -69,7 +69,9 @@ def test_many_rows_are_multiplied_by_the_instruction_that_is_made_for_it(
     looked_at: dict[str, Any],
 ) -> None:
     """Which takes 64 rows at least."""
-    for one in products(looked_at):
+    dense = [one for one in products(looked_at) if "experts" not in one["cases"][0]]
+    assert len(dense) >= 8
+    for one in dense:
         rows = int(one["cases"][0].rsplit(" ", 1)[1])
         assert one["tensor_cores"] == ("wgmma" if rows >= 64 else "mma.sync"), one
 
