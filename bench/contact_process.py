@@ -20,6 +20,7 @@ Row = dict[str, Any]
 Status = Literal["ok", "failed", "timed out", "not run"]
 ROW: Final = b'{"subject"'
 PATIENCE: Final = 2.0  # seconds between asking a group to end and ending it
+READING: Final = 5.0  # seconds at most for what a group that has ended left to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def run_group(
             return Ended("timed out", time.monotonic() - started, f"after {limit:.0f} s")
         finally:
             end_group(child)
-            reader.join(PATIENCE)
+            reader.join(READING)
     why = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
     return Ended("failed" if code else "ok", time.monotonic() - started, why if code else "")
 

@@ -60,6 +60,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run({name: arguments of the fake}, *flags)`: the exit code, and the steps of the JSON."""
     (tmp_path / "fakes.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("bench.contact_process.PATIENCE", 0.2)
 
     def run(
         fakes: dict[str, tuple[str, ...]], *flags: str, limit: int = 60, least: int = 0

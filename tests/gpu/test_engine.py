@@ -127,6 +127,14 @@ def test_recorded_answers_are_those_of_the_cpu(engine: Engine) -> None:
     assert_agree(engine.generate(requests()), reference())  # found in the prefix cache
 
 
+@on_a_gpu_only
+def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
+    """The longest test, so that it runs beside the others."""
+    engine = make(torch_compile=True)
+    assert_as_on_a_server(engine, "recorded and compiled")
+    assert_agree(engine.generate(requests()), reference())
+
+
 @pytest.mark.parametrize("value", [0.4, 0.0, 1.0])
 def test_they_are_when_all_have_one_λ(engine: Engine, value: float) -> None:
     values = (value,) * 4
@@ -224,10 +232,3 @@ def test_a_kv_cache_that_does_not_fit_is_a_message(make: Make) -> None:
     with pytest.raises(PairError, match=r"no memory for KV: .* GiB .*--delta-dtype"):
         make(num_blocks=None, gpu_memory_utilization=0.001)
     assert_agree(make().generate(requests()), reference())
-
-
-@on_a_gpu_only
-def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
-    engine = make(torch_compile=True)
-    assert_as_on_a_server(engine, "recorded and compiled")
-    assert_agree(engine.generate(requests()), reference())
