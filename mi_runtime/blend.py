@@ -6,7 +6,8 @@ A layer is linear in its weights, so for a row x with its own λ
 
 and one product over concatenated inputs serves any mixture of λ values exactly, without forming
 W(λ). A pair of matrices is stored once as `[out, 2, in]`: flattened it is the concatenated matrix,
-each endpoint is a strided view of it, and a blend is one lerp of the views.
+each endpoint is a strided view of it, and a blend is one `torch.lerp` of the views: that computes
+in fp32 whatever the dtype, rounds once, and holds nothing beside its result.
 
     way        rows                  reads             multiply-adds
     endpoint   all at λ=0, or at 1   2P bytes          R·P
@@ -37,25 +38,11 @@ from mi_runtime.kernels.choice import KernelChoice
 from mi_runtime.rows import ENDPOINTS, INSTRUCT, THINKING, Rows, RowSlot, scaled_pair
 
 EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # of a swapped module of experts
-BLEND_ROWS = 4096  # rows of a matrix that are blended at once: bounds the fp32 copies
+VOCABULARY_PIECE = 16384  # tokens whose logits are blended at once: bounds the fp32 copies
 
 
 class UnsupportedModel(ValueError):
     """A part of the model that no swap covers; the message names it."""
-
-
-def lerp_rounded(
-    instruct: Tensor, thinking: Tensor, value: float, out: Tensor | None = None
-) -> Tensor:
-    """(1−λ) · instruct + λ · thinking in fp32, rounded once to their dtype; contiguous."""
-    if out is None:
-        out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
-    if instruct.dtype == torch.float32:
-        return torch.lerp(instruct, thinking, value, out=out)
-    for first in range(0, len(instruct), BLEND_ROWS):
-        part = slice(first, first + BLEND_ROWS)
-        out[part] = torch.lerp(instruct[part].float(), thinking[part].float(), value)
-    return out
 
 
 class Weights(Blendable, Protocol):
@@ -143,7 +130,7 @@ class PairMatrix:
         self.endpoints = (both[:, INSTRUCT], both[:, THINKING])  # strided views
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        return lerp_rounded(*self.endpoints, value, out)
+        return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, in]` to `[..., rows, out]`."""
@@ -173,7 +160,8 @@ class VocabularyPair:
     """Both endpoints' `[vocabulary, dim]` matrices as they were loaded: embedding, head, or both.
 
     The largest matrices of a model stay apart, so that loading never copies them; for the rows
-    that reach the head, two products and a lerp cost the same as one product over `2·dim`.
+    that reach the head, two products and a lerp cost the same as one product over `2·dim`. They
+    are made piece by piece: of 512 scored positions, both and their fp32 copies are over a GB.
     """
 
     def __init__(
@@ -196,7 +184,7 @@ class VocabularyPair:
         return sum(one.nbytes for one in self.endpoints)
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        return lerp_rounded(*self.endpoints, value, out)
+        return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, dim]` to `[..., rows, vocabulary]`."""
@@ -207,7 +195,12 @@ class VocabularyPair:
         low, high = self.endpoints
         if self.kernels.takes(x):
             return self.kernels.pair(x, low, high, rows.weights)
-        return _lerp_rows(F.linear(x, low), F.linear(x, high), rows)
+        out = x.new_empty(*x.shape[:-1], len(low))
+        for first in range(0, len(low), VOCABULARY_PIECE):
+            piece = slice(first, first + VOCABULARY_PIECE)
+            own = F.linear(x, low[piece]), F.linear(x, high[piece])
+            out[..., piece] = _lerp_rows(*own, rows)
+        return out
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
         """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`.
@@ -237,7 +230,10 @@ class RowParameter:
         self.endpoints = (instruct.clone(), thinking.clone())
         self.slot = slot
         self._lambda_shape = (-1,) + (1,) * (axes + instruct.dim())
-        self._own_shape = (1,) * axes + tuple(instruct.shape)
+        shape = (1,) * axes + tuple(instruct.shape)
+        # In fp32 they are small as well, and need not be widened anew in every replay.
+        low, high = (side.float().view(shape) for side in self.endpoints)
+        self._wide = (low, high)
 
     def value(self) -> Tensor:
         """The parameter itself at an endpoint, else `[rows or 1, 1…, *shape]`, in its dtype."""
@@ -247,8 +243,7 @@ class RowParameter:
         return rows.derived(self, self._blend_rows)
 
     def _blend_rows(self, weights: Tensor) -> Tensor:
-        instruct, thinking = (side.float().view(self._own_shape) for side in self.endpoints)
-        blend = torch.lerp(instruct, thinking, weights.view(self._lambda_shape))
+        blend = torch.lerp(*self._wide, weights.view(self._lambda_shape))
         return blend.to(self.endpoints[INSTRUCT].dtype)
 
 
@@ -381,13 +376,8 @@ class PairExperts:
         return self.concatenated.nbytes
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        """`[experts, out, in]`, one expert at a time."""
-        instruct, thinking = self.endpoints
-        if out is None:
-            out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
-        for low, high, room in zip(instruct, thinking, out, strict=True):
-            lerp_rounded(low, high, value, room)
-        return out
+        """`[experts, out, in]`, laid out as the endpoints are."""
+        return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
         """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""

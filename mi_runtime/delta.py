@@ -27,9 +27,9 @@ and stay exact pairs. Here is plain torch, the reference and the way of a CPU: D
 piece by piece, so that no whole copy of it is ever held.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from math import prod
 from typing import Literal
 
 import torch
@@ -70,12 +70,25 @@ class Delta:
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """`[…, out, in]`: the product in fp32, rounded once."""
-        scales = self.scales.float()
+        steps, scales = self._in_groups()
+        out = torch.empty(steps.shape, dtype=dtype, device=steps.device)
+        return torch.mul(steps, scales, out=out).flatten(-2)[..., : self.inputs]
+
+    def added_to(self, base: Tensor, share: float | Tensor, out: Tensor | None = None) -> Tensor:
+        """`base` + `share` · D̂, `[…, out, in]`, computed in fp32 and rounded to the dtype of `out`;
+        a tensor of shares is `[…, out, 1, 1]`."""
+        steps, scales = self._in_groups()
+        scales = (scales * share).expand(steps.shape)
+        flat = [tensor.flatten(-2)[..., : self.inputs] for tensor in (steps, scales)]
+        return torch.addcmul(base, *flat, out=out)
+
+    def _in_groups(self) -> tuple[Tensor, Tensor]:
+        """q, int8 `[…, out, groups, inputs of one]`, and fp32 scales `[…, out, groups, 1]`."""
+        scales = self.scales.float().unsqueeze(-1)
         if self.kind == "int8":
-            return (self.values * scales).to(dtype)
+            return self.values.unsqueeze(-2), scales
         pairs = _grouped(self.values, GROUP // 2)
-        steps = torch.cat((pairs & 15, pairs >> 4), dim=-1).float() - 8
-        return (steps * scales.unsqueeze(-1)).flatten(-2)[..., : self.inputs].to(dtype)
+        return torch.cat((pairs & 15, pairs >> 4), dim=-1).view(torch.int8).sub_(8), scales
 
 
 def quantize(instruct: Tensor, thinking: Tensor, kind: DeltaKind) -> Delta:
@@ -127,13 +140,18 @@ def _divisor(scales: Tensor) -> Tensor:
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of some rows of one matrix each, that cover `[…, out, in]`."""
-    *outer, rows, inputs = tensor.shape
-    piece = PIECE_OF_CPU if tensor.device.type == "cpu" else PIECE_OF_GPU
-    step = max(1, piece // inputs)
-    for index in product(*map(range, outer)):
-        for first in range(0, rows, step):
-            yield (*index, slice(first, first + step))
+    """Indices that cover `[…, out, in]`: of many matrices each, of one, or of some of its rows."""
+    return _pieces_of(tensor.shape, PIECE_OF_CPU if tensor.device.type == "cpu" else PIECE_OF_GPU)
+
+
+def _pieces_of(shape: Sequence[int], piece: int) -> Iterator[tuple[int | slice, ...]]:
+    count, *inner = shape
+    if len(inner) > 1 and prod(inner) > piece:
+        for index in range(count):
+            yield from ((index, *rest) for rest in _pieces_of(inner, piece))
+    else:
+        step = max(1, piece // prod(inner))
+        yield from ((slice(first, first + step),) for first in range(0, count, step))
 
 
 def blended(instruct: Tensor, delta: Delta, value: float, out: Tensor | None = None) -> Tensor:
@@ -141,7 +159,7 @@ def blended(instruct: Tensor, delta: Delta, value: float, out: Tensor | None = N
     if out is None:
         out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
     for piece in _pieces(instruct):
-        out[piece] = instruct[piece].float() + value * delta[piece].dequantized(torch.float32)
+        delta[piece].added_to(instruct[piece], value, out[piece])
     return out
 
 
@@ -208,8 +226,8 @@ class DeltaVocabulary(DeltaMatrix):
         own = F.embedding(ids, self.instruct)
         if rows.endpoint is not None:
             return own
-        steered = self.delta[ids].dequantized(torch.float32)
-        return (own.float() + rows.weights.unsqueeze(-1) * steered).to(own.dtype)
+        share = rows.weights.view(-1, 1, 1)
+        return self.delta[ids].added_to(own, share).to(own.dtype)
 
 
 class DeltaExperts(DeltaWeights):

@@ -121,6 +121,12 @@ class DecodeGraphs:
         """All that are recorded, the largest first: the others then find room in its memory."""
         return tuple(self._rows)
 
+    @property
+    def smallest(self) -> tuple[Form, Callable[[], Tensor]]:
+        """The recording of fewest rows, and what replays it on whatever lies in the buffers."""
+        form = min(self._replays, key=lambda form: (form.rows, form.way is not Way.ENDPOINT))
+        return form, self._replays[form]
+
     @torch.inference_mode()
     def record(self, forms: Sequence[Form] | None = None) -> None:
         """Records these forms, or all. The blend cache is empty afterwards; its places are made."""

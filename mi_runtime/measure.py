@@ -1,34 +1,41 @@
 """What a forward costs on this device at a model's own shapes, measured at start-up.
 
-Times the products of one decoder layer's linear modules, for a few row counts, once with single
+Times the products of a decoder layer's linear modules, for a few row counts, once with single
 weights and once as pair product, and one blend of them; scaled to the whole model by parameters.
-Before that, on a GPU, which of those products are faster as kernels of `mi_runtime.kernels`.
-Takes well under a second on the embedded pair, a few seconds on large ones.
+On a GPU these are of several layers where one would stay in its cache, and captured as a graph:
+what the host takes to launch them is in `CostModel.fixed`, the rest of an eager forward. Once
+decode steps are recorded, a replay is timed. Before all that, on a GPU, which of those products are
+faster as kernels of `mi_runtime.kernels`. Takes well under a second on the embedded pair, a few
+seconds on large ones.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
 from mi_runtime.attention import PackedAttention
 from mi_runtime.blend import Matrix, PairLinear, weights_of
+from mi_runtime.graphs import DecodeGraphs
 from mi_runtime.kernels import launch_errors, triton_installed
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.request import Dial
-from mi_runtime.rows import INSTRUCT, Rows, StepRows
+from mi_runtime.rows import INSTRUCT, Rows, StepRows, Way
 
 ROWS = (1, 8, 32, 128, 512)
 KERNEL_ROWS = (1, 4, 16, 32, 64, 128, 256)  # beyond, products are bound by arithmetic
 REPEATS = 5
+RUNS_OF_GPU = 10  # timed together: the launch of one and the wait for it are not what it takes
+COLD_BYTES = 2**27  # of weights, that a GPU does not find in its cache when it reads them again
 
 
 @torch.inference_mode()
 def measure_costs(model: BlendedModel) -> CostModel:
     """Seconds: the least of a few repeats, as other work on the machine only adds to it."""
-    sample = _layer_matrices(model)
+    sample = _sampled_matrices(model)
     sampled = sum(matrix.parameters for matrix in sample)
     single: list[float] = []
     pair: list[float] = []
@@ -43,12 +50,22 @@ def measure_costs(model: BlendedModel) -> CostModel:
     whole = _parameters(model) / sampled
     build = whole * _time(model, lambda: [one.blend(0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model, Dial(0.0)))
+    fixed = max(0.0, forward - single[0])
     return CostModel(
-        fixed=max(0.0, forward - single[0]),
+        fixed=fixed,
+        replayed=fixed,
         single=Curve(ROWS, tuple(accumulate(single, max))),  # more rows never cost less
         pair=Curve(ROWS, tuple(accumulate(pair, max))),
         build=build,
     )
+
+
+@torch.inference_mode()
+def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) -> CostModel:
+    """These costs where decode steps are replayed: the smallest recording is timed."""
+    form, replay = graphs.smallest
+    way = costs.single if form.way is Way.ENDPOINT else costs.pair
+    return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(form.rows)))
 
 
 def choose_kernels(model: BlendedModel) -> str:
@@ -57,7 +74,7 @@ def choose_kernels(model: BlendedModel) -> str:
     Only dense products are measured: of experts, the kernels' rival is a look from the host, which
     no graph can capture.
     """
-    if model.device.type != "cuda" or not triton_installed() or not _layer_matrices(model):
+    if model.device.type != "cuda" or not triton_installed() or not _sampled_matrices(model):
         return ""
     try:
         measure_kernels(model)
@@ -87,7 +104,7 @@ def rows_worth(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[fl
 
 
 def _pair_seconds(model: BlendedModel, rows: int) -> float:
-    sample = _layer_matrices(model)
+    sample = _sampled_matrices(model)
     inputs = [_random(model, rows, matrix.instruct.shape[1]) for matrix in sample]
     mixed = Rows(torch.full((rows,), 0.5, device=model.device), None)
     return _time(model, _captured(model, lambda: _products(sample, inputs, mixed)))
@@ -124,13 +141,25 @@ def _parameters(model: BlendedModel) -> int:
     return sum(weights.parameters for weights in weights_of(model.model))
 
 
-def _layer_matrices(model: BlendedModel) -> list[Matrix]:
-    """The linear modules of the middle layer."""
-    middle = f"layers.{len(model.layers) // 2}."
+def _sampled_matrices(model: BlendedModel) -> list[Matrix]:
+    """Of the middle layer; on a GPU of as many layers behind it as make `COLD_BYTES` of one
+    endpoint. A few matrices, read again and again, would come from its cache."""
+    layers = len(model.layers)
+    sample: list[Matrix] = []
+    for layer in range(layers // 2, layers):
+        sample += _layer_matrices(model, layer)
+        held = sum(matrix.instruct.nbytes for matrix in sample)
+        if model.device.type != "cuda" or held >= COLD_BYTES:
+            break
+    return sample
+
+
+def _layer_matrices(model: BlendedModel, layer: int) -> list[Matrix]:
+    """Those of a layer's linear modules."""
     linear = (
         module.pair
         for name, module in model.model.named_modules()
-        if middle in name and isinstance(module, PairLinear)
+        if f"layers.{layer}." in name and isinstance(module, PairLinear)
     )
     return list(dict.fromkeys(linear))  # one that modules share comes once
 
@@ -153,13 +182,15 @@ def _random(model: BlendedModel, rows: int, width: int) -> torch.Tensor:
 
 def _time(model: BlendedModel, work: Callable[[], object]) -> float:
     work()
+    runs = RUNS_OF_GPU if model.device.type == "cuda" else 1
     seconds = []
     for _ in range(REPEATS):
         _wait(model)
         started = time.perf_counter()
-        work()
+        for _ in range(runs):
+            work()
         _wait(model)
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started) / runs)
     return min(seconds)
 
 

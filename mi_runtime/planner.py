@@ -6,6 +6,10 @@ the cheapest by a cost model measured at start-up:
 
     forward(way, R) = fixed + seconds(way, R)        R rows; way: single weights, or the pair
 
+`fixed` is what a forward costs whatever its rows, most of it launches by the host. Forwards of
+single tokens alone have less of it where they are recorded: they are replayed by one launch. A part
+with a prompt's tokens never is.
+
 Building blended weights is never waited for: a λ that is new runs by the pair product. Each step
 notes what blended weights would have saved; once a dial's savings reach the price of building them,
 they are built (for one dial, at most twice the cost of knowing the future). A prefill chunk large
@@ -43,17 +47,39 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """How much a forward has to compute."""
+
+    rows: int
+    chunks: int
+
+    @property
+    def decodes_alone(self) -> bool:
+        return self.rows == self.chunks
+
+    def __sub__(self, other: "Load") -> "Load":
+        return Load(self.rows - other.rows, self.chunks - other.chunks)
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """What a forward costs on this device at these shapes; all in seconds."""
 
     fixed: float  # of a forward, whatever its rows
+    replayed: float  # likewise of decodes alone; the same where they are not recorded
     single: Curve  # endpoint or blended weights
     pair: Curve
     build: float  # all blended weights of one λ
 
+    def forward(self, way: Curve, load: Load) -> float:
+        """Of one, or none where there is nothing to compute."""
+        if not load.rows:
+            return 0.0
+        return (self.replayed if load.decodes_alone else self.fixed) + way.at(load.rows)
+
 
 NOTHING = Curve((1, 2), (0.0, 0.0))
-NO_COSTS = CostModel(fixed=0.0, single=NOTHING, pair=NOTHING, build=0.0)  # where one way is forced
+NO_COSTS = CostModel(0.0, 0.0, NOTHING, NOTHING, build=0.0)  # where one way is forced
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +97,10 @@ class _Work:
     dial: Dial
     chunks: list[Chunk] = field(default_factory=list)
     rows: int = 0
+
+    @property
+    def load(self) -> Load:
+        return Load(self.rows, len(self.chunks))
 
 
 @dataclass(slots=True)
@@ -94,7 +124,7 @@ class Planner:
         endpoints: Container[float] = (0.0, 1.0),
     ) -> None:
         self._policy = policy
-        self._costs = costs
+        self.costs = costs
         self._missing = missing
         self._capacity = capacity
         self._endpoints = endpoints
@@ -107,11 +137,11 @@ class Planner:
         self._step += 1
         if self._policy == "pair":
             return [Part(chunks, blended=False)]
-        works, mixed = _by_dial(chunks)
+        works = _by_dial(chunks)
         if self._policy == "blended":
             alone = works
         else:
-            alone = self._choose(works, sum(chunk.length for chunk in mixed))
+            alone = self._choose(works, Load(sum(chunk.length for chunk in chunks), len(chunks)))
         chosen = {work.dial for work in alone}
         for dial in chosen:
             self._use(dial)
@@ -121,25 +151,24 @@ class Planner:
         parts = [Part(work.chunks, blended=True) for work in alone]
         return [*parts, Part(together, blended=False)] if together else parts
 
-    def _choose(self, works: list[_Work], mixed_rows: int) -> list[_Work]:
-        """The dials that run alone, with single weights."""
+    def _choose(self, works: list[_Work], load: Load) -> list[_Work]:
+        """The dials that run alone, with single weights, out of `load` in all."""
         works = sorted(works, key=lambda work: work.rows, reverse=True)
-        rows = mixed_rows + sum(work.rows for work in works)
         ready = [work for work in works if self._is_ready(work.dial)]
-        best, seconds = self._cheapest(ready, rows)
-        if len(ready) == len(works) or not self._note_savings(works, rows, seconds):
+        best, seconds = self._cheapest(ready, load)
+        if len(ready) == len(works) or not self._note_savings(works, load, seconds):
             return best
-        return self._cheapest([work for work in works if self._is_ready(work.dial)], rows)[0]
+        return self._cheapest([work for work in works if self._is_ready(work.dial)], load)[0]
 
-    def _cheapest(self, works: Sequence[_Work], rows: int) -> tuple[list[_Work], float]:
-        """Which of `works`, largest first, to run alone out of `rows` in all; and the seconds."""
-        costs, best, spent = self._costs, 0, 0.0
+    def _cheapest(self, works: Sequence[_Work], load: Load) -> tuple[list[_Work], float]:
+        """Which of `works`, largest first, to run alone out of `load` in all; and the seconds."""
+        costs, best, spent = self.costs, 0, 0.0
         works = self._affordable(works)
-        seconds = costs.fixed + costs.pair.at(rows)
+        seconds = costs.forward(costs.pair, load)
         for count, work in enumerate(works, start=1):
-            rows -= work.rows
-            spent += costs.fixed + costs.single.at(work.rows)
-            total = spent + (costs.fixed + costs.pair.at(rows) if rows else 0.0)
+            load -= work.load
+            spent += costs.forward(costs.single, work.load)
+            total = spent + costs.forward(costs.pair, load)
             if total < seconds:
                 best, seconds = count, total
         return works[:best], seconds
@@ -157,12 +186,12 @@ class Planner:
                 break
         return chosen
 
-    def _note_savings(self, works: Sequence[_Work], rows: int, seconds: float) -> bool:
+    def _note_savings(self, works: Sequence[_Work], load: Load, seconds: float) -> bool:
         """Credits the dials that would have run alone, had they been ready, by their rows.
 
         True when one of them has earned its weights by it.
         """
-        wished, possible = self._cheapest(works, rows)
+        wished, possible = self._cheapest(works, load)
         absent = [work for work in wished if not self._is_ready(work.dial)]
         if not absent or possible >= seconds:
             return False
@@ -181,7 +210,7 @@ class Planner:
             return True
         if not self._capacity:
             return False
-        price = self._costs.build * self._missing(dial)
+        price = self.costs.build * self._missing(dial)
         if price == 0:
             return True
         savings = self._savings.get(dial)
@@ -208,21 +237,19 @@ class Planner:
         return all(value in self._endpoints for _, value in dial.groups)
 
 
-def _by_dial(chunks: list[Chunk]) -> tuple[list[_Work], list[Chunk]]:
-    """Chunks by their dial, and those whose rows have more than one."""
+def _by_dial(chunks: list[Chunk]) -> list[_Work]:
+    """Chunks by their dial, without those whose rows have more than one."""
     works: dict[Dial, _Work] = {}
-    mixed = []
     for chunk in chunks:
         dial = chunk.dial
         if dial is None:
-            mixed.append(chunk)
             continue
         work = works.get(dial)
         if work is None:
             work = works[dial] = _Work(dial)
         work.chunks.append(chunk)
         work.rows += chunk.length
-    return list(works.values()), mixed
+    return list(works.values())
 
 
 def _is_alone(chunk: Chunk, chosen: set[Dial]) -> bool:

@@ -87,11 +87,6 @@ class SamplingParams:
         )
 
     @property
-    def is_cut(self) -> bool:
-        """Whether a token is drawn from a part of the vocabulary."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-    @property
     def ending_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids

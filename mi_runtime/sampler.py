@@ -5,7 +5,12 @@ the logits, and what a row's grammar does not allow is masked; then greedy rows 
 and the others are divided by their temperature, cut by top-k, top-p (of what top-k left) and min-p
 (of the best token's probability), and drawn by inverting the cumulative distribution at one uniform
 number of the sequence's own generator. So a row's token depends on its own logits and its own
-generator, never on the batch it came in.
+generator, never on the batch it came in: probabilities are added up as whole numbers of `UNIT`, for
+the order in which a GPU adds up fractions, and so their sum, depends on the number of rows.
+
+A cut is a least probability: tokens as probable as the last one kept are kept as well, since the
+order of equals depends on the batch. Top-p without top-k does not sort a large vocabulary: it sorts
+groups of tokens, and searches them all for that probability, five bits at a time.
 
 Everything stays on the logits' device and the host waits for nothing: what it knows goes there as
 tables of a row each, and what was drawn is a `Draw`, to be read when a copy of it has arrived.
@@ -15,20 +20,27 @@ copied there by a copy that is waited for.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import groupby
 from typing import Final
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mi_runtime.grammar import GrammarState
 from mi_runtime.logprobs import RowLogprobs, read_logprobs, token_logprobs
+from mi_runtime.request import SamplingParams
 from mi_runtime.scheduler import Sampled
 from mi_runtime.sequence import Sequence
 from mi_runtime.transfer import on_device, send
 
 SMALLEST = 2**-126  # the smallest normal float32
-BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+UNIT = 2.0**-50  # of probability
+SLICE = 64  # rows that are penalized or drawn at once: each takes several copies of a vocabulary
+GROUP = 1024  # tokens that are sorted together: what a GPU sorts in one block
+PROBABILITY_BITS, DIGIT_BITS = 30, 5  # of a float32 up to 1; of them, those that one round finds
 EIGHT_TIMES = 0x0101_0101_0101_0101  # times a byte: that byte in each of eight
 ONE_BIT_EACH = 0x8040_2010_0804_0201 - 2**64  # bit n of byte n, as a signed word
 NOT_FINITE: Final = -1  # in the place of a token: the model's logits are not finite
@@ -115,11 +127,13 @@ class Sampler:
         _constrain(logits, sequences)
 
     def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-        penalized = {
-            row: one for row, one in enumerate(sequences) if one.request.sampling.has_penalty
-        }
-        if not penalized:
-            return
+        penalized = [
+            (row, one) for row, one in enumerate(sequences) if one.request.sampling.has_penalty
+        ]
+        for first in range(0, len(penalized), SLICE):
+            self._penalize_some(logits, dict(penalized[first : first + SLICE]))
+
+    def _penalize_some(self, logits: Tensor, penalized: dict[int, Sequence]) -> None:
         counts = self._counts_of(list(penalized.values()), logits)
         in_output = torch.stack([count.in_output for count in counts])
         seen = torch.stack([count.in_prompt for count in counts]) | (in_output > 0)
@@ -253,80 +267,159 @@ def _forbidden(masks: list[bytes], like: Tensor) -> Tensor:
 def _choose(logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
     """`[rows]` int64."""
     forced: dict[int, int] = {}
-    free: dict[int, Sequence] = {}
-    cut: dict[int, Sequence] = {}
+    drawn: dict[int, Sequence] = {}
     for row, one in enumerate(sequences):
-        token, params = one.forced_token, one.request.sampling
+        token = one.forced_token
         if token is not None:
             forced[row] = token
-        elif params.temperature > 0:
-            (cut if params.is_cut else free)[row] = one
-    greedy = len(free) + len(cut) < len(sequences)
+        elif one.request.sampling.temperature > 0:
+            drawn[row] = one
+    greedy = len(drawn) < len(sequences)
     tokens = logits.argmax(1) if greedy else logits.new_zeros(len(logits), dtype=torch.int64)
-    for rows, draw in ((free, _draw), (cut, _draw_cut)):
-        if rows:
-            tokens.index_copy_(0, *draw(logits, rows))
+    if drawn:
+        tokens.index_copy_(0, *_draw(logits, drawn))
     if forced:
         index, must = on_device([*forced.items()], torch.int64, logits.device).unbind(1)
         tokens.index_copy_(0, index, must)
     return tokens
 
 
-def _probabilities(logits: Tensor, temperatures: Tensor) -> Tensor:
-    """Of rows at their temperatures `[rows, 1]`; `logits` is overwritten."""
-    logits -= logits.amax(1, keepdim=True)  # so that a small temperature cannot overflow
-    logits /= temperatures.clamp_(min=SMALLEST)
-    return logits.softmax(1)
+# --- Drawing --------------------------------------------------------------------------------------
 
 
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """`[rows]` columns: the first whose cumulative weight passes `uniform` `[rows, 1]` of all."""
-    cumulative = weights.cumsum(1)
-    least = (uniform * BELOW_ONE).mul_(cumulative[:, -1:])
-    return torch.searchsorted(cumulative, least, right=True).squeeze(1)
+class Cut(IntEnum):
+    """How the least probability of a row is found; min-p comes on top."""
+
+    NONE = 0
+    SEARCHED = 1  # for top-p alone
+    RANKED = 2  # the best tokens are sorted, as many as top-k says
+
+    @classmethod
+    def of(cls, params: SamplingParams, vocabulary: int) -> "Cut":
+        if 0 < params.top_k < vocabulary:
+            return cls.RANKED
+        if params.top_p >= 1:
+            return cls.NONE
+        return cls.RANKED if vocabulary <= GROUP else cls.SEARCHED
 
 
 def _draw(logits: Tensor, drawn: dict[int, Sequence]) -> tuple[Tensor, Tensor]:
-    """Rows and the token of each."""
-    rows, temperatures, uniform = _columns(
-        logits,
-        [(row, one.request.sampling.temperature, one.rng.random()) for row, one in drawn.items()],
-    )
-    index = _index(rows)
-    return index, _invert(_probabilities(_copy_of(logits, index), temperatures), uniform)
-
-
-def _draw_cut(logits: Tensor, drawn: dict[int, Sequence]) -> tuple[Tensor, Tensor]:
-    """Draws from what top-k, top-p and min-p leave.
-
-    The cut is a least probability: tokens as probable as the last one kept are kept as well, since
-    the order of equals depends on the batch.
-    """
+    """Rows, and the token of each."""
     vocabulary = logits.shape[1]
-    params = [one.request.sampling for one in drawn.values()]
-    top_ks = [min(one.top_k or vocabulary, vocabulary) for one in params]
-    rows, temperatures, top_k, top_p, min_p, uniform = _columns(
+    held = [(Cut.of(one.request.sampling, vocabulary), row, one) for row, one in drawn.items()]
+    held.sort(key=lambda entry: entry[0])  # rows of one cut together
+    params = [(row, one.request.sampling, one.rng.random()) for _, row, one in held]
+    columns = _columns(
         logits,
         [
-            (row, one.temperature, k, one.top_p, one.min_p, sequence.rng.random())
-            for (row, sequence), one, k in zip(drawn.items(), params, top_ks, strict=True)
+            (row, one.temperature, one.top_k or vocabulary, one.top_p, one.min_p, uniform)
+            for row, one, uniform in params
         ],
     )
-    index = _index(rows)
-    probabilities = _probabilities(_copy_of(logits, index), temperatures)
-    best = probabilities.topk(max(top_ks), dim=1).values  # sorted, best first
-    in_top_k = torch.arange(best.shape[1], device=best.device) < top_k
-    cumulative = (best * in_top_k).cumsum(1)
-    in_top_p = (cumulative - best < top_p * cumulative[:, -1:]) | (top_p >= 1)
-    kept = in_top_k & in_top_p & (best >= min_p * best[:, :1])
-    kept[:, 0] = True
-    least = best.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
-    return index, _invert(probabilities * (probabilities >= least), uniform)
+    cuts = [cut for cut, _, _ in held]
+    tokens = []
+    for part in _slices(cuts):
+        settings = [one for _, one, _ in params[part]]
+        mine = [column[part] for column in columns]
+        tokens.append(_draw_some(logits, cuts[part.start], settings, *mine))
+    return _index(columns[0]), torch.cat(tokens)
 
 
-def _copy_of(logits: Tensor, index: Tensor) -> Tensor:
-    """Those rows, ascending, free to be overwritten."""
-    return logits.clone() if len(index) == len(logits) else logits.index_select(0, index)
+def _slices(cuts: list[Cut]) -> Iterator[slice]:
+    """Runs of one cut, of at most `SLICE` rows."""
+    end = 0
+    for _, run in groupby(cuts):
+        first, end = end, end + len([*run])
+        yield from (slice(at, min(at + SLICE, end)) for at in range(first, end, SLICE))
+
+
+def _draw_some(
+    logits: Tensor,
+    cut: Cut,
+    params: list[SamplingParams],
+    rows: Tensor,
+    temperatures: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniform: Tensor,
+) -> Tensor:
+    """`[rows]` tokens; what is a tensor is `[rows, 1]`."""
+    probabilities = _probabilities(logits.index_select(0, _index(rows)), temperatures)
+    if cut is Cut.NONE and not any(one.min_p for one in params):
+        return _invert(probabilities, uniform)
+    best = probabilities.amax(1, keepdim=True)
+    least = min_p * best
+    if cut is Cut.RANKED:
+        most = min(logits.shape[1], max(one.top_k or logits.shape[1] for one in params))
+        least = least.maximum(_least_of_ranked(probabilities, top_k, top_p, most))
+    elif cut is Cut.SEARCHED:
+        least = least.maximum(_least_by_search(probabilities, top_p))
+    cut_off = probabilities < least.minimum(best)
+    return _invert(probabilities.masked_fill_(cut_off, 0), uniform)
+
+
+def _probabilities(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Of rows at their temperatures `[rows, 1]`; `logits` is overwritten."""
+    logits -= logits.amax(1, keepdim=True)  # so that a small temperature cannot overflow
+    logits /= temperatures.clamp(min=SMALLEST)
+    return logits.softmax(1)
+
+
+def _mass(probabilities: Tensor) -> Tensor:
+    """int64, in units."""
+    return (probabilities / UNIT).long()
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """`[rows]` columns: the first whose cumulative mass passes `uniform` `[rows, 1]` of all."""
+    cumulative = _mass(probabilities).cumsum_(1)
+    total = cumulative[:, -1:]
+    passed = (uniform * total.double()).long().minimum(total - 1)
+    return torch.searchsorted(cumulative, passed, right=True).squeeze(1)
+
+
+def _least_of_ranked(probabilities: Tensor, top_k: Tensor, top_p: Tensor, most: int) -> Tensor:
+    """`[rows, 1]`: the least probability among the best `top_k`, and of them among the best that
+    hold `top_p` of their mass. `most` is the largest of `top_k`."""
+    best = probabilities.topk(most, dim=1).values  # sorted, best first
+    in_top_k = torch.arange(most, device=best.device) < top_k
+    mass = _mass(best).masked_fill_(~in_top_k, 0)
+    cumulative = mass.cumsum(1)
+    in_top_p = cumulative - mass < top_p * cumulative[:, -1:].double()
+    return best.masked_fill_(~(in_top_k & in_top_p), torch.inf).amin(1, keepdim=True)
+
+
+def _least_by_search(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """`[rows, 1]`: the least probability among the best that hold `top_p` of the mass.
+
+    It is the first float x, as its bits are counted, for which what is more probable than x has
+    less than that. Its predecessor is found digit by digit, the highest first: the last digit at
+    which what is more probable still has enough.
+    """
+    groups = _sorted_groups(probabilities)  # [rows, groups, tokens], ascending
+    up_to = F.pad(_mass(groups).cumsum_(2), (1, 0))  # mass of the first n of a group
+    total = up_to[:, :, -1].sum(1, keepdim=True)
+    enough = top_p * total.double()
+    digits = torch.arange(1 << DIGIT_BITS, dtype=torch.int32, device=groups.device)
+    found = torch.zeros_like(top_p, dtype=torch.int32)
+    for shift in reversed(range(0, PROBABILITY_BITS, DIGIT_BITS)):
+        tried = (found + (digits << shift)).view(torch.float32)  # [rows, digits]
+        each = tried.unsqueeze(1).repeat(1, groups.shape[1], 1)
+        count = torch.searchsorted(groups, each, right=True)  # no more probable than that
+        above = total - up_to.gather(2, count).sum(1)
+        last = (above >= enough).sum(1, keepdim=True, dtype=torch.int32) - 1
+        found += last.clamp_(min=0) << shift
+    return (found + 1).view(torch.float32)
+
+
+def _sorted_groups(probabilities: Tensor) -> Tensor:
+    """`[rows, groups, tokens]`: each group ascending, the last one filled up with zeros."""
+    rows, vocabulary = probabilities.shape
+    groups = -(-vocabulary // GROUP)
+    width = -(-vocabulary // groups)
+    filled = F.pad(probabilities, (0, groups * width - vocabulary))
+    return filled.view(rows, groups, width).sort(2).values
 
 
 def _logprobs(

@@ -17,7 +17,7 @@ from mi_runtime.memory import free_bytes
 from mi_runtime.pair import PairError
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.runner import Runner
-from mi_runtime.scheduler import Chunk
+from mi_runtime.scheduler import SCORED_ROWS, Chunk
 from mi_runtime.sequence import Sequence
 
 KV_SHARE_OF_CPU = 0.3  # of the free memory
@@ -119,28 +119,24 @@ def _no_room(config: EngineConfig, needs: Needs, allowed: int, left: int) -> str
 
 
 def largest_steps(config: EngineConfig, vocab_size: int) -> Iterator[list[Chunk]]:
-    """Steps that need the most memory: a prefill of all tokens that a step may have, the same with
-    its prompt scored, and a draw of every sequence from the whole vocabulary. All in the first
-    `blocks_of_largest` KV blocks."""
+    """Steps that need the most memory: a prefill of all tokens that a step may have, as many scored
+    positions as it may have, and draws of every sequence, with penalties, from the whole
+    vocabulary and from its best half. All in the first `blocks_of_largest` KV blocks."""
     yield [_chunk(config, config.max_batched_tokens)]
-    yield [_chunk(config, config.max_batched_tokens, prompt_logprobs=1)]
-    single = SamplingParams(temperature=1.0, top_p=0.9, top_k=vocab_size, logprobs=1)
-    yield [_chunk(config, 1, sampling=single) for _ in range(config.max_num_seqs)]
+    scored = min(config.max_batched_tokens, SCORED_ROWS)
+    yield [_chunk(config, scored, SamplingParams(prompt_logprobs=1))]
+    for top_k in (0, vocab_size // 2):
+        drawn = SamplingParams(top_k=top_k, top_p=0.9, repetition_penalty=1.1, logprobs=1)
+        yield [_chunk(config, 1, drawn) for _ in range(config.max_num_seqs)]
 
 
 def blocks_of_largest(config: EngineConfig) -> int:
     return -(-config.max_batched_tokens // config.block_size)
 
 
-def _chunk(
-    config: EngineConfig,
-    tokens: int,
-    *,
-    sampling: SamplingParams | None = None,
-    prompt_logprobs: int | None = None,
-) -> Chunk:
-    sampling = sampling or SamplingParams(prompt_logprobs=prompt_logprobs)
-    sequence = Sequence(EngineRequest("size", (0,) * tokens, Dial(0.5), sampling))
+def _chunk(config: EngineConfig, tokens: int, sampling: SamplingParams | None = None) -> Chunk:
+    request = EngineRequest("size", (0,) * tokens, Dial(0.5), sampling or SamplingParams())
+    sequence = Sequence(request)
     sequence.block_table = list(range(-(-tokens // config.block_size)))
     return Chunk(sequence, 0, tokens)
 

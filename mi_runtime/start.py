@@ -17,7 +17,7 @@ from mi_runtime.compiled import compiled_logits
 from mi_runtime.config import EngineConfig
 from mi_runtime.graphs import CudaGraphs, DecodeGraphs, Forward, sizes_for
 from mi_runtime.load import BlendedModel
-from mi_runtime.measure import choose_kernels, measure_costs
+from mi_runtime.measure import choose_kernels, measure_costs, with_replays
 from mi_runtime.pair import PairError
 from mi_runtime.planner import NO_COSTS, REMEMBERED, CostModel, Planner
 from mi_runtime.request import Dial
@@ -81,6 +81,7 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     graphs = "none"
     if recordable is not None:
         runner.graphs, how = _recorded(config, model, runner.attention, recordable)
+        runner.planner.costs = with_replays(costs, model, runner.graphs)
         seconds = time.monotonic() - started
         graphs = f"{len(runner.graphs.forms)} {how}, in {seconds:.0f} s"
     model.groups.start_counting()

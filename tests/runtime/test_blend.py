@@ -14,14 +14,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mi_runtime.blend import PairEmbedding, PairLinear, UnsupportedModel, WholeStorage
+from mi_runtime import blend
+from mi_runtime.blend import (
+    PairEmbedding,
+    PairLinear,
+    UnsupportedModel,
+    VocabularyPair,
+    WholeStorage,
+)
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.blocks import BlockPool
 from mi_runtime.load import BlendedModel, Probe, load_pair
 from mi_runtime.pair import PairError, check_pair
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.rows import BlendGroups, StepRows
+from mi_runtime.rows import BlendGroups, Rows, StepRows
 from mi_runtime.runner import Runner
 from mi_runtime.scheduler import Scheduler
 from mi_runtime.sequence import Sequence
@@ -282,6 +290,40 @@ def test_linear_modules_share_a_matrix_where_they_read_one_input(
     expected = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
     assert all(those in expected for those in together)
     assert (expected[0] in together) == ("qkv_proj" not in alone)
+
+
+class LargestFloat(TorchDispatchMode):
+    """Watches for the largest fp32 tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        if isinstance(made, Tensor) and made.dtype is torch.float32:
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_logits_of_many_rows_are_never_all_held_in_fp32() -> None:
+    """512 scored positions of a vocabulary of 150,000 took over a GB, which KV could not have."""
+    matrix = torch.empty(150_000, 64, dtype=torch.bfloat16, device="meta")
+    pair, rows = VocabularyPair(matrix, matrix), Rows(torch.empty(512, device="meta"), None)
+    with LargestFloat() as largest:
+        logits = pair.product(matrix[:512], rows)
+    assert logits.shape == (512, 150_000)
+    assert largest.numbers == 512 * blend.VOCABULARY_PIECE
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8)])
+def test_logits_made_in_pieces_are_those_of_the_whole(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.randn(2, 23, 8, generator=generator)
+    x, weights = torch.randn(shape, generator=generator), torch.linspace(0, 1, 5)
+    monkeypatch.setattr(blend, "VOCABULARY_PIECE", 7)
+    found = VocabularyPair(low, high).product(x, Rows(weights, None))
+    torch.testing.assert_close(found, torch.lerp(x @ low.T, x @ high.T, weights.unsqueeze(1)))
 
 
 def test_modules_that_share_a_matrix_blend_it_once(pair_of: PairOf) -> None:

@@ -1,6 +1,7 @@
 """Blended weights: what is built is right, and every group holds its last few λ in fixed places."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mi_runtime.blend import BLEND_ROWS, PairExperts, PairMatrix, lerp_rounded
+from mi_runtime.blend import PairExperts, PairMatrix, VocabularyPair
 from mi_runtime.blend_cache import BlendCache, Key
 from mi_runtime.request import Dial
 from mi_runtime.rows import BlendGroups, StepRows, Way
@@ -45,15 +46,38 @@ def random_pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 # --- What a blend is ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", VALUES)
+def rounded_once(low: Tensor, high: Tensor, value: float) -> Tensor:
+    """The slow twin of a blend."""
+    return torch.lerp(low.float(), high.float(), value).to(low.dtype)
+
+
+def random_bits(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Every kind of number of two bytes: subnormals, infinities and NaN among them."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**15), 2**15, (2, *shape), generator=generator)
+    low, high = bits.to(torch.int16).view(dtype)
+    return low, high
+
+
+def assert_same_bits(one: Tensor, other: Tensor) -> None:
+    """Any NaN is as good as another."""
+    assert one.dtype is other.dtype
+    assert torch.equal(one.isnan(), other.isnan())
+    bits = (tensor.nan_to_num(0).view(torch.int16) for tensor in (one, other))
+    assert torch.equal(*bits)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [5, BLEND_ROWS, BLEND_ROWS + 3])
-def test_a_blend_is_the_fp32_lerp_rounded_once(rows: int, dtype: torch.dtype, value: float) -> None:
-    low, high = random_pair(rows, 6, dtype=dtype)
-    expected = torch.lerp(low.float(), high.float(), value).to(dtype)
-    blend = PairMatrix(low, high).blend(value)
-    assert blend.dtype is dtype
-    assert torch.equal(blend, expected)
+@pytest.mark.parametrize("numbers", [random_pair, random_bits])
+def test_a_blend_is_the_fp32_lerp_rounded_once(
+    numbers: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> None:
+    pair = numbers(61, 83, dtype=dtype)
+    strided, apart = PairMatrix(*pair), VocabularyPair(*pair)
+    for step in range(101):
+        expected = rounded_once(*pair, step / 100)
+        assert_same_bits(strided.blend(step / 100), expected)
+        assert_same_bits(apart.blend(step / 100), expected)
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -67,21 +91,23 @@ def test_in_fp32_it_is_the_exact_blend_up_to_a_rounding(value: float) -> None:
 def test_it_is_exact_at_both_endpoints(dtype: torch.dtype) -> None:
     pair = random_pair(64, 32, dtype=dtype)
     for value in (0.0, 1.0):
-        assert torch.equal(lerp_rounded(*pair, value), pair[int(value)])
-        assert torch.equal(PairMatrix(*pair).blend(value), pair[int(value)])
+        for source in (PairMatrix(*pair), VocabularyPair(*pair)):
+            assert torch.equal(source.blend(value), pair[int(value)])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_experts_are_blended_one_by_one_to_the_same_values(
+@pytest.mark.parametrize("dtype", HALVES)
+def test_experts_are_blended_to_the_same_values_and_laid_out_as_their_endpoints(
     dtype: torch.dtype, transposed: bool
 ) -> None:
-    pair = random_pair(3, 4, 6, dtype=dtype)
+    """So that one compiled kernel reads an endpoint and a blend."""
+    pair = random_pair(3, 14, 26, dtype=dtype)
     experts = PairExperts(pair, None, transposed)
     low, high = (side.mT if transposed else side for side in pair)  # [experts, out, in]
     for value in (0.0, *VALUES, 1.0):
-        expected = torch.lerp(low.float(), high.float(), value).to(dtype)
-        assert torch.equal(experts.blend(value), expected)
+        blend = experts.blend(value)
+        assert_same_bits(blend, rounded_once(low, high, value))
+        assert blend.stride() == low.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,8 +125,10 @@ def test_a_blend_holds_only_its_own_bytes() -> None:
     """A view of the pair would keep both endpoints' bytes and not be contiguous."""
     for dtype in (torch.float32, torch.bfloat16):
         blend = PairMatrix(*random_pair(8, 6, dtype=dtype)).blend(0.5)
+        experts = PairExperts(random_pair(3, 8, 6, dtype=dtype), None, transposed=True).blend(0.5)
         assert blend.is_contiguous()
-        assert blend.untyped_storage().nbytes() == blend.nbytes
+        for one in (blend, experts):
+            assert one.untyped_storage().nbytes() == one.nbytes
 
 
 # --- Stories ------------------------------------------------------------------------------------

@@ -1,13 +1,21 @@
-"""What is measured at start: where kernels are taken."""
+"""What is measured at start: where kernels are taken, and what is timed for the planner."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mi_runtime import measure
+from mi_runtime.graphs import Form
 from mi_runtime.load import BlendedModel, load_pair
-from mi_runtime.measure import choose_kernels, measure_kernels, rows_worth
+from mi_runtime.measure import choose_kernels, measure_kernels, rows_worth, with_replays
 from mi_runtime.pair import check_pair
+from mi_runtime.planner import CostModel, Curve
+from mi_runtime.rows import Way
+from tests.runtime.conftest import MakeEngine
+from tests.runtime.test_graphs import record
 
 ROWS = (1, 8, 64)
 
@@ -50,3 +58,38 @@ def test_kernels_that_are_slower_take_no_dense_products_but_the_experts(
     model = model_of(qwen3_pair)
     measure_kernels(model)
     assert (model.kernels.rows, model.kernels.experts) == (0, True)
+
+
+def test_a_replay_is_timed_where_decodes_are_recorded(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fixed cost is what the products of as many rows do not explain."""
+    engine = make_engine()
+    graphs, model = record(engine), engine._runner._model
+    form, _ = graphs.smallest
+    assert form == Form(min(one.rows for one in graphs.forms), Way.ENDPOINT)
+    single, pair = Curve((1, 3), (2.0, 4.0)), Curve((1, 3), (7.0, 9.0))
+    costs = CostModel(20.0, 20.0, single, pair, build=1.0)
+    timed: list[torch.Tensor] = []
+
+    def ten_seconds(_model: BlendedModel, work: Callable[[], torch.Tensor]) -> float:
+        timed.append(work())
+        return 10.0
+
+    monkeypatch.setattr(measure, "_time", ten_seconds)
+    assert with_replays(costs, model, graphs) == replace(costs, replayed=7.0)
+    assert timed[0].shape == (form.rows, model.vocab_size)
+
+
+def test_a_gpu_is_timed_on_more_weights_than_its_cache_holds(
+    qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(qwen3_pair)
+    on_gpu = replace(model, device=torch.device("cuda"))
+    (middle, *_), layer = measure._sampled_matrices(model), len(measure._sampled_matrices(model))
+    of_layer = sum(one.instruct.nbytes for one in measure._sampled_matrices(model))
+    for cold, layers in ((1, 1), (of_layer + 1, 2), (10**9, len(model.layers) // 2 + 1)):
+        monkeypatch.setattr(measure, "COLD_BYTES", cold)
+        sample = measure._sampled_matrices(on_gpu)
+        assert (len(sample), sample[0]) == (layers * layer, middle)
+        assert len(set(sample)) == len(sample)

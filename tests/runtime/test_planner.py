@@ -2,11 +2,13 @@
 
 Costs are in seconds and entirely made up. A plan is compared by the planner's own cost model: a
 forward of R rows costs `fixed + single(R)` where its rows have single weights and
-`fixed + pair(R)` otherwise; building is paid for by savings and is not part of that sum.
+`fixed + pair(R)` otherwise, and of decodes alone `replayed` in the place of `fixed`; building is
+paid for by savings and is not part of that sum.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain, combinations
 
 import pytest
@@ -42,7 +44,7 @@ def affine(at_zero: float, a_row: float) -> Curve:
 
 
 # Decode-like: a forward of single weights costs half a pair forward, and 1 s in any case.
-PLAIN = CostModel(fixed=1.0, single=affine(4.0, 0.1), pair=affine(8.0, 0.2), build=40.0)
+PLAIN = CostModel(1.0, 1.0, single=affine(4.0, 0.1), pair=affine(8.0, 0.2), build=40.0)
 
 
 class Weights:
@@ -91,7 +93,8 @@ def rows(part: Part) -> int:
 
 def seconds(costs: CostModel, parts: Iterable[Part]) -> float:
     return sum(
-        costs.fixed + (costs.single if part.blended else costs.pair).at(rows(part))
+        (costs.replayed if all(one.length == 1 for one in part.chunks) else costs.fixed)
+        + (costs.single if part.blended else costs.pair).at(rows(part))
         for part in parts
     )
 
@@ -127,10 +130,12 @@ SECONDS = st.floats(0.0, 50.0)
 
 @st.composite
 def affine_costs(draw: st.DrawFn) -> CostModel:
-    """Curves as hardware has them: straight, and a row of the pair costs no less than a single."""
+    """Curves as hardware has them: straight, and a row of the pair costs no less than a single.
+    Nothing is recorded."""
+    fixed = draw(SECONDS)
     single = affine(draw(SECONDS), draw(SECONDS))
     pair = affine(draw(SECONDS), single.seconds[1] - single.seconds[0] + draw(SECONDS))
-    return CostModel(draw(SECONDS), single, pair, build=draw(SECONDS))
+    return CostModel(fixed, fixed, single, pair, build=draw(SECONDS))
 
 
 @st.composite
@@ -140,7 +145,7 @@ def any_costs(draw: st.DrawFn) -> CostModel:
     def curve() -> Curve:
         return Curve((1, 8, 32), tuple(sorted(draw(st.tuples(SECONDS, SECONDS, SECONDS)))))
 
-    return CostModel(draw(SECONDS), curve(), curve(), build=draw(SECONDS))
+    return CostModel(draw(SECONDS), draw(SECONDS), curve(), curve(), build=draw(SECONDS))
 
 
 # --- Curves -------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def test_only_the_endpoints_of_the_model_have_single_weights_from_the_start(
     endpoints: tuple[float, ...], expected: set[Dial]
 ) -> None:
     works: list[Work] = [(Dial(0.0), 40), (Dial(1.0), 40), (Dial(0.5), 40)]
-    costs = CostModel(fixed=0.0, single=affine(1.0, 0.1), pair=affine(8.0, 0.2), build=1e9)
+    costs = CostModel(0.0, 0.0, single=affine(1.0, 0.1), pair=affine(8.0, 0.2), build=1e9)
     plan = planner(costs=costs, endpoints=endpoints).plan(chunks_of(works))
     assert alone(plan) == expected
 
@@ -261,9 +266,41 @@ def test_endpoints_need_no_room_and_nothing_built(dial: Dial) -> None:
     assert alone(parts) == {dial}
 
 
+RECORDED = CostModel(10.0, 0.5, PLAIN.single, PLAIN.pair, build=40.0)  # decodes are replayed
+
+
+def plan_of_hot(costs: CostModel, *works: Work) -> list[Part]:
+    return planner("auto", costs, lambda dial: 0.0).plan(chunks_of(works))
+
+
+@pytest.mark.parametrize(
+    ("costs", "split"), [(RECORDED, True), (replace(RECORDED, replayed=10.0), False)]
+)
+def test_decodes_of_hot_dials_run_apart_where_a_forward_of_them_costs_little(
+    costs: CostModel, split: bool
+) -> None:
+    """For long `fixed` was that of a forward which the host launches, and they never did."""
+    decodes: list[Work] = [(Dial(0.3), 1), (Dial(0.6), 1)] * 16
+    assert alone(plan_of_hot(costs, *decodes)) == ({Dial(0.3), Dial(0.6)} if split else set())
+
+
+def test_prefills_are_launched_and_cost_it() -> None:
+    prefills: list[Work] = [(Dial(0.3), 16), (Dial(0.6), 16)]
+    assert alone(plan_of_hot(RECORDED, *prefills)) == set()
+    assert alone(plan_of_hot(replace(RECORDED, fixed=0.5), *prefills)) == {Dial(0.3), Dial(0.6)}
+
+
+def test_a_prefill_runs_apart_so_that_decodes_are_replayed() -> None:
+    works: list[Work] = [(Dial(0.3), 60), *[(Dial(value / 10), 1) for value in (5, 6, 7)]]
+    prefill, decodes = plan_of_hot(RECORDED, *works)
+    assert (prefill.blended, rows(prefill)) == (True, 60)
+    assert (decodes.blended, rows(decodes)) == (False, 3)
+    assert len(plan_of_hot(replace(RECORDED, replayed=10.0), *works)) == 1
+
+
 def test_the_plan_counts_the_rows_that_are_left_over() -> None:
     """Once it looked at its largest dials alone, and split a step that had more of them."""
-    costs = CostModel(fixed=0.5, single=affine(0.0, 0.1), pair=affine(8.0, 0.2), build=0.0)
+    costs = CostModel(0.5, 0.5, single=affine(0.0, 0.1), pair=affine(8.0, 0.2), build=0.0)
     works = [(Dial(value / 100), 2) for value in range(1, MAX_ALONE + 9)]
     parts = planner("auto", costs, lambda dial: 0.0, capacity=100).plan(chunks_of(works))
     assert seconds(costs, parts) <= seconds(costs, [Part(chunks_of(works), blended=False)])
@@ -292,7 +329,7 @@ def test_a_new_dial_beside_a_large_prefill_is_not_built_by_what_that_one_saves()
 
 @given(rows=st.integers(1, 16), build=st.floats(1.0, 1000.0))
 def test_a_hot_dial_is_built_once_its_savings_reach_the_price(rows: int, build: float) -> None:
-    costs = CostModel(PLAIN.fixed, PLAIN.single, PLAIN.pair, build)
+    costs = CostModel(PLAIN.fixed, PLAIN.replayed, PLAIN.single, PLAIN.pair, build)
     run, dial = Run(costs), Dial(0.5)
     saved = PLAIN.pair.at(rows) - PLAIN.single.at(rows)
     steps = 0

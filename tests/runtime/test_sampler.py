@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mi_runtime import sampler as module
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenLogprobs
 from mi_runtime.sampler import Sampler
 from mi_runtime.scheduler import Sampled
@@ -167,6 +168,47 @@ def test_tokens_are_drawn_from_the_distribution_that_is_asked_for(params: dict[s
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_mixture_of_cuts_is_that_of_transformers(seed: int, **params: Any) -> None:
     assert_same_distribution(random_logits(seed=seed), **params)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.05, 0.7, 1.0, 30.0]),
+    coarse=st.booleans(),
+    group=st.sampled_from([1, 7, 64, 500]),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting(
+    seed: int, temperature: float, coarse: bool, group: int
+) -> None:
+    """Coarse logits have many equals; cold ones leave most tokens no mass at all."""
+    top_p = torch.tensor([2**-24, 0.1, 0.5, 0.9, 0.999, 1 - 2**-20, 1 - 2**-24]).unsqueeze(1)
+    logits = random_logits(len(top_p), seed, vocabulary=997)
+    logits = (logits.round() if coarse else logits) / temperature
+    assert_found_as_sorted(logits.softmax(1), top_p, group)
+
+
+def assert_found_as_sorted(probabilities: Tensor, top_p: Tensor, group: int) -> None:
+    all_of_them = probabilities.shape[1]
+    every = torch.full_like(top_p, all_of_them)
+    by_sorting = module._least_of_ranked(probabilities, every, top_p, all_of_them)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GROUP", group)
+        by_search = module._least_by_search(probabilities, top_p)
+    assert torch.equal(by_search, by_sorting)
+
+
+def test_so_it_is_in_a_large_vocabulary() -> None:
+    top_p = torch.tensor([[0.8], [0.99]])
+    logits = random_logits(2, vocabulary=151_936)
+    assert_found_as_sorted(logits.softmax(1), top_p, module.GROUP)
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.8}, {"top_p": 0.95, "min_p": 0.03}], ids=str)
+def test_a_searched_cut_draws_from_the_distribution_that_is_asked_for(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP", 7)
+    assert_same_distribution(random_logits(), **params)
 
 
 def test_the_least_and_the_greatest_uniform_number_draw_possible_tokens() -> None:
@@ -369,18 +411,43 @@ def with_params(params: SamplingParams) -> Sequence:
     seed=st.integers(0, 99),
     coarse=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    group=st.sampled_from([64, 1024]),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_a_row_gives_the_same_alone_and_in_any_company(
-    batch: list[SamplingParams], seed: int, coarse: bool, dtype: torch.dtype
+    batch: list[SamplingParams], seed: int, coarse: bool, dtype: torch.dtype, group: int
 ) -> None:
     """Coarse logits have many equals, as bf16 ones do: their order must not matter either."""
     logits = random_logits(len(batch), seed, vocabulary=200)
     logits = (logits.round() if coarse else logits).to(dtype)
-    together = sample(logits, *map(with_params, batch))
-    for row, params in enumerate(batch):
-        alone = sample(logits[row : row + 1], with_params(params))
-        assert together[row] == alone[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GROUP", group)
+        together = sample(logits, *map(with_params, batch))
+        for row, params in enumerate(batch):
+            alone = sample(logits[row : row + 1], with_params(params))
+            assert together[row] == alone[0]
+
+
+def test_rows_are_penalized_and_drawn_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(15, vocabulary=200)
+    penalized = {"repetition_penalty": 1.5, "frequency_penalty": 0.5}
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 5}, penalized, {"min_p": 0.1}, {"top_p": 0.7}]
+    batch = [SamplingParams(seed=row, **kinds[row % len(kinds)]) for row in range(15)]
+    whole = tokens(logits, *map(with_params, batch))
+    monkeypatch.setattr(module, "SLICE", 2)
+    assert tokens(logits, *map(with_params, batch)) == whole
+
+
+def test_sums_of_probabilities_are_the_same_in_any_order() -> None:
+    """A GPU adds up a row in an order that depends on how many rows there are."""
+    probabilities = random_logits(3, vocabulary=5000).softmax(1)
+    shuffled = probabilities[:, torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
+    totals, least = [], []
+    for one in (probabilities, shuffled):
+        totals.append(module._mass(one).cumsum(1)[:, -1])
+        least.append(module._least_by_search(one, torch.full((3, 1), 0.9)))
+    assert torch.equal(*totals)
+    assert torch.equal(*least)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -18,6 +18,7 @@ from mi_runtime.engine import OUT_OF_MEMORY, Engine
 from mi_runtime.load import BlendedModel
 from mi_runtime.pair import PairError
 from mi_runtime.request import Dial, EngineRequest, FinishReason, SamplingParams
+from mi_runtime.scheduler import SCORED_ROWS
 from mi_runtime.sizing import GIB, Needs, Sizes, cuda_sizes
 
 MakeEngine = Callable[..., Engine]
@@ -126,7 +127,14 @@ def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngin
         results = flight.results()
         assert len(results.sampled) == len(chunks)
         assert None not in results.sampled.values()
-    assert kept == [1, 40, 5]
+    assert kept == [1, 40, 5, 5]
+
+
+def test_no_more_prompt_positions_are_scored_than_a_step_may_have() -> None:
+    """A prefill may be longer; four times the logits were measured, and kept from KV."""
+    config = EngineConfig("", "", max_batched_tokens=4 * SCORED_ROWS)
+    _, (scored,), *_ = sizing.largest_steps(config, vocab_size=100)
+    assert len(scored.scored) + scored.samples == SCORED_ROWS
 
 
 # --- When it runs out all the same ----------------------------------------------------------------

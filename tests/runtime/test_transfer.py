@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mi_runtime import sampler
 from mi_runtime.batch import build_batch
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.planner import Part
@@ -110,6 +111,7 @@ def everything() -> list[Sequence]:
         sequence(temperature=0),
         sequence(),
         sequence(top_k=4, top_p=0.9, min_p=0.01, logprobs=2),
+        sequence(top_p=0.9),
         sequence(repetition_penalty=1.2, presence_penalty=0.5, logit_bias=((4, 1.0),)),
         sequence(temperature=0, min_tokens=9, eos_token_ids=ends, logprobs=0),
         sequence(think=capped, logprobs=2),
@@ -121,10 +123,11 @@ def everything() -> list[Sequence]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampling_waits_for_nothing_and_its_results_are_one_copy(
-    dtype: torch.dtype, crossings: Crossings
+    dtype: torch.dtype, crossings: Crossings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampler, "GROUP", VOCAB // 3)  # as in a large vocabulary
     sequences = everything()
-    assert sequences[5].forced_token == CLOSE
+    assert sequences[6].forced_token == CLOSE
     logits = torch.randn(len(sequences), VOCAB, dtype=dtype, device=DEVICE)
     draw = Sampler().sample(logits, tuple(sequences))
     assert (draw.tokens.device.type, crossings.fetched) == ("meta", 0)

@@ -268,7 +268,7 @@ def test_a_hot_λ_is_served_by_blended_weights_in_the_end(pair_of: PairOf) -> No
     subject, dial = make_subject(pair_of("qwen3")), Dial(0.5)
     engine, groups = subject.engine, subject.engine._groups
     single, pair = Curve((1, 2), (1.0, 1.0)), Curve((1, 2), (2.0, 2.0))
-    engine._runner.planner._costs = CostModel(fixed=1.0, single=single, pair=pair, build=9.5)
+    engine._runner.planner.costs = CostModel(1.0, 1.0, single, pair, build=9.5)
     greedy = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     before = subject.executions()
     engine.generate([EngineRequest("r", (5, 6, 7), dial, greedy)])

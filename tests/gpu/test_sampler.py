@@ -1,0 +1,70 @@
+"""Sampling on a GPU: the same tokens whatever the batch, nothing waited for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mi_runtime import sampler as module
+from mi_runtime.request import Dial, EngineRequest, SamplingParams
+from mi_runtime.sampler import Sampler
+from mi_runtime.sequence import Sequence
+from tests.gpu.conftest import DEVICE
+
+VOCABULARY = 151_936
+ROWS = 32
+SETTINGS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(logprobs=5),
+    SamplingParams(top_p=0.9),
+    SamplingParams(temperature=1.4, top_p=0.999, min_p=0.001),
+    SamplingParams(top_k=20, top_p=0.95),
+    SamplingParams(min_p=0.05),
+    SamplingParams(top_p=0.8, repetition_penalty=1.2, logit_bias=((7, 2.0),)),
+]
+
+
+def logits_of(rows: int) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits = torch.randn(rows, VOCABULARY, generator=generator, device=DEVICE)
+    return (2 * logits).bfloat16()  # with many equals
+
+
+def sequences(rows: range) -> tuple[Sequence, ...]:
+    made = []
+    for row in rows:
+        one = Sequence(EngineRequest("r", (3, 3, 5), Dial(0.5), SETTINGS[row % len(SETTINGS)]))
+        one.rng.seed(row)
+        made.append(one)
+    return tuple(made)
+
+
+@pytest.fixture
+def _waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_row_gives_the_same_token_alone_in_company_and_again() -> None:
+    logits = logits_of(ROWS)
+    together = Sampler().sample(logits, sequences(range(ROWS))).outcomes
+    assert torch.equal(together, Sampler().sample(logits, sequences(range(ROWS))).outcomes)
+    for row in range(ROWS):
+        alone = Sampler().sample(logits[row : row + 1], sequences(range(row, row + 1))).outcomes
+        assert torch.equal(together[row : row + 1], alone)
+
+
+def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting() -> None:
+    top_p = torch.linspace(0.05, 0.9999, 8, device=DEVICE).unsqueeze(1)
+    for temperature in (0.2, 1.0, 5.0):
+        probabilities = (logits_of(8).float() / temperature).softmax(1)
+        every = torch.full_like(top_p, VOCABULARY)
+        by_sorting = module._least_of_ranked(probabilities, every, top_p, VOCABULARY)
+        assert torch.equal(module._least_by_search(probabilities, top_p), by_sorting)
+
+
+@pytest.mark.usefixtures("_waiting_is_an_error")
+def test_sampling_waits_for_nothing() -> None:
+    Sampler().sample(logits_of(ROWS), sequences(range(ROWS)))
