@@ -58,7 +58,7 @@ LAYERS: Final = 36  # of a 4B model
 VOCABULARY: Final = 8
 WARM_UP: Final = 20  # steps
 FLAT = (1, 256)  # rows: decoding costs what the weights' bytes cost
-COSTS = CostModel(0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
+COSTS = CostModel(0.03, 0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, top_k=20, seed=1)
 READER = "from multiprocessing.connection import Connection as C\nc = C({fd})\nwhile 1: c.recv()"

@@ -186,7 +186,7 @@ def _forwards(shape: Shape) -> str:
 
 
 def _host() -> str:
-    """What a step dispatches beside its forward; the number of rows does not matter."""
+    """What a step of two rows dispatches beside its forward."""
     head = "| answers | launches | copies to the device | back | host, at least |\n"
     rows = ["|---|---|---|---|---|\n"]
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):

@@ -62,12 +62,14 @@ def build_batch(
     scored: list[int] = []
     ahead: dict[int, int] = {}
     for chunk in part.chunks:
-        known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]
+        sequence, start = chunk.sequence, chunk.start
         if chunk.scored:
-            scored += [len(ids) + position - chunk.start for position in chunk.scored]
-        if not known:
-            ahead[len(ids)] = drawn[chunk.sequence]
-        ids += known or [0]
+            scored += [len(ids) + position - start for position in chunk.scored]
+        if start < len(sequence.tokens):
+            ids += sequence.tokens[start : start + chunk.length]
+        else:
+            ahead[len(ids)] = drawn[sequence]
+            ids.append(0)
         if chunk.samples:
             kept.append(len(ids) - 1)
     kept = scored + kept

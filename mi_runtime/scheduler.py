@@ -284,10 +284,10 @@ class Scheduler:
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Whether its next token is known, or the step is the same whichever it will be."""
-        if not sequence.runs_ahead:
+        length = len(sequence.tokens)
+        if sequence.computed < length:
             return True
-        length = len(sequence.tokens) + 1
-        is_last = length >= self.max_model_len or length >= sequence.most_tokens
+        is_last = length + 1 >= min(self.max_model_len, sequence.most_tokens)
         return not is_last and not sequence.may_switch
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -477,8 +477,6 @@ def _first_event_scores(
 ) -> tuple[TokenLogprobs, ...] | None:
     """The prompt's log-probabilities, told once: with the first token, or where none comes."""
     sampling = sequence.request.sampling
-    if sampling.prompt_logprobs is None:
-        return None
     if reason in (FinishReason.ABORT, FinishReason.ERROR):
         return None
     is_first = sampling.max_tokens == 0 or sequence.output_length == 1
@@ -492,7 +490,9 @@ def _event(
     logprobs: TokenLogprobs | None = None,
     error: str | None = None,
 ) -> TokenEvent:
-    thinking = sequence.thinking
+    thinking, scores = sequence.thinking, None
+    if sequence.request.sampling.prompt_logprobs is not None:
+        scores = _first_event_scores(sequence, finish_reason)
     return TokenEvent(
         sequence.request.request_id,
         token_id,
@@ -503,5 +503,5 @@ def _event(
         forced_close=False if thinking is None else thinking.forced_close,
         queue_seconds=sequence.queue_seconds,
         error=error,
-        prompt_logprobs=_first_event_scores(sequence, finish_reason),
+        prompt_logprobs=scores,
     )
