@@ -293,6 +293,7 @@ def _config(store: Store, scale: Scale, room: Room, positions: int, compiled: bo
         "blend_cache_bytes": room.blend_bytes,
         "max_model_len": positions,
         "max_num_seqs": max(scale.batch, scale.answers[0]),
+        "cuda_graph_sizes": tuple(sorted({sequences for sequences, _ in scale.decodes})),
         "torch_compile": compiled,
     }
     if store == "static":

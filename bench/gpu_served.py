@@ -117,6 +117,7 @@ class Run:
             "device": self.place.device.type,
             "served-model-name": NAME,
             "max-num-seqs": scale.streams,
+            "cuda-graph-sizes": scale.streams,  # the others would only be recorded
             "max-model-len": scale.context,
             "num-blocks": scale.streams * -(-scale.context // 16),
             "blend-cache-bytes": int(BLEND_ROOM * pair.bytes / 2),
