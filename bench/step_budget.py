@@ -177,10 +177,10 @@ def _step(shape: Shape, rows: int, subject: Subject) -> str:
 
 
 def _forwards(shape: Shape) -> str:
-    head = "| weights | kernels a layer | of a step, recorded | dispatches, launch by launch |\n"
+    head = "| weights | kernels a layer | of a step, recorded | dispatches otherwise, about |\n"
     rows = [(one.name, counts_of(one)) for one in SUBJECTS]
     return f"{head}|---|---|---|---|\n" + "".join(
-        _row(name, f"{one.a_layer}", f"{one.kernels:,}", f"{one.dispatched:,}")
+        _row(name, f"{one.a_layer}", f"{one.kernels:,}", f"{round(one.dispatched, -2):,}")
         for name, one in rows
     )
 
