@@ -272,7 +272,8 @@ def sizes_for(max_rows: int, wanted: Sequence[int] = SIZES) -> tuple[int, ...]:
 def _rows_apart(*shape: int, device: torch.device) -> Tensor:
     """Zeros, each row at a multiple of 16 bytes, as kernels are compiled for."""
     *outer, last = shape
-    return torch.zeros(*outer, -(-last // ALIGNED) * ALIGNED, device=device)[..., :last]
+    step = ALIGNED // torch.float32.itemsize
+    return torch.zeros(*outer, -(-last // step) * step, device=device)[..., :last]
 
 
 def _is_decode(chunk: Chunk) -> bool:
