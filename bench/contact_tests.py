@@ -20,8 +20,8 @@ from bench.contact_rows import Told
 
 ROOT: Final = Path(__file__).parents[1]
 FILES: Final = {
-    "kernels": ("test_pair_linear.py", "test_attention.py"),
-    "engine": ("test_engine.py",),
+    "kernels": ("test_pair_linear.py", "test_attention.py", "test_blend.py"),
+    "engine": ("test_engine.py", "test_sampler.py"),
 }
 MOST_PROCESSES: Final = 4
 LONGEST_ERROR: Final = 500  # characters

@@ -84,6 +84,17 @@ def test_a_prefill_chunk_behind_a_prefix_is_that_of_the_reference(name: str, sha
     assert_near(work.run(backend), exact(work))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kv_is_written_in_its_slots_and_nowhere_else(shape: str) -> None:
+    backend = make_backend(usable("triton", shape, DTYPE))
+    for work in workloads(shape, *LOADS["32 of 1k"], DTYPE):
+        new = torch.randn_like(work.key), torch.randn_like(work.value)
+        mine, expected = ((work.keys.clone(), work.values.clone()) for _ in range(2))
+        backend.write(work.plan, *mine, *new)
+        ReferenceAttention().write(work.plan, *expected, *new)
+        assert all(map(torch.equal, mine, expected))
+
+
 @on_a_gpu_only
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_replay(
