@@ -1,4 +1,4 @@
-"""What is carried to a GPU machine without network: packages that it lacks, and compiled kernels.
+"""What is carried to a GPU machine without network: packages it lacks, and compiled kernels.
 
 Wheels of distributions that are missing here are unpacked into a folder that steps have on their
 path; nothing is installed. Plain standard library.

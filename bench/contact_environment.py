@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.contact_carried import KERNELS, installed
-from bench.contact_rows import Skipped, Told
+from bench.contact_rows import Rows
+from bench.gpu_cases import Skipped
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("mi_runtime", "server", "bench")
@@ -27,27 +28,29 @@ OPTIONAL: Final = {"triton", "opentelemetry", "math_verify", "if_verifiable", "m
 """What a module may need that a server need not have: measuring, and kernels on a CPU."""
 TOLD: Final = ("torch", "triton", "transformers", "accelerate", "numpy", "tokenizers", "fastapi")
 QUERIED: Final = (
-    *("name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem"),
-    *("power.limit", "persistence_mode", "mig.mode.current", "compute_mode"),
+    "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,"
+    "power.limit,persistence_mode,mig.mode.current,compute_mode"
 )
 Facts = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="there need be no GPU")
     smoke = parser.parse_args(arguments).smoke
-    told = Told("environment")
-    told.attempt("packages", package_facts)
-    told.attempt("nvidia-smi", nvidia_facts)
-    told.attempt("room", room_facts)
-    told.attempt("C compiler", compiler_facts)
-    told.attempt("torch", torch_facts)
-    told.attempt("device", lambda: device_facts(smoke))
-    told.attempt("carried kernels", lambda: carried_facts(smoke))
-    told.attempt("a Triton kernel", kernel_facts)
-    told.attempt("imports", import_facts)
-    return int(told.failed)
+    rows = Rows("environment")
+    rows.attempt("packages", package_facts)
+    rows.attempt("nvidia-smi", nvidia_facts)
+    rows.attempt("room", room_facts)
+    rows.attempt("C compiler", compiler_facts)
+    rows.attempt("torch", torch_facts)
+    rows.attempt("device", lambda: device_facts(smoke))
+    rows.attempt("carried kernels", lambda: carried_facts(smoke))
+    rows.attempt("a Triton kernel", kernel_facts)
+    rows.attempt("imports", import_facts)
+    return int(rows.failed)
 
 
 def package_facts() -> Facts:
@@ -66,14 +69,14 @@ def package_facts() -> Facts:
 def nvidia_facts() -> Facts:
     if shutil.which("nvidia-smi") is None:
         raise Skipped("there is no nvidia-smi")
-    query = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader"]
+    query = ["nvidia-smi", f"--query-gpu={QUERIED}", "--format=csv,noheader"]
     told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     values = told.splitlines()[0].split(", ")
-    return {"figure": values[0], **dict(zip(QUERIED, values, strict=True))}
+    return {"figure": values[0], **dict(zip(QUERIED.split(","), values, strict=True))}
 
 
 def room_facts() -> Facts:
-    """Free bytes."""
+    """Bytes that are free on disk and in memory."""
     folders = [path for path in (".", "/tmp", "/dev/shm") if Path(path).is_dir()]
     free = {path: shutil.disk_usage(path).free for path in folders}
     return {**free, "memory": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
@@ -97,7 +100,7 @@ def torch_facts() -> Facts:
         "figure": f"import torch {time.perf_counter() - started:.1f} s",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "threads": torch.get_num_threads(),
     }
 
@@ -130,7 +133,7 @@ def carried_facts(smoke: bool) -> Facts:
         raise Skipped("kernels are interpreted" if smoke else f"there is no {KERNELS}")
     from triton import knobs
 
-    from bench.kernel_code import unpack
+    from bench.kernel_cache import unpack
 
     return {"figure": f"{unpack(KERNELS, Path(knobs.cache.dir))} kernels carried"}
 
@@ -147,7 +150,8 @@ def kernel_facts() -> Facts:
 
 
 def import_facts() -> Facts:
-    """Every module of the engine, the server and the benches; what one lacks that it must have."""
+    """Imports every module of the engine, the server and the benches. One that lacks an optional
+    package is told; one that fails otherwise is an error."""
     lacking, failed, count = {}, [], 0
     for name in modules():
         count += 1
@@ -160,7 +164,9 @@ def import_facts() -> Facts:
                 failed.append(f"{name}: {error}")
         except Exception as error:  # all of them are wanted
             failed.append(f"{name}: {type(error).__name__}: {error}")
-    facts = {"figure": f"{count - len(failed)} of {count} modules import", "lacking": lacking}
+    imported = count - len(failed) - len(lacking)
+    optional = f", {len(lacking)} lack an optional package" if lacking else ""
+    facts = {"figure": f"{imported} of {count} modules import{optional}", "lacking": lacking}
     return facts | ({"error": "; ".join(failed)} if failed else {})
 
 

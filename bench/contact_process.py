@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any, Final, Literal
 
 Row = dict[str, Any]
-Status = Literal["ok", "failed", "timed out", "not run"]
+Status = Literal["ok", "partial", "failed", "timed out", "not run"]
 ROW: Final = b'{"subject"'
 PATIENCE: Final = 2.0  # seconds between asking a group to end and ending it
 READING: Final = 5.0  # seconds at most for what a group that has ended left to read
+LONGEST_END: Final = 2 * PATIENCE + READING  # seconds that ending a group takes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ def run_group(
     log: Path,
     on_row: Callable[[Row], None],
 ) -> Ended:
-    """Runs `command` for `limit` seconds at most; no process of its group is left behind."""
+    """Runs `command` for `limit` seconds at most, and then ends its group, in `LONGEST_END` seconds
+    at most; no process of the group is left behind."""
     started = time.monotonic()
     with log.open("ab", buffering=0) as file:
         try:
@@ -69,7 +71,8 @@ def run_group(
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:
-    """Ends what is left of the group that `child` leads: asks first, and does not ask twice."""
+    """Ends what is left of the group that `child` leads, by SIGTERM, and what that leaves by
+    SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)

@@ -4,46 +4,35 @@
 
 A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, all λ different and then
 all at an endpoint; torch's profiler counts what runs on the device in a few steps. Where `ncu` is
-there, it then reads a few counters of the pair product of gate and up, in a process of its own and
-with the clocks left alone. No trace is kept: rows are.
+there, it then reads a few counters of the pair kernel (`bench/contact_counters.py`). No trace is
+kept: rows are.
 """
 
 import argparse
-import csv
-import shutil
-import subprocess
+import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.contact_rows import Skipped, Told
+from bench.contact_counters import counters
+from bench.contact_rows import Rows
 from bench.gpu_bounds import SHAPES, TINY
 from bench.gpu_card import synchronize
-from bench.gpu_cases import Run
+from bench.gpu_cases import Run, off
 from bench.gpu_pairs import Place, random_pair
-from bench.gpu_subjects import what_is_off
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 
 STEPS: Final = 4  # that are profiled together
 MOST_KERNELS: Final = 30  # of a step, in rows
-COUNTERS: Final = (
-    "gpu__time_duration.sum",
-    "dram__bytes.sum",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__registers_per_thread",
-    "launch__grid_size",
-)
-LAUNCHES: Final = 3  # of the pair product; the last one is read
-NCU_SECONDS: Final = 45
+CASES: Final = {"different λ": lambda index, rows: (index + 0.5) / rows, "λ = 0": lambda *_: 0.0}
 Facts = dict[str, Any]
 
 
@@ -51,31 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # under ncu
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
     chosen = parser.parse_args(arguments)
-    if chosen.launch:
-        launch_pair_product(chosen.smoke)
-        return 0
-    told = Told("profile")
-    made: list[Decoding] = []
-    told.attempt("start", lambda: start(chosen.smoke, made))
-    for case in CASES if made else ():
-        told.attempt(case, lambda: made[0].profiled(case, told))  # noqa: B023
-    made.clear()
+    if not chosen.smoke and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --smoke runs tiny shapes on a CPU")
+    rows = Rows("profile")
+    rows.attempt("decoding", lambda: profiled(chosen.smoke, rows))
+    gc.collect()
     torch.cuda.empty_cache()
-    told.attempt("ncu of the pair product", lambda: counters(chosen.smoke))
-    return int(told.failed)
+    rows.attempt("ncu of the pair product", lambda: counters(chosen.smoke))
+    return int(rows.failed)
 
 
-CASES: Final = {"different λ": lambda index, rows: (index + 0.5) / rows, "λ = 0": lambda *_: 0.0}
-
-
-def start(smoke: bool, made: "list[Decoding]") -> Facts:
-    made.append(Decoding(smoke))
-    engine = asdict(made[0].engine.info)
-    off = what_is_off(engine, Run("4b", smoke)) if torch.cuda.is_available() else []
-    return {"engine": engine, **({"error": "; ".join(off)} if off else {})}
+def profiled(smoke: bool, rows: Rows) -> Facts:
+    """Prints a row for each case; returns what the engine tells of itself."""
+    decoding = Decoding(smoke)
+    for case in CASES:
+        rows.attempt(case, partial(decoding.profiled, case, rows))
+    engine = asdict(decoding.engine.info)
+    return {"engine": engine, **off(engine, Run("4b", smoke), decoding.device.type)}
 
 
 class Decoding:
@@ -90,7 +73,8 @@ class Decoding:
         blocks = self._rows * (self._tokens // 16 + 4)
         self.engine = Engine(
             EngineConfig(
-                *("", ""),
+                instruct="",
+                thinking="",
                 num_blocks=blocks,
                 max_num_seqs=self._rows,
                 max_model_len=2 * self._tokens,
@@ -99,10 +83,10 @@ class Decoding:
             ),
             model,
         )
-        self._device = device
+        self.device = device
 
-    def profiled(self, case: str, told: Told) -> Facts:
-        """Of one step; rows of its kernels are told as they are found."""
+    def profiled(self, case: str, rows: Rows) -> Facts:
+        """Of one step; prints a row for each of the kernels that take most."""
         self._begin(case)
         started = time.perf_counter()
         for _ in range(STEPS):
@@ -114,7 +98,7 @@ class Decoding:
         self._end()
         kernels = sorted(self._kernels(profiler), key=lambda kernel: -kernel["microseconds"])
         for kernel in kernels[:MOST_KERNELS]:
-            told.row("kernel", case=case, **kernel)
+            rows.row("kernel", case=case, **kernel)
         launches = sum(kernel["count"] for kernel in kernels)
         busy = sum(kernel["microseconds"] for kernel in kernels) / 1e3
         figure = f"{case}: {alone * 1e3:.2f} ms a step, {launches:.0f} kernels, {busy:.2f} ms"
@@ -136,7 +120,7 @@ class Decoding:
 
     def _step(self) -> list[Any]:
         events = self.engine.step()
-        synchronize(self._device)
+        synchronize(self.device)
         return events
 
     def _end(self) -> None:
@@ -147,12 +131,12 @@ class Decoding:
 
     def _activities(self) -> Iterator[ProfilerActivity]:
         yield ProfilerActivity.CPU
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             yield ProfilerActivity.CUDA
 
     def _kernels(self, profiler: Any) -> Iterator[Facts]:
         """By name: how often a step has it, and its microseconds of a step."""
-        on_device = self._device.type == "cuda"
+        on_device = self.device.type == "cuda"
         for event in profiler.key_averages():
             if (event.device_type.name == "CUDA") != on_device:
                 continue
@@ -162,62 +146,6 @@ class Decoding:
                 "count": event.count / STEPS,
                 "microseconds": round(total / STEPS, 2),
             }
-
-
-# --- Counters ------------------------------------------------------------------------------------
-
-
-def launch_pair_product(smoke: bool) -> None:
-    """Gate and up of Qwen3-4B, 32 rows, each of another λ."""
-    from mi_runtime.kernels.pair_linear import pair_linear
-
-    device = "cpu" if smoke else "cuda"
-    dtype = torch.float32 if smoke else torch.bfloat16
-    rows, columns, depth = (4, 40, 256) if smoke else (32, 19456, 2560)
-    both = torch.randn(columns, 2, depth, device=device).to(dtype)
-    x = torch.randn(rows, depth, device=device).to(dtype)
-    weights = torch.rand(rows, device=device)
-    for _ in range(LAUNCHES):
-        pair_linear(x, both[:, 0], both[:, 1], weights)
-    synchronize(x.device)
-
-
-def counters(smoke: bool) -> Facts:
-    if smoke:
-        launch_pair_product(smoke)
-        raise Skipped("rehearsed without a GPU")
-    if shutil.which("ncu") is None:
-        raise Skipped("there is no ncu")
-    command = [
-        *("ncu", "--clock-control", "none", "--kernel-name", "regex:_product", "--csv"),
-        *("--launch-skip", str(LAUNCHES - 1), "--launch-count", "1", "--page", "raw"),
-        *("--metrics", ",".join(COUNTERS)),
-        *(sys.executable, "-m", "bench.contact_profile", "--launch"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=NCU_SECONDS, check=False)
-    found = counted(done.stdout)
-    if not found:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-400:]}")
-    share = found.get("dram__throughput.avg.pct_of_peak_sustained_elapsed", "?")
-    return {"figure": f"pair kernel {share} % of the memory's peak", "counters": found}
-
-
-def counted(output: str) -> Facts:
-    """What ncu printed as CSV: a line of names, one of units, and one a launch."""
-    lines = output.splitlines()
-    begin = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if begin is None:
-        return {}
-    names, units, *launches = csv.reader(lines[begin:])
-    return (
-        {
-            f"{name} [{unit}]" if unit not in ("", "%") else name: value
-            for name, unit, value in zip(names, units, launches[-1], strict=True)
-            if name in COUNTERS
-        }
-        if launches
-        else {}
-    )
 
 
 if __name__ == "__main__":

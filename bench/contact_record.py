@@ -1,6 +1,7 @@
 """What first contact keeps: one JSON that is whole at any moment, and one table at its end.
 
-A step is `ok` where its process ended with code 0 and no row tells of an error.
+A step is `ok` where its process ended with code 0, no row tells of an error, and none was skipped
+for lack of time; with such rows it is `partial`.
 """
 
 import json
@@ -12,31 +13,30 @@ from typing import Any, Final
 
 from bench import gpu_report
 from bench.contact_process import Ended, Row
+from bench.gpu_cases import OUT_OF_TIME
 
 MOST_FIGURES: Final = 4  # of a step, in the table
 LONGEST_REASON: Final = 110  # characters, in the table
-Told = dict[str, Any]  # a step as it is written
+StepRecord = dict[str, Any]  # a step as it is written
 
 
 class Record:
     """The steps of one run, or of several where it was resumed."""
 
-    def __init__(self, path: Path, resumed: Path | None = None) -> None:
+    def __init__(self, path: Path, earlier: dict[str, StepRecord] | None = None) -> None:
+        """`earlier` has the steps of the run that is resumed."""
         self._path = path
         self._lock = threading.Lock()  # rows come from a thread of their own
-        self.steps: dict[str, Told] = {}
-        self.facts: dict[str, Any] = {}
-        if resumed is not None:
-            self.steps = json.loads(resumed.read_text())["steps"]
+        self.steps = {} if earlier is None else earlier
 
     def is_ok(self, name: str) -> bool:
         return name in self.steps and self.steps[name]["status"] == "ok"
 
     def begin(self, name: str, command: Sequence[str]) -> None:
         """Forgets what an earlier run told of this step."""
-        told = {"status": "running", "seconds": 0.0, "command": list(command), "rows": []}
+        step = {"status": "running", "seconds": 0.0, "command": list(command), "rows": []}
         with self._lock:
-            self.steps[name] = told
+            self.steps[name] = step
         self.write()
 
     def add(self, name: str, row: Row) -> None:
@@ -46,11 +46,15 @@ class Record:
 
     def end(self, name: str, ended: Ended) -> None:
         with self._lock:
-            told = self.steps[name]
-            errors = [f"{name_of(row)}: {row['error']}" for row in told["rows"] if "error" in row]
-            status = "failed" if errors and ended.status == "ok" else ended.status
-            why = "; ".join(filter(None, [ended.why, *errors]))
-            told |= {"status": status, "seconds": round(ended.seconds, 1), "why": why}
+            step = self.steps[name]
+            errors = [f"{name_of(row)}: {row['error']}" for row in step["rows"] if "error" in row]
+            late = sum(row.get("skipped") == OUT_OF_TIME for row in step["rows"])
+            told_late = f"{late} rows {OUT_OF_TIME}" if late else ""
+            status = ended.status
+            if status == "ok" and (errors or late):
+                status = "failed" if errors else "partial"
+            why = "; ".join(filter(None, [ended.why, *errors, told_late]))
+            step |= {"status": status, "seconds": round(ended.seconds, 1), "why": why}
         self.write()
 
     def leave_out(self, name: str, why: str) -> None:
@@ -64,25 +68,50 @@ class Record:
         """Whole or not at all: a run may be ended at any moment."""
         unfinished = self._path.with_suffix(".part")
         with self._lock:
-            text = json.dumps({"bench": "first contact", **self.facts, "steps": self.steps})
+            text = json.dumps({"bench": "first contact", "steps": self.steps})
             unfinished.write_text(text + "\n")
             unfinished.replace(self._path)
 
     def table(self, names: Sequence[str]) -> str:
         lines = ["| step | status | seconds | figures |", "|---|---|---|---|"]
         for name in names:
-            told = self.steps.get(name)
-            if told is None:
+            step = self.steps.get(name)
+            if step is None:
                 continue
-            figures = "; ".join(list(figures_of(told["rows"]))[:MOST_FIGURES])
-            said = " — ".join(filter(None, [told.get("why", "")[:LONGEST_REASON], figures]))
-            lines.append(f"| {name} | {told['status']} | {told['seconds']:.0f} | {said} |")
+            why = _cell(step.get("why", ""))[:LONGEST_REASON]
+            figures = _cell("; ".join(list(figures_of(step["rows"]))[:MOST_FIGURES]))
+            told = " — ".join(filter(None, [why, figures]))
+            lines.append(f"| {name} | {step['status']} | {step['seconds']:.0f} | {told} |")
         return "\n".join(lines)
 
     def ratios(self, smoke: bool) -> list[str]:
         """Those that are aimed at, of whatever steps their rows are in."""
-        rows = [row for told in self.steps.values() for row in told["rows"] if "model" in row]
+        rows = [row for step in self.steps.values() for row in step["rows"] if "model" in row]
         return [str(ratio) for ratio in gpu_report.ratios(rows, smoke)]
+
+
+def steps_of(file: Path) -> dict[str, StepRecord]:
+    """Those of an earlier run; a ValueError or an OSError where `file` has none."""
+    found = json.loads(file.read_text())
+    steps = found.get("steps") if isinstance(found, dict) else None
+    if not isinstance(steps, dict) or not all(map(_is_step, steps.values())):
+        raise ValueError("not a record of first contact")
+    return steps
+
+
+def _is_step(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("status"), str)
+        and isinstance(found.get("seconds"), int | float)
+        and isinstance(found.get("rows"), list)
+        and all(isinstance(row, dict) and "subject" in row for row in found["rows"])
+    )
+
+
+def _cell(text: str) -> str:
+    """One line without the sign that ends a cell: errors of CUDA have several."""
+    return " ".join(text.split()).replace("|", "/")
 
 
 def figures_of(rows: Sequence[Row]) -> Iterator[str]:

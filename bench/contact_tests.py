@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.contact_rows import Told
+from bench.contact_rows import Rows
+from bench.gpu_cases import LONGEST_ERROR
 
 ROOT: Final = Path(__file__).parents[1]
-FILES: Final = {
+FILES: Final = {  # of tests/gpu; test_bench.py is left to the steps that run the bench
     "kernels": ("test_pair_linear.py", "test_attention.py", "test_blend.py"),
     "engine": ("test_engine.py", "test_sampler.py"),
 }
 MOST_PROCESSES: Final = 4
-LONGEST_ERROR: Final = 500  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,25 +32,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("subject", choices=FILES)
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     chosen = parser.parse_args(arguments)
     if chosen.smoke:
         os.environ |= {"GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
     with os.fdopen(os.dup(1), "w") as out:  # for rows alone: pytest writes parts of lines
         os.dup2(2, 1)
-        rows = Rows(Told(chosen.subject, out))
-        return rows.run([str(ROOT / "tests/gpu" / name) for name in FILES[chosen.subject]])
+        outcomes = Outcomes(Rows(chosen.subject, out))
+        return outcomes.run([str(ROOT / "tests/gpu" / name) for name in FILES[chosen.subject]])
 
 
-class Rows:
-    """A pytest plugin that tells each test as it ends."""
+class Outcomes:
+    """A pytest plugin that prints a row for each test as it ends."""
 
-    def __init__(self, told: Told) -> None:
-        self._told = told
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
         self._passed = 0
 
     def run(self, files: Sequence[str]) -> int:
-        """Not 0 either where no test passed: without a GPU all of them are skipped."""
+        """Runs the tests of `files` and returns an exit code, which is not 0 where no test passed:
+        without a GPU all of them are skipped."""
         import pytest
 
         flags = ["--rootdir", str(ROOT), "-W", "default", "-p", "no:cacheprovider", *_spread()]
@@ -60,7 +61,7 @@ class Rows:
             traceback.print_exc()
             return 1
         if not self._passed:
-            self._told.row("tests", error=f"none passed; pytest ended with code {code}")
+            self._rows.row("tests", error=f"none passed; pytest ended with code {code}")
         return code or int(not self._passed)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -73,7 +74,7 @@ class Rows:
             print(report.longreprtext, file=sys.__stderr__, flush=True)  # a killed run tells it too
         elif report.skipped:
             values["skipped"] = _last_line(report)
-        self._told.row(report.nodeid.rpartition("/")[2], **values)
+        self._rows.row(report.nodeid.rpartition("/")[2], **values)
 
 
 def _spread() -> list[str]:

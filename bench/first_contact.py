@@ -7,17 +7,20 @@
 Each step is a process group of its own with its own limit: one that fails, hangs or breaks its CUDA
 context costs no other. A step starts only if `least` seconds are left, and what it may take is cut
 to what is left. DIR gets two files, whole at any moment: `first_contact.json` with every row of
-every step, `first_contact.log` with all else that they said. Last come the ratios that are aimed
-at, and one table. The exit code is 0 only if every step that was to run is ok; a row that tells of
-an error is a failure of its step, and an engine on a GPU without recorded decode steps, or without
-kernels, is such an error.
+every step, `first_contact.log` with all else that they said; the JSON of an earlier run is kept as
+`first_contact-1.json`, and so on. Last come the ratios that are aimed at, and one table.
+
+The exit code is 0 only if every step that was to run is ok. A row that tells of an error is a
+failure of its step, and an engine on a GPU without recorded decode steps, or without kernels, is
+such an error. A step that skipped rows for lack of time is `partial`, and runs again when resumed;
+one that takes more memory than the card has was not to run.
 
 It needs Python's standard library alone, so that a torch that does not import is told like any
 other failure. What the machine lacks comes from `.wheels/`, where that folder is there: packages as
 wheels (`make gpu-wheels`), which are unpacked for the steps and not installed, and compiled kernels
 (`make gpu-kernels`).
 
-What cannot be rehearsed without a GPU, and runs for the first time on the day:
+What cannot be rehearsed without a GPU, and runs for the first time where there is one:
 
 - a launch of compiled Triton code: here kernels are interpreted, and `bench.kernel_code` compiles
   them for sm_90 without running them; a read out of bounds shows on a GPU only;
@@ -27,12 +30,13 @@ What cannot be rehearsed without a GPU, and runs for the first time on the day:
 - the choice of attention backend and of pair kernels by time, sizing by the memory that is free,
   and running out of it;
 - the shapes of real models: 4B and 30B-A3B pairs, contexts of 8k, batches of 128;
-- the machine's own versions of packages whose versions are not known (`bench/gpu_machine.txt`), its
-  numpy, with which Triton 3.6 does not interpret, and its C compiler;
+- the GPU machine's own packages where `bench/gpu_machine.txt` has no version, its numpy, with which
+  Triton 3.6 does not interpret, and its C compiler;
 - `nvidia-smi`, the profiler's view of the device, and `ncu`.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -40,20 +44,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from bench.arguments import made_folder, names
 from bench.contact_carried import WHEELS, unpack_missing
-from bench.contact_process import Ended, run_group
-from bench.contact_record import Record
+from bench.contact_process import LONGEST_END, Ended, run_group
+from bench.contact_record import Record, StepRecord, steps_of
+from bench.gpu_cases import OUT_OF_TIME
 
 ROOT: Final = Path(__file__).parents[1]
 NAME: Final = "first_contact"
 SECONDS: Final = 540
-ENDING: Final = 5  # seconds that ending a group may take
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 REHEARSING: Final = 3  # times as long a step may take, on a machine that does other work beside
 TIME, FOLDER = "{seconds}", "{folder}"  # in a command: what it may take, and where it may write
 
@@ -92,25 +99,27 @@ STEPS: Final = (
 
 
 def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> int:
-    chosen = _parser().parse_args(arguments)
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
     if chosen.list:
         print("\n".join(f"{step.letter} {step.name:<12} {step.limit:>4} s" for step in steps))
         return 0
-    wanted = [step for step in steps if _is_wanted(step, chosen.only)]
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    record = Record(chosen.out / f"{NAME}.json", chosen.resume)
-    log = chosen.out / f"{NAME}.log"
-    log.touch()
+    wanted = _wanted(parser, chosen.only, steps)
+    earlier = _earlier(parser, chosen.resume)
+    path = made_folder(parser, chosen.out) / f"{NAME}.json"
+    _keep_earlier(path)
+    record = Record(path, earlier)
+    record.write()
     with ended_in_order(), tempfile.TemporaryDirectory(prefix=NAME) as folder:
         environment = environment_of(Path(folder), chosen.smoke)
         deadline = time.monotonic() + chosen.seconds
+        log = path.with_suffix(".log")
+        contact = Contact(record, log, environment, deadline, chosen.smoke, Path(folder))
         try:
-            contact = Contact(record, log, environment, deadline, chosen.smoke, Path(folder))
-            left_out = [step.name for step in wanted if not contact.run(step)]
+            to_run = contact.run_all(wanted)
         finally:
             print(*record.ratios(chosen.smoke), sep="\n")
             print(record.table([step.name for step in steps]), flush=True)
-    to_run = [step.name for step in wanted if step.name not in left_out]
     return 0 if all(map(record.is_ok, to_run)) else 1
 
 
@@ -118,34 +127,75 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("build/first_contact"), help="folder")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all together")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="an earlier JSON")
-    parser.add_argument("--only", metavar="a,c", help="letters or names of steps")
+    out = Path("build/first_contact")
+    parser.add_argument(
+        "--out", type=Path, default=out, metavar="DIR", help=f"folder of both files ({out})"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"for all steps together ({SECONDS})"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="an earlier JSON: what was ok there is not run"
+    )
+    parser.add_argument("--only", metavar="STEPS", help="letters or names, with commas between")
     parser.add_argument("--list", action="store_true", help="name the steps, and end")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     return parser
 
 
-def _is_wanted(step: Step, only: str | None) -> bool:
-    return only is None or bool({step.letter, step.name} & set(only.split(",")))
+def _wanted(
+    parser: argparse.ArgumentParser, only: str | None, steps: Sequence[Step]
+) -> Iterable[Step]:
+    if only is None:
+        return steps
+    known = [name for step in steps for name in (step.letter, step.name)]
+    try:
+        asked = set(names(only, known))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --only: {error}")
+    return [step for step in steps if {step.letter, step.name} & asked]
+
+
+def _earlier(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, StepRecord]:
+    if file is None:
+        return {}
+    try:
+        return steps_of(file)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {file}: {error}")
+
+
+def _keep_earlier(path: Path) -> None:
+    """Gives the file of an earlier run the next name that is free."""
+    if path.exists():
+        others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+        shutil.copy(path, next(other for other in others if not other.exists()))
 
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
     """A process that is asked to end takes its step's group along, and prints its table."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def end(number: int, frame: object) -> None:
+        for other in SIGNALS:  # a second one would cut off the ending
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
     """What steps see: this checkout, what was carried for them, and no network."""
     site = folder / "site"
     print(f"{len(unpack_missing(WHEELS, site))} packages unpacked from {WHEELS}", flush=True)
-    path = [str(ROOT), str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), str(site)]
+    if "PYTHONPATH" in os.environ:
+        path.append(os.environ["PYTHONPATH"])
     changed = {
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
@@ -169,36 +219,51 @@ class Contact:
     smoke: bool
     folder: Path  # of files that nobody keeps
 
-    def run(self, step: Step) -> bool:
-        """Whether the step was to run."""
+    def run_all(self, steps: Iterable[Step]) -> list[str]:
+        """Names of those that were to run: all but those that this card cannot run."""
+        self.log.touch()
+        to_run = []
+        for step in steps:
+            if reason := self.reason_against(step):
+                self.record.leave_out(step.name, reason)
+            else:
+                to_run.append(step.name)
+                self.run(step)
+        return to_run
+
+    def reason_against(self, step: Step) -> str | None:
+        """Why this card cannot run the step, if it is known that it cannot."""
+        if self.smoke or not step.memory:
+            return None
+        has = card_memory()
+        if has is None or has >= step.memory:
+            return None
+        return f"takes {step.memory} GiB, the card has {has}"
+
+    def run(self, step: Step) -> None:
+        """Unless it was ok already, or there is no time left for it."""
         if self.record.is_ok(step.name):
-            return True
-        has = 0 if self.smoke or not step.memory else card_memory()
-        if not self.smoke and has < step.memory:
-            self.record.leave_out(step.name, f"takes {step.memory} GiB, the card has {has}")
-            return False
+            return
         limit = step.limit * (REHEARSING if self.smoke else 1)
-        seconds = min(limit, self.deadline - time.monotonic() - ENDING)
+        seconds = min(limit, self.deadline - time.monotonic() - LONGEST_END)
         if seconds < step.least:
-            self.record.leave_out(step.name, "out of time")
-            return True
-        self._run(step, seconds)
-        return True
+            self.record.leave_out(step.name, OUT_OF_TIME)
+        else:
+            self._run(step, seconds)
 
     def _run(self, step: Step, seconds: float) -> None:
         command = list(self._command(step, seconds))
         self._say(f"{step.letter} {step.name}: {' '.join(command[1:])}")
         self.record.begin(step.name, command[1:])
-        ended = Ended("failed", 0.0, "interrupted")
+        started, ended = time.monotonic(), None
+        add = partial(self.record.add, step.name)
         try:
-            ended = run_group(
-                *(command, self.environment, seconds, self.log),
-                lambda row: self.record.add(step.name, row),
-            )
+            ended = run_group(command, self.environment, seconds, self.log, add)
         finally:
-            self.record.end(step.name, ended)
-            told = self.record.steps[step.name]
-            self._say(f"{step.letter} {step.name}: {told['status']} {told['seconds']} s")
+            interrupted = Ended("failed", time.monotonic() - started, "interrupted")
+            self.record.end(step.name, ended or interrupted)
+            kept = self.record.steps[step.name]
+            self._say(f"{step.letter} {step.name}: {kept['status']} {kept['seconds']} s")
 
     def _command(self, step: Step, seconds: float) -> Iterator[str]:
         yield from (sys.executable, "-m")
@@ -212,17 +277,14 @@ class Contact:
             file.write(f"=== {line}\n")
 
 
-def card_memory() -> int:
-    """GiB of the first GPU; 0 where nothing tells."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def card_memory() -> int | None:
+    """GiB of the first GPU; None where nvidia-smi does not say."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
         return round(int(told.split()[0]) / 1024)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return 0
+        return None
 
 
 if __name__ == "__main__":

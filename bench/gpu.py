@@ -1,6 +1,6 @@
 """The engine on a GPU against the card's own limits, on random pairs of real shapes.
 
-    python -m bench.gpu [--model 4b|30b-a3b] [--only static,pair,…] [--seconds 360] [--out DIR]
+    python -m bench.gpu [--model NAME] [--only static,pair,…] [--seconds 360] [--out DIR]
     python -m bench.gpu --compile --only card,static,pair      recorded steps compiled
     python -m bench.gpu --smoke       every row on tiny shapes, on whatever device there is
 
@@ -20,7 +20,8 @@ in order of importance (`bench/gpu_cases.py`), and the JSON is written after eac
 share a process have it one after another; where it dies, the row in progress is an error and a new
 process has the rest. A row that fails says so and the next one runs; one without room or time says
 that it was skipped. An engine that runs without recorded steps or without kernels is an error,
-though its rows are measured. The exit code is 1 where there was any error.
+though its rows are measured. The exit code is 1 where there was any error, and where every row was
+skipped.
 
 On stdout each row is a line of JSON that begins with `{"subject"`, and a line to read. Bounds are
 told in `bench/gpu_bounds.py`, how rows are timed in `bench/gpu_rows.py`.
@@ -40,6 +41,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+from bench.arguments import made_folder, names
 from bench.gpu_bounds import SHAPES
 from bench.gpu_cases import (
     DEVICE_LOST,
@@ -49,7 +51,7 @@ from bench.gpu_cases import (
     START,
     SUBJECTS,
     Job,
-    Record,
+    Row,
     Run,
     jobs_of,
 )
@@ -65,26 +67,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=SHAPES, default="4b")
-    parser.add_argument("--only", default=",".join(SUBJECTS), help="subjects")
-    parser.add_argument("--seconds", type=float, default=360)
-    parser.add_argument("--out", type=Path, help="folder of the JSON")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--model", choices=SHAPES, default="4b", help="its shapes (4b)")
+    parser.add_argument(
+        "--only",
+        type=_subjects,
+        default=list(SUBJECTS),
+        metavar="SUBJECTS",
+        help="with commas between (all)",
+    )
+    parser.add_argument("--seconds", type=float, default=360, help="for all of it (360)")
+    places = f"bench/results; with --smoke {BUILD}"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
     parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
     chosen = parser.parse_args(arguments)
-    asked = chosen.only.split(",")
-    if unknown := set(asked) - set(SUBJECTS):
-        parser.error(f"--only: there are {', '.join(SUBJECTS)}, not {', '.join(sorted(unknown))}")
     run = Run(chosen.model, chosen.smoke, chosen.compile)
+    folder = made_folder(parser, chosen.out or (BUILD if run.smoke else RESULTS))
     started = time.monotonic()
-    report = Report(run, asked, chosen.out or (BUILD if run.smoke else RESULTS))
-    for row in rows_of_all(asked, run, started + chosen.seconds):
+    report = Report(run, chosen.only, folder)
+    for row in rows_of_all(chosen.only, run, started + chosen.seconds):
         report.add(row)
     report.finish(time.monotonic() - started)
     return 1 if report.failed else 0
 
 
-def rows_of_all(asked: Sequence[str], run: Run, deadline: float) -> Iterator[Record]:
+def _subjects(text: str) -> list[str]:
+    return names(text, SUBJECTS)
+
+
+def rows_of_all(asked: Sequence[str], run: Run, deadline: float) -> Iterator[Row]:
     """One row for each job, group after group."""
     for group in GROUPS:
         subjects = [subject for subject in group if subject in asked]
@@ -92,7 +103,7 @@ def rows_of_all(asked: Sequence[str], run: Run, deadline: float) -> Iterator[Rec
             yield from rows_of_group(jobs_of(subjects, run.scale), run, deadline)
 
 
-def rows_of_group(jobs: list[Job], run: Run, deadline: float) -> Iterator[Record]:
+def rows_of_group(jobs: list[Job], run: Run, deadline: float) -> Iterator[Row]:
     """One row for each job; where a process ends early, another one has what it left."""
     while jobs and time.monotonic() < deadline:
         child = Child(jobs, run, deadline)
@@ -103,15 +114,15 @@ def rows_of_group(jobs: list[Job], run: Run, deadline: float) -> Iterator[Record
         if jobs and time.monotonic() < deadline:
             if child.code != DEVICE_LOST:
                 last, jobs = jobs[0], jobs[1:]
-                yield last.told(error=f"its process ended early, with code {child.code}")
+                yield last.row(error=f"its process ended early, with code {child.code}")
             if last.case == START:
                 count = next((n for n, job in enumerate(jobs) if job.case == START), len(jobs))
-                yield from (job.told(skipped=NOT_STARTED) for job in jobs[:count])
+                yield from (job.row(skipped=NOT_STARTED) for job in jobs[:count])
                 jobs = jobs[count:]
             elif jobs and jobs[0].case != START:
                 jobs = [Job(jobs[0].subject), *jobs]
     for job in jobs:
-        yield job.told(skipped=OUT_OF_TIME)
+        yield job.row(skipped=OUT_OF_TIME)
 
 
 class Child:
@@ -125,7 +136,7 @@ class Child:
         self._deadline = deadline
         self.code: int | None = None
 
-    def rows(self) -> Iterator[Record]:
+    def rows(self) -> Iterator[Row]:
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # transformers asks its hub for kernels
         with subprocess.Popen(
             self._command,

@@ -23,7 +23,7 @@ DIFFERENCE: Final = {"pair": 2.0, "int8": 1.0, "int4": 0.5}  # bytes a weight be
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dimensions of a Qwen3 model; `experts` 0: dense."""
+    """The dimensions of a model like Qwen3, or of one GPU's part of it; `experts` 0: dense."""
 
     layers: int
     hidden: int

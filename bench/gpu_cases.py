@@ -7,13 +7,13 @@ the last subject first, as it lies in memory already; a subject that comes back 
 measures its first row again, and the two tell how much the card itself drifts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
 from bench.gpu_bounds import SHAPES, TINY, Shape, Store
 
-Record = dict[str, Any]  # a row as it is written
+Row = dict[str, Any]  # a row as it is written
 Subject = Literal["card", "static", "pair", "int8", "int4", "batching", "generate"]
 What = Literal["start", "decode", "prefill", "first token", "answers"]
 Lambdas = Literal["one", "different", "never seen", "instruct", "thinking"]
@@ -30,8 +30,16 @@ NOT_STARTED: Final = "its subject did not start"
 DEVICE_LOST: Final = 75  # exit code of a process that can do no more, its last row printed
 
 
+LONGEST_ERROR: Final = 500  # characters of an error that a row keeps
+
+
 class Skipped(Exception):
-    """A row that this engine or this memory cannot have; the message says why."""
+    """A row that this machine, memory or run cannot have; the message says why."""
+
+
+def message_of(error: Exception) -> str:
+    """As a row keeps it."""
+    return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Job:
     subject: Subject
     case: Case = START
 
-    def told(self, **values: Any) -> Record:
+    def row(self, **values: Any) -> Row:
         """The row with these values."""
         return {"subject": self.subject, **asdict(self.case), **values}
 
@@ -114,6 +122,32 @@ class Run:
     @property
     def scale(self) -> Scale:
         return SMALL if self.smoke else FULL
+
+
+def off(engine: Mapping[str, Any], run: Run, device: str) -> Row:
+    """The error of an engine's row: what it runs without on a GPU, though a server's speed is made
+    of it. Empty where nothing is off, and on a CPU, which has none of it."""
+    found = what_is_off(engine, run) if device == "cuda" else []
+    return {"error": "; ".join(found)} if found else {}
+
+
+def what_is_off(engine: Mapping[str, Any], run: Run) -> list[str]:
+    """`engine` has the facts that an engine tells of its attention, its recorded decode steps and
+    its pair products, in words."""
+    attention, graphs, kernels = (
+        str(engine[fact]) for fact in ("attention", "graphs", "pair_kernels")
+    )
+    found = []
+    if graphs.startswith("none"):
+        found.append(f"decode steps are not recorded: {graphs}")
+    elif run.compiled and "compiled" not in graphs.partition(",")[0]:
+        found.append(f"recorded decode steps are not compiled: {graphs}")
+    if attention.startswith(("reference", "none")):
+        found.append(f"attention has no kernels: {attention}")
+    # Tiny matrices may be faster without kernels.
+    if kernels.startswith("none") or (kernels.startswith("up to 0 ") and not run.smoke):
+        found.append(f"pair products have no kernels: {kernels}")
+    return found
 
 
 def jobs_of(subjects: Sequence[Subject], scale: Scale) -> list[Job]:

@@ -11,7 +11,7 @@ from statistics import mean, median
 from typing import Final, Literal
 
 from bench.gpu_bounds import Card, Work, card_named
-from bench.gpu_cases import Lambdas, Record, Run, Scale, Subject, What
+from bench.gpu_cases import Lambdas, Row, Run, Scale, Subject, What
 
 SPOKEN: Final[dict[Lambdas, str]] = {
     "one": "one λ",
@@ -31,14 +31,16 @@ class Report:
         kinds = {"compiled": run.compiled, "smoke": run.smoke}
         name = "-".join(["gpu", run.model, *subjects, *(kind for kind in kinds if kinds[kind])])
         self._path = folder / f"{name}.json"
-        self.rows: list[Record] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[Row] = []
 
     @property
     def failed(self) -> bool:
-        return any("error" in row for row in self.rows)
+        """Also where all rows were skipped: nothing is known then."""
+        return any("error" in row for row in self.rows) or all(
+            "skipped" in row for row in self.rows
+        )
 
-    def add(self, row: Record) -> None:
+    def add(self, row: Row) -> None:
         """Keeps it and prints it, as JSON and to read."""
         if "card" in row:
             self._card = Card(**row["card"])
@@ -58,7 +60,7 @@ class Report:
             print(ratio)
         print(f"{seconds:.0f} s; {self._path}")
 
-    def _bound(self, row: Record) -> Record:
+    def _bound(self, row: Row) -> Row:
         if self._card is None or "work" not in row:
             return {}
         work = Work(**row["work"])
@@ -71,7 +73,7 @@ class Report:
             "bandwidth_share": work.bytes / row["seconds"] / self._card.bandwidth,
         }
 
-    def _write(self, ended: Record) -> None:
+    def _write(self, ended: Row) -> None:
         """Whole or not at all: a run may be ended at any moment."""
         unfinished = self._path.with_suffix(".part")
         record = {"bench": self._path.stem, "rows": self.rows, **ended}
@@ -79,7 +81,7 @@ class Report:
         unfinished.replace(self._path)
 
 
-def line_of(row: Record) -> str:
+def line_of(row: Row) -> str:
     name = f"{row['subject']:<9} {row['what']}"
     if row["sequences"]:
         name += f", {SPOKEN[row['lambdas']]}, {row['sequences']} × {row['tokens']}"
@@ -95,7 +97,9 @@ def line_of(row: Record) -> str:
     if "share" in row:
         kind = row["bound_by"] if row["bound_measured"] else f"{row['bound_by']}, nominal"
         parts.append(f"{row['share']:.0%} of its bound ({kind})")
-    parts += [f"{instead}: {row[instead]}" for instead in ("skipped", "error") if instead in row]
+    for instead in ("skipped", "error"):
+        if instead in row:
+            parts.append(f"{instead}: {' '.join(row[instead].split())}")
     return ": ".join([name, "; ".join(parts)]) if parts else name
 
 
@@ -156,7 +160,7 @@ RATES: Final[tuple[tuple[str, float, Key, Key], ...]] = (
 FIRST_TOKEN: Final[Key] = ("pair", "first token", "never seen")
 
 
-def ratios(rows: Iterable[Record], smoke: bool = False) -> list[Ratio]:
+def ratios(rows: Iterable[Row], smoke: bool = False) -> list[Ratio]:
     """Those whose rows there are, of one run or of several together; apart for each model, and for
     what ran compiled. Rates are in tokens a second, at the sizes that matter most."""
     measured = [row for row in rows if "seconds" in row and _is_main(row, Run("", smoke).scale)]
@@ -172,7 +176,7 @@ def ratios(rows: Iterable[Record], smoke: bool = False) -> list[Ratio]:
     return found
 
 
-def _ratios_of(rows: list[Record], prefix: str) -> list[Ratio]:
+def _ratios_of(rows: list[Row], prefix: str) -> list[Ratio]:
     rates = _means(rows, "tokens_a_second")
     shares = _means([row for row in rows if row.get("bound_measured")], "bandwidth_share")
     found = [
@@ -192,7 +196,7 @@ def _ratios_of(rows: list[Record], prefix: str) -> list[Ratio]:
     return found
 
 
-def _is_main(row: Record, scale: Scale) -> bool:
+def _is_main(row: Row, scale: Scale) -> bool:
     size = row["sequences"], row["tokens"]
     match row["what"]:
         case "decode":
@@ -202,7 +206,7 @@ def _is_main(row: Record, scale: Scale) -> bool:
     return True
 
 
-def _means(rows: list[Record], figure: str) -> dict[Key, float]:
+def _means(rows: list[Row], figure: str) -> dict[Key, float]:
     """Of rows that were measured twice too."""
     found: dict[Key, list[float]] = {}
     for row in rows:
@@ -210,5 +214,5 @@ def _means(rows: list[Record], figure: str) -> dict[Key, float]:
     return {key: mean(values) for key, values in found.items()}
 
 
-def _key(row: Record) -> Key:
+def _key(row: Row) -> Key:
     return row["subject"], row["what"], row["lambdas"]

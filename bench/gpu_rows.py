@@ -34,7 +34,7 @@ from bench.gpu_bounds import (
     way_of,
 )
 from bench.gpu_card import synchronize
-from bench.gpu_cases import Case, Lambdas, Record, Scale, Skipped, What
+from bench.gpu_cases import Case, Lambdas, Scale, Skipped, What
 from bench.gpu_pairs import Place, random_endpoint, random_pair
 from bench.gpu_room import BLOCK, HOT_STEPS, PLACES, Room, room_for, tokens_of
 from bench.static import static_model
@@ -56,7 +56,7 @@ class Measured:
     seconds: tuple[float, ...]
     tokens: float
     work: Work
-    facts: Record = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Rows:
@@ -79,7 +79,7 @@ class Rows:
         self._unseen = (round(0.1 + 1e-4 * index, 4) for index in range(3900))  # below HOT
         self._seeds = itertools.count()
 
-    def facts(self) -> Record:
+    def facts(self) -> dict[str, Any]:
         """Of the engine; memory in bytes."""
         blocks = self.engine.info.num_blocks * self.engine.info.block_size
         on_gpu = self._device.type == "cuda"

@@ -1,6 +1,6 @@
 """The whole server over HTTP on a random pair of real shapes, against the engine alone.
 
-    python -m bench.gpu_served [--model 4b|30b-a3b] [--seconds 90] [--compile] [--out DIR]
+    python -m bench.gpu_served [--model NAME] [--seconds 90] [--compile] [--out DIR]
     python -m bench.gpu_served --smoke      tiny shapes, in fp32 where there is no GPU
 
 In this order, and told as a line of JSON each when it is known:
@@ -17,14 +17,17 @@ In this order, and told as a line of JSON each when it is known:
 Both are resident at once, with as much KV and blended weights as they need and no more. `--seconds`
 bounds the rounds; starting takes what it takes, and of each kind two rounds are run whatever is
 left: a warm-up, which is not counted, and one. Steps are recorded as they run; `--compile` compiles
-them, for minutes. A pair whose files have no room anywhere is skipped; `--layers` cuts it.
+them, which makes both starts longer. A pair whose files have no room anywhere is skipped;
+`--layers` cuts it.
 
-The exit code is 1 where anything failed, and where on a GPU steps are not recorded or pair products
-do not go by kernels, in the server or here: it is measured all the same.
+The exit code is 1 where anything failed or the pair was skipped, and where on a GPU an engine, the
+server's or the one here, runs without recorded steps or without kernels: it is measured all the
+same.
 """
 
 import argparse
 import itertools
+import math
 import re
 import signal
 import sys
@@ -38,10 +41,11 @@ from typing import Any, Final, Literal
 
 import torch
 
+from bench.arguments import at_least, made_folder
 from bench.engine import HOT
 from bench.gpu_bounds import SHAPES, TINY, Shape
 from bench.gpu_card import synchronize
-from bench.gpu_cases import Record
+from bench.gpu_cases import Row, Run, message_of, off
 from bench.gpu_pairs import Place
 from bench.gpu_report import Report
 from bench.report import RESULTS
@@ -67,30 +71,28 @@ FIRST_ROUNDS: Final = 2  # of HTTP by itself
 LONGEST_ROUND: Final = 120.0  # seconds: streams that take longer hang
 START_LIMIT: Final = 600.0  # seconds, compiled steps included
 BLEND_ROOM: Final = 1.5  # models: room for one, and for its recordings
-LONGEST_ERROR: Final = 500  # characters
 
 Lambdas = Literal["different", "one"]
 KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    streams: int = 64
+class Streams:
+    """How much is asked of both in a round."""
+
+    count: int = 64
     new_tokens: int = 256  # some seconds: reading 64 requests is a part that no answer has again
     context: int = 384  # tokens of a prompt and its answer, at most
     rounds: int = ROUNDS
 
 
-SMALL: Final = Scale(streams=6, new_tokens=24, context=96, rounds=1)
+FEW: Final = Streams(count=6, new_tokens=24, context=96, rounds=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ServedRun(Run):
     """What is served, and how."""
 
-    model: str
-    smoke: bool = False
-    compiled: bool = False
     layers: int | None = None  # None: all
 
     @property
@@ -99,120 +101,124 @@ class Run:
         return replace(whole, layers=self.layers or whole.layers)
 
     @property
-    def scale(self) -> Scale:
-        return SMALL if self.smoke else Scale()
+    def streams(self) -> Streams:
+        return FEW if self.smoke else Streams()
 
     @property
     def place(self) -> Place:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return Place(device, dtype, positions=self.scale.context)
+        return Place(device, dtype, positions=self.streams.context)
 
     def flags(self, pair: WrittenPair) -> list[str]:
         """Of `mi-server serve`: no more memory than the streams need."""
-        scale, (instruct, thinking) = self.scale, pair.directories
+        streams, (instruct, thinking) = self.streams, pair.directories
         settings = {
             "instruct": instruct,
             "thinking": thinking,
             "device": self.place.device.type,
             "served-model-name": NAME,
-            "max-num-seqs": scale.streams,
-            "cuda-graph-sizes": scale.streams,  # the others would only be recorded
-            "max-model-len": scale.context,
-            "num-blocks": scale.streams * -(-scale.context // 16),
+            "max-num-seqs": streams.count,
+            "cuda-graph-sizes": streams.count,  # the others would only be recorded
+            "max-model-len": streams.context,
+            "num-blocks": streams.count * math.ceil(streams.context / 16),
             "blend-cache-bytes": int(BLEND_ROOM * pair.bytes / 2),
         }
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        return [*flags, "--no-prefix-caching", *([] if self.compiled else ["--no-torch-compile"])]
+        flags.append("--no-prefix-caching")
+        return flags if self.compiled else [*flags, "--no-torch-compile"]
 
     def lambdas(self, kind: Lambdas) -> list[float]:
         if kind == "one":
-            return [HOT] * self.scale.streams
-        return [index / (self.scale.streams - 1) for index in range(self.scale.streams)]
+            return [HOT] * self.streams.count
+        return [index / (self.streams.count - 1) for index in range(self.streams.count)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=SHAPES, default="4b")
-    parser.add_argument("--layers", type=int, help="as many of the model's layers")
-    parser.add_argument("--seconds", type=float, default=90, help="for the rounds")
-    parser.add_argument("--out", type=Path, help="folder of the JSON")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--model", choices=SHAPES, default="4b", help="its shapes (4b)")
+    parser.add_argument("--layers", type=at_least(1), help="of the model, as many (all)")
+    parser.add_argument("--seconds", type=float, default=90, help="for the rounds (90)")
+    places = f"bench/results; with --smoke {BUILD}"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
     parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
     chosen = parser.parse_args(arguments)
-    run = Run(chosen.model, chosen.smoke, chosen.compile, chosen.layers)
+    run = ServedRun(chosen.model, chosen.smoke, chosen.compile, chosen.layers)
     if not run.smoke and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --smoke runs tiny shapes on a CPU")
+    folder = made_folder(parser, chosen.out or (BUILD if run.smoke else RESULTS))
     started = time.monotonic()
-    report = Report(run, ["served"], chosen.out or (BUILD if run.smoke else RESULTS))
+    report = Report(run, ["served"], folder)
     for record in rows_of(run, chosen.seconds):
         report.add(record)
     report.finish(time.monotonic() - started)
     return int(report.failed)
 
 
-def rows_of(run: Run, seconds: float) -> Iterator[Record]:
+def rows_of(run: ServedRun, seconds: float) -> Iterator[Row]:
     """What fails is a row that says so, and the last one."""
-    try:
-        yield from measured_rows(run, seconds)
-    except Exception as error:
-        yield row("failed", error=f"{type(error).__name__}: {error}"[:LONGEST_ERROR])
-
-
-def measured_rows(run: Run, seconds: float) -> Iterator[Record]:
     size = bytes_of_pair(run.shape, run.place.dtype)
     folder = folder_with_room(size)
     if folder is None:
         yield row("start", skipped=f"no room for files of {size / 1e9:.0f} GB; --layers cuts them")
         return
-    with tempfile.TemporaryDirectory(prefix="mi-served-", dir=folder) as directory:
-        pair = write_pair(run.shape, run.place, Path(directory))
-        made, written = (
-            f"made in {pair.seconds_made:.1f} s",
-            f"written in {pair.seconds_written:.1f} s",
-        )
-        print(f"{pair.bytes / 1e9:.2f} GB {made}, {written}: {directory}", flush=True)
-        flags, before = run.flags(pair), free_memory(run)
-        with Server(*flags, start_limit=START_LIMIT) as server:
-            engine = engine_said(server.ready_line)
-            facts = {
-                "folder": str(folder),
-                "bytes": pair.bytes,
-                "seconds_made": pair.seconds_made,
-                "seconds_written": pair.seconds_written,
-                "seconds_to_ready": server.start_seconds,
-                "device_bytes": before - free_memory(run),
-                "layers": run.shape.layers,
-                "engine": engine,
-            }
-            yield row("start", facts=facts, **faults(engine, run.place.device))
-            drop_weights(pair)
-            rounds = Rounds(run, server, seconds)
-            for kind in KINDS:
-                yield rounds.over_http(kind)
-            started = time.perf_counter()
-            alone = engine_alone(run, pair, flags)
-            engine = said_by(alone.info)
-            facts = {"seconds": time.perf_counter() - started, "engine": engine}
-            yield row("start, engine alone", facts=facts, **faults(engine, run.place.device))
-            for left, kind in zip((2, 1), KINDS, strict=True):
-                yield from rounds.in_turn(kind, alone, share=1 / left)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mi-served-", dir=folder) as directory:
+            pair = write_pair(run.shape, run.place, Path(directory))
+            yield from measured_rows(run, pair, seconds)
+    except Exception as error:
+        yield row("failed", error=message_of(error))
 
 
-def row(what: str, run: Run | None = None, kind: Lambdas = "one", **values: Any) -> Record:
-    """Of `run`: one that was measured."""
+def measured_rows(run: ServedRun, pair: WrittenPair, seconds: float) -> Iterator[Row]:
+    made, written = f"{pair.seconds_made:.1f} s", f"{pair.seconds_written:.1f} s"
+    print(f"{pair.bytes / 1e9:.2f} GB made in {made}, written in {written}", flush=True)
+    flags, before = run.flags(pair), free_memory(run)
+    with Server(*flags, start_limit=START_LIMIT) as server:
+        yield started_row(run, pair, server, before - free_memory(run))
+        drop_weights(pair)
+        rounds = Rounds(run, server, seconds)
+        for kind in KINDS:
+            yield rounds.over_http(kind)
+        started = time.perf_counter()
+        alone = engine_alone(run, pair, flags)
+        engine = said_by(alone.info)
+        facts = {"seconds": time.perf_counter() - started, "engine": engine}
+        yield row("start, engine alone", facts=facts, **off(engine, run, run.place.device.type))
+        yield from rounds.in_turn("different", alone, share=1 / 2)
+        yield from rounds.in_turn("one", alone, share=1)
+
+
+def started_row(run: ServedRun, pair: WrittenPair, server: Server, device_bytes: int) -> Row:
+    engine = engine_said(server.ready_line)
+    facts = {
+        "folder": str(Path(pair.directories[0]).parent),
+        "bytes": pair.bytes,
+        "seconds_made": pair.seconds_made,
+        "seconds_written": pair.seconds_written,
+        "seconds_to_ready": server.start_seconds,
+        "device_bytes": device_bytes,
+        "layers": run.shape.layers,
+        "engine": engine,
+    }
+    return row("start", facts=facts, **off(engine, run, run.place.device.type))
+
+
+def row(what: str, run: ServedRun | None = None, kind: Lambdas = "one", **values: Any) -> Row:
+    """As the report takes it; one that was measured has the sizes of `run`."""
     sizes = {"sequences": 0, "tokens": 0}
     if run is not None:
-        sizes = {"sequences": run.scale.streams, "tokens": run.scale.new_tokens}
+        sizes = {"sequences": run.streams.count, "tokens": run.streams.new_tokens}
     return {"subject": "served", "what": what, "lambdas": kind, **sizes, **values}
 
 
 # --- The engines ----------------------------------------------------------------------------------
 
 
-def engine_alone(run: Run, pair: WrittenPair, flags: list[str]) -> EngineAlone:
+def engine_alone(run: ServedRun, pair: WrittenPair, flags: list[str]) -> EngineAlone:
     """Set as the server's is, by the same flags. Takes the pair's models."""
     instruct, thinking = pair.directories
     config = load_settings(flags).engine_config(instruct=instruct, thinking=thinking)
@@ -232,16 +238,7 @@ def said_by(info: EngineInfo) -> dict[str, str]:
     return {"attention": info.attention, "pair_kernels": kernels, "graphs": info.graphs}
 
 
-def faults(engine: dict[str, str], device: torch.device) -> Record:
-    """What must not be on a GPU, as the error of a row."""
-    if device.type != "cuda":
-        return {}
-    off = {"graphs": ("none",), "pair_kernels": ("none", "up to 0 rows")}
-    found = [name for name, words in off.items() if engine[name].startswith(words)]
-    return {"error": f"off: {', '.join(found)}"} if found else {}
-
-
-def free_memory(run: Run) -> int:
+def free_memory(run: ServedRun) -> int:
     """Bytes that are free on the GPU; 0 where there is none."""
     device = run.place.device
     synchronize(device)
@@ -254,11 +251,11 @@ def free_memory(run: Run) -> int:
 class Rounds:
     """Every round asks what none before it did."""
 
-    def __init__(self, run: Run, server: Server, seconds: float) -> None:
+    def __init__(self, run: ServedRun, server: Server, seconds: float) -> None:
         self._run, self._server, self._left = run, server, seconds
         self._seeds = itertools.count()
 
-    def over_http(self, kind: Lambdas) -> Record:
+    def over_http(self, kind: Lambdas) -> Row:
         """A row with few rounds, so that it is early."""
         executions, cpu = self._server.ways(), self._cpu_seconds()
         ways = {"HTTP": self._streamed}
@@ -271,10 +268,10 @@ class Rounds:
         facts["cores"] = {name: one / seconds for name, one in taken.items()}
         return self._row("HTTP", kind, served, **facts)
 
-    def in_turn(self, kind: Lambdas, alone: EngineAlone, share: float) -> Iterator[Record]:
+    def in_turn(self, kind: Lambdas, alone: EngineAlone, share: float) -> Iterator[Row]:
         """Rows of both, in a share of the time that is left."""
         ways = {"HTTP": self._streamed, "engine alone": alone.answer}
-        most, seconds = self._run.scale.rounds, self._left * share
+        most, seconds = self._run.streams.rounds, self._left * share
         served, by_itself = self._measured(kind, ways, most, seconds).values()
         said = [
             one == other
@@ -318,13 +315,13 @@ class Rounds:
             next(self._seeds),
             lambdas=self._run.lambdas(kind),
             model=NAME,
-            new_tokens=self._run.scale.new_tokens,
+            new_tokens=self._run.streams.new_tokens,
         )
 
     def _streamed(self, asked: list[Asked]) -> Answered:
         return over_http(self._server, asked, limit=LONGEST_ROUND)
 
-    def _row(self, what: str, kind: Lambdas, rounds: list[Answered], **facts: Any) -> Record:
+    def _row(self, what: str, kind: Lambdas, rounds: list[Answered], **facts: Any) -> Row:
         seconds = [answered.seconds for answered in rounds]
         return row(
             what,
@@ -341,7 +338,7 @@ class Rounds:
     @property
     def _tokens(self) -> int:
         """Of a round."""
-        return self._run.scale.streams * self._run.scale.new_tokens
+        return self._run.streams.count * self._run.streams.new_tokens
 
 
 def latencies(streams: list[Streamed]) -> dict[str, Any]:

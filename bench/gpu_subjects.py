@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from statistics import median
-from typing import Final
 
 import torch
 
@@ -29,10 +28,12 @@ from bench.gpu_cases import (
     STORES,
     Case,
     Job,
-    Record,
+    Row,
     Run,
     Skipped,
     Subject,
+    message_of,
+    off,
 )
 from bench.gpu_pairs import Place
 from bench.gpu_peers import Batching, Generate
@@ -40,16 +41,14 @@ from bench.gpu_room import growth
 from bench.gpu_rows import Measured, Rows
 from bench.report import machine
 
-LONGEST_ERROR: Final = 500  # characters
-
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--jobs", required=True)
+    parser.add_argument("--jobs", required=True, help="JSON: pairs of a subject and a case")
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--deadline", type=float, required=True, help="of `time.monotonic`")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
     chosen = parser.parse_args()
     jobs = [Job(subject, Case(**case)) for subject, case in json.loads(chosen.jobs)]
     run = Run(chosen.model, chosen.smoke, chosen.compile)
@@ -60,11 +59,11 @@ def main() -> int:
     return 0
 
 
-def rows_of(jobs: Iterable[Job], run: Run, deadline: float) -> Iterator[Record]:
+def rows_of(jobs: Iterable[Job], run: Run, deadline: float) -> Iterator[Row]:
     subjects = Subjects(run)
     for job in jobs:
         if time.monotonic() > deadline:
-            yield job.told(skipped=OUT_OF_TIME)
+            yield job.row(skipped=OUT_OF_TIME)
         else:
             yield subjects.row(job)
     subjects.end()
@@ -77,16 +76,16 @@ class Subjects:
         self._run = run
         self._now: Rows | Batching | Generate | None = None
 
-    def row(self, job: Job) -> Record:
+    def row(self, job: Job) -> Row:
         """Of one job; whatever fails, the other rows are wanted."""
         try:
-            return job.told(**self._values(job))
+            return job.row(**self._values(job))
         except Skipped as reason:
-            return job.told(skipped=str(reason))
+            return job.row(skipped=str(reason))
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
+            message = message_of(error)
         give_memory_back()  # the error held the frames, and they tensors
-        return job.told(error=message)
+        return job.row(error=message)
 
     def end(self) -> None:
         self._now = None
@@ -94,7 +93,7 @@ class Subjects:
             dynamo.reset()  # compiled code holds the model that it was compiled for
         give_memory_back()
 
-    def _values(self, job: Job) -> Record:
+    def _values(self, job: Job) -> Row:
         if job.case == START:
             self.end()
             return {"machine": machine_facts(), **self._start(job.subject)}
@@ -102,7 +101,7 @@ class Subjects:
             raise Skipped(NOT_STARTED)
         return values_of(self._now.measure(job.case))
 
-    def _start(self, subject: Subject) -> Record:
+    def _start(self, subject: Subject) -> Row:
         run, place = self._run, place_of(self._run)
         if place.device.type == "cpu" and not run.smoke:
             raise RuntimeError("there is no CUDA device; --smoke runs tiny shapes on a CPU")
@@ -112,14 +111,13 @@ class Subjects:
             rows = Rows(run.shape, subject, place, run.scale, run.compiled)
             self._now = rows
             facts = rows.facts()
-            off = what_is_off(facts, run) if place.device.type == "cuda" else []
-            return {"engine": facts, **({"error": "; ".join(off)} if off else {})}
+            return {"engine": facts, **off(facts, run, place.device.type)}
         started = time.perf_counter()
         self._now = (Batching if subject == "batching" else Generate)(run.shape, place, run.scale)
         return {"start_seconds": time.perf_counter() - started}
 
 
-def values_of(measured: Measured) -> Record:
+def values_of(measured: Measured) -> Row:
     middle = median(measured.seconds)
     return {
         "seconds": middle,
@@ -132,31 +130,13 @@ def values_of(measured: Measured) -> Record:
     }
 
 
-def what_is_off(engine: Record, run: Run) -> list[str]:
-    """What an engine on a GPU runs without, though a server's speed is made of it."""
-    attention, graphs, kernels = (
-        str(engine[fact]) for fact in ("attention", "graphs", "pair_kernels")
-    )
-    off = []
-    if graphs.startswith("none"):
-        off.append(f"decode steps are not recorded: {graphs}")
-    elif run.compiled and "compiled" not in graphs.partition(",")[0]:
-        off.append(f"recorded decode steps are not compiled: {graphs}")
-    if attention.startswith("reference"):
-        off.append(f"attention has no kernels: {attention}")
-    # Tiny matrices may be faster without kernels.
-    if kernels.startswith("none") or (kernels.startswith("up to 0 ") and not run.smoke):
-        off.append(f"pair products have no kernels: {kernels}")
-    return off
-
-
 def place_of(run: Run) -> Place:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Place(device, dtype, positions=run.scale.context + growth(run.scale))
 
 
-def machine_facts() -> Record:
+def machine_facts() -> Row:
     return {**machine(), "cuda": torch.version.cuda, "triton": version_of("triton")}
 
 
@@ -169,13 +149,13 @@ def version_of(package: str) -> str | None:
 
 def give_memory_back() -> None:
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
 def is_lost() -> bool:
     """Whether the device answers no more: after some errors it does not, in this process."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     try:
         torch.cuda.synchronize()

@@ -1,12 +1,12 @@
 """Wheels of what the server needs and the GPU machine without network lacks.
 
-    python -m bench.gpu_wheels [--into .wheels]     downloads them: about 14 MB, for CPython 3.12
-    python -m bench.gpu_wheels --machine            prints what it needs of what the machine has
+    python -m bench.gpu_wheels              downloads them into .wheels: 7.4 MB, for CPython 3.12
+    python -m bench.gpu_wheels --machine    prints what is needed of what the GPU machine has
 
-`bench/gpu_machine.txt` is what the machine has. pip resolves all that the project depends on for
-that machine's Python and system, held to the versions known to be there; what the machine has is
-left out of what is downloaded. Runs where there is a network, with any Python that has pip 23 or
-later.
+`bench/gpu_machine.txt` is what the GPU machine has: replace it by that machine's `pip freeze`. pip
+resolves all that the project depends on for its Python and system, held to the versions known to be
+there, and only what is missing there is downloaded. Runs where there is a network, with any Python
+that has pip 23 or later.
 """
 
 import argparse
@@ -19,33 +19,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.contact_carried import normalized
+from bench.contact_carried import WHEELS, normalized
 
 ROOT: Final = Path(__file__).parents[1]
 MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")
 PYTHON: Final = "3.12"
 PLATFORMS: Final = (  # by the glibc that a wheel needs; pip matches each exactly
     *(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)),
-    *("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"),
+    "manylinux2014_x86_64",
+    "manylinux2010_x86_64",
+    "manylinux1_x86_64",
+    "linux_x86_64",
 )
 TESTS: Final = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx")
-"""What first contact runs beside the server; the machine has it."""
+"""What first contact runs beside the server; a GPU machine must have it already."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--into", type=Path, default=ROOT / ".wheels", help="folder")
     parser.add_argument("--machine", action="store_true", help="print, and download nothing")
     chosen = parser.parse_args(arguments)
     present = machine_packages(MACHINE.read_text())
-    needed = resolved(present)
-    if chosen.machine:
-        print(*(f"{name}=={version}" for name, version in needed.items() if name in present))
-        return 0
-    wanted = {name: version for name, version in needed.items() if name not in present}
-    download(wanted, chosen.into)
+    try:
+        needed = resolved(present)
+        if chosen.machine:
+            print(*(f"{name}=={version}" for name, version in needed.items() if name in present))
+        else:
+            missing = {name: needed[name] for name in needed if name not in present}
+            download(missing, WHEELS)
+    except subprocess.CalledProcessError as error:  # pip has said why
+        return error.returncode
     return 0
 
 
@@ -63,7 +68,7 @@ def requirements() -> Iterator[str]:
 
 
 def resolved(present: dict[str, str | None]) -> dict[str, str]:
-    """Names and versions of all that is needed there; what was seen there as it was seen."""
+    """Names and versions of all that is needed there, with those that are known to be there."""
     with tempfile.TemporaryDirectory() as folder:
         report, pins = Path(folder, "report.json"), Path(folder, "pins.txt")
         known = (f"{name}=={version}\n" for name, version in present.items() if version)
@@ -76,12 +81,14 @@ def resolved(present: dict[str, str | None]) -> dict[str, str]:
 
 
 def download(wanted: dict[str, str], folder: Path) -> None:
-    """Exactly these into `folder`, which has nothing else afterwards."""
-    for wheel in folder.glob("*.whl"):
-        wheel.unlink()
-    pins = [f"{name}=={version}" for name, version in wanted.items()]
-    _pip("download", "--quiet", "--no-deps", "--dest", str(folder), *pins)
-    wheels = list(folder.glob("*.whl"))
+    """Puts exactly these into `folder`, in place of its wheels; not if any cannot be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        pins = [f"{name}=={version}" for name, version in wanted.items()]
+        _pip("download", "--quiet", "--no-deps", "--dest", fresh, *pins)
+        for old in folder.glob("*.whl"):
+            old.unlink()
+        wheels = [wheel.rename(folder / wheel.name) for wheel in Path(fresh).glob("*.whl")]
     size = sum(wheel.stat().st_size for wheel in wheels) / 1e6
     print(f"{len(wheels)} wheels, {size:.1f} MB, in {folder}")
 

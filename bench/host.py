@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mi_runtime.runner
+from bench.arguments import at_least, numbers
 from bench.report import publish
 from mi_runtime.attention import LayerShape
 from mi_runtime.blend_cache import BlendCache
@@ -57,6 +58,7 @@ from mi_runtime.worker import receive
 LAYERS: Final = 36  # of a 4B model
 VOCABULARY: Final = 8
 WARM_UP: Final = 20  # steps
+LAST: Final = 5  # steps at the end, in which rows end, that are not counted
 FLAT = (1, 256)  # rows: decoding costs what the weights' bytes cost
 COSTS = CostModel(0.03, 0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
 GREEDY = SamplingParams(temperature=0.0)
@@ -79,15 +81,20 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", default="1,32,256")
-    parser.add_argument("--device-ms", type=float, default=5.0)
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt")
-    parser.add_argument("--steps", type=int, default=100)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=numbers, default=[1, 32, 256], metavar="ROWS",
+                        help="sequences that decode, with commas between (1,32,256)")  # fmt: skip
+    parser.add_argument("--device-ms", type=float, default=5.0, help="of a forward (5)")
+    parser.add_argument(
+        "--context", type=at_least(1), default=1024, help="tokens of a prompt (1024)"
+    )
+    parser.add_argument("--steps", type=at_least(LAST + 1), default=100, help="of a run (100)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    values = {}
-    for case in cases([int(rows) for rows in arguments.rows.split(",")]):
+    values: dict[str, list[float]] = {}
+    for case in cases(arguments.rows):
         found = run(case, arguments.device_ms / 1e3, arguments.context, arguments.steps)
         told = ", ".join(f"{part} {median(ms):.3f}" for part, ms in found.items())
         print(f"{case.name}: {told}", flush=True)
@@ -168,7 +175,7 @@ class InstantModel(BlendedModel):
 
 def instant_model(forward: Callable[[], None], device: torch.device) -> InstantModel:
     nothing = nn.Module()
-    nothing.config = argparse.Namespace(model_type="instant")  # type: ignore[assignment]
+    nothing.config = argparse.Namespace(model_type="instant")
     return InstantModel(
         model=nothing,  # type: ignore[arg-type]
         groups=BlendGroups(LAYERS, device, BlendCache(2)),
@@ -254,7 +261,7 @@ def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[
         clock.steps.clear()
         idle, period = device.idle, []
         started = time.thread_time()
-        for _ in range(steps - 5):
+        for _ in range(steps - LAST):
             waited = device.waited
             _step(engine, pipe, clock)
             now = time.thread_time()
@@ -348,11 +355,11 @@ class Clock:
 # --- Counts ------------------------------------------------------------------------------------
 
 
-class Dispatches(TorchDispatchMode):
+class Dispatches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -390,9 +397,9 @@ def dispatches(case: Case, context: int = 64, steps: int = 10) -> dict[str, floa
         for _ in range(WARM_UP):
             engine.step()
         counting.counts.clear()
-        for _ in range(steps - 5):
+        for _ in range(steps - LAST):
             engine.step()
-    return {name: count / (steps - 5) for name, count in counting.counts.items()}
+    return {name: count / (steps - LAST) for name, count in counting.counts.items()}
 
 
 if __name__ == "__main__":

@@ -9,24 +9,20 @@ The host code of `mi_runtime.kernels` runs at the shapes of real models, on tens
 never touched, and its launches go all the way through Triton, whose driver is replaced: it loads
 no binary and runs none. So what is compiled is what serving launches, whatever that comes to.
 
-A packed cache holds the binaries, and the launchers that Triton has the C compiler build. Triton
-finds them by a hash of the kernel's source and line, of its arguments' types and divisibility, of
-its options, and of Triton's own files: another version of any finds nothing there, and compiles.
-What ties a cache to its place are absolute paths in an index, which unpacking writes anew. With
-TRITON_CACHE_DIR naming the unpacked cache, this command says how many kernels it did not find.
+With TRITON_CACHE_DIR naming an unpacked cache, this command says how many kernels it did not find
+there; `bench/kernel_cache.py` says what a cache holds and when it is of use.
 
-Knows no speed. Not in a process where TRITON_INTERPRET is set.
+Knows no speed. Needs Triton, and cannot run where TRITON_INTERPRET is set.
 """
 
 import argparse
 import json
+import lzma
 import math
-import os
 import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,10 +37,12 @@ import torch
 from torch import Tensor
 
 from bench.gpu_bounds import SHAPES, Shape
+from bench.kernel_cache import pack, unpack
+from mi_runtime.kernels import triton_installed, triton_interpreted
 
 PROCESSORS: Final = 132
-SHARED: Final = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB, at most, of a program
-LEAST_SHARED: Final = 99  # on all others: 8.6, 8.9, 12.x
+SHARED: Final = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+"""KiB that a program may have, by 10 times the compute capability."""
 GROUP: Final = 64  # inputs that share a scale of int4
 BLOCK_SIZE: Final = 16  # tokens of a KV block
 CONTEXTS: Final = (1024, 8192, 262_144)  # bounds of the lengths; the last is the longest context
@@ -106,7 +104,7 @@ class Driver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 1024 * SHARED.get(self._target.arch, LEAST_SHARED)}
+        return {"max_shared_mem": 1024 * SHARED[self._target.arch]}
 
     def unload_module(self, module: str) -> None: ...
 
@@ -169,7 +167,7 @@ def _on(driver: Driver) -> Iterator[Driver]:
     from triton.runtime.driver import driver as active
     from triton.runtime.jit import JITFunction
 
-    from mi_runtime.kernels import paged_attention, pair_linear, triton_interpreted
+    from mi_runtime.kernels import paged_attention, pair_linear
 
     assert not triton_interpreted()
     capability = driver.get_current_target().arch
@@ -177,8 +175,10 @@ def _on(driver: Driver) -> Iterator[Driver]:
     for kernel in (*vars(paged_attention).values(), *vars(pair_linear).values()):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()  # of this process, and another driver
-    device = {"architecture": lambda _: capability, "processors": lambda _: PROCESSORS}
-    with patch.multiple(paged_attention, **device):
+    with (
+        patch.object(paged_attention, "architecture", lambda _: capability),
+        patch.object(paged_attention, "processors", lambda _: PROCESSORS),
+    ):
         yield driver
 
 
@@ -256,6 +256,12 @@ def tested() -> Iterator[Case]:
             decode = partial(call, rows, rows, longest, dtype)
             yield Case(model, f"{dtype} decode over {longest}", rows, decode)
         yield Case(model, f"{dtype} prefill", 1024, partial(call, 1024, 0, 2048, dtype))
+
+
+LAUNCHED: Final[dict[str, Callable[[], Iterator[Case]]]] = {
+    **{name: partial(serving, name, shape) for name, shape in SHAPES.items()},
+    "tests": tested,
+}
 
 
 def products(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -370,7 +376,8 @@ def attend(
     window: int | None = None,
     sinks: bool = False,
 ) -> None:
-    """Of so many rows that are decodes each, or one chunk of prefill."""
+    """Attention of `decodes` rows, each a sequence of up to `longest` tokens; or, where `decodes`
+    is 0, of one sequence's chunk of `rows` tokens."""
     from mi_runtime.kernels.paged_attention import paged_attention
 
     dim, chunks = shape.head_dim, decodes or 1
@@ -379,70 +386,19 @@ def attend(
     numbers = empty(chunks + 1, dtype=torch.int32)
     own = empty(shape.heads, dtype=dtype) if sinks else None
     paged_attention(
-        *(empty(rows, shape.heads, dim, dtype=dtype), cache, cache),
-        *(tables, numbers[:-1], numbers, own, dim**-0.5, window),
-        *(decodes, longest if decodes else 0, longest),
+        query=empty(rows, shape.heads, dim, dtype=dtype),
+        keys=cache,
+        values=cache,
+        tables=tables,
+        lengths=numbers[:-1],
+        query_starts=numbers,
+        sinks=own,
+        scale=dim**-0.5,
+        window=window,
+        decodes=decodes,
+        longest_decode=longest if decodes else 0,
+        longest=longest,
     )
-
-
-# --- A cache to carry ----------------------------------------------------------------------------
-
-KEPT: Final = {".cubin", ".json", ".so"}  # the other stages of a compilation are never read again
-INDEX: Final = "__grp__"  # of the files of a kernel, by Triton's name
-
-
-def pack(file: Path, cases: Iterable[Case], capability: int) -> list[Variant]:
-    """Compiles into a cache of its own, and keeps what running the kernels needs."""
-    with tempfile.TemporaryDirectory() as directory:
-        with (
-            patch.dict(os.environ, TRITON_CACHE_DIR=directory),
-            _building_launchers(Path(directory) / "stub") as launcher,
-        ):
-            variants = compiled(cases, capability, launcher)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(file, "w:xz") as archive:
-            for path in sorted(Path(directory).glob("*/*")):
-                if path.suffix in KEPT and not path.name.startswith(INDEX):
-                    archive.add(path, path.relative_to(directory))
-    return variants
-
-
-def unpack(file: Path, into: Path) -> int:
-    """Gives the number of kernels; needs no Triton."""
-    with tarfile.open(file) as archive:
-        archive.extractall(into, filter="data")
-    kernels = [path.absolute() for path in into.glob("*/*.json") if INDEX not in path.name]
-    for kernel in kernels:
-        files = {path.name: str(path) for path in kernel.parent.glob(f"{kernel.stem}.*")}
-        (kernel.parent / f"{INDEX}{kernel.name}").write_text(json.dumps({"child_paths": files}))
-    return len(kernels)
-
-
-@contextmanager
-def _building_launchers(stub: Path) -> Iterator[Callable[..., object]]:
-    """Triton's C code, compiled for every kernel's arguments, against a library with nothing in it
-    in the place of the driver's, and not loaded."""
-    from triton.backends.nvidia import driver
-    from triton.runtime import build
-
-    stub.mkdir()
-    library = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1"]
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, *library, "-o", str(stub / "libcuda.so.1")], check=True)
-    with (
-        patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(stub)),
-        patch.object(build, "_load_module_from_path", lambda name, path: _Unloaded()),
-    ):
-        driver.CudaUtils()
-        # Later versions have one launcher for all, in what CudaUtils builds.
-        yield driver.CudaLauncher if hasattr(driver, "make_launcher") else lambda *_: None
-
-
-class _Unloaded:
-    """Stands for a module of which nothing is called."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 # --- What is printed -----------------------------------------------------------------------------
@@ -472,33 +428,49 @@ def summary(variants: Iterable[Variant]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    launched: dict[str, Callable[[], Iterator[Case]]] = {
-        **{name: partial(serving, name, shape) for name, shape in SHAPES.items()},
-        "tests": tested,
-    }
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if (chosen.unpack is None) != (chosen.into is None):
+        parser.error("--unpack and --into need each other")
+    if not chosen.unpack and (not triton_installed() or triton_interpreted()):
+        parser.error("compiling needs Triton, and TRITON_INTERPRET must not be set")
+    try:
+        if chosen.unpack:
+            print(f"{unpack(chosen.unpack, chosen.into)} kernels in {chosen.into}")
+        else:
+            report(compiled_for(chosen), chosen.json)
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        parser.error(f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=launched, action="append", help="all, if not given")
-    parser.add_argument("--capability", type=int, default=90, help="10 times the GPU's")
+    parser.add_argument("--model", choices=LAUNCHED, action="append", help="all, if not given")
+    parser.add_argument(
+        "--capability", type=int, choices=sorted(SHARED), default=90, help="10 times the GPU's (90)"
+    )
     parser.add_argument("--json", action="store_true", help="one line a kernel")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="what is compiled, as a .tar.xz")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="compiles nothing")
     parser.add_argument("--into", type=Path, metavar="DIR", help="where, for TRITON_CACHE_DIR")
-    chosen = parser.parse_args(arguments)
-    if chosen.unpack:
-        print(f"{unpack(chosen.unpack, chosen.into)} kernels in {chosen.into}")
-        return 0
-    cases = (case for name in chosen.model or launched for case in launched[name]())
-    if chosen.pack:
-        variants = pack(chosen.pack, cases, chosen.capability)
-    else:
-        variants = compiled(cases, chosen.capability)
-    lines = (json.dumps(asdict(one)) for one in variants) if chosen.json else table(variants)
+    return parser
+
+
+def compiled_for(chosen: argparse.Namespace) -> list[Variant]:
+    cases = (case for name in chosen.model or LAUNCHED for case in LAUNCHED[name]())
+    compile_all = partial(compiled, cases, chosen.capability)
+    return pack(chosen.pack, compile_all) if chosen.pack else compile_all()
+
+
+def report(variants: Iterable[Variant], as_json: bool) -> None:
+    variants = list(variants)
+    lines = (json.dumps(asdict(one)) for one in variants) if as_json else table(variants)
     for line in lines:
         print(line, flush=True)
     print(summary(variants), file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bench.gpu_cases import (
     SUBJECTS,
     Case,
     Job,
-    Record,
+    Row,
     Run,
     Skipped,
     Subject,
@@ -44,27 +44,27 @@ SMOKE = Run("4b", smoke=True)
 FOREVER = float("inf")
 
 
-def rows_here(run: Run, subjects: Iterable[Subject]) -> list[Record]:
+def rows_here(run: Run, subjects: Iterable[Subject]) -> list[Row]:
     """Of all jobs, in this process."""
     groups = [[one for one in group if one in subjects] for group in GROUPS]
     jobs = [job for group in groups if group for job in jobs_of(group, run.scale)]
     return list(rows_of(jobs, run, FOREVER))
 
 
-def key_of(row: Record) -> tuple[str, str, str]:
+def key_of(row: Row) -> tuple[str, str, str]:
     return row["subject"], row["what"], row["lambdas"]
 
 
 @pytest.fixture(scope="module")
-def smoke() -> list[Record]:
+def smoke() -> list[Row]:
     return rows_here(SMOKE, SUBJECTS)
 
 
-def measured(rows: list[Record]) -> set[tuple[str, str, str]]:
+def measured(rows: list[Row]) -> set[tuple[str, str, str]]:
     return {key_of(row) for row in rows if "seconds" in row}
 
 
-def test_every_job_has_one_row_and_every_row_runs_on_tiny_shapes(smoke: list[Record]) -> None:
+def test_every_job_has_one_row_and_every_row_runs_on_tiny_shapes(smoke: list[Row]) -> None:
     assert not [row for row in smoke if "error" in row or "skipped" in row]
     wanted = Counter(job.subject for group in GROUPS for job in jobs_of(group, SMALL))
     assert Counter(row["subject"] for row in smoke) == wanted
@@ -74,14 +74,14 @@ def test_every_job_has_one_row_and_every_row_runs_on_tiny_shapes(smoke: list[Rec
     assert different | ends | peers <= measured(smoke)
 
 
-def test_a_mixture_of_experts_has_the_same_rows(smoke: list[Record]) -> None:
+def test_a_mixture_of_experts_has_the_same_rows(smoke: list[Row]) -> None:
     stores: tuple[Subject, ...] = ("static", "pair", "int8", "int4")
     experts = rows_here(Run("30b-a3b", smoke=True), stores)
     assert not [row for row in experts if "error" in row]
     assert measured(experts) == {key for key in measured(smoke) if key[0] in stores}
 
 
-def test_each_kind_of_λ_goes_its_own_way(smoke: list[Record]) -> None:
+def test_each_kind_of_λ_goes_its_own_way(smoke: list[Row]) -> None:
     ways = {"different": "pair", "one": "blended", "instruct": "endpoint", "thinking": "endpoint"}
     for row in smoke:
         if row["subject"] == "pair" and row["what"] == "decode":
@@ -289,7 +289,7 @@ def test_the_command_prints_rows_and_keeps_them(
 def test_an_error_is_an_exit_code_and_the_other_rows_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [Job("card").told(), Job("static").told(error="no"), Job("pair").told()]
+    rows = [Job("card").row(), Job("static").row(error="no"), Job("pair").row()]
     monkeypatch.setattr(bench.gpu, "rows_of_all", lambda *_: iter(rows))
     assert main(["--out", str(tmp_path)]) == 1
     (path,) = tmp_path.iterdir()
@@ -307,13 +307,13 @@ def test_what_needs_no_device_needs_no_torch() -> None:
 def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
     report = Report(SMOKE, ["static"], tmp_path)
     for count in range(1, 3):
-        report.add(Job("static").told(skipped="no room"))
+        report.add(Job("static").row(skipped="no room"))
         (path,) = tmp_path.iterdir()
         assert len(json.loads(path.read_text())["rows"]) == count
 
 
 def test_rows_are_held_against_the_card_as_measured_or_else_as_its_maker_says(
-    smoke: list[Record], tmp_path: Path
+    smoke: list[Row], tmp_path: Path
 ) -> None:
     report = Report(SMOKE, SUBJECTS, tmp_path)
     for row in smoke:
@@ -324,15 +324,15 @@ def test_rows_are_held_against_the_card_as_measured_or_else_as_its_maker_says(
             assert row["bound_measured"]
     work = {"bytes": 3.35e12, "operations": 0.0}
     nominal = Report(SMOKE, ["int8"], tmp_path)
-    nominal.add(Job("int8").told(machine={"device": "NVIDIA H100 80GB HBM3"}))
+    nominal.add(Job("int8").row(machine={"device": "NVIDIA H100 80GB HBM3"}))
     nominal.add(decode("int8", "different", 2.0, work=work))
     assert nominal.rows[-1]["share"] == nominal.rows[-1]["bandwidth_share"] == 0.5
     assert not nominal.rows[-1]["bound_measured"]
 
 
-def decode(subject: Subject, lambdas: Any, seconds: float, **more: Any) -> Record:
+def decode(subject: Subject, lambdas: Any, seconds: float, **more: Any) -> Row:
     rate = {"model": "4b", "compiled": False, "seconds": seconds, "tokens_a_second": 32 / seconds}
-    return Job(subject, Case("decode", lambdas, 32, 1024)).told(**rate, **more)
+    return Job(subject, Case("decode", lambdas, 32, 1024)).row(**rate, **more)
 
 
 def test_ratios_take_the_rows_of_several_runs_and_say_whether_their_aim_is_met() -> None:
@@ -352,7 +352,7 @@ def test_compiled_rows_are_compared_among_themselves() -> None:
     assert found == {"4b: hot λ / static": 1.0, "4b compiled: hot λ / static": 0.5}
 
 
-def test_a_first_token_shall_come_late_by_little(smoke: list[Record]) -> None:
+def test_a_first_token_shall_come_late_by_little(smoke: list[Row]) -> None:
     rows = [{"model": "4b", "compiled": False, **row} for row in smoke]
     (ratio,) = [one for one in ratios(rows, smoke=True) if "first token" in one.name]
     assert ratio.met == (ratio.value <= 1.1)

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 import bench.gpu_served
 from bench.gpu_bounds import SHAPES, TINY
+from bench.gpu_cases import off
 from bench.gpu_pairs import Place
-from bench.gpu_served import SMALL, Run, engine_said, faults, main, rows_of, said_by, steady
+from bench.gpu_served import FEW, ServedRun, engine_said, main, rows_of, said_by, steady
 from bench.served import Asked, ServerFailed, Streamed
 from bench.served_pair import made_up_tokenizer, write_pair
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
@@ -57,7 +58,7 @@ def test_the_ratio_that_is_aimed_at_is_of_rounds_in_turn(record: Any, smoke: Row
 def test_the_server_and_the_engine_alone_say_the_same(smoke: Rows) -> None:
     for kind in ("different", "one"):
         facts = smoke["HTTP in turn", kind]["facts"]
-        assert facts["same_answers"] == facts["answers"] == SMALL.streams
+        assert facts["same_answers"] == facts["answers"] == FEW.count
 
 
 def test_every_token_of_a_stream_is_an_event_of_its_own(smoke: Rows) -> None:
@@ -116,23 +117,24 @@ def info_of(**choices: str) -> EngineInfo:
 
 
 @pytest.mark.parametrize(
-    ("graphs", "kernels", "off"),
+    ("graphs", "kernels", "off_there"),
     [
-        ("24 recorded, in 9 s", "up to 64 rows", None),
-        ("none", "up to 64 rows", "off: graphs"),
-        ("24 recorded, in 9 s", "none, as they do not run here (no)", "off: pair_kernels"),
-        ("none", "", "off: graphs, pair_kernels"),
-        ("24 recorded, in 9 s", "up to 0 rows", "off: pair_kernels"),
+        ("24 recorded, in 9 s", "up to 64 rows", 0),
+        ("none", "up to 64 rows", 1),
+        ("24 recorded, in 9 s", "none, as they do not run here (no)", 1),
+        ("none", "", 2),
+        ("24 recorded, in 9 s", "up to 0 rows", 1),
     ],
 )
 def test_graphs_and_kernels_that_are_off_are_read_from_the_servers_line_and_fail_on_a_gpu(
-    graphs: str, kernels: str, off: str | None
+    graphs: str, kernels: str, off_there: int
 ) -> None:
     info = info_of(attention="triton (8 decode steps)", graphs=graphs, pair_kernels=kernels)
     engine = engine_said(f"Ready: x ({told(info)}profile neutral) at http://127.0.0.1:80")
     assert engine == said_by(info)
-    assert faults(engine, torch.device("cuda")).get("error") == off
-    assert faults(engine, torch.device("cpu")) == {}
+    error = off(engine, ServedRun("4b"), "cuda").get("error", "")
+    assert len(list(filter(None, error.split("; ")))) == off_there
+    assert off(engine, ServedRun("4b"), "cpu") == {}
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
@@ -142,15 +144,15 @@ def test_a_server_that_does_not_start_is_a_row_and_leaves_no_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench.gpu_served, "folder_with_room", lambda size: tmp_path)
-    monkeypatch.setattr(Run, "flags", lambda run, pair: ["--max-num-seqs", "none"])
-    (row,) = rows_of(Run("4b", smoke=True), seconds=0)
+    monkeypatch.setattr(ServedRun, "flags", lambda run, pair: ["--max-num-seqs", "none"])
+    (row,) = rows_of(ServedRun("4b", smoke=True), seconds=0)
     assert row["error"] == "ServerFailed: the server did not start: exit code 2"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_pair_without_room_for_its_files_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.gpu_served, "folder_with_room", lambda size: None)
-    (row,) = rows_of(Run("30b-a3b"), seconds=0)
+    (row,) = rows_of(ServedRun("30b-a3b"), seconds=0)
     assert re.fullmatch(r"no room for files of \d+ GB; --layers cuts them", row["skipped"])
 
 

@@ -1,0 +1,82 @@
+"""A cache of compiled kernels, packed into a file and unpacked on another machine.
+
+It holds the binaries, and the launchers that Triton has the C compiler build. Triton finds them by
+a hash of the kernel's source and line, of its arguments' types and divisibility, of its options,
+and of Triton's own files: another version of any finds nothing there, and compiles. What ties a
+cache to its place are absolute paths in an index, which unpacking writes anew.
+"""
+
+import json
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+from unittest.mock import patch
+
+KEPT: Final = {".cubin", ".json", ".so"}  # the other stages of a compilation are never read again
+INDEX: Final = "__grp__"  # of the files of a kernel, by Triton's name
+Launcher = Callable[..., object]  # called with a kernel's source and metadata, builds its launcher
+Compiled = TypeVar("Compiled")
+
+
+def pack(file: Path, compile_all: Callable[[Launcher], Compiled]) -> Compiled:
+    """Has `compile_all` compile into a cache of its own, of which `file` keeps what running the
+    kernels needs."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.part")
+    with (
+        tarfile.open(unfinished, "w:xz") as archive,  # before minutes of compiling: it may fail
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        with (
+            patch.dict(os.environ, TRITON_CACHE_DIR=directory),
+            _building_launchers(Path(directory) / "stub") as launcher,
+        ):
+            compiled = compile_all(launcher)
+        for path in sorted(Path(directory).glob("*/*")):
+            if path.suffix in KEPT and not path.name.startswith(INDEX):
+                archive.add(path, path.relative_to(directory))
+    unfinished.replace(file)
+    return compiled
+
+
+def unpack(file: Path, into: Path) -> int:
+    """Gives the number of kernels; needs no Triton."""
+    with tarfile.open(file) as archive:
+        archive.extractall(into, filter="data")
+    kernels = [path.absolute() for path in into.glob("*/*.json") if INDEX not in path.name]
+    for kernel in kernels:
+        files = {path.name: str(path) for path in kernel.parent.glob(f"{kernel.stem}.*")}
+        (kernel.parent / f"{INDEX}{kernel.name}").write_text(json.dumps({"child_paths": files}))
+    return len(kernels)
+
+
+@contextmanager
+def _building_launchers(stub: Path) -> Iterator[Launcher]:
+    """Triton's C code, compiled for every kernel's arguments, against a library with nothing in it
+    in the place of the driver's, and not loaded."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    stub.mkdir()
+    library = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1"]
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, *library, "-o", str(stub / "libcuda.so.1")], check=True)
+    with (
+        patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(stub)),
+        patch.object(build, "_load_module_from_path", lambda name, path: _Unloaded()),
+    ):
+        driver.CudaUtils()
+        # Later versions have one launcher for all, in what CudaUtils builds.
+        yield driver.CudaLauncher if hasattr(driver, "make_launcher") else lambda *_: None
+
+
+class _Unloaded:
+    """Stands for a module of which nothing is called."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
