@@ -47,7 +47,7 @@ from mi_runtime.attention import LayerShape
 from mi_runtime.blend_cache import BlendCache
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.graphs import DecodeGraphs, Recorder
+from mi_runtime.graphs import DecodeGraphs, Recorder, sizes_for
 from mi_runtime.load import BlendedModel
 from mi_runtime.planner import CostModel, Curve, Planner
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
@@ -214,7 +214,7 @@ def engine_of(
     cache.places = 2
     runner.planner = Planner("auto", COSTS, lambda dial: 0.0, cache.places)
     runner.graphs = DecodeGraphs(
-        model, runner.attention, recorder(forward), max_rows=case.rows, max_blocks=blocks
+        model, runner.attention, recorder(forward), sizes=sizes_for(case.rows), max_blocks=blocks
     )
     runner.graphs.record()
     return engine

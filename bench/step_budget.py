@@ -119,7 +119,7 @@ def _recorded(model: BlendedModel, way: Way) -> Launches:
             run()
         return run
 
-    DecodeGraphs(model, attention, record, max_rows=2, max_blocks=2).record([Form(2, way)])
+    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([Form(2, way)])
     return counted
 
 

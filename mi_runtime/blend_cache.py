@@ -20,7 +20,7 @@ Key = tuple[str, float]  # (blend group, λ on the grid)
 class Blendable(Protocol):
     """A pair of tensors that can be blended to one."""
 
-    name: str  # which no other of its group has, and that of another layer does; or empty
+    name: str  # unique in its group, and the same in all layers; empty: known by its identity
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
         """Θ(λ), rounded once; written into `out` where there is one."""

@@ -56,6 +56,6 @@ class EngineConfig:
         sizes = self.cuda_graph_sizes
         if any(later <= size for size, later in pairwise((0, *sizes))) or len(sizes) > MOST_SIZES:
             raise ValueError(
-                f"cuda_graph_sizes must ascend from 1 on, and be at most {MOST_SIZES}, "
+                f"cuda_graph_sizes must be at most {MOST_SIZES} numbers that ascend, from 1 on, "
                 f"not {', '.join(map(str, sizes))}"
             )

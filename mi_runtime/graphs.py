@@ -264,9 +264,11 @@ class DecodeGraphs:
 
 
 def sizes_for(max_rows: int, wanted: Sequence[int] = SIZES) -> tuple[int, ...]:
-    """Of these ascending numbers those that steps of at most `max_rows` sequences need."""
-    sizes = sorted({max(2, size) for size in wanted})
-    return tuple(sizes[: bisect_left(sizes, max_rows) + 1])
+    """Of these numbers those that steps of at most `max_rows` sequences need, ascending.
+
+    The last is cut to what a step may have; one row runs as two.
+    """
+    return tuple(sorted({max(2, min(size, max_rows)) for size in wanted}))
 
 
 def _rows_apart(*shape: int, device: torch.device) -> Tensor:

@@ -119,8 +119,8 @@ def _cuda_sizes(
 ) -> tuple[Sizes, Recordable | None]:
     """Measured with as much KV as the largest step needs, which is given back."""
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
-    # One more: a layer that is compiled here takes sizes that are equal for one and the same, and
-    # rows of recordings are powers of two as steps are.
+    # One more: of two sizes that happen to be equal, blocks here and rows of a recording, torch
+    # would compile that they always are.
     blocks = blocks_of_largest(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)

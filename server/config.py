@@ -153,7 +153,7 @@ class Settings(BaseSettings):
     """Numbers of sequences that decode steps are recorded for, ascending; a step takes the next
     larger one, and larger steps are not replayed; default: from 2 up to --max-num-seqs."""
     torch_compile: bool = True
-    """Compile what is recorded; takes minutes at start."""
+    """Compile what is recorded, at the first start for a minute or more."""
     attention_backend: AttentionName = "auto"
     """Who computes attention; auto: on a GPU the fastest that works, measured at start."""
     blend_policy: BlendPolicy = "auto"

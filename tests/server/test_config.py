@@ -121,7 +121,7 @@ def test_the_sizes_of_recordings_reach_the_engine_as_numbers(flags: str) -> None
 
 @pytest.mark.parametrize("sizes", ["8,4", "8,8", "0", "-1,2", ",".join(map(str, range(1, 66)))])
 def test_sizes_of_recordings_that_do_not_ascend_are_refused(sizes: str) -> None:
-    with pytest.raises(ConfigError, match="cuda_graph_sizes must ascend from 1 on"):
+    with pytest.raises(ConfigError, match="at most 64 numbers that ascend, from 1 on"):
         load_settings([f"--cuda-graph-sizes={sizes}"]).engine_config(
             instruct=Path("a"), thinking=Path("b")
         )
