@@ -29,7 +29,7 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Measures on this machine; bench/README.md says what.
+# Speed and overhead, measured on this machine; bench/README.md says what.
 bench: $(VENV)/.tested
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.serving
@@ -46,24 +46,25 @@ GPU_OUT ?= bench/results
 GPU_FLAGS ?=
 GPU_VENV ?= .venv-gpu
 
-# On the machine with the GPU, by its own $(PYTHON) and packages: nothing is installed or fetched.
+# On a GPU machine, by its own $(PYTHON) and packages: nothing is installed or fetched.
 gpu-first-contact:
 	$(PYTHON) -m bench.first_contact --out $(GPU_OUT) $(GPU_FLAGS)
 
 gpu-test:
-	GPU_OUT=$(GPU_OUT) TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -W default
+	GPU_OUT=$(GPU_OUT) TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu -W default
 
 gpu-bench:
-	PYTHONPATH=. $(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
+	$(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
 
-# Where there is a network: what that machine lacks, into .wheels, which goes there with the checkout.
+# For a GPU machine without network, where there is one: packages that bench/gpu_machine.txt lacks,
+# and compiled kernels, into .wheels, which goes there with the checkout.
 gpu-wheels:
 	$(PYTHON) -m bench.gpu_wheels
 
 gpu-kernels: $(GPU_VENV)/.installed
 	$(GPU_VENV)/bin/python -m bench.kernel_code --pack .wheels/kernels.tar.xz
 
-# What that machine has of what first contact needs, with its versions; PYTHON must be a Python 3.12.
+# What first contact needs of bench/gpu_machine.txt, in its versions; PYTHON must be a Python 3.12.
 # But for numpy: Triton 3.6 interprets with none later than 2.3.
 gpu-environment: $(GPU_VENV)/.installed
 
@@ -73,9 +74,10 @@ $(GPU_VENV)/.installed: bench/gpu_machine.txt pyproject.toml
 	$(GPU_VENV)/bin/pip install 'numpy<2.4'
 	touch $@
 
-# All steps of first contact at tiny shapes on this machine's CPU, in that environment if it is there.
-gpu-rehearsal:
-	$(if $(wildcard $(GPU_VENV)/.installed),$(GPU_VENV),$(VENV))/bin/python -m bench.first_contact --smoke $(GPU_FLAGS)
+# All steps of first contact at tiny shapes on this CPU, in that environment where it is there.
+REHEARSED := $(or $(wildcard $(GPU_VENV)/.installed),$(VENV)/.tested)
+gpu-rehearsal: $(REHEARSED)
+	$(dir $<)bin/python -m bench.first_contact --smoke $(GPU_FLAGS)
 
 # What the compiler makes of the kernels, for a GPU that need not be there.
 kernel-code: $(VENV)/.tested

@@ -49,7 +49,7 @@ class Record:
             step = self.steps[name]
             errors = [f"{name_of(row)}: {row['error']}" for row in step["rows"] if "error" in row]
             late = sum(row.get("skipped") == OUT_OF_TIME for row in step["rows"])
-            told_late = f"{late} rows {OUT_OF_TIME}" if late else ""
+            told_late = f"{late} of {len(step['rows'])} rows {OUT_OF_TIME}" if late else ""
             status = ended.status
             if status == "ok" and (errors or late):
                 status = "failed" if errors else "partial"

@@ -160,12 +160,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def rows_of(run: ServedRun, seconds: float) -> Iterator[Row]:
     """What fails is a row that says so, and the last one."""
-    size = bytes_of_pair(run.shape, run.place.dtype)
-    folder = folder_with_room(size)
-    if folder is None:
-        yield row("start", skipped=f"no room for files of {size / 1e9:.0f} GB; --layers cuts them")
-        return
     try:
+        size = bytes_of_pair(run.shape, run.place.dtype)
+        folder = folder_with_room(size)
+        if folder is None:
+            why = f"no room for files of {size / 1e9:.0f} GB; --layers cuts them"
+            yield row("start", skipped=why)
+            return
         with tempfile.TemporaryDirectory(prefix="mi-served-", dir=folder) as directory:
             pair = write_pair(run.shape, run.place, Path(directory))
             yield from measured_rows(run, pair, seconds)

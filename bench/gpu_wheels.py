@@ -11,6 +11,7 @@ that has pip 23 or later.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,10 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def machine_packages(text: str) -> dict[str, str | None]:
-    """Normalized names, and versions where they are known."""
-    lines = (line.strip() for line in text.splitlines())
-    pairs = (line.partition("==") for line in lines if line and not line.startswith("#"))
-    return {normalized(name): version or None for name, _, version in pairs}
+    """Normalized names, and versions where they are known, as a package index has them."""
+    named = re.finditer(r"^(\w[\w.-]*)(?:==([\w.]+))?", text, re.MULTILINE)
+    return {normalized(found[1]): found[2] for found in named}
 
 
 def requirements() -> Iterator[str]:

@@ -175,9 +175,9 @@ class InstantModel(BlendedModel):
 
 def instant_model(forward: Callable[[], None], device: torch.device) -> InstantModel:
     nothing = nn.Module()
-    nothing.config = argparse.Namespace(model_type="instant")
+    nothing.config = argparse.Namespace(model_type="instant")  # type: ignore[assignment]
     return InstantModel(
-        model=nothing,  # type: ignore[arg-type]
+        model=nothing,
         groups=BlendGroups(LAYERS, device, BlendCache(2)),
         layers=(LayerShape(1, 1, 1, 1),) * 2,
         device=device,

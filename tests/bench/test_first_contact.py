@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 
 from bench.contact_carried import normalized, unpack_missing
+from bench.contact_counters import counted
 from bench.contact_process import Ended
 from bench.contact_record import Record
+from bench.contact_tests import FILES
 from bench.first_contact import STEPS, Step, main
-from bench.gpu_wheels import MACHINE, machine_packages
+from bench.gpu_wheels import MACHINE, download, machine_packages
+from tests.bench.processes import is_gone
 from tests.contract.conftest import wait_until
 
 ROOT = Path(__file__).parents[2]
 FAKES = """
-import json, os, subprocess, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 
 def row(**values):
@@ -41,12 +44,20 @@ match sys.argv[1]:
         row(figure="still read")
     case "telling":
         row(error="RuntimeError: no kernel image is available")
+    case "late":
+        row(figure="in time")
+        row(skipped="out of time")
+    case "cuda":
+        row(error="CUDA error: an illegal memory access\\nCompile with `TORCH_USE_CUDA_DSA` | see")
     case "deaf":  # a child that ignores being asked to end, and holds the pipe open
-        child = "from signal import *; signal(SIGTERM, SIG_IGN); import time; time.sleep(600)"
-        process = subprocess.Popen([sys.executable, "-c", child])
-        Path(sys.argv[2]).write_text(f"{process.pid}")
         row(figure="a row before the wait")
-        time.sleep(0 if sys.argv[3] == "ends" else 600)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if pid := os.fork():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            Path(sys.argv[2]).write_text(f"{pid}\\n")
+            time.sleep(0 if sys.argv[3] == "ends" else 600)
+        else:
+            time.sleep(600)
     case "counted":
         with open(sys.argv[2], "a") as file:
             file.write("run\\n")
@@ -61,17 +72,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     (tmp_path / "fakes.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("bench.contact_process.PATIENCE", 0.2)
+    monkeypatch.setattr("bench.first_contact.REHEARSING", 1)
 
     def run(
-        fakes: dict[str, tuple[str, ...]], *flags: str, limit: int = 60, least: int = 0
+        fakes: dict[str, tuple[str, ...]], *flags: str, least: int = 0, **limits: int
     ) -> tuple[int, dict[str, Any]]:
         steps = [
-            Step(chr(97 + index), name, ("fakes", *fake), limit, least, smoke=())
+            Step(chr(97 + index), name, ("fakes", *fake), limits.get(name, 60), least, smoke=())
             for index, (name, fake) in enumerate(fakes.items())
         ]
         out = tmp_path / "out"
         code = main(["--smoke", "--out", str(out), *flags], steps)
-        assert {path.name for path in out.iterdir()} == {"first_contact.json", "first_contact.log"}
+        assert {path.name for path in out.iterdir()} >= {"first_contact.json", "first_contact.log"}
         return code, json.loads((out / "first_contact.json").read_text())["steps"]
 
     return run
@@ -105,27 +117,55 @@ def test_a_step_that_crashes_or_prints_garbage_costs_the_next_one_nothing(run: R
     assert "no kernel image" in steps["telling"]["why"]
 
 
+def test_an_error_of_several_lines_is_one_line_of_the_table(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run({"cuda": ("cuda",)})
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("| cuda | failed |")
+    assert line.count("|") == 5
+
+
 @pytest.mark.parametrize(("then", "status"), [("ends", "ok"), ("waits", "timed out")])
 def test_no_process_of_a_step_is_left_behind(
     run: Run, tmp_path: Path, then: str, status: str
 ) -> None:
     told = tmp_path / "pid"
-    _, steps = run({"deaf": ("deaf", str(told), then), "good": ("good",)}, limit=1)
+    limit = 60 if then == "ends" else 2
+    _, steps = run({"deaf": ("deaf", str(told), then), "good": ("good",)}, deaf=limit)
     assert steps["deaf"]["status"] == status
     assert steps["deaf"]["rows"]
     assert steps["good"]["status"] == "ok"
-    wait_until(lambda: not Path("/proc", told.read_text()).exists())
+    wait_until(lambda: is_gone(int(told.read_text())))
 
 
 def test_steps_that_were_ok_are_not_run_again(run: Run, tmp_path: Path) -> None:
     count, path = tmp_path / "count", str(tmp_path / "out/first_contact.json")
     fakes = {"counted": ("counted", str(count)), "crash": ("crash",), "good": ("good",)}
-    assert run(fakes, "--only", "counted,b")[0] == 1
+    assert run(fakes, "--only", "counted, b")[0] == 1
     code, steps = run(fakes, "--resume", path, "--only", "a,c")
     assert count.read_text() == "run\n"
     assert code == 0, "the one that failed was not to run"
     assert [step["status"] for step in steps.values()] == ["ok", "failed", "ok"]
     assert steps["crash"]["rows"], "rows of a step that is not run again are kept"
+
+
+def test_a_step_that_was_cut_off_by_time_is_not_ok_and_runs_again(run: Run, tmp_path: Path) -> None:
+    code, steps = run({"late": ("late",)})
+    assert code == 1
+    assert steps["late"]["status"] == "partial"
+    assert steps["late"]["why"] == "1 of 2 rows out of time"
+    code, steps = run({"late": ("good",)}, "--resume", str(tmp_path / "out/first_contact.json"))
+    assert code == 0
+    assert steps["late"]["status"] == "ok"
+
+
+def test_an_earlier_record_is_kept_under_another_name(run: Run, tmp_path: Path) -> None:
+    for fake in ("good", "crash", "telling"):
+        run({"step": (fake,)})
+    kept = [tmp_path / f"out/first_contact-{number}.json" for number in (1, 2)]
+    found = [json.loads(file.read_text())["steps"]["step"]["status"] for file in kept]
+    assert found == ["ok", "failed"]
 
 
 def test_a_step_starts_only_with_the_time_that_it_needs(run: Run) -> None:
@@ -134,24 +174,66 @@ def test_a_step_starts_only_with_the_time_that_it_needs(run: Run) -> None:
     assert steps["late"] == {"status": "not run", "seconds": 0.0, "why": "out of time", "rows": []}
 
 
-def test_a_run_that_is_ended_takes_its_step_along_and_leaves_a_whole_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "a,kernel"], "not 'kernel'"),
+        (["--only", ""], "not ''"),
+        (["--resume", "/nowhere/first_contact.json"], "No such file"),
+        (["--resume", __file__], "Extra data"),
+        (["--resume", "{other}"], "not a record of first contact"),
+        (["--out", "{other}"], "no folder to write to"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_step(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"steps": {"pair": {"status": "ok", "seconds": 1}}}')
+    with pytest.raises(SystemExit, match="2"):
+        main(["--smoke", "--out", str(tmp_path), *(flag.format(other=other) for flag in flags)])
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+@pytest.mark.parametrize(
+    ("has", "status", "code"), [(80, "not run", 0), (141, "ok", 0), (None, "ok", 0)]
+)
+def test_a_step_is_left_out_where_the_card_is_known_to_be_too_small(
+    has: int | None, status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.first_contact.card_memory", lambda: has)
+    step = Step("a", "large", ("this",), 60, 0, memory=130)
+    assert main(["--out", str(tmp_path)], [step]) == code
+    steps = json.loads((tmp_path / "first_contact.json").read_text())["steps"]
+    assert steps["large"]["status"] == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_takes_its_step_along_and_leaves_a_whole_file(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     told = tmp_path / "pid"
     (tmp_path / "fakes.py").write_text(FAKES)
     program = (
-        "from bench.first_contact import Step, main; import sys; "
+        "from bench.first_contact import Step, main; import bench.contact_process, sys; "
+        "bench.contact_process.PATIENCE = 0.2; "
         f"command = ('fakes', 'deaf', {str(told)!r}, 'waits'); "
         "sys.exit(main(sys.argv[1:], [Step('a', 'deaf', command, 60, 0, smoke=())]))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     command = [sys.executable, "-c", program, "--smoke", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: told.exists() and bool(told.read_text()))
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "| deaf | failed | 0 | interrupted" in out
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert re.search(r"^\| deaf \| failed \| \d+ \| interrupted", out, re.MULTILINE)
     assert json.loads((tmp_path / "out/first_contact.json").read_text())["steps"]["deaf"]["rows"]
-    wait_until(lambda: not Path("/proc", told.read_text()).exists())
+    wait_until(lambda: is_gone(int(told.read_text())))
 
 
 def test_the_file_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
@@ -181,7 +263,7 @@ def test_only_wheels_of_missing_packages_are_unpacked(tmp_path: Path) -> None:
     assert not (tmp_path / "site/torch").exists()
 
 
-def test_the_list_of_what_the_machine_has_is_read() -> None:
+def test_the_list_of_what_the_gpu_machine_has_is_read() -> None:
     found = machine_packages(MACHINE.read_text())
     assert found["torch"] == "2.11.0"
     assert found["pytest"] is None
@@ -189,12 +271,33 @@ def test_the_list_of_what_the_machine_has_is_read() -> None:
     assert all(normalized(name) == name for name in found)
 
 
+def test_a_list_by_pip_freeze_is_read_too() -> None:
+    text = "# made there\ntorch==2.11.0+cu130\nPy_Yaml @ file:///wheels/it.whl\n-e git+https://x\n"
+    assert machine_packages(text) == {"torch": "2.11.0", "py-yaml": None}
+
+
+def test_wheels_are_replaced_only_when_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old-1.0-py3-none-any.whl").touch()
+
+    def pip(command: str, *arguments: str) -> None:
+        Path(arguments[arguments.index("--dest") + 1], "new-1.0-py3-none-any.whl").touch()
+        if "gone==1.0" in arguments:
+            raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr("bench.gpu_wheels._pip", pip)
+    with pytest.raises(subprocess.CalledProcessError):
+        download({"new": "1.0", "gone": "1.0"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old-1.0-py3-none-any.whl"]
+    download({"new": "1.0"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new-1.0-py3-none-any.whl"]
+
+
 # --- What is told -------------------------------------------------------------------------------
 
 
 def test_a_profile_s_counters_are_read_from_what_ncu_prints() -> None:
-    from bench.contact_profile import counted
-
     output = (
         '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum"\n'
         '"","","us","Mbyte"\n"0","_product","71.5","201.3"\n'
@@ -238,10 +341,7 @@ def test_the_coordinator_imports_nothing_that_may_be_broken() -> None:
     assert not {"torch", "numpy", "transformers", "triton"} & set(done.stdout.split())
 
 
-def test_the_environment_step_runs_for_real(tmp_path: Path) -> None:
-    started = time.monotonic()
-    code = main(["--smoke", "--only", "a", "--out", str(tmp_path)])
-    step = json.loads((tmp_path / "first_contact.json").read_text())["steps"]["environment"]
-    assert code == 0, step["why"]
-    assert time.monotonic() - started >= step["seconds"] - 0.1
-    assert {"torch", "imports", "a Triton kernel"} <= {row["what"] for row in step["rows"]}
+def test_every_test_that_needs_a_gpu_runs_in_first_contact() -> None:
+    """That of the bench is left to the steps that run the bench itself."""
+    there = {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    assert {name for names in FILES.values() for name in names} == there - {"test_bench.py"}

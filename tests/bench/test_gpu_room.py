@@ -1,4 +1,4 @@
-"""What fits on the cards that are lent, by the sizes of the models."""
+"""What fits on an H100 and an H200, by the sizes of the models."""
 
 import pytest
 

@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 KERNELS = {"attend_kernel", "add_parts_kernel", "write_kernel", "_product", "_sum_splits"}
 SHARED = 1024 * kernel_code.SHARED[90]
-REGISTERS = 65_536 // 256  # of a thread, where a program has eight warps
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,6 @@ def test_every_kernel_fits_and_keeps_its_numbers_in_registers(looked_at: dict[st
     assert {one["kernel"] for one in looked_at["compiled"]} == KERNELS
     for one in looked_at["compiled"]:
         assert one["shared"] <= SHARED, one
-        assert one["registers"] < REGISTERS, one
         assert one["spilled"] == 0, one
 
 
@@ -101,6 +99,31 @@ def test_what_a_model_launches_is_what_the_command_compiles(looked_at: dict[str,
 
 def test_a_packed_cache_is_found_where_it_is_unpacked(looked_at: dict[str, Any]) -> None:
     assert looked_at["carried"] == {"packed": [False], "unpacked": 1, "found": [True]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--unpack", "{file}"], "need each other"),
+        (["--unpack", "{file}", "--into", "{folder}"], "ReadError"),
+        (["--unpack", "{file}.gone", "--into", "{folder}"], "FileNotFoundError"),
+        (["--capability", "42"], "invalid choice"),
+        ([], "TRITON_INTERPRET must not be set"),
+    ],
+)
+def test_what_the_command_cannot_do_it_says(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    file = tmp_path / "garbage"
+    file.write_text("garbage")
+    with pytest.raises(SystemExit, match="2"):
+        kernel_code.main([flag.format(file=file, folder=tmp_path) for flag in flags])
+    assert message in capsys.readouterr().err
 
 
 def attending(looked_at: dict[str, Any]) -> list[dict[str, Any]]:

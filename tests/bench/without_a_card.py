@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench import kernel_code
+from bench import kernel_cache, kernel_code
 from bench.gpu_bounds import SHAPES, TINY, Shape, Store
 from bench.gpu_pairs import Place, random_pair
 from bench.kernel_code import Case
@@ -128,8 +128,9 @@ def forward(
 def carried(folder: Path) -> dict[str, Any]:
     """Packs the kernels of two launches, and looks for them where they were unpacked."""
     few = [Case("4b", "writing KV", 8, partial(kernel_code.write, DENSE, 8, torch.bfloat16))]
-    packed = kernel_code.pack(folder / "kernels.tar.xz", few, 90)
-    unpacked = kernel_code.unpack(folder / "kernels.tar.xz", folder / "elsewhere")
+    compile_few = partial(kernel_code.compiled, few, 90)
+    packed = kernel_cache.pack(folder / "kernels.tar.xz", compile_few)
+    unpacked = kernel_cache.unpack(folder / "kernels.tar.xz", folder / "elsewhere")
     with patch.dict(os.environ, TRITON_CACHE_DIR=str(folder / "elsewhere")):
         found = kernel_code.compiled(few)
     return {

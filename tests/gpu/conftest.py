@@ -1,8 +1,8 @@
 """Tests that need a GPU; where there is none, or Triton is interpreted, all of them are skipped.
 
-`make gpu-test` runs them, on the machine's own packages, and has what became of them written to
+`make gpu-test` runs them, on the packages that `PYTHON` has, and has what became of them written to
 `gpu-test.json`. With `GPU_REHEARSAL=1` they run on a CPU at tiny shapes, kernels interpreted, all
-but those that are `on_a_gpu_only`: so that no test fails on the day for a mistake of its own.
+but those that are `on_a_gpu_only`: so that no test fails on a GPU for a mistake of its own.
 
 Memory that nothing has written is NaN here (the largest number of an integer type): a kernel that
 leaves a part of its result out cannot be right by luck.

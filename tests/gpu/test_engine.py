@@ -4,8 +4,8 @@ A token may differ where the reference's two best lie closer together than round
 device moves them; what follows in that answer is then another text, and is not compared.
 
 In order of what is to be known first, and each engine as small as it can be: recorded for few rows,
-and compiled in one test only, as that takes half a minute. The attention backend and the kernels of
-pair products are those of a real model, whatever would be fastest at this size.
+and compiled in one test only, the longest. The attention backend and the kernels of pair products
+are those of a real model, whatever would be fastest at this size.
 """
 
 import gc
@@ -129,7 +129,7 @@ def test_recorded_answers_are_those_of_the_cpu(engine: Engine) -> None:
 
 @on_a_gpu_only
 def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
-    """The longest test, so that it runs beside the others."""
+    """The longest test: early, so that other processes run the others beside it."""
     engine = make(torch_compile=True)
     assert_as_on_a_server(engine, "recorded and compiled")
     assert_agree(engine.generate(requests()), reference())
