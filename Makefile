@@ -51,7 +51,7 @@ gpu-first-contact:
 	$(PYTHON) -m bench.first_contact --out $(GPU_OUT) $(GPU_FLAGS)
 
 gpu-test:
-	GPU_OUT=$(GPU_OUT) TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu -W default
+	GPU_OUT=$(GPU_OUT) OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu -W default
 
 gpu-bench:
 	$(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)

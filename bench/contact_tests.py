@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("subject", choices=FILES)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     chosen = parser.parse_args(arguments)
+    # The CPU's references are small: threads of several processes would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if chosen.smoke:
         os.environ |= {"GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
     with os.fdopen(os.dup(1), "w") as out:  # for rows alone: pytest writes parts of lines

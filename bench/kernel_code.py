@@ -242,15 +242,20 @@ def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> It
 
 
 def tested() -> Iterator[Case]:
-    """What `tests/gpu` launches beside: the embedded pair in fp32, and attention of all kinds."""
-    yield from serving("embedded", EMBEDDED, torch.float32)
+    """What `tests/gpu` launches beside: the embedded pair, products and attention of all kinds."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from serving("embedded", EMBEDDED, dtype)
+    down = matrices(SHAPES["4b"])["down"]
+    for rows, dtype in product((1, 32), (torch.float32, torch.float16)):
+        yield Case("4b", f"{dtype} down pair", rows, partial(_pair, rows, *down, dtype))
     kinds = (
         ("4b", partial(attend, SHAPES["4b"]), SHAPES["4b"]),
         ("30b-a3b", partial(attend, SHAPES["30b-a3b"]), SHAPES["30b-a3b"]),
         ("large heads", partial(attend, LARGE_HEADS, window=1024), LARGE_HEADS),
         ("sinks", partial(attend, MANY_HEADS, window=128, sinks=True), MANY_HEADS),
     )
-    for (model, call, shape), dtype in product(kinds, (torch.bfloat16, torch.float16)):
+    halves = product(kinds, (torch.bfloat16, torch.float16))
+    for (model, call, shape), dtype in (*halves, (kinds[0], torch.float32)):
         yield Case(model, "writing KV", 32, partial(write, shape, 32, dtype))
         for rows, longest in ((32, 1024), (8, 1024), (2, 16_384)):
             decode = partial(call, rows, rows, longest, dtype)

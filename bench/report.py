@@ -84,7 +84,8 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    # A copy of the checkout may have another owner.
+    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # a machine without git

@@ -32,6 +32,7 @@ def _on_a_gpu() -> None:
         pytest.skip("there is no CUDA device")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton is interpreted in this run: `make gpu-test` lets it compile")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as the engine has it
 
 
 @pytest.fixture

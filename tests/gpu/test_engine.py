@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
     "max_num_seqs": 8,  # so that few decode steps are recorded
     "max_model_len": 256,
     "max_batched_tokens": 64,  # so that prompts are computed in several chunks
-    "blend_cache_bytes": 16 << 20,  # three λ
+    "blend_cache_bytes": 16 << 20 if REHEARSED else None,  # three λ, and as many as there can be
     "attention_backend": "reference" if REHEARSED else "triton",  # which interpreted takes long
     "torch_compile": False,
 }
@@ -88,6 +88,7 @@ def engine(_on_a_gpu: None, _kernels_compute_what_they_can: None) -> Engine:
     """As a server has it, but for its size and what is compiled."""
     engine = build(DEVICE)
     assert_as_on_a_server(engine)
+    assert engine._groups.cache.places >= 3, "blended weights would not be replayed at several λ"
     return engine
 
 
@@ -161,6 +162,8 @@ def test_they_are_with_any_setting(make: Make, settings: dict[str, Any]) -> None
     engine.scheduler.check_integrity()
     if settings.get("num_blocks") and not REHEARSED:  # whose answers are short
         assert engine.stats().preemptions
+    if settings.get("blend_policy") == "blended":
+        assert engine.stats().blended_executions
 
 
 @pytest.mark.parametrize("delta_dtype", ["int8", "int4"])
@@ -226,7 +229,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
 def test_a_kv_cache_that_does_not_fit_is_a_message(make: Make) -> None:
     free = torch.cuda.mem_get_info()[0]
     with pytest.raises(PairError, match=r"(?i)memory"):
-        make(num_blocks=None, kv_cache_bytes=4 * free, max_model_len=None)
+        make(num_blocks=None, kv_cache_bytes=1000 * free, max_model_len=None)  # none of it is had
     gc.collect()
     torch.cuda.empty_cache()
     with pytest.raises(PairError, match=r"no memory for KV: .* GiB .*--delta-dtype"):
