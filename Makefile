@@ -57,7 +57,7 @@ gpu-bench:
 	$(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
 
 # For a GPU machine without network, where there is one: packages that bench/gpu_machine.txt lacks,
-# and compiled kernels, into .wheels, which goes there with the checkout.
+# and compiled kernels, into .wheels, which goes there with the checkout. PYTHON must be a Python 3.12.
 gpu-wheels:
 	$(PYTHON) -m bench.gpu_wheels
 

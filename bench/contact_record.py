@@ -30,7 +30,10 @@ class Record:
         self.steps = {} if earlier is None else earlier
 
     def is_ok(self, name: str) -> bool:
-        return name in self.steps and self.steps[name]["status"] == "ok"
+        return self.status(name) == "ok"
+
+    def status(self, name: str) -> str | None:
+        return self.steps[name]["status"] if name in self.steps else None
 
     def begin(self, name: str, command: Sequence[str]) -> None:
         """Forgets what an earlier run told of this step."""

@@ -12,13 +12,13 @@ every step, `first_contact.log` with all else that they said; the JSON of an ear
 
 The exit code is 0 only if every step that was to run is ok. A row that tells of an error is a
 failure of its step, and an engine on a GPU without recorded decode steps, or without kernels, is
-such an error. A step that skipped rows for lack of time is `partial`, and runs again when resumed;
-one that takes more memory than the card has was not to run.
+such an error. A step that skipped rows for lack of time is `partial`; when resumed, it runs again
+after all others. A step that takes more memory than the card has was not to run.
 
 It needs Python's standard library alone, so that a torch that does not import is told like any
-other failure. What the machine lacks comes from `.wheels/`, where that folder is there: packages as
-wheels (`make gpu-wheels`), which are unpacked for the steps and not installed, and compiled kernels
-(`make gpu-kernels`).
+other failure. What the GPU machine lacks comes from `.wheels/`, where that folder is there:
+packages as wheels (`make gpu-wheels`), which are unpacked for the steps and not installed, and
+compiled kernels (`make gpu-kernels`).
 
 What cannot be rehearsed without a GPU, and runs for the first time where there is one:
 
@@ -221,10 +221,11 @@ class Contact:
     folder: Path  # of files that nobody keeps
 
     def run_all(self, steps: Iterable[Step]) -> list[str]:
-        """Names of those that were to run: all but those that this card cannot run."""
+        """Those that are partial come last: the others tell more. Returns the names of those that
+        were to run: all but those that this card cannot run."""
         self.log.touch()
         to_run = []
-        for step in steps:
+        for step in sorted(steps, key=lambda step: self.record.status(step.name) == "partial"):
             if reason := self.reason_against(step):
                 self.record.leave_out(step.name, reason)
             else:

@@ -5,8 +5,8 @@
 
 `bench/gpu_machine.txt` is what the GPU machine has: replace it by that machine's `pip freeze`. pip
 resolves all that the project depends on for its Python and system, held to the versions known to be
-there, and only what is missing there is downloaded. Runs where there is a network, with any Python
-that has pip 23 or later.
+there, and only what is missing there is downloaded. Runs where there is a network, by the same
+Python (3.12): pip resolves for the one that it runs on.
 """
 
 import argparse
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--machine", action="store_true", help="print, and download nothing")
     chosen = parser.parse_args(arguments)
+    if PYTHON != f"{sys.version_info.major}.{sys.version_info.minor}":
+        parser.error(f"needs Python {PYTHON}, for which pip is to resolve")
     present = machine_packages(MACHINE.read_text())
     try:
         needed = resolved(present)

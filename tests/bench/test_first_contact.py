@@ -150,14 +150,20 @@ def test_steps_that_were_ok_are_not_run_again(run: Run, tmp_path: Path) -> None:
     assert steps["crash"]["rows"], "rows of a step that is not run again are kept"
 
 
-def test_a_step_that_was_cut_off_by_time_is_not_ok_and_runs_again(run: Run, tmp_path: Path) -> None:
-    code, steps = run({"late": ("late",)})
+def test_a_step_that_was_cut_off_by_time_is_not_ok_and_runs_again_after_the_others(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, steps = run({"late": ("late",), "crash": ("crash",)})
     assert code == 1
     assert steps["late"]["status"] == "partial"
     assert steps["late"]["why"] == "1 of 2 rows out of time"
-    code, steps = run({"late": ("good",)}, "--resume", str(tmp_path / "out/first_contact.json"))
+    capsys.readouterr()
+    path = str(tmp_path / "out/first_contact.json")
+    code, steps = run({"late": ("good",), "crash": ("good",)}, "--resume", path)
     assert code == 0
     assert steps["late"]["status"] == "ok"
+    begun = re.findall(r"^[ab] (\w+): -m", capsys.readouterr().out, re.MULTILINE)
+    assert begun == ["crash", "late"]
 
 
 def test_an_earlier_record_is_kept_under_another_name(run: Run, tmp_path: Path) -> None:
