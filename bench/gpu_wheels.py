@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--machine", action="store_true", help="print, and download nothing")
     chosen = parser.parse_args(arguments)
-    if PYTHON != f"{sys.version_info.major}.{sys.version_info.minor}":
+    if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
         parser.error(f"needs Python {PYTHON}, for which pip is to resolve")
     present = machine_packages(MACHINE.read_text())
     try:
