@@ -7,7 +7,7 @@ and reports at the end are the messages of the pipe between the HTTP and the eng
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -146,8 +146,7 @@ class TokenLogprobs:
 class TokenEvent(NamedTuple):
     """One new token of one request, or its end without a token (abort, error, max_tokens 0).
 
-    A tuple, as every token of every step makes one and sends it through the pipe: a tuple is
-    pickled and read five times as fast as a frozen dataclass.
+    A tuple, as every token of every step makes one and sends it through the pipe.
     """
 
     request_id: str
@@ -258,6 +257,14 @@ class StepReport:
 
     events: tuple[TokenEvent, ...]
     stats: EngineStats
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As plain tuples, which are pickled and read five times as fast as those with a name."""
+        return _step_report, ([tuple(event) for event in self.events], self.stats)
+
+
+def _step_report(events: list[tuple[Any, ...]], stats: EngineStats) -> StepReport:
+    return StepReport(tuple(map(TokenEvent._make, events)), stats)
 
 
 Report = Ready | LoadFailed | StepReport

@@ -38,7 +38,7 @@ from mi_runtime.transfer import on_device, send
 
 SMALLEST = 2**-126  # the smallest normal float32
 UNIT = 2.0**-50  # of probability
-SLICE = 64  # rows that are penalized or drawn at once: each takes several copies of a vocabulary
+SLICE = 128  # rows that are penalized or drawn at once: each takes several copies of a vocabulary
 GROUP = 1024  # tokens that are sorted together: what a GPU sorts in one block
 PROBABILITY_BITS, DIGIT_BITS = 30, 5  # of a float32 up to 1; of them, those that one round finds
 EIGHT_TIMES = 0x0101_0101_0101_0101  # times a byte: that byte in each of eight
