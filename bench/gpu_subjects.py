@@ -40,6 +40,7 @@ from bench.gpu_peers import Batching, Generate
 from bench.gpu_room import growth
 from bench.gpu_rows import Measured, Rows
 from bench.report import machine
+from mi_runtime.kernels import is_lost
 
 
 def main() -> int:
@@ -54,7 +55,7 @@ def main() -> int:
     run = Run(chosen.model, chosen.smoke, chosen.compile)
     for row in rows_of(jobs, run, chosen.deadline):
         print(json.dumps(row), flush=True)
-        if "error" in row and is_lost():
+        if "error" in row and is_lost(run.place.device):
             return DEVICE_LOST
     return 0
 
@@ -151,17 +152,6 @@ def give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
-
-
-def is_lost() -> bool:
-    """Whether the device answers no more: after some errors it does not, in this process."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 if __name__ == "__main__":

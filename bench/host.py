@@ -38,10 +38,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mi_runtime.runner
 from bench.arguments import at_least, numbers
+from bench.dispatches import EachDispatch
 from bench.report import publish
 from mi_runtime.attention import LayerShape
 from mi_runtime.blend_cache import BlendCache
@@ -355,21 +355,14 @@ class Clock:
 # --- Counts ------------------------------------------------------------------------------------
 
 
-class Dispatches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Dispatches(EachDispatch):
     """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with self:
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
             fetched = kwargs["device"].type == "cpu"
             self.counts["fetched" if fetched else "sent"] += 1

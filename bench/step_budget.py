@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.dispatches import EachDispatch
 from bench.gpu_bounds import SHAPES, TINY, Shape, Store, decode_work, way_of
 from bench.gpu_pairs import Place, random_endpoint, random_pair
 from bench.host import GREEDY, SAMPLED, Case, dispatches
@@ -62,7 +62,7 @@ SUBJECTS: Final = (
 # --- Counting launches ---------------------------------------------------------------------------
 
 
-class Launches(TorchDispatchMode):
+class Launches(EachDispatch):
     """Counts what would be a kernel on a GPU, and everything that is dispatched."""
 
     def __init__(self) -> None:
@@ -70,14 +70,7 @@ class Launches(TorchDispatchMode):
         self.kernels = 0
         self.dispatched = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with self:
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         self.dispatched += 1
         self.kernels += not func.is_view and not name.startswith(NO_LAUNCH)

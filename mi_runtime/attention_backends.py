@@ -22,7 +22,13 @@ from mi_runtime.attention import (
     ReferenceAttention,
 )
 from mi_runtime.config import AttentionName
-from mi_runtime.kernels import cause_of, launch_errors, triton_installed, triton_interpreted
+from mi_runtime.kernels import (
+    cause_of,
+    is_lost,
+    launch_errors,
+    triton_installed,
+    triton_interpreted,
+)
 from mi_runtime.pair import PairError
 
 NAMES = ("reference", "triton", "torch")
@@ -210,7 +216,7 @@ def fastest(
             raise
         except launch_errors() as error:
             told[backend.name] = f"does not run ({cause_of(error)})"
-            if _lost(workloads[0].query.device):
+            if is_lost(workloads[0].query.device):
                 raise PairError([_without(backend, told[backend.name])]) from error
         else:
             told[backend.name] = f"{milliseconds[backend]:.3g} ms"
@@ -233,17 +239,6 @@ def _expected(reference: AttentionBackend, workloads: Sequence[AttentionWorkload
 def _agrees(out: Tensor, expected: Tensor) -> bool:
     error = (out.float() - expected.float()).abs().max()
     return bool(error <= TOLERANCE[expected.dtype] * expected.float().abs().max())
-
-
-def _lost(device: torch.device) -> bool:
-    """Whether it takes no more work of this process, as after an access to memory not its own."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _without(backend: AttentionBackend, told: str) -> str:

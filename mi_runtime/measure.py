@@ -19,8 +19,9 @@ import torch
 from mi_runtime.attention import PackedAttention
 from mi_runtime.blend import Matrix, PairLinear, weights_of
 from mi_runtime.graphs import DecodeGraphs
-from mi_runtime.kernels import cause_of, launch_errors, triton_installed
+from mi_runtime.kernels import cause_of, is_lost, launch_errors, triton_installed
 from mi_runtime.load import BlendedModel
+from mi_runtime.pair import PairError
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.request import Dial
 from mi_runtime.rows import INSTRUCT, Rows, StepRows, Way
@@ -71,6 +72,8 @@ def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) ->
 def choose_kernels(model: BlendedModel) -> str:
     """Enables the model's kernels where they are worth it, on a GPU; gives what to tell of it.
 
+    Raises PairError where kernels that do not run take the device with them.
+
     Only dense products are measured: of experts, the kernels' rival is a look from the host, which
     no graph can capture.
     """
@@ -81,6 +84,9 @@ def choose_kernels(model: BlendedModel) -> str:
     except torch.OutOfMemoryError:
         raise
     except launch_errors() as error:
+        if is_lost(model.device):
+            lost = "and the GPU takes no more work of this process"
+            raise PairError([f"pair kernels do not run ({cause_of(error)}), {lost}"]) from error
         model.kernels.enable(rows=0, experts=False)
         return f"none, as they do not run here ({cause_of(error)})"
     return f"up to {model.kernels.rows} rows"

@@ -6,7 +6,7 @@ tokens, which the device has, and what is drawn on all that the host makes of th
 scored prompt positions become log-probabilities part by part, and are not kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -132,8 +132,9 @@ class Runner:
         logits: list[Tensor] = []
         scores: dict[Sequence, Score] = {}
         parts = self.planner.plan(chunks)
+        drawn = NOTHING_DRAWN if before is None else before.row_of
         for part in parts:
-            batch, rows = self._forward(part, before)
+            batch, rows = self._forward(part, before, drawn)
             if batch.scored:
                 rows = self._score(rows, batch, scores)
             elif self.graphs is not None and len(parts) > 1:
@@ -147,10 +148,11 @@ class Runner:
         """Has the device draw a token of each chunk that samples, and send all results."""
         flight.sample(self._sampler, self._model.device)
 
-    def _forward(self, part: Part, before: Flight | None) -> tuple[Batch, Tensor]:
+    def _forward(
+        self, part: Part, before: Flight | None, drawn: Mapping[Sequence, int]
+    ) -> tuple[Batch, Tensor]:
         attention, model, graphs = self.attention, self._model, self.graphs
         size, spare = attention.block_size, attention.spare_block
-        drawn = NOTHING_DRAWN if before is None else before.row_of
         batch = build_batch(part, size, spare, model.device, drawn)
         if batch.ahead is not None:
             assert before is not None

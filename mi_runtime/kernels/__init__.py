@@ -8,6 +8,8 @@ import importlib.util
 import os
 import subprocess
 
+import torch
+
 
 def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -28,6 +30,17 @@ def launch_errors() -> tuple[type[Exception], ...]:
     # is built may not load; and a driver's library that the linker does not know is an assertion.
     of_launchers = OSError, subprocess.SubprocessError, ImportError, AssertionError
     return RuntimeError, ValueError, TritonError, *of_launchers
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether it takes no more work of this process, as after an access to memory not its own."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def cause_of(error: BaseException) -> str:

@@ -87,7 +87,7 @@ def test_one_that_takes_the_gpu_with_it_ends_the_start_and_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After an illegal access no other backend could run either."""
-    monkeypatch.setattr(attention_backends, "_lost", lambda device: True)
+    monkeypatch.setattr(attention_backends, "is_lost", lambda device: True)
     with pytest.raises(PairError, match=r"a does not run \(an illegal access.*again"):
         choice(Timed("a", 1.0, error="an illegal access"), Timed("b", 1.0))
 

@@ -11,7 +11,7 @@ from mi_runtime import measure
 from mi_runtime.graphs import Form
 from mi_runtime.load import BlendedModel, load_pair
 from mi_runtime.measure import choose_kernels, measure_kernels, rows_worth, with_replays
-from mi_runtime.pair import check_pair
+from mi_runtime.pair import PairError, check_pair
 from mi_runtime.planner import CostModel, Curve
 from mi_runtime.rows import Way
 from tests.runtime.conftest import MakeEngine
@@ -47,6 +47,43 @@ def test_without_a_gpu_no_kernels_are_taken_and_nothing_is_told(
     model = model_of(qwen3_pair)
     assert choose_kernels(model) == ""
     assert (model.kernels.rows, model.kernels.experts) == (0, False)
+
+
+def failing(pair: tuple[Path, Path], patch: pytest.MonkeyPatch, error: Exception) -> BlendedModel:
+    """A model that believes itself on a GPU, whose kernels raise."""
+
+    def fail(model: BlendedModel) -> None:
+        model.kernels.rows = 8
+        raise error
+
+    patch.setattr(measure, "measure_kernels", fail)
+    patch.setattr(measure, "triton_installed", lambda: True)
+    patch.setattr(measure, "is_lost", lambda device: "illegal" in str(error))
+    return replace(model_of(pair), device=torch.device("cuda"))
+
+
+def test_kernels_that_do_not_run_are_off_and_the_reason_is_told(
+    qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = failing(qwen3_pair, monkeypatch, RuntimeError("no kernel image"))
+    assert choose_kernels(model) == "none, as they do not run here (no kernel image)"
+    assert model.kernels.rows == 0
+
+
+def test_kernels_that_take_the_gpu_with_them_end_the_start(
+    qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured next raised an error that named neither."""
+    with pytest.raises(PairError, match=r"pair kernels do not run \(an illegal access\)"):
+        choose_kernels(failing(qwen3_pair, monkeypatch, RuntimeError("an illegal access")))
+
+
+def test_a_gpu_that_is_full_is_no_fault_of_the_kernels(
+    qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_kernels(failing(qwen3_pair, monkeypatch, full))
 
 
 def test_kernels_that_are_slower_take_no_dense_products_but_the_experts(
