@@ -150,7 +150,7 @@ def test_padding_rows_leave_the_kv_of_others_alone(pair_of: PairOf) -> None:
     sequence.block_table, sequence.computed = [3], 1
     part = Part([Chunk(sequence, 1, 1)], blended=False)
     with torch.inference_mode():
-        engine._runner._forward(part, None)
+        engine._runner._forward(part, None, {})
     changed = [
         (keys != old).any(dim=(1, 2, 3)).nonzero().flatten().tolist()
         for keys, old in zip(attention._keys, before, strict=True)
