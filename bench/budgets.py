@@ -29,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.report import RESULTS, machine, rounded
-from server.profiles import DEFAULT_CLASS
+from server.routing.profiles import DEFAULT_CLASS
 from server.sweep.asking import Asking, ServedPair, Server, read_answer, request_body
 from server.sweep.child import own_server
 from server.sweep.estimates import RESAMPLES, estimate, grouped

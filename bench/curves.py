@@ -19,8 +19,8 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from server.profiles import BUILTIN, RoutingClass, load_profile
-from server.router import RoutingTable, Stop
+from server.routing.profiles import BUILTIN, RoutingClass, load_profile
+from server.routing.table import RoutingTable, Stop
 
 STEP = 0.01  # the default grid
 LEAST_SPAN = 0.1  # of score, so that noise does not look like a curve

@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 
 from bench.report import RESULTS, machine, rounded
-from mi_runtime.attention import PackedAttention
+from mi_runtime.attention.paged import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
-from mi_runtime.load import BlendedModel, load_pair
-from mi_runtime.pair import check_pair
+from mi_runtime.model.load import BlendedModel, load_pair
+from mi_runtime.model.pair import check_pair
+from mi_runtime.model.rows import StepRows
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
-from mi_runtime.rows import StepRows
-from server.checkpoint import Endpoint
-from server.prompt import Prompts
-from server.schemas import Message
 from server.sweep.tasks import embedded_task
+from server.text.checkpoint import Endpoint
+from server.text.prompt import Prompts
+from server.wire.requests import Message
 
 KEPT = RESULTS / "deltas.json"
 PAGE = Path(__file__).parents[1] / "docs" / "deltas.md"

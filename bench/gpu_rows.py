@@ -41,9 +41,9 @@ from bench.static import static_model
 from bench.workload import Pair
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.load import BlendedModel
+from mi_runtime.model.load import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.sequence import Sequence
+from mi_runtime.scheduling.sequence import Sequence
 
 VALUES: Final[dict[Lambdas, float]] = {"one": HOT, "instruct": 0.0, "thinking": 1.0}
 MEMORY_OF_CPU: Final = 1e12  # bytes: never the bound

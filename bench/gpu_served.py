@@ -60,7 +60,7 @@ from bench.served_pair import (
 from bench.serving import Answered, EngineAlone, over_http
 from bench.workload import BUILD
 from mi_runtime.engine import Engine
-from mi_runtime.load import pair_up
+from mi_runtime.model.load import pair_up
 from mi_runtime.request import EngineInfo
 from mi_runtime.worker import default_threads
 from server.config import load_settings

@@ -23,11 +23,12 @@ from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bench.report import publish
+from mi_runtime.config import GrammarVocabulary
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
-from mi_runtime.grammar import Grammars, GrammarState, GrammarVocabulary
+from mi_runtime.execution.sampler import Sampler
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.sampler import Sampler
-from mi_runtime.sequence import Sequence
+from mi_runtime.scheduling.grammar import Grammars, GrammarState
+from mi_runtime.scheduling.sequence import Sequence
 
 END = "<|im_end|>"
 LARGE = 151_936  # Qwen3's

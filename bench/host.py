@@ -39,20 +39,20 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-import mi_runtime.runner
+import mi_runtime.execution.runner
 from bench.arguments import at_least, numbers
 from bench.dispatches import EachDispatch
 from bench.report import publish
-from mi_runtime.attention import LayerShape
-from mi_runtime.blend_cache import BlendCache
+from mi_runtime.attention.paged import LayerShape
 from mi_runtime.config import EngineConfig
+from mi_runtime.device.transfer import Readback
 from mi_runtime.engine import Engine
-from mi_runtime.graphs import DecodeGraphs, Recorder, sizes_for
-from mi_runtime.load import BlendedModel
-from mi_runtime.planner import CostModel, Curve, Planner
+from mi_runtime.execution.graphs import DecodeGraphs, Recorder, sizes_for
+from mi_runtime.model.blend_cache import BlendCache
+from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.rows import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
-from mi_runtime.rows import BlendGroups
-from mi_runtime.transfer import Readback
+from mi_runtime.scheduling.planner import CostModel, Curve, Planner
 from mi_runtime.worker import receive
 
 LAYERS: Final = 36  # of a 4B model
@@ -302,7 +302,7 @@ def reader() -> Iterator["Connection[object, object]"]:
 def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None]:
     """Times the parts of every step; results are there when the device's clock says so."""
     runner = engine._runner
-    module, graphs = mi_runtime.runner, runner.graphs
+    module, graphs = mi_runtime.execution.runner, runner.graphs
     parts: list[tuple[object, str, str]] = [
         (engine.scheduler, "schedule", "schedule"),
         (runner.planner, "plan", "plan"),

@@ -221,8 +221,8 @@ def _resource_usage(binary: Path) -> str:
 
 def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     """Of every number of rows that is recorded or measured, and of prefill chunks."""
-    from mi_runtime.graphs import SIZES
-    from mi_runtime.measure import KERNEL_ROWS
+    from mi_runtime.execution.graphs import SIZES
+    from mi_runtime.execution.measure import KERNEL_ROWS
 
     decodes = sorted({1, *SIZES})
     for rows in sorted({*SIZES, *KERNEL_ROWS}):
@@ -326,7 +326,7 @@ def _delta(rows: int, base: Tensor, delta: Tensor, scales: Tensor) -> None:
 
 
 def _rounded(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
-    """The difference and its scales, as `mi_runtime/delta.py` lays them out."""
+    """The difference and its scales, as `mi_runtime/model/delta.py` lays them out."""
     *outer, inputs = shape
     if kind == "int8":
         return empty(*shape, dtype=torch.int8), empty(*outer, 1, dtype=torch.float32)

@@ -25,8 +25,8 @@ import torch
 
 from bench.report import interleaved, publish
 from bench.workload import BUILD, midsize_pair
-from mi_runtime.merge import Interpolation, write_weights
-from mi_runtime.pair import check_pair
+from mi_runtime.model.merge import Interpolation, write_weights
+from mi_runtime.model.pair import check_pair
 from mi_runtime.request import Dial
 
 OUT = BUILD / "merged"

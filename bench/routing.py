@@ -11,11 +11,11 @@ import time
 from typing import Any
 
 from bench.report import publish
-from server.dial import DialPolicy, Routing
-from server.inputs import read_inputs
-from server.profiles import builtin_profiles
-from server.routing import RoutingPolicy, RoutingSettings
-from server.schemas import ChatRequest, parse_chat_request
+from server.routing.dial import DialPolicy, Routing
+from server.routing.policy import RoutingPolicy, RoutingSettings
+from server.routing.profiles import builtin_profiles
+from server.routing.reasoning_options import read_inputs
+from server.wire.requests import ChatRequest, parse_chat_request
 
 DECISIONS = 2000
 WAYS: dict[str, dict[str, Any]] = {

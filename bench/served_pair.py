@@ -30,9 +30,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from bench.gpu_bounds import Shape
 from bench.gpu_card import synchronize
 from bench.gpu_pairs import Place, random_endpoint, random_thinking
+from mi_runtime.device.memory import free_bytes
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.embedded_pair.tokenizer import TURN_END
-from mi_runtime.memory import free_bytes
 
 MEMORY: Final = Path("/dev/shm")
 SHARDS: Final = 8  # of an endpoint, at most

@@ -27,9 +27,9 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
-from server.checkpoint import Endpoint
-from server.prompt import Prompts
-from server.schemas import Message
+from server.text.checkpoint import Endpoint
+from server.text.prompt import Prompts
+from server.wire.requests import Message
 
 LAMBDAS = [index / (STREAMS - 1) for index in range(STREAMS)]
 

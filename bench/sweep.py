@@ -40,15 +40,15 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
-from server.checkpoint import Endpoint
-from server.prompt import Prompts
-from server.schemas import Message
 from server.sweep.asking import Asking, Server, ask_all
 from server.sweep.child import own_server
 from server.sweep.graders import grader_named
 from server.sweep.samples import SampleLog
 from server.sweep.settings import Unit, curves_of, units_of
 from server.sweep.tasks import embedded_task
+from server.text.checkpoint import Endpoint
+from server.text.prompt import Prompts
+from server.wire.requests import Message
 
 LAMBDAS = [value / 10 for value in range(11)]
 MAX_TOKENS = 512

@@ -4,15 +4,28 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from mi_runtime.grammar import GrammarVocabulary
-from mi_runtime.thinking import TokenMarks
-
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeltaDtype = Literal["none", "int8", "int4"]
 BlendPolicy = Literal["auto", "pair", "blended"]
 AttentionName = Literal["auto", "reference", "triton", "torch"]
 MOST_SIZES = 64  # of recordings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMarks:
+    """What the text of single tokens means to think blocks: one value for all requests."""
+
+    soft_ends: frozenset[int] = frozenset()  # for policies that bring none of their own
+    blanks: frozenset[int] | None = None  # what may stand before the open tag; None: anything
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarVocabulary:
+    """What grammars need to know of the pair's tokens."""
+
+    tokenizer: str  # path of the tokenizer.json
+    eos_token_ids: tuple[int, ...]  # what may follow a complete answer; at least one
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 import torch
 
-from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
-from mi_runtime.grammar import Grammars
-from mi_runtime.load import BlendedModel, load_pair
-from mi_runtime.pair import check_pair, fingerprint
+from mi_runtime.execution.in_flight import Flight
+from mi_runtime.execution.start import start_runner
+from mi_runtime.model.load import BlendedModel, load_pair
+from mi_runtime.model.pair import check_pair, fingerprint
+from mi_runtime.model.rows import Way
 from mi_runtime.request import (
     EngineInfo,
     EngineRequest,
@@ -17,11 +18,11 @@ from mi_runtime.request import (
     RequestRejected,
     TokenEvent,
 )
-from mi_runtime.rows import Way
-from mi_runtime.runner import Flight
-from mi_runtime.scheduler import Chunk, Scheduler
-from mi_runtime.sequence import Sequence
-from mi_runtime.start import start_runner
+from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.grammar import Grammars
+from mi_runtime.scheduling.scheduler import Scheduler
+from mi_runtime.scheduling.sequence import Sequence
 
 GRAMMAR_WAIT = 0.02  # seconds that a step without work waits for a grammar; requests may come in
 OUT_OF_MEMORY = "the device ran out of memory in a step that computed this request"

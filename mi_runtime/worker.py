@@ -21,7 +21,7 @@ import torch
 
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.pair import PairError
+from mi_runtime.errors import PairError
 from mi_runtime.request import (
     Abort,
     Command,

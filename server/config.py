@@ -31,6 +31,7 @@ from mi_runtime.config import (
 )
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from server import flags
+from server.exit_codes import CommandError
 
 ENVIRONMENT_PREFIX: Final = "MI_"
 KUBERNETES_PREFIX: Final = "MI_SERVER_"
@@ -60,7 +61,7 @@ def _listed(value: Any) -> Any:
 Listed = (NoDecode, BeforeValidator(_listed))
 
 
-class ConfigError(Exception):
+class ConfigError(CommandError):
     """Settings that cannot be used. The message is for the operator."""
 
 

@@ -8,26 +8,26 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mi_runtime.request import Dial, EngineInfo
-from server.callers import KeyRing
-from server.checkpoint import Endpoint
-from server.choice import Observe, unobserved
+from server.access.callers import KeyRing
+from server.access.rate_limits import RateLimits
+from server.answer.choice import Observe, unobserved
 from server.config import Settings
-from server.constraint import Constraint
-from server.dial import DialPolicy, Routing
-from server.elastic import Elastic, ElasticLimits, Pressure
-from server.engine_client import EngineClient
-from server.errors import ApiError, Draining, EngineDead, Loading
-from server.metrics import EngineState, Metrics
-from server.profiles import Profile, load_profile, profile_of
-from server.prompt import Prompts
-from server.rate_limits import RateLimits
-from server.routing import RoutingPolicy, RoutingSettings
-from server.routing_metrics import RoutingCollector, RoutingState
-from server.sampling import SamplingPolicy
-from server.thinking import ThinkBlocks
+from server.engine.client import EngineClient
+from server.engine.sampling import SamplingPolicy
+from server.ops.metrics import EngineState, Metrics
+from server.ops.routing_metrics import RoutingCollector, RoutingState
+from server.routing.dial import DialPolicy, Routing
+from server.routing.elastic import Elastic, ElasticLimits, Pressure
+from server.routing.policy import RoutingPolicy, RoutingSettings
+from server.routing.profiles import Profile, load_profile, profile_of
+from server.text.checkpoint import Endpoint
+from server.text.grammar_builder import Constraint
+from server.text.prompt import Prompts
+from server.text.think_policy import ThinkBlocks
+from server.wire.errors import ApiError, Draining, EngineDead, Loading
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.ops.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ for every replay of a captured graph; a program that finds nothing left to do sa
 
 What lies in a slot that no token of the sequence has is never read: a NaN there changes nothing.
 Shapes and addresses come from host numbers alone and nothing waits for the device. The slow twin
-is `mi_runtime.attention.ReferenceAttention`.
+is `mi_runtime.attention.paged.ReferenceAttention`.
 """
 
 import math
@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mi_runtime.attention import AttentionPlan
 from mi_runtime.kernels import triton_interpreted
 
 LEAST_SPLIT: Final = 128  # tokens; fewer are not worth a program of their own
@@ -452,31 +451,3 @@ def _padded(dim: int) -> int:
 
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class TritonAttention:
-    """The attention backend of these kernels."""
-
-    name = "triton"
-
-    def write(
-        self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        write_kv(keys, values, key, value, plan.slots)
-
-    def attend(
-        self,
-        plan: AttentionPlan,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        out: Tensor = paged_attention(
-            *(query, keys, values, plan.tables, plan.lengths, plan.query_starts, sinks),
-            *(scale, window, plan.decodes, plan.longest_decode, plan.longest),
-        )
-        return out

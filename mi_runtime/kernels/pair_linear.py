@@ -5,7 +5,7 @@
     int8      y = x W_Iᵀ + λ s (x Qᵀ)         Q int8 `[N, K]`, s by output row
     int4      y = x W_Iᵀ + λ Σ s_g (x_g Q_gᵀ)  s by output row and group of inputs, Q two a byte
 
-Deltas are laid out as `mi_runtime/delta.py` says. `x` is `[M, K]`, matrices are `[N, K]` (views:
+`mi_runtime/model/delta.py` lays deltas out. `x` is `[M, K]`, matrices are `[N, K]` (views:
 the halves of a concatenated matrix, transposed experts), λ is `[M]` or `[1]` in fp32. Every product
 has an fp32 accumulator of its own; the two are combined row by row in fp32 and rounded once. A row
 at λ = 0 or 1 is that endpoint's accumulator: an infinity in the other never reaches it.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-from server.profiles import (
+from server.routing.profiles import (
     DEFAULT_CLASS,
     Lengths,
     MeasuredPair,

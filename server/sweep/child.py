@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from server import serve
+from server.exit_codes import ExitCode, exit_code_of
 from server.sweep.errors import BadParameters, SweepError
 
 _READY: Final = re.compile(rb"^Ready: .* at (https?://\S+)$", re.MULTILINE)
@@ -29,7 +31,6 @@ _NOT_INHERITED: Final = (
     *("MI_RATE_LIMIT_REQUESTS", "MI_RATE_LIMIT_TOKENS", "MI_REQUEST_TIMEOUT"),
 )
 """Of the environment, what is for servers with clients; this one has a single one, its parent."""
-_UNSERVABLE: Final = 2
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def _url(process: "subprocess.Popen[bytes]", log: Path) -> str:
         except subprocess.TimeoutExpired:
             continue
         told = log.read_text(errors="replace").strip()
-        if code == _UNSERVABLE:
+        if code == ExitCode.UNUSABLE:
             raise BadParameters(f"the server refused to start:\n{told}")
         raise SweepError(f"the server ended with code {code} before it was ready:\n{told}")
 
@@ -83,10 +84,8 @@ def _reap(process: "subprocess.Popen[bytes]") -> None:
 
 
 def main() -> int:
-    from server.cli import main as mi_server
-
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    return mi_server(["serve", *sys.argv[1:]])
+    return exit_code_of(lambda: serve.main(sys.argv[1:]))
 
 
 def _leave_with_parent() -> None:

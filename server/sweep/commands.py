@@ -1,52 +1,43 @@
-"""The commands `mi-server sweep` and `mi-server calibrate`, from their words to an exit code.
-
-0 done · 1 the server failed · 2 parameters that cannot be used · 130 interrupted
-"""
+"""The commands `mi-server sweep` and `mi-server calibrate`, from arguments to exit code."""
 
 import argparse
 import asyncio
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from server.sweep.errors import BadParameters, SweepError, missing_library
+from server.exit_codes import ExitCode
+from server.sweep.errors import BadParameters, Interrupted, SweepError, missing_library
 from server.sweep.flags import calibrate_parser, parsed, sweep_parser, told
 from server.sweep.graders import Grader, grader_named
 from server.sweep.tasks import EMBEDDED, Task, embedded_task, read_task
 
-FAILED: Final = 1
-UNUSABLE: Final = 2
-INTERRUPTED: Final = 130
+KEPT: Final = "What is finished is kept; the same command goes on."
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """Run `mi-server sweep`; returns the exit code."""
+    """Run `mi-server sweep`. Raises `SweepError`."""
     return _ended(lambda: _sweep(arguments))
 
 
 def calibrate(arguments: Sequence[str]) -> int:
-    """Run `mi-server calibrate`; returns the exit code."""
+    """Run `mi-server calibrate`. Raises `SweepError`."""
     return _ended(lambda: _calibrate(arguments))
 
 
 def _ended(run: Callable[[], None]) -> int:
+    """Run a command; an error that ends it says what is kept."""
     try:
         run()
-    except BadParameters as error:
-        return _tell(str(error), UNUSABLE)
+    except BadParameters:
+        raise
     except (SweepError, OSError) as error:  # OSError: the folder, or a full disk
-        return _tell(f"{error}\nWhat is finished is kept; the same command goes on.", FAILED)
+        raise SweepError(f"{error}\n{KEPT}") from error
     except KeyboardInterrupt:
-        return _tell("stopped. What is finished is kept; the same command goes on.", INTERRUPTED)
-    return 0
-
-
-def _tell(message: str, code: int) -> int:
-    print(f"mi-server: {message}", file=sys.stderr)
-    return code
+        raise Interrupted(f"stopped. {KEPT}") from None
+    return ExitCode.DONE
 
 
 def _sweep(arguments: Sequence[str]) -> None:

@@ -1,12 +1,24 @@
 """What ends a measurement. Finished samples are kept whatever ended it."""
 
+from server.exit_codes import CommandError, ExitCode
 
-class SweepError(Exception):
+
+class SweepError(CommandError):
     """The measurement cannot go on. The message is for the one who started it."""
+
+    exit_code = ExitCode.FAILED
+
+
+class Interrupted(SweepError):
+    """The user stopped the measurement."""
+
+    exit_code = ExitCode.INTERRUPTED
 
 
 class BadParameters(SweepError):
     """The command's parameters, task file or output folder cannot be used."""
+
+    exit_code = ExitCode.UNUSABLE
 
 
 def missing_library(library: str, extra: str) -> BadParameters:

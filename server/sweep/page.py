@@ -6,7 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from server.profiles import DEFAULT_CLASS
+from server.routing.profiles import DEFAULT_CLASS
 from server.sweep.curves import NO_TRANSITION, RULE
 from server.sweep.report import COLUMNS, ClassReport, Curve, MeasuredPoint
 

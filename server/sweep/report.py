@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
-from server.profiles import DEFAULT_CLASS
+from server.routing.profiles import DEFAULT_CLASS
 from server.sweep.curves import NO_TRANSITION, RULE, Stages, pareto_front, stages
 from server.sweep.estimates import Estimate, estimate, least_samples
 from server.sweep.samples import Sample

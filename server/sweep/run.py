@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from server.profiles import Source
+from server.routing.profiles import Source
 from server.sweep.adaptive import Rules, next_round
 from server.sweep.asking import Asking, ServedPair, Server, ask_all
 from server.sweep.calibrate import measured_so_far, profile_of

@@ -17,7 +17,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mi_runtime.embedded_pair.task import draw_questions
-from server.profiles import DEFAULT_CLASS, ClassName
+from server.routing.profiles import DEFAULT_CLASS, ClassName
 from server.sweep.errors import BadParameters
 
 EMBEDDED: Final = "embedded"

@@ -1,6 +1,6 @@
-"""Which way imports point: `server` to `mi_runtime` and never back, and policy without tensors.
+"""Imports point one way: down the list of packages, and from `server` to `mi_runtime`.
 
-Read from the files, and tried: what the policy modules bring in is asked of a fresh interpreter.
+Read from the files, and tried: what some modules bring in is asked of a fresh interpreter.
 """
 
 import ast
@@ -12,40 +12,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-POLICY = (
-    *("config", "request", "blocks", "sequence", "scheduler", "thinking", "grammar", "planner"),
+SERVER = (
+    *("__init__", "exit_codes", "flags", "config", "wire", "text", "routing", "engine", "ops"),
+    *("access", "answer", "service", "api", "serve", "merge", "sweep", "cli"),
 )
-SERVER_POLICY = ("router", "elastic", "observed", "profiles", "inputs", "routing")
+"""Packages and modules of `server`, each importing only what stands before it."""
+ENGINE = (
+    *("__init__", "errors", "config", "request", "scheduling", "device", "kernels", "attention"),
+    *("model", "execution", "engine", "worker", "embedded_pair"),
+)
+"""The same of `mi_runtime`."""
+WITHOUT_TENSORS = ("errors", "config", "request", "scheduling")
 TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
-ENGINE_FILES = sorted((ROOT / "mi_runtime").glob("*.py"))
-KERNEL_FILES = sorted((ROOT / "mi_runtime" / "kernels").glob("*.py"))
-SERVER_FILES = sorted((ROOT / "server").rglob("*.py"))
+HTTP = {"fastapi", "starlette", "uvicorn", "asyncio"}
+FILES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("server", "mi_runtime")}
+ALL = [*FILES["server"], *FILES["mi_runtime"]]
+NEEDING_TRITON = {"mi_runtime.kernels.pair_linear", "mi_runtime.kernels.paged_attention"}
+NEEDING_TRITON |= {"mi_runtime.attention.triton", "mi_runtime.attention.varlen"}
 
 
-def imports_of(path: Path) -> Iterator[str]:
-    """Dotted names of everything a file imports, wherever in it."""
-    package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports_of(path: Path, *, on_import: bool = False) -> Iterator[str]:
+    """Dotted names of all that a file imports: anywhere in it, or when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if on_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join((*above, *filter(None, [node.module])))
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def imports_at_import(path: Path) -> Iterator[str]:
-    """Modules of a file's own body: those that importing the file imports."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
             yield node.module or ""
 
 
-def packages_of(path: Path) -> set[str]:
+def roots_of(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports_of(path)}
+
+
+def unit_of(dotted: str) -> str:
+    """The package or module directly below `server` or `mi_runtime`."""
+    return [*dotted.split("."), "__init__"][1]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def relative(path: Path) -> str:
@@ -60,77 +68,99 @@ def modules_after_importing(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_there_is_something_to_look_at() -> None:
-    assert {path.stem for path in ENGINE_FILES} >= {*POLICY, "engine", "worker"}
-    assert SERVER_FILES
+@pytest.mark.parametrize(("package", "order"), [("server", SERVER), ("mi_runtime", ENGINE)])
+def test_every_package_has_its_place_in_the_order(package: str, order: tuple[str, ...]) -> None:
+    assert {unit_of(module_of(path)) for path in FILES[package]} == set(order)
+    assert len(FILES[package]) > len(order)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mi_runtime").rglob("*.py")), ids=relative)
-def test_the_engine_never_imports_the_server(path: Path) -> None:
-    assert "server" not in packages_of(path)
+@pytest.mark.parametrize(("package", "order"), [("server", SERVER), ("mi_runtime", ENGINE)])
+def test_no_package_imports_one_above_it(package: str, order: tuple[str, ...]) -> None:
+    upward = [
+        f"{relative(path)} imports {name}"
+        for path in FILES[package]
+        for name in imports_of(path)
+        if name.startswith(f"{package}.") and unit_of(name) in order
+        if order.index(unit_of(name)) > order.index(unit_of(module_of(path)))
+    ]
+    assert not upward
 
 
-@pytest.mark.parametrize("path", SERVER_FILES, ids=relative)
-def test_the_server_never_touches_a_tensor(path: Path) -> None:
-    assert not TENSORS & packages_of(path)
-
-
-@pytest.mark.parametrize("path", SERVER_FILES, ids=relative)
-def test_the_server_imports_no_engine_module_with_tensors(path: Path) -> None:
-    allowed = {
-        f"mi_runtime.{name}"
-        for name in ("config", "request", "thinking", "grammar", "embedded_pair")
+@pytest.mark.parametrize("package", ["server", "mi_runtime"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    """Not even inside a package, nor where a function imports."""
+    modules = {module_of(path).removesuffix(".__init__"): path for path in FILES[package]}
+    imported = {
+        module: {name for name in imports_of(path) if name in modules} - {module}
+        for module, path in modules.items()
     }
-    engine = {name for name in imports_of(path) if name.startswith("mi_runtime")}
-    assert {".".join(name.split(".")[:2]) for name in engine} <= allowed
+    while free := {module for module, others in imported.items() if not others}:
+        imported = {
+            module: others - free for module, others in imported.items() if module not in free
+        }
+    assert not imported
 
 
-@pytest.mark.parametrize("path", ENGINE_FILES, ids=relative)
+@pytest.mark.parametrize("package", ["server", "mi_runtime"])
+def test_every_package_says_what_lives_there(package: str) -> None:
+    packages = [path for path in FILES[package] if path.name == "__init__.py"]
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) for path in packages}
+    assert not [relative(path) for path, docstring in docstrings.items() if not docstring]
+
+
+@pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
+def test_the_engine_never_imports_the_server(path: Path) -> None:
+    assert "server" not in roots_of(path)
+
+
+@pytest.mark.parametrize("path", FILES["server"], ids=relative)
+def test_the_server_never_touches_a_tensor(path: Path) -> None:
+    assert not TENSORS & roots_of(path)
+    allowed = {*WITHOUT_TENSORS, "embedded_pair"}
+    engine = {name for name in imports_of(path) if name.startswith("mi_runtime.")}
+    assert {unit_of(name) for name in engine} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
 def test_the_engine_speaks_token_ids_only(path: Path) -> None:
-    foreign = {"tokenizers", "fastapi", "starlette", "uvicorn", "asyncio", "pydantic", "jinja2"}
-    assert not foreign & packages_of(path)
-    assert not [name for name in imports_of(path) if name.startswith("mi_runtime.embedded_pair")]
+    foreign = {"tokenizers", "pydantic", "jinja2", *HTTP}
+    if "embedded_pair" not in path.parts:
+        assert not foreign & roots_of(path)
+        assert "mi_runtime.embedded_pair" not in set(imports_of(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mi_runtime").rglob("*.py")), ids=relative)
-def test_only_kernels_import_triton_which_may_be_missing(path: Path) -> None:
-    needing = [one for one in KERNEL_FILES if one.name not in ("__init__.py", "choice.py")]
-    if path not in needing:
-        modules = {f"mi_runtime.kernels.{one.stem}" for one in needing} | {"triton"}
-        assert not modules & set(imports_at_import(path))
+@pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
+def test_nothing_imports_triton_before_it_is_wanted(path: Path) -> None:
+    """It may be missing."""
+    if module_of(path) not in NEEDING_TRITON:
+        assert not {"triton", *NEEDING_TRITON} & set(imports_of(path, on_import=True))
 
 
-def test_an_engine_without_a_gpu_never_loads_triton_kernels() -> None:
-    assert "mi_runtime.kernels.pair_linear" not in modules_after_importing("mi_runtime.engine")
+@pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
+def test_scheduling_knows_no_tensors(path: Path) -> None:
+    if unit_of(module_of(path)) in WITHOUT_TENSORS:
+        assert not TENSORS & roots_of(path)
 
 
-@pytest.mark.parametrize("module", POLICY)
-def test_policy_imports_no_tensors(module: str) -> None:
-    path = ROOT / "mi_runtime" / f"{module}.py"
-    own = {f"mi_runtime.{name}" for name in POLICY}
-    engine = {name for name in imports_of(path) if name.startswith("mi_runtime")}
-    assert {".".join(name.split(".")[:2]) for name in engine} <= own
-    assert not TENSORS & packages_of(path)
+@pytest.mark.parametrize("path", sorted((ROOT / "server" / "routing").glob("*.py")), ids=relative)
+def test_routing_knows_no_http(path: Path) -> None:
+    assert not {"jinja2", "tokenizers", *HTTP} & roots_of(path)
 
 
-@pytest.mark.parametrize("module", SERVER_POLICY)
-def test_the_policy_of_the_server_knows_no_http(module: str) -> None:
-    foreign = {"fastapi", "starlette", "uvicorn", "asyncio", "jinja2", "tokenizers"}
-    assert not foreign & packages_of(ROOT / "server" / f"{module}.py")
-
-
-def test_policy_brings_in_no_tensors_when_it_is_imported() -> None:
-    modules = modules_after_importing("mi_runtime.planner")
-    assert {f"mi_runtime.{name}" for name in POLICY} <= modules
+def test_scheduling_brings_in_no_tensors_when_it_is_imported() -> None:
+    modules = modules_after_importing("mi_runtime.scheduling.scheduler")
+    modules |= modules_after_importing("mi_runtime.scheduling.planner")
+    assert "mi_runtime.scheduling.chunk" in modules
     assert not TENSORS & modules
 
 
-def test_an_engine_is_imported_without_what_only_grammars_need() -> None:
-    assert "llguidance" not in modules_after_importing("mi_runtime.engine")
+def test_an_engine_is_imported_without_what_only_grammars_or_gpus_need() -> None:
+    modules = modules_after_importing("mi_runtime.engine")
+    assert not {"llguidance", *NEEDING_TRITON} & modules
 
 
 def test_serving_brings_in_nothing_of_measuring() -> None:
-    modules = modules_after_importing("server.app")
+    modules = modules_after_importing("server.api.app")
     foreign = {"httpx", "matplotlib", "math_verify", "tqdm"}
     assert not [name for name in modules if name.startswith("server.sweep")]
     assert not foreign & modules

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from server.cli import main
-from server.profiles import load_profile
+from server.routing.profiles import load_profile
 from server.sweep.flags import calibrate_parser, parsed
 
 ROOT = Path(__file__).parents[2]

@@ -81,7 +81,7 @@ def test_logs_for_machines_are_one_object_a_line(start_fake: Start) -> None:
     process.terminate()
     assert process.exit_code() == 0
     lines = [json.loads(line) for line in process.output.splitlines()]
-    requests = [it for it in lines if it["logger"] == "server.request_log"]
+    requests = [it for it in lines if it["logger"] == "server.ops.request_log"]
     assert [it["status"] for it in requests] == [200, 400]
     assert requests[0]["id"] == answer.headers["X-Request-Id"]
     stages = {"prepare_s", "queue_s", "prefill_s", "first_token_s", "decode_s", "total_s"}
@@ -127,7 +127,7 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPro
     try:
         yield server.wait_ready()
     finally:
-        server.stop()
+        server.text.stop_strings()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -209,7 +209,7 @@ def test_traces_without_their_packages_are_exit_code_2_with_advice() -> None:
 
 def test_without_traces_no_sdk_of_opentelemetry_is_imported() -> None:
     """Its API may be: FastAPI brings that in where it is installed."""
-    program = "import sys, server.serving, server.cli; print(*sys.modules)"
+    program = "import sys, server.api.process, server.cli; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "server.service" in loaded.split()

@@ -234,7 +234,7 @@ def test_the_http_process_loads_no_torch(start_fake: Start) -> None:
     httpx.post(f"{process.url}/v1/chat/completions", json=process.chat_body("say x"))
     maps = Path(f"/proc/{process.process.pid}/maps").read_text()
     assert not re.search(r"libtorch|transformers", maps)
-    modules = [sys.executable, "-c", "import sys, server.serving; print(*sys.modules)"]
+    modules = [sys.executable, "-c", "import sys, server.api.process; print(*sys.modules)"]
     loaded = subprocess.run(modules, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
 

@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.openapi import document
+from server.wire.openapi import document
 from tests.contract.conftest import ServerProcess
 
 CHECKS = [

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from server import config_reference
+from docs.tools import config_reference
 from server.config import Settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

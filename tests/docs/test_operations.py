@@ -8,11 +8,11 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from mi_runtime.request import Dial, EngineInfo
-from server.dial import Routing
-from server.errors import ApiError, Unavailable
-from server.metrics import EngineState, Metrics
-from server.observed import Observations
-from server.routing_metrics import RoutingCollector, RoutingState
+from server.ops.metrics import EngineState, Metrics
+from server.ops.routing_metrics import RoutingCollector, RoutingState
+from server.routing.dial import Routing
+from server.routing.observations import Observations
+from server.wire.errors import ApiError, Unavailable
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 

@@ -19,7 +19,7 @@ import torch
 from bench.workload import EMBEDDED_PAIR, prompts
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.pair import PairError
+from mi_runtime.errors import PairError
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from tests.gpu.conftest import DEVICE, REHEARSED, on_a_gpu_only
 
@@ -46,7 +46,7 @@ KERNEL_ROWS = 256
 def _kernels_compute_what_they_can() -> Iterator[None]:
     """As a server has them up to the rows at which they were measured to be faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mi_runtime.measure.rows_worth", lambda *_: KERNEL_ROWS)
+        patch.setattr("mi_runtime.execution.measure.rows_worth", lambda *_: KERNEL_ROWS)
         yield
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.delta import quantize
+from mi_runtime.model.delta import quantize
 from tests.gpu.conftest import DEVICE, REHEARSED, on_a_gpu_only
 
 pytest.importorskip("triton")

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mi_runtime import sampler as module
+from mi_runtime.execution import sampler as module
+from mi_runtime.execution.sampler import Sampler
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.sampler import Sampler
-from mi_runtime.sequence import Sequence
+from mi_runtime.scheduling.sequence import Sequence
 from tests.gpu.conftest import DEVICE, REHEARSED, on_a_gpu_only
 
 VOCABULARY = 2_003 if REHEARSED else 151_936

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_runtime.attention import AttentionBackend, LayerShape, PackedAttention, PagedAttention
-from mi_runtime.batch import attention_plan
+from mi_runtime.attention.paged import AttentionBackend, LayerShape, PackedAttention, PagedAttention
+from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
-from mi_runtime.scheduler import Chunk
-from mi_runtime.sequence import Sequence
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.sequence import Sequence
 
 CPU = torch.device("cpu")
 KEY_DIM, VALUE_DIM = 8, 6

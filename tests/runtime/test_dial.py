@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from mi_runtime.blocks import BlockPool
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
+from mi_runtime.model.rows import Way
+from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy, TokenEvent
-from mi_runtime.rows import Way
-from mi_runtime.scheduler import Scheduler
-from mi_runtime.sequence import Sequence
-from mi_runtime.swap import group_of
+from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.scheduler import Scheduler
+from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime import oracle
 from tests.runtime.families import SMALL, VOCABULARY
 from tests.runtime.ways import RandomPlanner

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.blend import PairEmbedding
 from mi_runtime.engine import Engine
+from mi_runtime.model.blend import PairEmbedding
 from mi_runtime.request import (
     Dial,
     EngineRequest,

@@ -2,8 +2,8 @@
 
 import random
 
-from mi_runtime.planner import Part
-from mi_runtime.scheduler import Chunk
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.planner import Part
 
 
 class PairPlanner:

@@ -10,13 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from mi_runtime.embedded_pair.tokenizer import CHAT_TEMPLATE, save_tokenizer
-from server.app import create_app
-from server.checkpoint import Endpoint
+from server.api.app import create_app
 from server.config import Settings
-from server.engine_client import EngineClient
+from server.engine.client import EngineClient
+from server.ops.tracing import Tracing
 from server.service import Service
-from server.tracing import Tracing
-from server.vocabulary import Vocabulary
+from server.text.checkpoint import Endpoint
+from server.text.vocabulary import Vocabulary
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 OPENING_TEMPLATE = CHAT_TEMPLATE.replace(

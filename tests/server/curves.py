@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from server.profiles import Profile
+from server.routing.profiles import Profile
 
 IDENTITY: Final = "1" * 32  # of the fake engine's pair
 

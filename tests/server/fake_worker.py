@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tokenizers import Tokenizer
 
-from mi_runtime.config import EngineConfig
+from mi_runtime.config import EngineConfig, TokenMarks
 from mi_runtime.request import (
     Abort,
     EngineInfo,
@@ -40,7 +40,7 @@ from mi_runtime.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from mi_runtime.thinking import ThinkingState, TokenMarks
+from mi_runtime.scheduling.thinking import ThinkingState
 
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 FOREVER = 10**9

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.attention import PackedAttention
+from mi_runtime.attention.paged import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.kernels import pair_linear
 from mi_runtime.kernels.choice import KernelChoice
-from mi_runtime.load import BlendedModel, load_pair
-from mi_runtime.pair import check_pair
+from mi_runtime.model.load import BlendedModel, load_pair
+from mi_runtime.model.pair import check_pair
+from mi_runtime.model.rows import StepRows
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.rows import StepRows
 from tests.runtime.families import FAMILIES, VOCABULARY
 
 PairOf = Callable[..., tuple[Path, Path]]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mi_runtime.attention import AttentionPlan, LayerShape, PagedAttention, ReferenceAttention
-from mi_runtime.batch import attention_plan
+from mi_runtime.attention.paged import AttentionPlan, LayerShape, PagedAttention, ReferenceAttention
+from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
-from mi_runtime.scheduler import Chunk
-from mi_runtime.sequence import Sequence
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime.paged import (
     CPU,
     Workload,

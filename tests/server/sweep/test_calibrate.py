@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.profiles import Source
+from server.routing.profiles import Source
 from server.sweep.asking import ServedPair
 from server.sweep.calibrate import LEAST_QUESTIONS, measured_so_far, profile_of
 from server.sweep.report import measure

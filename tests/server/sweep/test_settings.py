@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.request import Dial
-from server.groups import group_dial
-from server.schemas import GroupLambdas
+from server.routing.group_lambdas import group_dial
 from server.sweep.errors import BadParameters
 from server.sweep.settings import (
     Decoding,
@@ -18,6 +17,7 @@ from server.sweep.settings import (
     wire_dial,
 )
 from server.sweep.tasks import embedded_task
+from server.wire.requests import GroupLambdas
 
 QUESTIONS = embedded_task(4, 0).questions
 

@@ -1,0 +1,175 @@
+"""One step's chunks as the tensors of one flat batch.
+
+Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks. All
+tensors are made as arrays of the host and sent in one copy.
+"""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mi_runtime.attention.paged import AttentionPlan, Prefill
+from mi_runtime.device.transfer import Array, together_on_device
+from mi_runtime.model.rows import StepRows
+from mi_runtime.request import Dial
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.planner import Part
+from mi_runtime.scheduling.sequence import Sequence
+
+NOTHING_DRAWN: Final[Mapping[Sequence, int]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Rows whose token is still being drawn, and where it will stand among the drawn ones."""
+
+    rows: Tensor  # int64; their id is 0 until the token is there
+    drawn: Tensor  # int64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`tokens` rows; `kept` of them have logits: those that are scored, and one a sequence that
+    samples, both in chunk order."""
+
+    ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    kept: Tensor  # [kept] int64, rows
+    rows: StepRows
+    attention: AttentionPlan
+    ahead: Ahead | None
+    sampling: tuple[Sequence, ...]
+    scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
+
+
+def build_batch(
+    part: Part,
+    block_size: int,
+    spare_block: int,
+    device: torch.device,
+    drawn: Mapping[Sequence, int] = NOTHING_DRAWN,
+) -> Batch:
+    """`drawn`: whose tokens are being drawn by the step before, and the row of each there."""
+    ids: list[int] = []
+    kept: list[int] = []
+    scored: list[int] = []
+    ahead: dict[int, int] = {}
+    for chunk in part.chunks:
+        sequence, start = chunk.sequence, chunk.start
+        if chunk.scored:
+            scored += [len(ids) + position - start for position in chunk.scored]
+        if start < len(sequence.tokens):
+            ids += sequence.tokens[start : start + chunk.length]
+        else:
+            ahead[len(ids)] = drawn[sequence]
+            ids.append(0)
+        if chunk.samples:
+            kept.append(len(ids) - 1)
+    kept = scored + kept
+    lists = (ids, kept, [*ahead], [*ahead.values()])
+    moved = together_on_device(
+        [
+            *(np.array(one, dtype=np.int64) for one in lists),
+            *_layout(part.chunks, block_size, spare_block),
+        ],
+        device,
+    )
+    return Batch(
+        ids=moved[0],
+        positions=moved[4],
+        kept=moved[1],
+        rows=_step_rows(part, kept),
+        attention=_plan(part.chunks, moved[5:]),
+        ahead=Ahead(moved[2], moved[3]) if ahead else None,
+        sampling=tuple([chunk.sequence for chunk in part.chunks if chunk.samples]),
+        scored=tuple([chunk for chunk in part.chunks if chunk.scored]),
+    )
+
+
+def attention_plan(
+    chunks: list[Chunk], block_size: int, spare_block: int, device: torch.device
+) -> AttentionPlan:
+    _, *arrays = _layout(chunks, block_size, spare_block)
+    return _plan(chunks, together_on_device(arrays, device))
+
+
+def _layout(
+    chunks: list[Chunk], block_size: int, spare_block: int
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """Positions of rows, then what an attention plan has on the device."""
+    begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+    counts = np.array([chunk.length for chunk in chunks], dtype=np.int64)
+    ends = begins + counts
+    starts = np.zeros(len(chunks) + 1, dtype=np.int64)
+    counts.cumsum(out=starts[1:])
+    owners = np.arange(len(chunks)).repeat(counts)  # the chunk of each row
+    positions = np.arange(starts[-1]) + (begins - starts[:-1])[owners]
+    tables = _tables(chunks, -(-ends // block_size), spare_block)
+    slots = tables[owners, positions // block_size].astype(np.int64) * block_size
+    (opened,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
+    return (
+        positions,
+        slots + positions % block_size,
+        starts.astype(np.int32),
+        ends.astype(np.int32),
+        tables,
+        tables[opened, ends[opened] // block_size].astype(np.int64),
+    )
+
+
+def _tables(chunks: list[Chunk], widths: Array, spare_block: int) -> Array:
+    """The blocks of every chunk's KV, none that its sequence has for later."""
+    held = array("i")
+    for chunk, width in zip(chunks, widths.tolist(), strict=True):
+        held.extend(chunk.sequence.block_table[:width])
+    tables = np.full((len(chunks), widths.max()), spare_block, dtype=np.int32)
+    tables[np.arange(tables.shape[1]) < widths[:, None]] = held
+    return tables
+
+
+def _plan(chunks: list[Chunk], tensors: list[Tensor]) -> AttentionPlan:
+    slots, query_starts, lengths, tables, opened = tensors
+    ends = [chunk.start + chunk.length for chunk in chunks]
+    decodes = _leading_decodes(chunks)
+    behind = chunks[decodes:]
+    starts = accumulate([chunk.length for chunk in behind], initial=decodes)
+    return AttentionPlan(
+        slots=slots,
+        query_starts=query_starts,
+        lengths=lengths,
+        tables=tables,
+        longest_decode=max(ends[:decodes], default=0),
+        longest_query=max(chunk.length for chunk in chunks),
+        longest=max(ends),
+        prefills=tuple(
+            Prefill(first, chunk.length, chunk.start)
+            for first, chunk in zip(starts, behind, strict=False)
+        ),
+        opened=opened,
+    )
+
+
+def _step_rows(part: Part, kept: list[int]) -> StepRows:
+    dials: dict[Dial, int] = {}
+    index: list[int] = []
+    for chunk in part.chunks:
+        if chunk.dial is not None:
+            index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
+            continue
+        for position in range(chunk.start, chunk.start + chunk.length):
+            index.append(dials.setdefault(chunk.sequence.dial_at(position), len(dials)))
+    return StepRows(tuple(dials), tuple(index), tuple(kept), part.blended)
+
+
+def _leading_decodes(chunks: list[Chunk]) -> int:
+    for index, chunk in enumerate(chunks):
+        if chunk.length > 1:
+            return index
+    return len(chunks)

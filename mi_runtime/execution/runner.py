@@ -1,0 +1,93 @@
+"""Runs steps on the device: chunks in, a sampled token for each that reaches its end out.
+
+A step is launched, sampled and read. Nothing is waited for until it is read, so that the host can
+launch a step, read the one before, and then sample: what is computed for a sequence depends on its
+tokens, which the device has, and what is drawn on all that the host makes of them. The logits of
+scored prompt positions become log-probabilities part by part, and are not kept.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mi_runtime.attention.paged import AttentionBackend, PagedAttention
+from mi_runtime.execution.batch import NOTHING_DRAWN, Batch, build_batch
+from mi_runtime.execution.graphs import DecodeGraphs
+from mi_runtime.execution.in_flight import Flight, Score, score
+from mi_runtime.execution.sampler import Sampler
+from mi_runtime.model.load import BlendedModel
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.planner import Part, Planner
+from mi_runtime.scheduling.sequence import Sequence
+
+
+class Runner:
+    """The model, the KV of `num_blocks` blocks, the planner and the sampler."""
+
+    def __init__(
+        self,
+        model: BlendedModel,
+        planner: Planner,
+        num_blocks: int,
+        block_size: int,
+        attention: AttentionBackend | None = None,
+    ) -> None:
+        self.planner = planner
+        self.graphs: DecodeGraphs | None = None  # recorded once the KV is there
+        self.attention = PagedAttention(
+            model.layers, num_blocks, block_size, model.dtype, model.device, attention
+        )
+        self._model = model
+        self._sampler = Sampler()
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk], before: Flight | None = None) -> Flight:
+        """Has the device compute KV and logits; to be sampled before the next launch.
+
+        `before`: the flight in which the tokens are drawn of sequences that run ahead.
+        """
+        sequences: list[Sequence] = []
+        logits: list[Tensor] = []
+        scores: dict[Sequence, Score] = {}
+        parts = self.planner.plan(chunks)
+        drawn = NOTHING_DRAWN if before is None else before.row_of
+        for part in parts:
+            batch, rows = self._forward(part, before, drawn)
+            if batch.scored:
+                rows = self._score(rows, batch, scores)
+            elif self.graphs is not None and len(parts) > 1:
+                rows = rows.clone()  # a replay's hold until the next one
+            logits.append(rows)
+            sequences += batch.sampling
+        return Flight(chunks, sequences, logits, scores)
+
+    @torch.inference_mode()
+    def sample(self, flight: Flight) -> None:
+        """Has the device draw a token of each chunk that samples, and send all results."""
+        flight.sample(self._sampler, self._model.device)
+
+    def _forward(
+        self, part: Part, before: Flight | None, drawn: Mapping[Sequence, int]
+    ) -> tuple[Batch, Tensor]:
+        attention, model, graphs = self.attention, self._model, self.graphs
+        size, spare = attention.block_size, attention.spare_block
+        batch = build_batch(part, size, spare, model.device, drawn)
+        if batch.ahead is not None:
+            assert before is not None
+            batch.ids.index_copy_(0, batch.ahead.rows, before.tokens_at(batch.ahead.drawn))
+        form = None if graphs is None else graphs.form_for(part)
+        if graphs is not None and form is not None:
+            return batch, graphs.replay(form, batch)
+        attention.begin(batch.attention)
+        model.groups.begin(batch.rows)
+        return batch, model.logits(batch.ids, batch.positions, batch.kept, attention)
+
+    def _score(self, logits: Tensor, batch: Batch, scores: dict[Sequence, Score]) -> Tensor:
+        """Reads the scored rows; returns the others."""
+        start = 0
+        for chunk in batch.scored:
+            end = start + len(chunk.scored)
+            scores[chunk.sequence] = score(logits[start:end], chunk)
+            start = end
+        return logits[start:].clone()  # a view would keep them all

@@ -1,0 +1,86 @@
+"""Where a sequence stands to its think block, and when the engine closes it, by token ids alone.
+
+Knows the ids of the tags and nothing of text: the tokens between the tags are the reasoning. A
+sequence has at most one think block. The prompt opens it, or the first open tag in the answer
+does, if only blanks stand before it; after it closed nothing opens it again. At the cap the closing
+sequence is forced, token by token; in the window before the cap it is forced where a sentence or a
+line ends.
+"""
+
+from enum import Enum, auto
+
+from mi_runtime.config import TokenMarks
+from mi_runtime.request import ThinkPolicy
+
+
+class Phase(Enum):
+    OUTSIDE = auto()  # no block was opened yet
+    INSIDE = auto()
+    CLOSED = auto()  # none can be opened any more
+
+
+class ThinkingState:
+    """The think block of one sequence, told each new token in turn."""
+
+    def __init__(self, policy: ThinkPolicy, marks: TokenMarks | None = None) -> None:
+        self._policy = policy
+        self._marks = marks or TokenMarks()
+        self._soft_ends = policy.soft_ends or self._marks.soft_ends
+        self._forced: tuple[int, ...] = ()  # what is still to be written, in order
+        self.phase = Phase.INSIDE if policy.opened_by_prompt else Phase.OUTSIDE
+        self.reasoning_tokens = 0  # the tags and the forced closing sequence are not counted
+        self.forced_close = False  # the engine closed the block, not the model
+        self._close_if_due(None)
+
+    @property
+    def policy(self) -> ThinkPolicy:
+        return self._policy
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that must come next, if the closing sequence is being written."""
+        return self._forced[0] if self._forced else None
+
+    @property
+    def forbids_eos(self) -> bool:
+        """Whether the answer may not end before the block is closed."""
+        return self._policy.forbid_eos and self.phase is Phase.INSIDE
+
+    def observe(self, token_id: int) -> bool:
+        """Takes the next token of the answer; True when it closed the block."""
+        inside, forced = self.phase is Phase.INSIDE, bool(self._forced)
+        if forced:
+            assert token_id == self._forced[0]
+            self._forced = self._forced[1:]
+        elif inside:
+            self._observe_inside(token_id)
+        elif self.phase is Phase.OUTSIDE:
+            self._observe_outside(token_id)
+        if inside and token_id == self._policy.close_id:
+            self.phase = Phase.CLOSED
+            self.forced_close = forced
+        return inside and self.phase is Phase.CLOSED
+
+    def _observe_outside(self, token_id: int) -> None:
+        blanks = self._marks.blanks
+        if token_id == self._policy.open_id:
+            self.phase = Phase.INSIDE
+            self._close_if_due(None)
+        elif blanks is not None and token_id not in blanks:
+            self.phase = Phase.CLOSED  # the answer has begun: a tag in it is text
+
+    def _observe_inside(self, token_id: int) -> None:
+        policy = self._policy
+        if token_id in policy.close_aliases:
+            self.phase = Phase.CLOSED
+        elif token_id != policy.close_id:
+            self.reasoning_tokens += 1
+            self._close_if_due(token_id)
+
+    def _close_if_due(self, token_id: int | None) -> None:
+        cap = self._policy.cap
+        if cap is None or self.phase is not Phase.INSIDE:
+            return
+        in_window = self.reasoning_tokens >= cap - self._policy.soft_window
+        if self.reasoning_tokens >= cap or (in_window and token_id in self._soft_ends):
+            self._forced = self._policy.closing

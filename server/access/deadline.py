@@ -1,0 +1,69 @@
+"""When a request has to be answered: the server's limit, or an earlier one that the caller asks.
+
+Counted from the request's arrival, so that reading, encoding and waiting for the engine count.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from server.engine.generation import Generation
+from server.wire.errors import DeadlineExceeded, InvalidRequest
+
+HEADER: Final = "X-Request-Timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """`seconds` after `arrived` (`time.perf_counter`); None: never."""
+
+    seconds: float | None
+    arrived: float
+
+    @classmethod
+    def asked(
+        cls, headers: Mapping[bytes, bytes], limit: float | None, arrived: float
+    ) -> "Deadline":
+        """From the raw headers of a request; `limit` is the server's. Raises `InvalidRequest`."""
+        given = headers.get(HEADER.lower().encode())
+        if given is None:
+            return cls(limit, arrived)
+        seconds = _seconds(given.decode("latin-1"))
+        return cls(seconds if limit is None else min(seconds, limit), arrived)
+
+    @property
+    def error(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The answer was not complete within {self.seconds:g} s")
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Inside the block, work that takes too long ends with `DeadlineExceeded`."""
+        try:
+            async with asyncio.timeout(self._left()):
+                yield
+        except TimeoutError:
+            raise self.error from None
+
+    def bound(self, generation: Generation) -> None:
+        """The generation ends with `DeadlineExceeded` if it is open then."""
+        left = self._left()
+        if left is not None:
+            generation.expire(left, self.error)
+
+    def _left(self) -> float | None:
+        if self.seconds is None:
+            return None
+        return self.arrived + self.seconds - time.perf_counter()
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidRequest(f"`{HEADER}` takes seconds above 0", param=HEADER)
+    return seconds

@@ -1,0 +1,144 @@
+"""An answer as one generator of chunks; how it is written is the business of `rendering`."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mi_runtime.request import TokenEvent
+from server.answer.choice import Choice, Chunk
+from server.engine.generation import Generation
+from server.routing.dial import Routing
+from server.wire.errors import ApiError, DeadlineExceeded
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What is known of an answer before its first token."""
+
+    id: str
+    created: int  # seconds since 1970
+    model: str
+    system_fingerprint: str
+    routing: Routing
+    prompt_tokens: int  # of the longest prompt; counted once, however many choices
+    prompts: int = 1  # each of them with as many choices
+    include_usage: bool = False  # in a stream
+    include_reasoning: bool = True
+    logprobs: bool = False
+
+
+class Answer:
+    """The choices of one request. Iterate `chunks` once, to its end or until nobody reads."""
+
+    def __init__(
+        self,
+        head: AnswerHead,
+        choices: Mapping[str, Choice],
+        generation: Generation,
+        *,
+        notes: dict[str, Any],
+    ) -> None:
+        self.head = head
+        self._notes = notes  # for the request's line in the log
+        self.generation = generation
+        self._choices = choices  # by engine request
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        return list(self._choices.values())
+
+    @property
+    def forced_close(self) -> bool:
+        """Whether the engine closed a think block."""
+        return any(choice.forced_close for choice in self.choices)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        completion_tokens = sum(choice.completion_tokens for choice in self.choices)
+        reasoning_tokens = sum(choice.reasoning_tokens for choice in self.choices)
+        choices = self.choices
+        of_prompts = choices[:: len(choices) // self.head.prompts]
+        cached_tokens = sum(choice.cached_tokens for choice in of_prompts)
+        return {
+            "prompt_tokens": self.head.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.head.prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        }
+
+    async def chunks(self, *, wake_after: float | None = None) -> AsyncGenerator[list[Chunk], None]:
+        """Whatever came, as soon as it did; an empty list where nothing did for `wake_after` s.
+
+        Raises `ApiError` where a choice or the engine failed, `ClientLeft` where nobody reads.
+        """
+        alarm = _Alarm(self.generation, wake_after)
+        unfinished = "abort"
+        try:
+            with self.generation:
+                while self.generation.is_open:
+                    events = await self.generation.take()
+                    alarm.postpone()
+                    taken = [self._take(at, event) for at, event in events]
+                    chunks = [chunk for chunk in taken if chunk is not None]
+                    if chunks or not events:
+                        yield chunks
+        except ApiError as error:
+            unfinished = "deadline" if isinstance(error, DeadlineExceeded) else "error"
+            self._notes["error"] = error.code
+            raise
+        finally:
+            alarm.cancel()
+            for choice in self.choices:
+                choice.close(unfinished)
+            self._note(unfinished)
+
+    def _take(self, at: float, event: TokenEvent) -> Chunk | None:
+        choice = self._choices[event.request_id]
+        if choice.stopped_by_string:
+            return None
+        chunk = choice.take(at, event)
+        if choice.stopped_by_string:
+            self.generation.abort(event.request_id)
+        return chunk
+
+    def _note(self, unfinished: str) -> None:
+        usage = self.usage
+        self._notes |= {
+            "finish": ",".join(choice.finish_reason or unfinished for choice in self.choices),
+            "prompt": usage["prompt_tokens"],
+            "completion": usage["completion_tokens"],
+            "reasoning": usage["completion_tokens_details"]["reasoning_tokens"],
+            **({"forced_close": 1} if self.forced_close else {}),
+            "cached": usage["prompt_tokens_details"]["cached_tokens"],
+            **self.choices[0].meter.stages(prepared=self._notes.get("prepare_s", 0.0)),
+        }
+
+
+class _Alarm:
+    """Wakes a generation that got no event for a while: one timer, however many tokens."""
+
+    def __init__(self, generation: Generation, seconds: float | None) -> None:
+        self._generation = generation
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._since = self._loop.time()
+        if seconds is not None:
+            self._timer = self._loop.call_later(seconds, self._ring)
+
+    def postpone(self) -> None:
+        self._since = self._loop.time()
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _ring(self) -> None:
+        assert self._seconds is not None
+        left = self._since + self._seconds - self._loop.time()
+        if left <= 0:
+            self._generation.wake()
+            left = self._seconds
+        self._timer = self._loop.call_later(left, self._ring)

@@ -1,0 +1,65 @@
+"""How log-probabilities are written: chat's shape, and the one of `/v1/completions`."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from mi_runtime.request import TokenLogprobs
+from server.text.vocabulary import Vocabulary
+
+LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
+
+WriteLogprobs = Callable[[int, TokenLogprobs, int], dict[str, Any]]
+"""An entry from a token's id, its log-probabilities, and where its text begins (characters)."""
+
+
+def chat_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
+    """An entry of `logprobs.content`."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": vocabulary.token_text(token_id),
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "bytes": list(vocabulary.token_bytes(token_id)),
+        }
+
+    def write(token_id: int, logprobs: TokenLogprobs, offset: int) -> dict[str, Any]:
+        top = [token(other, value) for other, value in logprobs.top]
+        return {**token(token_id, logprobs.token), "top_logprobs": top}
+
+    return write
+
+
+def text_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
+    """A row of the table that `columns` turns over.
+
+    The token itself is among the best ones, also where it is not of them. Tokens of one text, as
+    parts of characters may be, are one entry: the best.
+    """
+
+    def write(token_id: int, logprobs: TokenLogprobs, offset: int) -> dict[str, Any]:
+        top: dict[str, float] = {}
+        for other, value in (*logprobs.top, (token_id, logprobs.token)):
+            top.setdefault(vocabulary.token_text(other), max(value, LOWEST_LOGPROB))
+        return {
+            "tokens": vocabulary.token_text(token_id),
+            "token_logprobs": max(logprobs.token, LOWEST_LOGPROB),
+            "top_logprobs": top,
+            "text_offset": offset,
+        }
+
+    return write
+
+
+def unscored(token_text: str, offset: int) -> dict[str, Any]:
+    """The row of a prompt's first token, which nothing stands before."""
+    return {
+        "tokens": token_text,
+        "token_logprobs": None,
+        "top_logprobs": None,
+        "text_offset": offset,
+    }
+
+
+def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {name: [row[name] for row in rows] for name in names}

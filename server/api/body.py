@@ -1,0 +1,30 @@
+"""The body of a request: read within the operator's limit, and parsed."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from starlette.requests import Request
+
+from server.wire.errors import BodyTooLarge
+
+LONG: Final = 2**16  # bytes; parsing more would hold up the event loop for milliseconds
+
+_T = TypeVar("_T")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The request's body, which is refused as soon as it is too long."""
+    parts = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise BodyTooLarge(f"The body is longer than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def parsed(body: bytes, parse: Callable[[bytes], _T]) -> _T:
+    """What `parse` makes of the body; of a long one in a thread. Raises what `parse` raises."""
+    return parse(body) if len(body) < LONG else await asyncio.to_thread(parse, body)

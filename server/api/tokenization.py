@@ -1,0 +1,78 @@
+"""`POST /tokenize` and `POST /detokenize`: they need the tokenizer alone, also while loading.
+
+But for messages: which λ takes which template is the profile's to say, and that is the pair's.
+
+A body of a few megabytes makes an answer of millions of numbers. So everything about it, its JSON
+too, is made in a thread, which lets the event loop have its turns.
+"""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.body import read_body
+from server.routing import dial
+from server.service import Service
+from server.text.prompt import Ending
+from server.wire.errors import InvalidRequest
+from server.wire.requests import (
+    TokenizeRequest,
+    parse_detokenize_request,
+    parse_tokenize_request,
+)
+
+
+async def tokenize(request: Request, service: Service) -> Response:
+    """`max_model_len` is null while the engine loads."""
+    body = await read_body(request, service.settings.max_body_bytes)
+    return await asyncio.to_thread(_tokens, body, request.headers.get(dial.HEADER), service)
+
+
+def _tokens(body: bytes, header: str | None, service: Service) -> Response:
+    wire = parse_tokenize_request(body)
+    ids = _token_ids(wire, header, service)
+    info, vocabulary = service.engine.info, service.prompts.vocabulary
+    texts = [vocabulary.token_text(one) for one in ids] if wire.return_token_strs else None
+    answer = {
+        "count": len(ids),
+        "max_model_len": None if info is None else info.max_model_len,
+        "tokens": ids,
+        "token_strs": texts,
+    }
+    return JSONResponse(answer)
+
+
+def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> list[int]:
+    routing = service.dials.route(
+        model=wire.model or service.settings.model_name, body=wire.reasoning_lambda, header=header
+    )
+    if wire.messages is None:
+        assert wire.prompt is not None
+        return service.prompts.vocabulary.encode(
+            wire.prompt, add_special_tokens=wire.add_special_tokens
+        )
+    if service.engine.info is None and service.refusal is not None:
+        raise service.refusal
+    ending = Ending.of(
+        continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
+    )
+    return list(service.prompts.build(wire.messages, routing.dials[0], ending).token_ids)
+
+
+async def detokenize(request: Request, service: Service) -> Response:
+    body = await read_body(request, service.settings.max_body_bytes)
+    return await asyncio.to_thread(_text, body, service)
+
+
+def _text(body: bytes, service: Service) -> Response:
+    wire = parse_detokenize_request(body)
+    if wire.model is not None:
+        service.dials.alias_lambda(wire.model)  # raises for a model that is not served
+    vocabulary = service.prompts.vocabulary
+    for index, token_id in enumerate(wire.tokens):
+        if vocabulary.tokenizer.id_to_token(token_id) is None:
+            raise InvalidRequest(
+                f"`tokens[{index}]` is not a token id of this model", param=f"tokens[{index}]"
+            )
+    return JSONResponse({"prompt": vocabulary.decode(wire.tokens)})

@@ -1,0 +1,86 @@
+"""From the wire's sampling fields to the engine's: defaults, limits, and token ids in range."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mi_runtime.request import EngineInfo, SamplingParams
+from server.wire.errors import ContextTooLong, InvalidRequest
+from server.wire.requests import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPolicy:
+    """What the pair says: its sampling defaults, and the tokens that end an answer."""
+
+    defaults: Mapping[str, float]  # generation_config.json's
+    eos_token_ids: frozenset[int]
+
+    def resolve(
+        self, request: GenerationRequest, *, prompt_tokens: int, engine: EngineInfo
+    ) -> SamplingParams:
+        """Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist."""
+        room = engine.max_model_len - prompt_tokens
+        if room < 1:
+            raise ContextTooLong(
+                prompt_tokens=prompt_tokens,
+                max_model_len=engine.max_model_len,
+                param=request.prompt_field,
+            )
+        limit = request.answer_limit
+        max_tokens = room if limit is None else min(limit, room)
+        if request.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"`min_tokens` ({request.min_tokens}) is above the {max_tokens} tokens the answer "
+                "can have",
+                param="min_tokens",
+            )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=request.min_tokens,
+            temperature=self._default("temperature", request.temperature, 1.0),
+            top_p=self._default("top_p", request.top_p, 1.0),
+            top_k=max(0, int(self._default("top_k", request.top_k, 0))),
+            min_p=self._default("min_p", request.min_p, 0.0),
+            repetition_penalty=self._default("repetition_penalty", request.repetition_penalty, 1.0),
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=_logit_bias(request, engine.vocab_size),
+            seed=request.seed,
+            stop_token_ids=_stop_token_ids(request, engine.vocab_size),
+            eos_token_ids=self.eos_token_ids,
+            ignore_eos=request.ignore_eos,
+            logprobs=request.alternatives,
+            prompt_logprobs=request.prompt_alternatives,
+        )
+
+    def _default(self, name: str, given: float | None, neutral: float) -> float:
+        return given if given is not None else self.defaults.get(name, neutral)
+
+
+def seed_of_choice(seed: int | None, index: int) -> int | None:
+    """Choices of one request draw differently, and the same way each time."""
+    return None if seed is None else (seed + index) % 2**63
+
+
+def _logit_bias(request: GenerationRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    return tuple(
+        (_token_id(key, vocab_size, f"logit_bias.{key}"), bias)
+        for key, bias in request.logit_bias.items()
+    )
+
+
+def _stop_token_ids(request: GenerationRequest, vocab_size: int) -> frozenset[int]:
+    return frozenset(
+        _token_id(str(token_id), vocab_size, f"stop_token_ids[{index}]")
+        for index, token_id in enumerate(request.stop_token_ids)
+    )
+
+
+def _token_id(text: str, vocab_size: int, param: str) -> int:
+    token_id = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+    if not 0 <= token_id < vocab_size:
+        raise InvalidRequest(
+            f"`{param}` is not a token id; they are whole numbers from 0 to {vocab_size - 1}",
+            param=param,
+        )
+    return token_id

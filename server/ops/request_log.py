@@ -1,0 +1,99 @@
+"""Every request has an id that comes back in `X-Request-Id`, and leaves one line in the log.
+
+Where traces are asked for it leaves a span as well, with the same facts.
+"""
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.ops.logs import loggable
+
+if TYPE_CHECKING:  # OpenTelemetry is imported only where traces are asked for
+    from server.ops.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+HEADER: Final = "X-Request-Id"
+QUIET_PATHS: Final = frozenset({"/health", "/ready", "/metrics"})
+_ACCEPTABLE_ID: Final = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
+
+
+@dataclass(slots=True)
+class Trace:
+    """What is noted about one request on its way."""
+
+    request_id: str
+    given: bool  # by the client
+    arrived: float  # time.perf_counter
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class RequestLog:
+    """ASGI middleware, the outermost: errors have an id as well."""
+
+    def __init__(self, app: ASGIApp, tracing: "Tracing | None" = None) -> None:
+        self._app = app
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        trace = _trace(Headers(scope=scope).get(HEADER))
+        scope.setdefault("state", {})["trace"] = trace
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = trace.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._told(scope, status, trace)
+
+    def _told(self, scope: Scope, status: int, trace: Trace) -> None:
+        quiet = path_of(scope) in QUIET_PATHS
+        seconds = time.perf_counter() - trace.arrived
+        trace.notes = {"id": trace.request_id, **trace.notes}
+        if self._tracing is not None and not quiet:
+            trace.notes["trace_id"] = self._tracing.record(
+                method=scope["method"],
+                path=path_of(scope),
+                status=status,
+                headers=Headers(scope=scope),
+                notes=trace.notes,
+                seconds=seconds,
+            )
+        trace.notes["total_s"] = round(seconds, 4)
+        _log(logging.DEBUG if quiet else logging.INFO, scope, status, trace.notes)
+
+
+def path_of(scope: Scope) -> str:
+    """The path as the routes know it, without the prefix of a gateway."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _trace(given: str | None) -> Trace:
+    """An id that could not stand in a log line is replaced."""
+    if given is not None and _ACCEPTABLE_ID.fullmatch(given):
+        return Trace(given, True, time.perf_counter())
+    return Trace(uuid.uuid4().hex, False, time.perf_counter())
+
+
+def _log(level: int, scope: Scope, status: int, notes: dict[str, Any]) -> None:
+    method, path = scope["method"], scope["path"]
+    fields = {"method": method, "path": path, "status": status, **notes}
+    # Quoted as JSON would: a path is the client's text, and may hold line breaks.
+    logger.log(level, "%s %s %d", method, loggable(path), status, extra={"fields": fields})

@@ -1,0 +1,60 @@
+"""What Prometheus reads of routing: reasoning tokens as observed, and whether load changes λ."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.routing.observations import QUANTILES, Digest, Observations
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingState:
+    """What a scrape sees."""
+
+    observations: Observations | None  # None: loading
+    elastic: bool
+
+
+class RoutingCollector(Collector):
+    """Labels are the profile's classes and the ten λ buckets."""
+
+    def __init__(self, model_name: str, read: Callable[[], RoutingState]) -> None:
+        self._model_name = model_name
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._read()
+        active = GaugeMetricFamily(
+            "mi_elastic_active",
+            "Whether load sends requests that name no λ to cheaper points of the profile.",
+            labels=["model_name"],
+        )
+        active.add_metric([self._model_name], state.elastic)
+        yield active
+        yield self._observed(state.observations)
+
+    def _observed(self, observations: Observations | None) -> Metric:
+        family = Metric(
+            "mi_observed_reasoning_tokens",
+            "Reasoning tokens of answers, by the kind of work; a cut block counts as longest.",
+            "summary",
+        )
+        for name, bucket, digest in observations.seen() if observations else ():
+            labels = {
+                "model_name": self._model_name,
+                "routing_class": name,
+                "lambda_bucket": bucket,
+            }
+            _add(family, labels, digest)
+        return family
+
+
+def _add(family: Metric, labels: dict[str, str], digest: Digest) -> None:
+    for share in QUANTILES:
+        value = digest.quantile(share)
+        if value is not None:
+            family.add_sample(family.name, labels | {"quantile": f"{share:g}"}, value)
+    family.add_sample(f"{family.name}_count", labels, digest.samples)
+    family.add_sample(f"{family.name}_sum", labels, digest.total)

@@ -1,0 +1,174 @@
+"""λ by blend group: how a client writes it, the dial it means, and how an answer tells it.
+
+    {"default": 0.6, "attn": 0.8, "head": 0, "layers": {"0-11": 0, "14": {"mlp": 1}}}
+
+A group takes the λ of its layer range, else that of its part (`attn`, `mlp`, `embed`, `head`),
+else the default. Ranges are inclusive and do not overlap.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final
+
+from mi_runtime.request import Dial
+from server.wire.errors import InvalidRequest, bounded
+from server.wire.requests import GroupLambdas, LayerLambdas
+
+PARAM: Final = "reasoning_lambda"
+PARTS: Final = ("attn", "mlp")  # of a layer
+ENDS: Final = ("embed", "head")  # outside the layers
+_RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
+
+
+def group_dial(said: GroupLambdas, *, step: float, layers: int) -> Dial:
+    """The dial of a model of so many layers. Raises `InvalidRequest` that names the key.
+
+    Where every group is named and there is no default, the λ that most groups have stands for it.
+    """
+    for key, value in _numbers(said):
+        check_lambda(value, key)
+    values = _values(said, layers)
+    missing = [name for name in _group_names(layers) if name not in values]
+    default = said.default
+    if default is None:
+        if missing:
+            raise InvalidRequest(
+                f"`{PARAM}` names no `default`, which {len(missing)} blend groups would take "
+                f"(such as `{missing[0]}`)",
+                param=f"{PARAM}.default",
+            )
+        default = _most_common(values.values())
+    return Dial.on_grid(default, step, values)
+
+
+def told(dial: Dial, layers: int) -> float | dict[str, Any]:
+    """The one way an answer writes a dial: a number where it is uniform; else what most layers
+    have stands at the top, and the others are listed."""
+    default, own = dial.reasoning_lambda, dict(dial.groups)
+    if not own:
+        return default
+    parts = {part: _of_layers(part, own, default, layers) for part in PARTS}
+    usual = {part: _most_common(values, default) for part, values in parts.items()}
+    ranges = _told_ranges([_told_layer(parts, usual, layer) for layer in range(layers)])
+    written: dict[str, Any] = {"default": default}
+    written |= {part: value for part, value in usual.items() if value != default}
+    written |= {name: own[name] for name in ENDS if name in own}
+    return written | ({"layers": ranges} if ranges else {})
+
+
+def check_lambda(value: float, param: str) -> None:
+    """Raises `InvalidRequest` about `param` outside [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise InvalidRequest(f"λ must be a number in [0, 1], not {value!r}", param=param)
+
+
+# --- Read ----------------------------------------------------------------------------------------
+
+
+def _group_names(layers: int) -> list[str]:
+    return [*ENDS, *(f"{layer}.{part}" for layer in range(layers) for part in PARTS)]
+
+
+def _numbers(said: GroupLambdas) -> Iterator[tuple[str, float]]:
+    """Every λ that is written, with its key."""
+    for name in ("default", *PARTS, *ENDS):
+        value = getattr(said, name)
+        if value is not None:
+            yield f"{PARAM}.{name}", value
+    for key, entry in said.layers.items():
+        if not isinstance(entry, LayerLambdas):
+            yield _range_param(key), entry
+            continue
+        for part, value in _parts(entry):
+            yield f"{_range_param(key)}.{part}", value
+
+
+def _values(said: GroupLambdas, layers: int) -> dict[str, float]:
+    """λ of every group that is named, the narrower name last."""
+    values = {name: value for name in ENDS if (value := getattr(said, name)) is not None}
+    for part in PARTS:
+        value = getattr(said, part)
+        if value is not None:
+            values |= {f"{layer}.{part}": value for layer in range(layers)}
+    for layer, entry in _by_layer(said.layers, layers).items():
+        values |= {f"{layer}.{part}": value for part, value in _parts(entry)}
+    return values
+
+
+def _parts(entry: float | LayerLambdas) -> list[tuple[str, float]]:
+    if not isinstance(entry, LayerLambdas):
+        return [(part, entry) for part in PARTS]
+    return [(part, value) for part in PARTS if (value := getattr(entry, part)) is not None]
+
+
+def _by_layer(
+    ranges: Mapping[str, float | LayerLambdas], layers: int
+) -> dict[int, float | LayerLambdas]:
+    entries: dict[int, float | LayerLambdas] = {}
+    for key, entry in ranges.items():
+        for layer in _layers_of(key, layers):
+            if layer in entries:
+                raise InvalidRequest(
+                    f"`{PARAM}.layers` names layer {layer} twice; ranges must not overlap",
+                    param=_range_param(key),
+                )
+            entries[layer] = entry
+        if not _parts(entry):
+            raise InvalidRequest(
+                f"`{_range_param(key)}` must name `attn` or `mlp`", param=_range_param(key)
+            )
+    return entries
+
+
+def _layers_of(key: str, layers: int) -> range:
+    """The layers of `"0-11"` or `"14"`."""
+    match = _RANGE.fullmatch(key)
+    if match is not None:
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first <= last < layers:
+            return range(first, last + 1)
+    raise InvalidRequest(
+        f"`{bounded(key, 40)}` is no range of layers; write `3` or `0-{layers - 1}`: "
+        f"this model has layers 0 to {layers - 1}, and ranges include both ends",
+        param=_range_param(key),
+    )
+
+
+def _range_param(key: str) -> str:
+    return f"{PARAM}.layers.{bounded(key, 40)}"
+
+
+# --- Write ---------------------------------------------------------------------------------------
+
+
+def _of_layers(part: str, own: Mapping[str, float], default: float, layers: int) -> list[float]:
+    return [own.get(f"{layer}.{part}", default) for layer in range(layers)]
+
+
+def _told_layer(
+    parts: Mapping[str, Sequence[float]], usual: Mapping[str, float], layer: int
+) -> float | dict[str, float] | None:
+    """What a layer has of its own."""
+    entry = {part: values[layer] for part, values in parts.items() if values[layer] != usual[part]}
+    if len(entry) == len(PARTS) and len(set(entry.values())) == 1:
+        return next(iter(entry.values()))
+    return entry or None
+
+
+def _told_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[str, Any]:
+    """Neighbours that say the same become one range."""
+    ranges = {}
+    for entry, run in groupby(enumerate(by_layer), key=lambda numbered: numbered[1]):
+        numbers = [layer for layer, _ in run]
+        key = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+        if entry is not None:
+            ranges[key] = entry
+    return ranges
+
+
+def _most_common(values: Iterable[float], preferred: float | None = None) -> float:
+    """The most common value; of equally common ones the preferred, else the lowest."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value == preferred, -value))

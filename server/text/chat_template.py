@@ -1,0 +1,88 @@
+"""Chat templates: the jinja dialect that checkpoints are written in, sandboxed.
+
+The dialect is the one `transformers` gives them: trimmed blocks, loop controls, `tojson` without
+escapes, `raise_exception`, `strftime_now`, and a `generation` block that marks text for training
+and means nothing here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, meta, nodes
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.text.checkpoint import CheckpointError, Endpoint
+from server.wire.errors import InvalidRequest
+
+
+class ChatTemplate:
+    """One endpoint's template, compiled."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        environment = _environment()
+        try:
+            variables = meta.find_undeclared_variables(environment.parse(endpoint.chat_template))
+            self._template = environment.from_string(endpoint.chat_template)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"{endpoint.directory}: the chat template does not parse: {error}"
+            ) from error
+        self._special_tokens = endpoint.special_tokens
+        self.takes_tools = "tools" in variables
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt; with `add_generation_prompt` up to the assistant's first token."""
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools or None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}…{% endgeneration %}` renders what is between."""
+
+    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

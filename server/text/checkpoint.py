@@ -1,0 +1,111 @@
+"""The text side of an endpoint on disk: where it lies, its templates and its sampling defaults.
+
+A hub id is resolved to a local directory here, once; the engine gets that directory. Weights are
+not read here, and code of a checkpoint never is.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from server.exit_codes import CommandError
+
+HUB_PATTERNS: Final = ("*.json", "*.jinja", "*.safetensors")
+
+
+class CheckpointError(CommandError):
+    """An endpoint that cannot be served. The message is for the operator."""
+
+
+def local_directory(name: str) -> Path:
+    """The directory of an endpoint given as a directory or as a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such directory, and not a hub id (OWNER/NAME)")
+    # Only here, because it takes a third of a second that a local endpoint does not need.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+    except (OSError, ValueError) as error:  # no network, no such repository, not a valid id
+        raise CheckpointError(
+            f"{name}: no such directory, and the hub did not give it: {error}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What the HTTP side knows of one checkpoint."""
+
+    directory: Path
+    chat_template: str
+    special_tokens: dict[str, str]  # bos_token, eos_token, …: variables of the template
+    eos_token_ids: frozenset[int]
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Endpoint":
+        config = read_json(directory / "tokenizer_config.json")
+        generation = read_json(directory / "generation_config.json")
+        return cls(
+            directory=directory,
+            chat_template=_chat_template(directory, config),
+            special_tokens=_special_tokens(config),
+            eos_token_ids=eos_token_ids_of(generation),
+            sampling_defaults=_sampling_defaults(generation),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # named ones
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{directory}: no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json)"
+        )
+    return template
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Tokens by role; a config writes each as its text or as an object that has it as content."""
+    tokens = {}
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[role] = token
+    return tokens
+
+
+def eos_token_ids_of(generation: dict[str, Any]) -> frozenset[int]:
+    """What ends an answer, by a `generation_config.json`."""
+    ids = generation.get("eos_token_id")
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: generation[name] for name in names if generation.get(name) is not None}

@@ -1,0 +1,193 @@
+"""What an answer is held to: from response format and tools to the grammar that the engine follows.
+
+Schemas are checked here, each by itself, so that a refusal names the one that is bad. Knows the
+form of tool calls and `llguidance`'s Lark dialect; nothing of tokens, but for the tags of calls,
+which a grammar names as tokens where the vocabulary has them.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import llguidance  # noqa: F401 - at start: the first request that brings a schema is not to wait
+
+from mi_runtime.scheduling.grammar import fault_of
+from server.text.reasoning_parser import TOOL_CALL, TOOL_CALL_END
+from server.text.vocabulary import Vocabulary
+from server.wire.errors import InvalidRequest, bounded
+from server.wire.requests import ChatRequest, FunctionTool, NamedTool
+
+LARGEST_SCHEMA: Final = 64 * 1024  # bytes of JSON, without white space
+LARGEST_GRAMMAR: Final = 512 * 1024  # of all tools of a request
+CHECKED: Final = 256  # verdicts that are kept
+WHITE_SPACE: Final = r"[ \n\t]{0,20}"
+"""Between the parts of JSON. Bounded: a model at a loss writes white space for ever."""
+
+_FOR_PEOPLE: Final = frozenset({"title", "description", "$comment", "default", "examples"})
+"""Keywords whose text no answer has to say."""
+_ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
+_NO_ARGUMENTS: Final = _ANY_OBJECT | {"properties": {}, "additionalProperties": False}
+
+
+class Constraint:
+    """The rules of one server. Safe to use from several threads."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._opening = _tag(TOOL_CALL, vocabulary)
+        self._closing = _tag(TOOL_CALL_END, vocabulary)
+        self._whole_tokens = _whole_tokens(vocabulary)
+        self._fault_of = lru_cache(CHECKED)(fault_of)
+
+    def grammar(self, request: ChatRequest) -> str | None:
+        """What the answer must obey; None: nothing. Takes up to some 100 ms.
+
+        Raises `InvalidRequest` for a schema that is wrong, too large, or cannot be enforced.
+        """
+        answer = self._answer_schema(request)
+        tools = self._arguments(request)
+        if not tools:
+            return None if answer is None else _lark(f"start: {_json(answer)}")
+        source = self._with_tools(request, tools, answer)
+        if source is not None and (len(source) > LARGEST_GRAMMAR or self._fault_of(source)):
+            raise InvalidRequest("The schemas of `tools` are too large together", param="tools")
+        return source
+
+    # --- schemas ---------------------------------------------------------------------------------
+
+    def _answer_schema(self, request: ChatRequest) -> dict[str, Any] | None:
+        form = request.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.json_schema is None:
+            return _guided(_ANY_OBJECT, strict=True)
+        return self._checked(
+            form.json_schema.schema_, form.json_schema.strict, "response_format.json_schema.schema"
+        )
+
+    def _arguments(self, request: ChatRequest) -> dict[str, dict[str, Any]]:
+        """The checked schema of each offered function's arguments."""
+        checked = {}
+        for index, tool in enumerate(request.offered_tools):
+            param = f"tools[{index}].function.parameters"
+            schema = _NO_ARGUMENTS if tool.parameters is None else tool.parameters
+            if schema.get("type", "object") != "object":
+                raise InvalidRequest(f"`{param}.type` must be 'object'", param=f"{param}.type")
+            checked[tool.name] = self._checked({"type": "object"} | schema, tool.strict, param)
+        return checked
+
+    def _checked(self, schema: dict[str, Any], strict: bool, param: str) -> dict[str, Any]:
+        guided = _guided(schema, strict=strict)
+        alone = _compact({"grammars": [{"json_schema": guided}]})
+        if len(alone) > LARGEST_SCHEMA:
+            raise InvalidRequest(
+                f"`{param}` is larger than {LARGEST_SCHEMA} bytes of JSON", param=param
+            )
+        token = next(filter(None, map(self._whole_tokens.search, _strings(schema))), None)
+        if token is not None:
+            raise InvalidRequest(
+                f"`{param}` holds {token[0]!r}, which is a token of this model and cannot be said "
+                "as text",
+                param=param,
+            )
+        fault = self._fault_of(alone)
+        if fault is not None:
+            raise InvalidRequest(
+                f"`{param}` is not a schema that answers can be held to: {bounded(fault, 300)}",
+                param=param,
+            )
+        return guided
+
+    # --- tools -----------------------------------------------------------------------------------
+
+    def _with_tools(
+        self, request: ChatRequest, tools: dict[str, dict[str, Any]], answer: dict[str, Any] | None
+    ) -> str | None:
+        choice, several = request.tool_choice, request.parallel_tool_calls
+        if isinstance(choice, NamedTool):
+            only = {choice.function.name: tools[choice.function.name]}
+            return _lark("start: call", *self._calls(only))
+        calls = "start: call (BREAK call)*" if several else "start: call"
+        if choice == "required":
+            return _lark(calls, *self._calls(tools))
+        if answer is not None:
+            return _lark(f"{calls} | answer", f"answer: {_json(answer)}", *self._calls(tools))
+        strict = any(tool.strict for tool in request.offered_tools)
+        if not strict and several:
+            return None  # calls are read as they come
+        return self._free_text(_as_far_as_strict(request.offered_tools, tools), several=several)
+
+    def _calls(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
+        return [f"call: {self._opening} body", 'BREAK: "\\n"', *self._bodies(tools)]
+
+    def _free_text(self, tools: dict[str, dict[str, Any]], *, several: bool) -> str:
+        """Any text, in which an opening tag begins a call."""
+        lazy = "" if self._opening == TOOL_CALL else "[lazy]"  # spelled, it is found in the text
+        opening = f"opening{lazy}: TEXT {self._opening}"
+        start = "start: (opening body)* TEXT" if several else "start: TEXT | opening body"
+        return _lark(start, opening, r"TEXT: /(.|\n)*/", *self._bodies(tools))
+
+    def _bodies(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
+        """From behind the opening tag to the closing one."""
+        rules = ["body: " + " | ".join(f"body_{index}" for index in range(len(tools)))]
+        for index, (name, schema) in enumerate(tools.items()):
+            head = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
+            tail = json.dumps("}\n")
+            rules.append(f"body_{index}: {head} arguments_{index} {tail} {self._closing}")
+            rules.append(f"arguments_{index}: {_json(schema)}")
+        return rules
+
+
+def _tag(tag: str, vocabulary: Vocabulary) -> str:
+    """As a grammar names it: the token where there is one, else its text."""
+    is_token = vocabulary.tokenizer.token_to_id(tag) is not None
+    return tag if is_token else json.dumps(tag)
+
+
+def _whole_tokens(vocabulary: Vocabulary) -> re.Pattern[str]:
+    """Finds the tokens that are never text to a grammar: `<|im_end|>`, `<think>`, …"""
+    added = vocabulary.tokenizer.get_added_tokens_decoder().values()
+    names = [re.escape(it.content) for it in added if it.special or it.content.startswith("<")]
+    return re.compile("|".join(names) or r"(?!)")
+
+
+def _strings(schema: Any) -> Iterator[str]:
+    """What the schema may make an answer say."""
+    if isinstance(schema, str):
+        yield schema
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _strings(item)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            yield key
+            if key not in _FOR_PEOPLE or isinstance(value, dict):
+                yield from _strings(value)
+
+
+def _as_far_as_strict(
+    offered: Sequence[FunctionTool], tools: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Where the model chooses, calls of functions that are not strict have any arguments."""
+    return {
+        tool.name: tools[tool.name] if tool.strict else _guided(_ANY_OBJECT, strict=True)
+        for tool in offered
+    }
+
+
+def _guided(schema: dict[str, Any], *, strict: bool) -> dict[str, Any]:
+    """The schema with the library's own settings."""
+    return schema | {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": not strict}}
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return f"%json {_compact(schema)}"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _lark(*rules: str) -> str:
+    return "\n".join(["%llguidance {}", *rules]) + "\n"

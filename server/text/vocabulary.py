@@ -1,0 +1,188 @@
+"""Token ids and text: one tokenizer for both endpoints, and incremental decoding.
+
+Knows `tokenizer.json` through the `tokenizers` library, and nothing of templates or requests.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from mi_runtime.config import GrammarVocabulary, TokenMarks
+from server.text.checkpoint import CheckpointError
+from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, TOOL_CALL_END
+
+SENTENCE_ENDS: Final = (".", "!", "?", "…", "。", "！", "？")
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Vocabulary:
+    """A loaded tokenizer. Safe to use from several threads: nothing here changes it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.think_open_id: int | None = tokenizer.token_to_id(THINK_OPEN)
+        self.think_close_id: int | None = tokenizer.token_to_id(THINK_CLOSE)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Vocabulary":
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory}: no tokenizer.json; a tokenizer in another format must be converted "
+                "first (AutoTokenizer.from_pretrained(…).save_pretrained(…) writes it)"
+            )
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{path}: not readable as a tokenizer: {error}") from error
+
+    @property
+    def has_think_tags(self) -> bool:
+        """Whether both tags are single tokens."""
+        return self.think_open_id is not None and self.think_close_id is not None
+
+    @cached_property
+    def tags(self) -> dict[int, str]:
+        """The tags that are single tokens, by id."""
+        tags = (THINK_OPEN, THINK_CLOSE, TOOL_CALL, TOOL_CALL_END)
+        ids = {tag: self.tokenizer.token_to_id(tag) for tag in tags}
+        return {index: tag for tag, index in ids.items() if index is not None}
+
+    @cached_property
+    def close_aliases(self) -> frozenset[int]:
+        """Tokens that close an open think block as its closing tag does."""
+        return frozenset(index for index, tag in self.tags.items() if tag == TOOL_CALL)
+
+    @cached_property
+    def closing_tags(self) -> tuple[str, ...]:
+        """What ends an open think block, as text."""
+        return (THINK_CLOSE, TOOL_CALL) if self.close_aliases else (THINK_CLOSE,)
+
+    @cached_property
+    def hidden_tags(self) -> dict[int, str]:
+        """Tags that decoding would leave out because they are special tokens."""
+        return {index: tag for index, tag in self.tags.items() if index in self._special_token_ids}
+
+    @cached_property
+    def marks(self) -> TokenMarks:
+        """What each token's text means to think blocks; a token of no text is blank.
+
+        A full stop inside a number is taken for the end of a sentence: a token does not tell.
+        """
+        ids = sorted(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        texts = self.tokenizer.decode_batch([[index] for index in ids], skip_special_tokens=True)
+        spoken = [pair for pair in zip(ids, texts, strict=True) if pair[0] not in self.tags]
+        return TokenMarks(
+            soft_ends=frozenset(
+                index for index, text in spoken if text.endswith(("\n", *SENTENCE_ENDS))
+            ),
+            blanks=frozenset(index for index, text in spoken if not text.strip()),
+        )
+
+    def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:
+        """Ids and offsets of a raw text; with the tokens that the tokenizer itself adds, or not."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def for_grammars(
+        self, directory: Path, eos_token_ids: Iterable[int]
+    ) -> GrammarVocabulary | None:
+        """What the engine needs to hold answers to a grammar; None where no token can end one."""
+        known = [it for it in sorted(eos_token_ids) if self.tokenizer.id_to_token(it) is not None]
+        if not known:
+            return None
+        return GrammarVocabulary(str(directory / "tokenizer.json"), tuple(known))
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids alone, at half the cost of an `encoding`; a rendered prompt has its special tokens.
+
+        A long text holds up no other thread.
+        """
+        (encoding,) = self.tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes of one token, which may be a part of a character."""
+        token = self.tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._added_token_ids:
+            return self.token_text(token_id).encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else self.token_text(token_id).encode()
+
+    @cached_property
+    def _added_token_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _special_token_ids(self) -> frozenset[int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        symbols = self.tokenizer.get_vocab(with_added_tokens=False)
+        return "ByteLevel" in str(self.tokenizer.decoder) and all(
+            symbol in _BYTE_OF_SYMBOL for token in symbols for symbol in token
+        )
+
+
+class TokenText:
+    """The text of one growing answer, a whole character at a time."""
+
+    def __init__(self, vocabulary: Vocabulary, *, hide_special: bool = True) -> None:
+        self._tokenizer = vocabulary.tokenizer
+        self._hide_special = hide_special
+        self._tags = vocabulary.hidden_tags if hide_special else {}
+        self._stream = DecodeStream(skip_special_tokens=hide_special)
+        self._pending: list[int] = []  # fed, but no text came out yet
+
+    def feed(self, token_id: int) -> str:
+        if token_id in self._tags:
+            return self.finish() + self._tags[token_id]
+        text: str | None = self._stream.step(self._tokenizer, token_id)
+        if text is None:
+            self._pending.append(token_id)
+            return ""
+        if self._pending:
+            self._pending.clear()
+        return text
+
+    def finish(self) -> str:
+        """What an unfinished character leaves."""
+        if not self._pending:
+            return ""
+        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=self._hide_special)
+        self._pending.clear()
+        self._stream = DecodeStream(skip_special_tokens=self._hide_special)
+        return text
+
+
+def _byte_symbols() -> dict[str, int]:
+    """The printable stand-ins of the 256 bytes in byte-level vocabularies (GPT-2's)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_SYMBOL: Final = _byte_symbols()

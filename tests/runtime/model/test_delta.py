@@ -1,0 +1,246 @@
+"""Compact deltas: what is kept of a difference, and that every way computes with exactly that."""
+
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mi_runtime.model import delta as module
+from mi_runtime.model.blend_cache import Blend
+from mi_runtime.model.delta import (
+    GROUP,
+    DeltaExperts,
+    DeltaKind,
+    DeltaMatrix,
+    DeltaStorage,
+    DeltaVocabulary,
+    quantize,
+)
+from mi_runtime.model.rows import INSTRUCT, Rows
+
+KINDS = get_args(DeltaKind)
+WIDTHS = (1, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP + 7)
+LAMBDAS = (0.0, 0.1, 0.5, 0.93, 1.0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random_pair(
+    *shape: int, dtype: torch.dtype = torch.float32, apart: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    instruct, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    return instruct.to(dtype), (instruct + apart * noise).to(dtype)
+
+
+def difference(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[1].float() - pair[0].float()
+
+
+def dequantized(pair: tuple[Tensor, Tensor], kind: DeltaKind) -> Tensor:
+    return quantize(*pair, kind).dequantized(torch.float32)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """In fp32 up to a rounding, of which there may be one or two on the way."""
+    slack = 1e-6 if found.dtype is torch.float32 else 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=slack)
+
+
+def mixed(*values: float) -> Rows:
+    return Rows(torch.tensor(values), None)
+
+
+# --- What is kept -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_int8_is_half_a_step_of_its_row_from_the_difference(width: int, dtype: torch.dtype) -> None:
+    exact = difference(pair := random_pair(5, width, dtype=dtype))
+    step = exact.abs().amax(1, keepdim=True) / 127
+    assert ((dequantized(pair, "int8") - exact).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_int4_is_half_a_step_of_its_group_from_the_difference(
+    width: int, dtype: torch.dtype
+) -> None:
+    """A whole step at +8, which int4 has not got: there may be one, opposite the largest."""
+    exact = difference(pair := random_pair(5, width, dtype=dtype))
+    kept = quantize(*pair, "int4")
+    found = kept.dequantized(torch.float32)
+    for index, group in enumerate(range(0, width, GROUP)):
+        own, scale = exact[:, group : group + GROUP], kept.scales[:, index, None].float()
+        most = own.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(scale.abs(), most / 8, rtol=2**-8, atol=0)
+        error = (found[:, group : group + GROUP] - own).abs() / scale.abs()
+        assert (error <= torch.where(own / scale > 7.5, 1.05, 0.501)).all()
+
+
+def test_the_two_int4_of_a_byte_are_half_a_group_apart() -> None:
+    """As the module says it, for kernels."""
+    steps = torch.arange(GROUP + 3) % 15 - 7
+    steps[0] = steps[GROUP] = -8
+    kept = quantize(torch.zeros(1, GROUP + 3), steps.float()[None], "int4")
+    assert kept.values.shape == (1, GROUP)
+    assert kept.scales.tolist() == [[1.0, 1.0]]
+    first, second = kept.values[0, : GROUP // 2], kept.values[0, GROUP // 2 :]
+    assert (first & 15).tolist() == (steps[: GROUP // 2] + 8).tolist()
+    assert (first >> 4).tolist() == (steps[GROUP // 2 : GROUP] + 8).tolist()
+    assert second.tolist() == [
+        int(steps[GROUP + j] + 8 if j < 3 else 8) | 8 << 4 for j in range(GROUP // 2)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_endpoints_that_are_equal_stay_equal(kind: DeltaKind) -> None:
+    instruct, thinking = random_pair(6, 70, dtype=torch.bfloat16)
+    thinking[2:4] = instruct[2:4]
+    matrix = DeltaMatrix(instruct, thinking, kind)
+    for value in LAMBDAS:
+        assert torch.equal(matrix.blend(value)[2:4], instruct[2:4])
+    assert matrix.blend(1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(9, 70), (3, 9, 70)])
+@pytest.mark.parametrize("rows", [4, 20])
+def test_work_in_pieces_changes_nothing(
+    kind: DeltaKind, shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = random_pair(*shape)
+    whole, blend = quantize(*pair, kind), DeltaMatrix(*pair, kind).blend(0.3)
+    monkeypatch.setattr(module, "PIECE_OF_CPU", rows * 70)
+    pieces = quantize(*pair, kind)
+    assert torch.equal(whole.values, pieces.values)
+    assert torch.equal(whole.scales, pieces.scales)
+    assert_same(DeltaMatrix(*pair, kind).blend(0.3), blend)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [((19456, 2560), 2), ((128, 1536, 2048), 13), ((8, 6144, 16384), 24)],
+    ids=["a matrix", "many small experts", "few large experts"],
+)
+def test_a_gpu_takes_large_weights_in_few_pieces(shape: tuple[int, ...], pieces: int) -> None:
+    """Each piece is some launches, and a prefill goes through every matrix."""
+    there = torch.empty(shape, device="meta")
+    parts = [there[piece] for piece in module._pieces(there)]
+    assert len(parts) == pieces
+    assert sum(part.numel() for part in parts) == there.numel()
+    assert max(part.numel() for part in parts) <= module.PIECE_OF_GPU
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("int8", 1.5), ("int4", 1.25 + 1 / GROUP)])
+def test_it_takes_the_memory_that_the_module_says(kind: DeltaKind, copies: float) -> None:
+    pair = random_pair(64, 64 * GROUP, dtype=torch.bfloat16)
+    assert DeltaMatrix(*pair, kind).nbytes / pair[0].nbytes == pytest.approx(copies, abs=1e-3)
+
+
+# --- What is computed with it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blend_is_instruct_and_a_share_of_the_difference_rounded_once(
+    kind: DeltaKind, dtype: torch.dtype
+) -> None:
+    pair = random_pair(9, 70, dtype=dtype)
+    kept = dequantized(pair, kind)
+    matrix = DeltaMatrix(*pair, kind)
+    for value in LAMBDAS:
+        assert_same(matrix.blend(value), (pair[0].float() + value * kept).to(dtype))
+    assert torch.equal(matrix.blend(0.0), pair[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 70), (1, 5, 70), (2, 5, 70)])
+def test_every_row_is_multiplied_with_its_own_blend(
+    kind: DeltaKind, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE_OF_CPU", 4 * 70)
+    matrix = DeltaMatrix(*random_pair(9, 70), kind)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = matrix.product(x, mixed(*LAMBDAS))
+    for row, value in enumerate(LAMBDAS):
+        expected = F.linear(x[..., row, :], matrix.blend(value))
+        torch.testing.assert_close(out[..., row, :], expected, atol=1e-5, rtol=1e-5)
+        alone = matrix.product(x, mixed(value))
+        torch.testing.assert_close(alone[..., row, :], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_at_instruct_are_instruct_s_own_whatever_their_company(
+    kind: DeltaKind, dtype: torch.dtype
+) -> None:
+    instruct, thinking = random_pair(9, 70, dtype=dtype)
+    matrix = DeltaVocabulary(instruct, thinking, kind)
+    x, ids = torch.randn(2, 70).to(dtype), torch.tensor([3, 3])
+    own = F.linear(x, instruct)
+    assert torch.equal(matrix.product(x, mixed(0.0, 0.7))[0], own[0])
+    assert not torch.equal(matrix.product(x, mixed(0.0, 0.7))[1], own[1])
+    assert torch.equal(matrix.product(x, Rows(torch.zeros(1), INSTRUCT)), own)
+    assert torch.equal(matrix.lookup(ids, mixed(0.0, 0.7))[0], instruct[3])
+    assert torch.equal(matrix.lookup(ids, Rows(torch.zeros(1), INSTRUCT)), instruct[ids])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_products_are_as_near_as_those_of_merged_weights(kind: DeltaKind) -> None:
+    pair = random_pair(64, 256, dtype=torch.bfloat16)
+    matrix, x = DeltaMatrix(*pair, kind), torch.randn(8, 256).bfloat16()
+    truth = x.double() @ (pair[0].double() + 0.5 * dequantized(pair, kind).double()).T
+    served = (matrix.product(x, mixed(0.5)) - truth).abs().mean()
+    static = (F.linear(x, matrix.blend(0.5)) - truth).abs().mean()
+    assert served < 1.1 * static
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lookup_is_rows_of_the_blend(kind: DeltaKind, dtype: torch.dtype) -> None:
+    vocabulary = DeltaVocabulary(*random_pair(9, 70, dtype=dtype), kind)
+    ids = torch.tensor([[4, 0, 8, 4, 2]])
+    out = vocabulary.lookup(ids, mixed(*LAMBDAS))
+    for row, value in enumerate(LAMBDAS):
+        assert_same(out[0, row], vocabulary.blend(value)[ids[0, row]])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_is_a_matrix_of_its_own(
+    kind: DeltaKind, has_bias: bool, transposed: bool
+) -> None:
+    instruct, thinking = random_pair(3, 9, 70)
+    given = (
+        (instruct.mT.contiguous(), thinking.mT.contiguous()) if transposed else (instruct, thinking)
+    )
+    biases = random_pair(3, 9) if has_bias else None
+    experts = DeltaExperts(given, biases, transposed, kind)
+    x, rows = torch.randn(len(LAMBDAS), 70), mixed(*LAMBDAS)
+    for expert in range(3):
+        alone = DeltaMatrix(instruct[expert], thinking[expert], kind)
+        assert_same(experts.blend(0.3)[expert], alone.blend(0.3))
+        expected = alone.product(x, rows)
+        if biases is not None:
+            expected += torch.lerp(*(one[expert] for one in biases), rows.weights.unsqueeze(1))
+        found = experts.product(expert, x, rows, rows.mix)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("value", LAMBDAS[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blended_weights_are_taken_where_the_step_has_them(kind: DeltaKind, value: float) -> None:
+    storage = DeltaStorage(kind)
+    rows = Rows(torch.tensor([value]), None, Blend(0, value))
+    matrix, x = storage.matrix(*random_pair(9, 70)), torch.randn(4, 70)
+    assert torch.equal(matrix.product(x, rows), F.linear(x, matrix.blend(value)))
+    experts = storage.experts(random_pair(2, 9, 70), None, transposed=False)
+    assert torch.equal(experts.product(1, x, rows, rows.mix), F.linear(x, experts.blend(value)[1]))
+
+
+def test_only_instruct_is_an_endpoint() -> None:
+    assert dict(DeltaStorage("int8").endpoints) == {0.0: INSTRUCT}

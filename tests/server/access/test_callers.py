@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from server.access.callers import Caller, KeyFileError, KeyRing
+from server.wire.errors import InvalidApiKey
+
+
+def ring(*keys: str) -> KeyRing:
+    return KeyRing([(key, "") for key in keys])
+
+
+def test_every_key_is_known_under_its_place() -> None:
+    keys = ring("sk-one", "sk-two")
+    assert keys.caller(b"Bearer sk-two").name == "key2"
+    assert keys.caller(b"bearer sk-one").name == "key1"
+
+
+REFUSED = (
+    *(b"", b"Bearer", b"Bearer ", b"sk-one", b"Basic sk-one", b"Bearer sk-on", b"Bearer sk-oneX"),
+    *(b"Bearer sk-one sk-two", b"Bearer \xff\x00"),
+)
+
+
+@pytest.mark.parametrize("header", REFUSED)
+def test_anything_else_is_refused_without_saying_what_was_given(header: bytes) -> None:
+    with pytest.raises(InvalidApiKey) as caught:
+        ring("sk-one", "sk-two").caller(header)
+    assert "sk-" not in caught.value.message
+    assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
+
+
+def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return one == other
+
+    monkeypatch.setattr("server.access.callers.hmac.compare_digest", compare)
+    ring("a", "much-longer", "c").caller(b"Bearer a")
+    assert compared == [(32, 32)] * 3
+
+
+def test_a_file_has_one_key_a_line_with_a_name_behind_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# keys of the team\n\nsk-1 search team  # since May\nsk-2\n")
+    keys = KeyRing.of([SecretStr("sk-0")], file)
+    names = [keys.caller(f"Bearer sk-{i}".encode()).name for i in range(3)]
+    assert names == ["key1", "search team", "key3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("# none\n", "no keys in it"), ("sk-1\nsk-1 twice\n", "twice"), ("schlüssel\n", "ASCII")],
+)
+def test_a_file_that_cannot_be_used_is_refused_without_its_keys(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(KeyFileError, match=said) as caught:
+        KeyRing.of([], file)
+    assert "sk-1" not in str(caught.value)
+    with pytest.raises(KeyFileError, match="not readable"):
+        KeyRing.of([], tmp_path / "none")
+
+
+def test_a_ring_keeps_no_key() -> None:
+    assert "sk-secret" not in repr(vars(ring("sk-secret")))
+
+
+def test_callers_of_different_keys_have_different_salts() -> None:
+    keys = ring("sk-one", "sk-two")
+    one, two = (keys.caller(b"Bearer sk-" + name) for name in (b"one", b"two"))
+    assert (
+        len({one.cache_salt(""), one.cache_salt("x"), two.cache_salt(""), two.cache_salt("x")}) == 4
+    )
+    assert one.cache_salt("x") == keys.caller(b"Bearer sk-one").cache_salt("x")
+    assert "sk-one" not in one.cache_salt("")
+
+
+def test_without_keys_the_salt_is_the_requests_own() -> None:
+    assert not KeyRing([])
+    assert Caller("10.0.0.1").cache_salt("x") == "x"

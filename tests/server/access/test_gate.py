@@ -1,0 +1,218 @@
+"""Keys, quotas and origins over the app: what is refused, and that the headers alone decide."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.api.app import create_app
+from server.service import Service
+from server.wire.errors import Overloaded
+
+MakeClient = Callable[..., TestClient]
+ONE, TWO = {"Authorization": "Bearer sk-one"}, {"Authorization": "Bearer sk-two"}
+
+
+def chat(
+    client: TestClient, content: str, headers: dict[str, str] | None = None, **fields: Any
+) -> Any:
+    body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def check_error(response: Any, status: int, code: str, param: str | None = None) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param)
+    assert response.headers["X-Request-Id"]
+
+
+def rejections(client: TestClient, reason: str) -> float | None:
+    service: Service = client.app_state["service"]
+    labels = {"model_name": "pair", "reason": reason}
+    return service.metrics.registry.get_sample_value("mi_admission_rejections_total", labels)
+
+
+def first_answer(service: Service, headers: dict[str, str]) -> tuple[int, int]:
+    """Status of a request whose body nobody may ask for, and how often it was asked for."""
+    asked, statuses = 0, []
+
+    async def receive() -> Any:
+        nonlocal asked
+        asked += 1
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": raw}
+    asyncio.run(create_app(service)(scope | {"query_string": b""}, receive, send))
+    return statuses[0], asked
+
+
+@pytest.fixture
+def keyed(make_client: MakeClient) -> TestClient:
+    return make_client(api_key=["sk-one", "sk-two"])
+
+
+def test_with_keys_only_what_watches_the_server_is_open(keyed: TestClient) -> None:
+    for path in ("/health", "/ready", "/metrics", "/version", "/"):
+        assert keyed.get(path).status_code == 200
+    for path in ("/v1/models", "/v1/models/pair", "/no/such/path", "/health/", "/docs"):
+        response = keyed.get(path)
+        check_error(response, 401, "invalid_api_key")
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+    check_error(chat(keyed, "say x"), 401, "invalid_api_key")
+    check_error(chat(keyed, "say x", {"Authorization": "Bearer no"}), 401, "invalid_api_key")
+    assert rejections(keyed, "invalid_api_key") == 7
+
+
+def test_each_key_is_welcome(keyed: TestClient) -> None:
+    for key in (ONE, TWO):
+        assert chat(keyed, "say x", key).status_code == 200
+        assert keyed.get("/v1/models", headers=key).status_code == 200
+
+
+def test_below_a_gateways_prefix_the_same_paths_are_open(make_client: MakeClient) -> None:
+    client = make_client(api_key=["sk-one"])
+    below = TestClient(client.app, root_path="/mi")
+    assert below.get("/mi/version").status_code == 200
+    assert below.get("/mi/v1/models").status_code == 401
+
+
+def test_a_refusal_reads_no_body(make_client: MakeClient) -> None:
+    client = make_client(api_key=["sk-one"], rate_limit_requests=1)
+    service: Service = client.app_state["service"]
+    assert first_answer(service, {}) == (401, 0)
+    assert first_answer(service, ONE | {"X-Request-Timeout": "soon"}) == (400, 0)
+    assert chat(client, "say x", ONE).status_code == 200
+    assert first_answer(service, ONE) == (429, 0)
+    service.draining = True
+    assert first_answer(service, ONE) == (429, 0)
+
+
+def test_a_server_that_takes_no_requests_reads_no_body(make_client: MakeClient) -> None:
+    client = make_client()
+    service: Service = client.app_state["service"]
+    service.draining = True
+    assert first_answer(service, {}) == (503, 0)
+
+
+def test_a_full_queue_reads_no_body(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service: Service = make_client().app_state["service"]
+
+    def full() -> None:
+        raise Overloaded("full", retry_after=7)
+
+    monkeypatch.setattr(service.engine, "check_room", full)
+    assert first_answer(service, {}) == (503, 0)
+
+
+def test_a_key_over_its_requests_is_told_when_to_come_back(make_client: MakeClient) -> None:
+    client = make_client(api_key=["sk-one", "sk-two"], rate_limit_requests=2)
+    for _ in range(2):
+        assert chat(client, "say x", ONE, stream=True).status_code == 200
+    refused = chat(client, "say x", ONE, stream=True)
+    check_error(refused, 429, "rate_limit_exceeded")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 120
+    assert chat(client, "say x", TWO).status_code == 200
+    assert client.get("/v1/models", headers=ONE).status_code == 200
+    assert rejections(client, "rate_limit_exceeded") == 1
+
+
+def test_prompts_and_answers_count_as_tokens(make_client: MakeClient) -> None:
+    prompt = chat(make_client(), "forever", max_tokens=1).json()["usage"]["prompt_tokens"]
+    client = make_client(api_key=["sk-one"], rate_limit_tokens=2 * prompt + 100)
+    for _ in range(2):
+        assert chat(client, "forever", ONE, max_tokens=100).status_code == 200
+    check_error(chat(client, "forever", ONE, max_tokens=100), 429, "rate_limit_exceeded")
+
+
+def test_a_prompt_counts_before_its_answer_ends(make_client: MakeClient, wait_until: Any) -> None:
+    client = make_client(rate_limit_tokens=5)
+    service: Service = client.app_state["service"]
+    with client.stream("POST", "/v1/chat/completions", json=body("say x")) as response:
+        assert response.status_code == 200
+    wait_until(lambda: service.engine.open_requests == 0)
+    check_error(chat(client, "say x"), 429, "rate_limit_exceeded")
+
+
+def body(content: str) -> dict[str, Any]:
+    return {"model": "pair", "messages": [{"role": "user", "content": content}], "stream": True}
+
+
+def test_without_keys_each_address_has_a_quota(make_client: MakeClient) -> None:
+    client = make_client(rate_limit_requests=1)
+    assert client.post("/v1/models").status_code == 405
+    check_error(client.post("/v1/models"), 429, "rate_limit_exceeded")
+    other = TestClient(client.app, client=("10.0.0.9", 1))
+    assert other.post("/v1/models").status_code == 405
+
+
+def test_the_salt_of_a_request_is_its_keys_and_its_own(keyed: TestClient) -> None:
+    def salt(headers: dict[str, str], **fields: Any) -> str:
+        said = chat(keyed, "request", headers, **fields).json()["choices"][0]["message"]["content"]
+        found: str = json.loads(said)["cache_salt"]
+        return found
+
+    salts = [salt(ONE), salt(TWO), salt(ONE, cache_salt="x"), salt(TWO, cache_salt="x")]
+    assert len(set(salts)) == 4
+    assert salt(ONE, cache_salt="x") == salts[2]
+    assert "sk-" not in "".join(salts)
+
+
+def test_without_keys_a_request_has_only_its_own_salt(make_client: MakeClient) -> None:
+    answer = chat(make_client(), "request", cache_salt="x").json()
+    assert json.loads(answer["choices"][0]["message"]["content"])["cache_salt"] == "x"
+
+
+def test_the_log_names_the_key_and_never_shows_it(
+    make_client: MakeClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("sk-one search team\n")
+    client = make_client(api_key_file=str(file))
+    with caplog.at_level("DEBUG"):
+        chat(client, "say x", ONE)
+        chat(client, "say x", {"Authorization": "Bearer sk-wrong"})
+    told = [it.fields for it in caplog.records if it.name == "server.ops.request_log"]
+    assert told[-2]["key"] == "search team"
+    assert told[-1]["error"] == "invalid_api_key"
+    assert not [it for it in caplog.records if "sk-" in str(vars(it))]
+
+
+# --- origins ---
+
+
+PAGE = {"Origin": "https://page.example"}
+
+
+def test_by_default_no_other_origin_may_read(make_client: MakeClient) -> None:
+    response = make_client().get("/v1/models", headers=PAGE)
+    assert "Access-Control-Allow-Origin" not in response.headers
+
+
+def test_a_known_origin_may_ask_first_and_read_even_refusals(make_client: MakeClient) -> None:
+    client = make_client(api_key=["sk-one"], cors_origin=["https://page.example"])
+    asked = PAGE | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    allowed = client.options("/v1/chat/completions", headers=asked)
+    assert allowed.status_code == 200
+    assert allowed.headers["Access-Control-Allow-Origin"] == PAGE["Origin"]
+    assert "authorization" in allowed.headers["Access-Control-Allow-Headers"]
+    refused = chat(client, "say x", PAGE)
+    assert refused.status_code == 401
+    assert refused.headers["Access-Control-Allow-Origin"] == PAGE["Origin"]
+    assert "X-Reasoning-Lambda" in refused.headers["Access-Control-Expose-Headers"]
+    other = client.get("/version", headers={"Origin": "https://other.example"})
+    assert "Access-Control-Allow-Origin" not in other.headers

@@ -1,0 +1,153 @@
+"""A choice, from token events to chunks: whatever the tokens, it says what the whole text says."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
+from mi_runtime.request import FinishReason, TokenEvent
+from server.answer.choice import Choice, Chunk
+from server.ops.metrics import Metrics
+from server.text.reasoning_parser import Split, Splitter
+from server.text.stop_strings import StopStrings
+from server.text.think_policy import ThinkBlocks
+from server.text.tool_parser import ToolCalls, joined
+from server.text.vocabulary import TokenText, Vocabulary
+from server.wire.errors import RequestFailed
+
+VOCABULARY = Vocabulary(build_tokenizer())
+EOS = VOCABULARY.encode(TURN_END)[0]
+TOKENS = st.lists(
+    st.integers(0, VOCABULARY.size - 1)
+    | st.sampled_from(VOCABULARY.encode("<think></think>\n\nab<"))
+    | st.just(VOCABULARY.encode("🙂")[0]),
+    max_size=20,
+)
+STOPS = st.lists(st.text("ab\n<", min_size=1, max_size=3), max_size=3)
+
+
+BLOCKS = ThinkBlocks.of(VOCABULARY, closing="\n</think>\n\n", soft_window=None)
+
+
+def splitter(opened: bool) -> Splitter:
+    return BLOCKS.splitter(opened_by_prompt=opened)
+
+
+def new_choice(
+    opened: bool = False, stop: list[str] | None = None, *, tools: bool = False
+) -> Choice:
+    return Choice(
+        0,
+        vocabulary=VOCABULARY,
+        splitter=splitter(opened),
+        stop=stop or [],
+        meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
+        tools=tools,
+    )
+
+
+def chunks_of(choice: Choice, ids: list[int]) -> list[Chunk]:
+    """The chunks of these tokens and an end-of-sequence, up to a stop string."""
+    events = [TokenEvent("r", token_id) for token_id in ids]
+    events.append(TokenEvent("r", EOS, FinishReason.STOP))
+    chunks = []
+    for event in events:
+        chunk = choice.take(0.0, event)
+        if chunk is not None:
+            chunks.append(chunk)
+        if choice.stopped_by_string:
+            break
+    return chunks
+
+
+@given(TOKENS, STOPS, st.booleans())
+def test_token_by_token_it_says_what_the_whole_text_says(
+    ids: list[int], stops: list[str], opened: bool
+) -> None:
+    whole, stop = split_whole(ids, opened), StopStrings(stops)
+    content = stop.feed(whole.content)
+    content += "" if stop.hit else stop.finish()
+
+    chunks = chunks_of(new_choice(opened, stops), ids)
+    assert "".join(chunk.content for chunk in chunks) == content
+    if not whole.repeats_reasoning and not stop.hit:
+        assert "".join(chunk.reasoning for chunk in chunks) == whole.reasoning
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
+
+
+def split_whole(ids: list[int], opened: bool) -> Split:
+    """The split of all tokens, before anybody looks at its content."""
+    whole, text, split = splitter(opened), TokenText(VOCABULARY), Split()
+    for token_id in ids:
+        split = split.then(whole.feed(text.feed(token_id), token_id))
+    split = split.then(whole.feed(text.finish(), EOS))
+    return split.then(whole.finish(by_length=False))
+
+
+def test_a_closing_tag_that_ends_the_answer_leaves_reasoning_alone() -> None:
+    choice = new_choice(opened=True)
+    events = [TokenEvent("r", token_id) for token_id in VOCABULARY.encode("ab")]
+    (close,) = VOCABULARY.encode("</think>")
+    events.append(TokenEvent("r", close, FinishReason.STOP, reasoning_tokens=2))
+    chunks = [chunk for event in events if (chunk := choice.take(0.0, event))]
+    assert "".join(chunk.reasoning for chunk in chunks) == "ab"
+    assert "".join(chunk.content for chunk in chunks) == ""
+
+
+def test_a_forced_close_is_told_on_the_last_chunk() -> None:
+    choice = new_choice(opened=True)
+    ids = VOCABULARY.encode("a\n</think>\n\nb")
+    events = [TokenEvent("r", token_id, forced_close=at > 1) for at, token_id in enumerate(ids)]
+    events.append(TokenEvent("r", EOS, FinishReason.STOP, forced_close=True))
+    chunks = [chunk for event in events if (chunk := choice.take(0.0, event))]
+    assert [chunk.forced_close for chunk in chunks] == [False, False, True]
+    assert [(chunk.reasoning, chunk.content) for chunk in chunks] == [
+        ("a", ""),
+        ("", "b"),
+        ("", ""),
+    ]
+
+
+def test_an_ending_token_is_counted_but_not_shown() -> None:
+    choice = new_choice()
+    chunks = chunks_of(choice, VOCABULARY.encode("ab"))
+    assert "".join(chunk.content for chunk in chunks) == "ab"
+    assert choice.completion_tokens == 3
+
+
+def test_an_error_of_the_engine_is_raised() -> None:
+    with pytest.raises(RequestFailed, match="no luck"):
+        new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error="no luck"))
+
+
+def test_an_answer_that_its_grammar_completed_shows_its_last_token() -> None:
+    choice = new_choice()
+    (brace,) = VOCABULARY.encode("}")
+    chunk = choice.take(0.0, TokenEvent("r", brace, FinishReason.COMPLETE))
+    assert chunk is not None
+    assert (chunk.content, chunk.finish_reason) == ("}", "stop")
+
+
+def test_an_answer_may_be_complete_without_another_token() -> None:
+    choice = new_choice()
+    chunk = choice.take(0.0, TokenEvent("r", None, FinishReason.COMPLETE))
+    assert chunk is not None
+    assert (chunk.content, chunk.finish_reason) == ("", "stop")
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+WITH_CALLS = st.lists(st.sampled_from([CALL, "so", "\n", "<tool_call>", "é🙂", "{", CALL[:30]]))
+
+
+@given(WITH_CALLS)
+def test_token_by_token_calls_are_those_of_the_whole_text(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    chunks = chunks_of(new_choice(tools=True), VOCABULARY.encode(text))
+    whole = ToolCalls()
+    said = whole.feed(text).then(whole.finish())
+    assert "".join(chunk.content for chunk in chunks) == said.content
+    read = joined([delta for chunk in chunks for delta in chunk.calls])
+    assert [it["function"] for it in read] == [it["function"] for it in joined(said.calls)]
+    assert chunks[-1].finish_reason == ("tool_calls" if said.calls else "stop")

@@ -1,0 +1,467 @@
+"""The app over a real engine process without a model: what a client sends, and what it gets."""
+
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import server
+from server.ops import logs
+
+MakeClient = Callable[..., TestClient]
+WaitUntil = Callable[[Callable[[], bool]], None]
+
+
+def chat(client: TestClient, content: str, **fields: Any) -> Any:
+    headers = fields.pop("headers", {})
+    body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def said(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
+    response = chat(client, content, **fields)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def message(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
+    choice = said(client, content, **fields)["choices"][0]
+    return {**choice["message"], "finish_reason": choice["finish_reason"]}
+
+
+def streamed(client: TestClient, content: str, **fields: Any) -> list[dict[str, Any]]:
+    response = chat(client, content, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(it.removeprefix("data: ")) for it in events if not it.startswith(":")]
+
+
+def joined(events: list[dict[str, Any]], key: str, index: int = 0) -> str:
+    choices = [choice for event in events for choice in event["choices"]]
+    return "".join(it["delta"].get(key, "") for it in choices if it["index"] == index)
+
+
+def check_error(response: Any, status: int, code: str, param: str | None = None) -> None:
+    """Every error has this one shape."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param)
+    assert response.headers["X-Request-Id"]
+
+
+# --- answers ---
+
+
+def test_an_answer_has_openais_shape(client: TestClient) -> None:
+    answer = said(client, "say hello")
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "pair"
+    assert answer["system_fingerprint"] == "fp_0123456789abcdef"
+    (choice,) = answer["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "hello"},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+THOUGHT = "say <think>\na=6\n</think>\n\nAnswer: 6"
+
+
+def test_reasoning_stands_under_both_names(client: TestClient) -> None:
+    answer = said(client, THOUGHT)
+    got = answer["choices"][0]["message"]
+    assert got["content"] == "Answer: 6"
+    assert got["reasoning_content"] == got["reasoning"] == "a=6"
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 5
+
+
+def test_a_stream_says_the_same_as_the_plain_answer(client: TestClient) -> None:
+    plain = message(client, THOUGHT)
+    events = streamed(client, THOUGHT)
+    assert joined(events, "content") == plain["content"]
+    assert joined(events, "reasoning") == joined(events, "reasoning_content") == "a=6"
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    assert events[0]["routing"] == events[-1]["routing"]
+
+
+def test_a_stream_with_usage_ends_with_the_plain_answers_usage(client: TestClient) -> None:
+    events = streamed(client, THOUGHT, stream_options={"include_usage": True})
+    assert all(event["usage"] is None for event in events[:-1])
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"] == said(client, THOUGHT)["usage"]
+
+
+def test_reasoning_can_be_left_out(client: TestClient) -> None:
+    assert "reasoning" not in message(client, THOUGHT, include_reasoning=False)
+    assert joined(streamed(client, THOUGHT, include_reasoning=False), "reasoning") == ""
+
+
+def test_a_block_the_prompt_opened_is_reasoning(make_client: MakeClient) -> None:
+    client = make_client(opening=True)
+    got = message(client, "say a=6\n</think>\n\nAnswer: 6", reasoning_lambda=1)
+    assert (got["reasoning"], got["content"]) == ("a=6", "Answer: 6")
+
+
+def test_an_answer_that_never_closed_the_prompts_block_is_not_hidden(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(opening=True)
+    answer = said(client, "say Answer: 6", reasoning_lambda=1)
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Answer: 6"}
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+    events = streamed(client, "say Answer: 6", reasoning_lambda=1)
+    assert joined(events, "reasoning") == "Answer: 6"
+    assert events[-1]["choices"][0]["delta"] == {"content": "Answer: 6"}
+
+
+def test_a_block_cut_by_length_is_reasoning(make_client: MakeClient) -> None:
+    client = make_client(opening=True)
+    got = message(client, "forever", reasoning_lambda=1, max_tokens=5)
+    assert (got["reasoning"], got["content"]) == ("aaaaa", "")
+    assert got["finish_reason"] == "length"
+
+
+def test_the_instruct_template_opens_no_block_at_lambda_zero(make_client: MakeClient) -> None:
+    got = message(make_client(opening=True), "say 6", reasoning_lambda=0)
+    assert (got["content"], "reasoning" in got) == ("6", False)
+
+
+def test_a_stop_string_ends_the_answer_before_itself(
+    client: TestClient, wait_until: WaitUntil
+) -> None:
+    text = "say one two three"
+    answer = said(client, text, stop=[" t", "zzz"])
+    assert answer["choices"][0]["message"]["content"] == "one"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] < said(client, text)["usage"]["completion_tokens"]
+    assert joined(streamed(client, text, stop=" t"), "content") == "one"
+
+
+def test_a_stop_string_frees_the_engine(client: TestClient, wait_until: WaitUntil) -> None:
+    assert message(client, "forever", stop="aaa")["content"] == ""
+    wait_until(lambda: gauge(client, "mi_num_requests_running") == 0)
+
+
+def test_stop_strings_do_not_look_at_reasoning(client: TestClient) -> None:
+    got = message(client, "say <think>a\n\nb</think>c\n\nd", stop="\n\n")
+    assert (got["reasoning"], got["content"]) == ("a\n\nb", "c")
+
+
+def test_n_choices_have_indices_and_seeds_of_their_own(client: TestClient) -> None:
+    answer = said(client, "sampling", n=3, seed=5)
+    seeds = [json.loads(it["message"]["content"])["seed"] for it in answer["choices"]]
+    assert [it["index"] for it in answer["choices"]] == [0, 1, 2]
+    assert seeds == [5, 6, 7]
+    one = said(client, "sampling", seed=5)
+    assert answer["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    events = streamed(client, "sampling", n=2, seed=5)
+    assert [json.loads(joined(events, "content", it))["seed"] for it in (0, 1)] == [5, 6]
+
+
+def test_logprobs_have_a_token_its_bytes_and_alternatives(client: TestClient) -> None:
+    answer = said(client, "say a7", logprobs=True, top_logprobs=2)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert len(entries) == answer["usage"]["completion_tokens"]
+    assert entries[0]["token"] == "a"
+    assert entries[0]["bytes"] == [97]
+    assert entries[0]["logprob"] == -0.5
+    assert [it["logprob"] for it in entries[0]["top_logprobs"]] == [-0.5, -1.5]
+    events = streamed(client, "say a7", logprobs=True, top_logprobs=2)
+    streamed_entries = [
+        entry
+        for event in events
+        for choice in event["choices"]
+        for entry in (choice["logprobs"] or {}).get("content", [])
+    ]
+    assert streamed_entries == entries
+
+
+def test_the_pairs_sampling_defaults_apply(client: TestClient) -> None:
+    sampling = json.loads(message(client, "sampling")["content"])
+    assert (sampling["temperature"], sampling["top_k"]) == (0.7, 20)
+    assert sampling["eos"] == [315, 317]
+    assert json.loads(message(client, "sampling", temperature=0)["content"])["temperature"] == 0
+
+
+# --- the dial ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        ({"reasoning_lambda": 0.6}, "body"),
+        ({"model": "pair@0.6"}, "model"),
+        ({"headers": {"X-Reasoning-Lambda": "0.6"}}, "header"),
+    ],
+)
+def test_a_lambda_reaches_the_engine_and_is_told(
+    client: TestClient, fields: dict[str, Any], source: str
+) -> None:
+    response = chat(client, "lambda", **fields)
+    answer = response.json()
+    assert answer["choices"][0]["message"]["content"] == "0.6"
+    assert answer["routing"] == {
+        "reasoning_lambda": 0.6,
+        "source": source,
+        "profile": "neutral",
+        "routing_class": "default",
+    }
+    assert response.headers["X-Reasoning-Lambda"] == "0.6"
+
+
+def test_the_default_lambda_is_the_servers(make_client: MakeClient) -> None:
+    assert message(make_client(default_lambda=0.3), "lambda")["content"] == "0.3"
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"reasoning_lambda": 1.1}, "reasoning_lambda"),
+        ({"reasoning_lambda": "0.5"}, "reasoning_lambda"),
+        ({"reasoning_lambda": 0.5, "model": "pair@0.6"}, "reasoning_lambda"),
+        ({"headers": {"X-Reasoning-Lambda": "nan"}}, "X-Reasoning-Lambda"),
+        ({"reasoning_lamda": 0.5}, "reasoning_lamda"),
+        ({"tools": []}, "tools"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias.9999"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids[0]"),
+    ],
+)
+def test_a_bad_request_names_its_field(
+    client: TestClient, fields: dict[str, Any], param: str
+) -> None:
+    check_error(chat(client, "say x", **fields), 400, "invalid_request_error", param)
+
+
+def test_an_unknown_model_does_not_exist(client: TestClient) -> None:
+    check_error(chat(client, "say x", model="other"), 404, "model_not_found", "model")
+
+
+def test_a_prompt_too_long_says_both_numbers(client: TestClient) -> None:
+    response = chat(client, "7" * 3000)
+    check_error(response, 400, "context_length_exceeded", "messages")
+    assert "2048" in response.json()["error"]["message"]
+    assert "30" in response.json()["error"]["message"]
+
+
+def test_a_body_too_long_is_refused(make_client: MakeClient) -> None:
+    client = make_client(max_body_bytes=1000)
+    check_error(chat(client, "x" * 1000), 413, "request_too_large")
+
+
+def test_unknown_paths_and_methods_have_the_same_shape(client: TestClient) -> None:
+    check_error(client.get("/v1/nothing"), 404, "not_found")
+    check_error(client.get("/v1/chat/completions"), 405, "method_not_allowed")
+
+
+def test_a_request_that_fails_in_the_engine_is_a_500_and_the_next_one_works(
+    client: TestClient,
+) -> None:
+    check_error(chat(client, "fail"), 500, "internal_error")
+    assert message(client, "say ok")["content"] == "ok"
+    wanted = 'mi_request_success_total{finished_reason="error",model_name="pair"} 1.0'
+    assert wanted in client.get("/metrics").text
+
+
+def test_a_failure_inside_a_stream_is_its_last_event(client: TestClient) -> None:
+    response = chat(client, "fail", stream=True)
+    assert response.status_code == 200
+    last = response.text.split("\n\n")[-2]
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "told to"
+
+
+# --- life ---
+
+
+def test_while_loading_requests_are_told_to_come_back(
+    make_client: MakeClient, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    gate = tmp_path / "gate"
+    client = make_client("--load-gate", str(gate), wait=False)
+    check_error(client.get("/ready"), 503, "loading")
+    response = chat(client, "say x")
+    check_error(response, 503, "loading")
+    assert 1 <= int(response.headers["Retry-After"]) <= 120
+    assert client.get("/health").status_code == 200
+    gate.touch()
+    wait_until(lambda: client.get("/ready").status_code == 200)
+    assert message(client, "say x")["content"] == "x"
+
+
+def test_while_draining_requests_are_refused_and_health_is_good(client: TestClient) -> None:
+    client.app_state["service"].draining = True
+    check_error(client.get("/ready"), 503, "draining")
+    check_error(chat(client, "say x"), 503, "draining")
+    assert client.get("/health").status_code == 200
+
+
+def test_an_engine_that_dies_ends_the_answer_and_turns_health(client: TestClient) -> None:
+    check_error(chat(client, "die"), 503, "engine_dead")
+    check_error(client.get("/health"), 503, "engine_dead")
+    check_error(client.get("/ready"), 503, "engine_dead")
+    check_error(chat(client, "say x"), 503, "engine_dead")
+    ended = client.app_state["service"].engine.ended
+    assert ended.exit_code == 1
+    assert "exit code 7" in str(ended)
+
+
+def test_a_failed_load_is_told_with_its_reason(
+    make_client: MakeClient, wait_until: WaitUntil
+) -> None:
+    client = make_client("--fail-load", "tensor x is missing", wait=False)
+    wait_until(lambda: client.get("/health").status_code == 503)
+    ended = client.app_state["service"].engine.ended
+    assert (str(ended), ended.exit_code) == ("tensor x is missing", 2)
+
+
+# --- the rest ---
+
+
+def test_the_list_of_models_has_aliases_with_a_parent(client: TestClient) -> None:
+    models = client.get("/v1/models").json()["data"]
+    assert models[0]["id"] == "pair"
+    assert models[0]["max_model_len"] == 2048
+    assert models[0]["parent"] is None
+    told = {"identity", "instruct", "thinking", "layers", "delta_dtype"}
+    assert set(models[0]["pair"]) == told
+    assert (models[0]["pair"]["identity"], models[0]["pair"]["layers"]) == ("1" * 32, 4)
+    assert {model["parent"] for model in models[1:]} == {"pair"}
+
+
+def test_any_alias_is_a_model(client: TestClient) -> None:
+    model = client.get("/v1/models/pair@0.37").json()
+    assert (model["id"], model["root"], model["reasoning_lambda"]) == ("pair@0.37", "pair", 0.37)
+    check_error(client.get("/v1/models/other"), 404, "model_not_found", "model")
+    check_error(client.get("/v1/models/pair@7"), 404, "model_not_found", "model")
+
+
+def test_the_version_is_the_packages(client: TestClient) -> None:
+    assert client.get("/version").json() == {"version": server.__version__}
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert "version" in project.get("dynamic", []) or project["version"] == server.__version__
+
+
+def test_a_clients_request_id_comes_back_and_names_the_answer(client: TestClient) -> None:
+    response = chat(client, "say x", headers={"X-Request-Id": "mine-1"})
+    assert response.headers["X-Request-Id"] == response.json()["id"] == "mine-1"
+    again = chat(client, "say x")
+    assert again.json()["id"] == f"chatcmpl-{again.headers['X-Request-Id']}"
+
+
+def test_a_request_id_that_could_forge_the_log_is_replaced(client: TestClient) -> None:
+    response = chat(client, "say x", headers={"X-Request-Id": "a b status=500"})
+    assert response.headers["X-Request-Id"] != "a b status=500"
+
+
+def test_every_request_leaves_one_line_with_its_timings(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "server.ops.request_log"):
+        chat(client, THOUGHT, stream=True, reasoning_lambda=0.6, user="a\nb c")
+    (record,) = [it for it in caplog.records if it.name == "server.ops.request_log"]
+    line = logs.formatter("text").format(record)
+    assert " INFO server.ops.request_log: POST /v1/chat/completions 200 id=" in line
+    for part in ("lambda=0.6", "source=body", "finish=stop", "reasoning=5"):
+        assert part in line
+    assert r"user='a\nb c'" in line
+    seconds = [record.fields[f"{stage}_s"] for stage in ("prepare", "queue", "prefill", "decode")]
+    assert min(seconds) >= 0
+    assert sum(seconds) <= record.fields["total_s"] + 0.001
+    assert record.fields["first_token_s"] > 0
+
+
+def gauge(client: TestClient, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    (value,) = [line.split()[-1] for line in lines if line.startswith(f"{name}{{")]
+    return float(value)
+
+
+def test_the_metrics_follow_real_requests(client: TestClient) -> None:
+    said(client, THOUGHT, reasoning_lambda=0.6)
+    text = client.get("/metrics").text
+    for line in (
+        'mi_request_success_total{finished_reason="stop",model_name="pair"} 1.0',
+        'mi_reasoning_tokens_total{model_name="pair"} 5.0',
+        'mi_time_to_first_token_seconds_count{lambda_bucket="0.6-0.7",model_name="pair"} 1.0',
+        'mi_cache_config_info{block_size="16",dtype="float32",max_model_len="2048"',
+    ):
+        assert line in text
+
+
+def test_a_full_queue_refuses_before_the_200(
+    make_client: MakeClient, wait_until: WaitUntil
+) -> None:
+    client = make_client(max_num_seqs=1, max_waiting=0)
+    check_error(chat(client, "say x", n=2), 400, "invalid_request_error", "n")
+    assert message(client, "say x")["content"] == "x"
+
+
+# --- continuing the final message, and priority ---
+
+
+def test_a_final_message_that_is_not_the_assistants_cannot_be_continued(
+    client: TestClient,
+) -> None:
+    response = chat(client, "say hi", continue_final_message=True)
+    check_error(response, 400, "invalid_request_error", "continue_final_message")
+
+
+def test_a_message_is_continued_or_a_new_one_begun_not_both(client: TestClient) -> None:
+    fields = {"continue_final_message": True, "add_generation_prompt": True}
+    response = chat(client, "say hi", **fields)
+    check_error(response, 400, "invalid_request_error", "add_generation_prompt")
+
+
+def test_a_priority_reaches_the_engine(client: TestClient) -> None:
+    told = json.loads(message(client, "request", priority=7)["content"])
+    assert told["priority"] == 7
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 0.5, "1"])
+def test_a_priority_is_a_whole_number_within_bounds(client: TestClient, value: Any) -> None:
+    response = chat(client, "say hi", priority=value)
+    check_error(response, 400, "invalid_request_error", "priority")
+
+
+def test_a_body_of_many_messages_is_parsed_beside_the_event_loop(client: TestClient) -> None:
+    messages = [{"role": "user", "content": "x" * 100}] * 999
+    answer = chat(client, "", messages=[*messages, {"role": "user", "content": "say hi"}])
+    assert answer.status_code == 400  # too long for the context, and found out by its tokens
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_more_messages_than_any_conversation_has_are_refused_by_their_number(
+    client: TestClient,
+) -> None:
+    refused = chat(client, "", messages=[{"role": "user", "content": ""}] * 16385)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages"
+
+
+def test_the_first_text_of_the_answer_is_timed_not_the_tag_that_opens_its_block(
+    client: TestClient,
+) -> None:
+    chat(client, "say <think>\na\n</think>\n\nb")
+    chat(client, "say <think>\nnever closed", max_tokens=4)
+    text = client.get("/metrics").text
+    assert re.search(r"mi_time_to_first_token_seconds_count{.*} 2.0", text)
+    assert re.search(r"mi_time_to_first_answer_token_seconds_count{.*} 1.0", text)

@@ -1,0 +1,296 @@
+"""The dial in full over the app: groups, fan-out, the answer's λ, and the cap on reasoning."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+from server.ops import logs
+
+MakeClient = Callable[..., TestClient]
+
+
+UNMEASURED = {"profile": "neutral", "routing_class": "default"}
+
+
+def chat(client: TestClient, content: str, **fields: Any) -> Any:
+    headers = fields.pop("headers", {})
+    body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def said(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
+    response = chat(client, content, **fields)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def requested(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
+    """What reached the engine, of each choice."""
+    answer = said(client, "request", **fields)
+    return [json.loads(choice["message"]["content"]) for choice in answer["choices"]]
+
+
+def streamed(client: TestClient, content: str, **fields: Any) -> list[dict[str, Any]]:
+    *events, done, _ = chat(client, content, stream=True, **fields).text.split("\n\n")
+    assert done == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+# --- λ by group ---
+
+
+def test_an_object_reaches_the_engine_group_by_group(client: TestClient) -> None:
+    value = {"default": 0.6, "head": 0, "layers": {"0-1": {"attn": 1}}}
+    (got,) = requested(client, reasoning_lambda=value)
+    assert got["dial"] == [0.6, {"0.attn": 1.0, "1.attn": 1.0, "head": 0.0}]
+
+
+def test_an_object_is_told_in_its_canonical_form(client: TestClient) -> None:
+    value = {"default": 0.6, "mlp": 0.6, "layers": {"0": 0.2, "1": 0.2}}
+    response = chat(client, "say x", reasoning_lambda=value)
+    told = {"default": 0.6, "layers": {"0-1": 0.2}}
+    assert response.json()["routing"] == {"reasoning_lambda": told, "source": "body"} | UNMEASURED
+    assert response.headers["X-Reasoning-Lambda"] == "0.6"
+    assert "reasoning_lambda" not in response.json()["choices"][0]
+
+
+def test_the_default_of_an_object_chooses_the_template_and_the_metrics(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(opening=True)
+    text = "say a</think>b"
+    instruct = said(client, text, reasoning_lambda={"default": 0, "mlp": 1})
+    thinking = said(client, text, reasoning_lambda={"default": 0.6, "mlp": 0})
+    assert instruct["choices"][0]["message"]["content"] == "a</think>b"
+    assert thinking["choices"][0]["message"]["content"] == "b"
+    counted = 'mi_request_prompt_tokens_count{lambda_bucket="0.6-0.7",model_name="pair"} 1.0'
+    assert counted in client.get("/metrics").text
+
+
+# --- fan-out ---
+
+
+def test_a_fan_out_is_one_choice_for_each_lambda_in_order(client: TestClient) -> None:
+    response = chat(client, "lambda", reasoning_lambda=[1, 0.2, 0.6])
+    answer = response.json()
+    assert [it["message"]["content"] for it in answer["choices"]] == ["1", "0.2", "0.6"]
+    assert [it["reasoning_lambda"] for it in answer["choices"]] == [1.0, 0.2, 0.6]
+    assert [it["index"] for it in answer["choices"]] == [0, 1, 2]
+    told = {"reasoning_lambda": [1.0, 0.2, 0.6], "source": "body"}
+    assert answer["routing"] == told | UNMEASURED
+    assert response.headers["X-Reasoning-Lambda"] == "1,0.2,0.6"
+
+
+def test_each_choice_of_a_fan_out_is_what_a_request_of_its_own_gets(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(opening=True)
+    fields: dict[str, Any] = {"seed": 5, "thinking_budget": 900, "answer_lambda": 0.2, "n": None}
+    lambdas = [0, 0.6, 0.2]
+    together = requested(client, reasoning_lambda=lambdas, **fields)
+    alone = [requested(client, reasoning_lambda=value, **fields)[0] for value in lambdas]
+    assert together == alone
+    assert together[0]["prompt"] != together[1]["prompt"]  # each has its own template
+
+
+def test_the_prompt_of_a_fan_out_is_counted_once_at_its_longest(make_client: MakeClient) -> None:
+    client = make_client(opening=True)
+    short, long = (said(client, "say x", reasoning_lambda=it)["usage"] for it in (0, 1))
+    both = said(client, "say x", reasoning_lambda=[1, 0])["usage"]
+    assert short["prompt_tokens"] < long["prompt_tokens"] == both["prompt_tokens"]
+
+
+def test_in_a_stream_the_first_and_last_chunk_of_a_choice_name_its_lambda(
+    client: TestClient,
+) -> None:
+    events = streamed(client, "say xy", reasoning_lambda=[0.2, 1])
+    for index, value in enumerate([0.2, 1.0]):
+        own = [it["choices"][0] for it in events if it["choices"][0]["index"] == index]
+        assert [it.get("reasoning_lambda") for it in own] == [value, None, None, value]
+
+
+# --- the answer's λ ---
+
+
+def test_an_answer_lambda_reaches_the_engine_and_is_told(client: TestClient) -> None:
+    (got,) = requested(client, reasoning_lambda=0.6, answer_lambda=0.2)
+    assert got["answer"] == [0.2, {}]
+    answer = said(client, "say x", reasoning_lambda=0.6, answer_lambda=0.2)
+    told = {"reasoning_lambda": 0.6, "answer_lambda": 0.2, "source": "body"}
+    assert answer["routing"] == told | UNMEASURED
+
+
+def test_an_answer_lambda_that_changes_nothing_is_no_switch(client: TestClient) -> None:
+    (got,) = requested(client, reasoning_lambda=0.6, answer_lambda=0.6)
+    assert got["answer"] is None
+    (got,) = requested(client, reasoning_lambda={"default": 0.6, "head": 0}, answer_lambda=0.6)
+    assert got["answer"] == [0.6, {}]
+
+
+# --- the cap ---
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"thinking_token_budget": 100},
+        {"thinking_budget": 100},
+        {"thinking": {"type": "enabled", "budget_tokens": 100}},
+    ],
+)
+def test_a_budget_under_any_name_is_the_engines_cap(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
+    (got,) = requested(client, **fields)
+    cap, window, closing = got["think"]
+    assert (cap, window) == (100, 10)
+    assert build_tokenizer().decode(closing) == "\n</think>\n\n"
+    assert said(client, "say x", **fields)["routing"]["cap"] == 100
+
+
+def test_minus_one_is_no_budget(client: TestClient) -> None:
+    (got,) = requested(client, thinking_token_budget=-1)
+    assert got["think"][:2] == [None, 0]
+    assert "cap" not in said(client, "say x", thinking_token_budget=-1)["routing"]
+
+
+@pytest.mark.parametrize("cap", [0, 1, 5])
+def test_a_block_that_is_closed_by_force_ends_exactly_at_the_cap(
+    make_client: MakeClient, cap: int
+) -> None:
+    client = make_client(opening=True)
+    answer = said(client, "say abcdefgh", reasoning_lambda=1, thinking_token_budget=cap)
+    message = answer["choices"][0]["message"]
+    assert message.get("reasoning", "") == "abcdefgh"[:cap]
+    assert message["content"] == "abcdefgh"[cap:]
+    assert answer["routing"]["forced_close"] is True
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": cap}
+
+
+def test_a_stream_tells_a_forced_close_at_its_end_only(make_client: MakeClient) -> None:
+    client = make_client(opening=True)
+    fields = {"reasoning_lambda": 1, "thinking_token_budget": 3}
+    events = streamed(client, "say abcd", stream_options={"include_usage": True}, **fields)
+    told = [it["routing"].get("forced_close") for it in events if "routing" in it]
+    assert told == [None, True, True]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    assert "".join(it.get("reasoning", "") for it in deltas) == "abc"
+    assert "".join(it.get("content", "") for it in deltas) == "d"
+
+
+def test_a_block_that_ends_in_time_is_not_closed_by_force(client: TestClient) -> None:
+    answer = said(client, "say <think>ab</think>c", thinking_token_budget=20)
+    told = {"reasoning_lambda": 0.8, "source": "budget", "cap": 20}
+    assert answer["routing"] == told | UNMEASURED
+
+
+def test_a_cap_never_touches_an_answer_that_only_mentions_the_tags(client: TestClient) -> None:
+    text = "Write <think> and then think a lot about it."
+    answer = said(client, f"say {text}", thinking_token_budget=2)
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
+    assert "forced_close" not in answer["routing"]
+
+
+def test_a_block_closes_at_a_line_or_sentence_end_inside_the_soft_window(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(opening=True, think_soft_window=4)
+    fields: dict[str, Any] = {"reasoning_lambda": 1, "thinking_token_budget": 6}
+    message = said(client, "say ab.c.defg", **fields)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("ab.", "c.defg")
+    message = said(client, "say a.bcdefg", **fields)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("a.", "bcdefg")
+    message = said(client, "say abcdefgh", **fields)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("abcdef", "gh")
+
+
+def test_the_closing_sequence_is_the_operators(make_client: MakeClient) -> None:
+    client = make_client(opening=True, think_closing="\nTime is up.\n</think>\n\nSo: ")
+    answer = said(client, "say abcd", reasoning_lambda=1, thinking_token_budget=2)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("ab\nTime is up.", "So: cd")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"reasoning_lambda": {"attn": 0.5}}, "reasoning_lambda.default"),
+        ({"reasoning_lambda": {"default": 2}}, "reasoning_lambda.default"),
+        (
+            {"reasoning_lambda": {"default": 0, "layers": {"0-4": 1}}},
+            "reasoning_lambda.layers.0-4",
+        ),
+        (
+            {"reasoning_lambda": {"default": 0, "layers": {"0-2": 1, "2": 1}}},
+            "reasoning_lambda.layers.2",
+        ),
+        (
+            {"reasoning_lambda": {"default": 0.5, "mlp": 1}, "model": "pair@0.5"},
+            "reasoning_lambda",
+        ),
+        ({"reasoning_lambda": []}, "reasoning_lambda"),
+        ({"reasoning_lambda": [0.5, 2]}, "reasoning_lambda[1]"),
+        ({"reasoning_lambda": [0.5, {"default": 1}]}, "reasoning_lambda[1]"),
+        ({"reasoning_lambda": [0.5, 1], "n": 3}, "n"),
+        (
+            {"reasoning_lambda": [0.5, 1], "headers": {"X-Reasoning-Lambda": "0.5"}},
+            "reasoning_lambda",
+        ),
+        ({"headers": {"X-Reasoning-Lambda": "0.5,1"}}, "X-Reasoning-Lambda"),
+        ({"answer_lambda": -0.1}, "answer_lambda"),
+        ({"answer_lambda": [0.5]}, "answer_lambda"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_budget"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type"),
+    ],
+)
+def test_a_bad_dial_names_its_field(client: TestClient, fields: dict[str, Any], param: str) -> None:
+    response = chat(client, "say x", **fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize("field", ["answer_lambda", "thinking_token_budget", "thinking_budget"])
+def test_without_tags_that_are_tokens_think_fields_are_refused(
+    make_client: MakeClient, untagged: Path, field: str
+) -> None:
+    client = make_client(thinking=str(untagged))
+    response = chat(client, "say x", **{field: 1})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+    assert "single tokens" in response.json()["error"]["message"]
+    assert chat(client, "say x", thinking_budget=-1).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def untagged(instruct_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An endpoint whose vocabulary spells the think tags."""
+    directory = tmp_path_factory.mktemp("untagged")
+    for file in instruct_directory.iterdir():
+        text = file.read_text()
+        if file.name == "tokenizer.json":
+            text = text.replace('"<think>"', '"<other>"').replace('"</think>"', '"</other>"')
+        (directory / file.name).write_text(text)
+    return directory
+
+
+def test_a_request_with_a_cap_leaves_it_in_the_log(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client(opening=True)
+    with caplog.at_level("INFO", "server.ops.request_log"):
+        said(client, "say abcd", reasoning_lambda=1, answer_lambda=0.5, thinking_budget=2)
+    record = next(it for it in caplog.records if it.name == "server.ops.request_log")
+    line = logs.formatter("text").format(record)
+    for part in ("lambda=1", "answer_lambda=0.5", "cap=2", "forced_close=1"):
+        assert f" {part} " in line

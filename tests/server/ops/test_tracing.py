@@ -1,0 +1,142 @@
+"""Spans, as a collector on loopback gets them."""
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from starlette.testclient import TestClient
+
+from server.service import Service
+
+MakeClient = Callable[..., TestClient]
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+class Collector:
+    """Takes OTLP over HTTP."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        spans = self.spans
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    for scope in resource.scope_spans:
+                        spans.extend(scope.spans)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    thread = threading.Thread(target=collector.server.serve_forever)
+    thread.start()
+    yield collector
+    collector.server.shutdown()
+    thread.join()
+    collector.server.server_close()
+
+
+@pytest.fixture
+def client(collector: Collector, make_client: MakeClient) -> TestClient:
+    return make_client(otlp_traces_endpoint=collector.url, api_key=["sk-one"])
+
+
+def chat(client: TestClient, content: str, headers: dict[str, str], **fields: Any) -> Any:
+    body = {"model": "pair@0.6", "messages": [{"role": "user", "content": content}]} | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def sent(client: TestClient, collector: Collector) -> list[Any]:
+    """The spans that came, once everything has left."""
+    service: Service = client.app_state["service"]
+    assert service.tracing is not None
+    service.tracing._provider.force_flush()
+    return collector.spans
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        kind = value.WhichOneof("value")
+        if kind == "array_value":
+            return [plain(it) for it in value.array_value.values]
+        return getattr(value, kind)
+
+    return {it.key: plain(it.value) for it in span.attributes}
+
+
+KEY = {"Authorization": "Bearer sk-one"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_a_span_in_its_callers_trace(
+    stream: bool, client: TestClient, collector: Collector, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = KEY | {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    with caplog.at_level("INFO", "server.ops.request_log"):
+        response = chat(client, "say <think>\na=6\n</think>\n\n6", headers, stream=stream)
+    assert response.status_code == 200
+    (span,) = [it for it in sent(client, collector) if it.name == "chat pair@0.6"]
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    got = attributes(span)
+    assert got["gen_ai.operation.name"] == "chat"
+    assert got["gen_ai.request.model"] == "pair@0.6"
+    assert got["gen_ai.response.finish_reasons"] == ["stop"]
+    assert got["gen_ai.usage.reasoning.output_tokens"] == 5
+    assert got["gen_ai.usage.output_tokens"] > 5
+    assert got["gen_ai.usage.input_tokens"] > 0
+    assert got["http.response.status_code"] == 200
+    assert (got["mi.reasoning_lambda"], got["mi.key_name"]) == ("0.6", "key1")
+    assert "sk-one" not in str(span)
+    told = [it.fields for it in caplog.records if it.name == "server.ops.request_log"]
+    assert told[-1]["trace_id"] == TRACE
+
+
+def test_the_stages_lie_one_after_the_other_inside_their_request(
+    client: TestClient, collector: Collector
+) -> None:
+    chat(client, "say hello", KEY)
+    *stages, span = sent(client, collector)
+    assert [it.name for it in stages] == ["prepare", "queue", "prefill", "decode"]
+    assert {it.parent_span_id for it in stages} == {span.span_id}
+    times = [time for it in stages for time in (it.start_time_unix_nano, it.end_time_unix_nano)]
+    assert times == sorted(times)
+    assert times[0] == span.start_time_unix_nano
+    assert times[-1] <= span.end_time_unix_nano + 1_000_000  # stages are told to a tenth of a ms
+
+
+def test_a_refusal_is_a_span_that_failed(client: TestClient, collector: Collector) -> None:
+    chat(client, "say x", {})
+    chat(client, "fail", KEY)
+    refused, *_, failed = sent(client, collector)
+    assert attributes(refused)["error.type"] == "invalid_api_key"
+    assert attributes(failed)["error.type"] == "internal_error"
+    assert refused.status.code == failed.status.code == 2
+
+
+def test_probes_leave_no_span(client: TestClient, collector: Collector) -> None:
+    for path in ("/health", "/ready", "/metrics"):
+        client.get(path)
+    assert sent(client, collector) == []
+
+
+def test_a_caller_that_samples_nothing_is_obeyed(client: TestClient, collector: Collector) -> None:
+    chat(client, "say x", KEY | {"traceparent": f"00-{TRACE}-{PARENT}-00"})
+    assert sent(client, collector) == []
+
+
+def test_a_collector_that_is_gone_harms_no_request(make_client: MakeClient) -> None:
+    client = make_client(otlp_traces_endpoint="http://127.0.0.1:9/v1/traces")
+    assert chat(client, "say x", {}).status_code == 200

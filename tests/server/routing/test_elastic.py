@@ -1,0 +1,82 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.routing.elastic import Elastic, ElasticLimits, Pressure
+
+LIMITS = ElasticLimits(waiting=8, kv_usage=0.8, release=0.5, dwell=5.0)
+CALM, BETWEEN, HIGH = Pressure(0, 0.0), Pressure(6, 0.6), Pressure(8, 0.0)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_queue_or_a_full_cache_is_load() -> None:
+    for pressure in (Pressure(8, 0.0), Pressure(0, 0.8), Pressure(900, 1.0)):
+        assert Elastic(LIMITS, Clock()).update(pressure)
+    for pressure in (CALM, Pressure(7, 0.79)):
+        assert not Elastic(LIMITS, Clock()).update(pressure)
+
+
+def test_it_is_over_only_where_both_are_well_below() -> None:
+    clock = Clock()
+    elastic = Elastic(LIMITS, clock)
+    elastic.update(HIGH)
+    clock.now += 100
+    for pressure in (BETWEEN, Pressure(5, 0.0), Pressure(0, 0.41)):
+        assert elastic.update(pressure)
+    assert not elastic.update(Pressure(4, 0.4))
+
+
+def test_a_change_stays_for_the_dwell_time() -> None:
+    clock = Clock()
+    elastic = Elastic(LIMITS, clock)
+    assert elastic.update(HIGH)
+    clock.now += 4.9
+    assert elastic.update(CALM)
+    clock.now += 0.2
+    assert not elastic.update(CALM)
+    clock.now += 4.9
+    assert not elastic.update(HIGH)
+    clock.now += 0.2
+    assert elastic.update(HIGH)
+
+
+PRESSURES = st.builds(Pressure, st.integers(0, 20), st.floats(0, 1))
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), PRESSURES)))
+def test_whatever_the_load_it_never_flaps(steps: list[tuple[float, Pressure]]) -> None:
+    clock = Clock()
+    elastic = Elastic(LIMITS, clock)
+    changed = None
+    for seconds, pressure in steps:
+        clock.now += seconds
+        before, after = elastic.active, elastic.update(pressure)
+        if before == after:
+            continue
+        assert changed is None or clock.now - changed >= LIMITS.dwell
+        changed = clock.now
+        limit = 1.0 if after else LIMITS.release
+        at_queue, at_cache = limit * LIMITS.waiting, limit * LIMITS.kv_usage
+        if after:
+            assert pressure.waiting >= at_queue or pressure.kv_usage >= at_cache
+        else:
+            assert pressure.waiting <= at_queue
+            assert pressure.kv_usage <= at_cache
+
+
+@given(st.lists(PRESSURES))
+def test_after_the_dwell_time_the_last_pressure_alone_decides_outside_the_band(
+    before: list[Pressure],
+) -> None:
+    clock = Clock()
+    elastic = Elastic(LIMITS, clock)
+    for pressure in before:
+        elastic.update(pressure)
+    for pressure, expected in ((HIGH, True), (CALM, False)):
+        clock.now += LIMITS.dwell
+        assert elastic.update(pressure) is expected

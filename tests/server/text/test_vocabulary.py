@@ -1,0 +1,90 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+
+from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+from server.text.vocabulary import TokenText, Vocabulary
+
+VOCABULARY = Vocabulary(build_tokenizer())
+TOKENS = st.lists(st.integers(0, VOCABULARY.size - 1), max_size=30)
+
+
+def spoken(vocabulary: Vocabulary, ids: list[int]) -> str:
+    text = TokenText(vocabulary)
+    return "".join([*(text.feed(token_id) for token_id in ids), text.finish()])
+
+
+@given(st.text(max_size=30))
+def test_any_text_comes_back_token_by_token(text: str) -> None:
+    assert spoken(VOCABULARY, VOCABULARY.encode(text)) == VOCABULARY.tokenizer.decode(
+        VOCABULARY.encode(text)
+    )
+
+
+@given(TOKENS)
+def test_tokens_one_by_one_give_the_text_of_all(ids: list[int]) -> None:
+    assert spoken(VOCABULARY, ids) == VOCABULARY.tokenizer.decode(ids)
+
+
+@given(TOKENS)
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(ids: list[int]) -> None:
+    joined = b"".join(VOCABULARY.token_bytes(token_id) for token_id in ids)
+    text = VOCABULARY.tokenizer.decode(ids, skip_special_tokens=False)
+    assert joined.decode(errors="replace") == text
+
+
+def test_a_character_comes_out_whole() -> None:
+    text = TokenText(VOCABULARY)
+    pieces = [text.feed(token_id) for token_id in VOCABULARY.encode("🙂")]
+    assert pieces == ["", "", "", "🙂"]
+
+
+def test_a_character_cut_short_leaves_a_mark() -> None:
+    text = TokenText(VOCABULARY)
+    assert text.feed(VOCABULARY.encode("🙂")[0]) == ""
+    assert text.finish() == "\ufffd"
+
+
+def test_special_tokens_are_hidden() -> None:
+    assert spoken(VOCABULARY, VOCABULARY.encode("a<|im_end|>b")) == "ab"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_think_tags_are_spoken_even_where_they_are_special_tokens(special: bool) -> None:
+    tokenizer: Tokenizer = build_tokenizer()
+    if special:
+        tokenizer.add_special_tokens(
+            [AddedToken(tag, special=True) for tag in ("<think>", "</think>")]
+        )
+    vocabulary = Vocabulary(tokenizer)
+    assert bool(vocabulary.hidden_tags) is special
+    assert spoken(vocabulary, vocabulary.encode("<think>é</think>b")) == "<think>é</think>b"
+
+
+def test_a_tool_call_tag_closes_a_block_only_where_it_is_a_token() -> None:
+    assert VOCABULARY.closing_tags == ("</think>",)
+    tokenizer: Tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool_call>"])
+    assert Vocabulary(tokenizer).closing_tags == ("</think>", "<tool_call>")
+
+
+def test_tokens_are_marked_by_their_text() -> None:
+    marks = VOCABULARY.marks
+    assert marks.blanks is not None
+    texts = {text: VOCABULARY.encode(text)[0] for text in ("\n", "\n\n", " ", ".", "?", "a", "=")}
+    assert {text for text, token_id in texts.items() if token_id in marks.soft_ends} == {
+        *("\n", "\n\n", ".", "?")
+    }
+    assert {text for text, token_id in texts.items() if token_id in marks.blanks} == {
+        *("\n", "\n\n", " ")
+    }
+
+
+def test_tags_are_neither_blank_nor_the_end_of_a_sentence_though_they_may_be_hidden() -> None:
+    tokenizer: Tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<think>", special=True)])
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.marks.blanks is not None
+    assert not vocabulary.tags.keys() & (vocabulary.marks.blanks | vocabulary.marks.soft_ends)
+    assert set(vocabulary.encode("<|im_end|>")) <= vocabulary.marks.blanks
