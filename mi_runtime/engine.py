@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from mi_runtime.config import EngineConfig
-from mi_runtime.execution.in_flight import Flight
+from mi_runtime.execution.in_flight import InFlightStep
 from mi_runtime.execution.start import start_runner
 from mi_runtime.model.load import BlendedModel, load_pair
 from mi_runtime.model.pair import check_pair, fingerprint
@@ -81,7 +81,7 @@ class Engine:
             if config.async_scheduling is None
             else config.async_scheduling
         )
-        self._flight: Flight | None = None  # launched and sampled, its results not taken
+        self._flight: InFlightStep | None = None  # launched and sampled, its results not taken
         self._steps = 0
         self._counted_builds = -1  # of blended weights, when their bytes were counted
         self._counted_bytes = 0
@@ -126,7 +126,7 @@ class Engine:
             events += self._fail(chunks)
         return events if self._asynchronous else events + self._take_results()
 
-    def _launch(self, chunks: list[Chunk]) -> Flight | None:
+    def _launch(self, chunks: list[Chunk]) -> InFlightStep | None:
         """None where the device has no memory for it."""
         self._steps += 1
         try:
@@ -134,7 +134,7 @@ class Engine:
         except torch.OutOfMemoryError:
             return None
 
-    def _sample(self, flight: Flight) -> bool:
+    def _sample(self, flight: InFlightStep) -> bool:
         """False where the device has no memory for it."""
         try:
             self._runner.sample(flight)

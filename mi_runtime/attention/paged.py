@@ -104,13 +104,13 @@ class AttentionPlan:
 
     Tensors are on the device and all that a kernel reads; numbers are known on the host, and those
     called longest are upper bounds. Captured graphs have the tensors as buffers and the bounds at
-    their capacity; there a row that is padding has length 1 and its slot in the spare block.
+    their capacity; there a row that is padding has length 1 and its slot in the null block.
     """
 
     slots: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
     query_starts: Tensor  # [chunks + 1] int32: first row of each chunk, then the number of rows
     lengths: Tensor  # [chunks] int32: tokens of each chunk's sequence, the chunk's own counted
-    tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the spare block
+    tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the null block
     longest_decode: int  # tokens of a sequence among the decodes; 0 without any
     longest_query: int  # rows of a chunk
     longest: int  # tokens of a sequence
@@ -167,7 +167,7 @@ class PagedAttention:
         backend: AttentionBackend | None = None,
     ) -> None:
         self.block_size = block_size
-        self.spare_block = num_blocks
+        self.null_block = num_blocks
         self.backend = backend or ReferenceAttention()
 
         def cache(shape: LayerShape, dim: int) -> Tensor:
@@ -242,7 +242,7 @@ class ReferenceAttention:
 
     Decodes go through it together, prefill chunks one by one. A gather reads whole blocks, and a
     masked NaN would still reach a sum: so the part of a block that is not written yet is kept at
-    zero, and the spare block, which fills up tables, holds nothing that is not finite. Cost of a
+    zero, and the null block, which fills up tables, holds nothing that is not finite. Cost of a
     decode: one copy of the keys and values read, padded to the longest row.
     """
 

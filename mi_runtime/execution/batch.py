@@ -20,7 +20,7 @@ from mi_runtime.device.transfer import Array, together_on_device
 from mi_runtime.model.rows import StepRows
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import Part
+from mi_runtime.scheduling.planner import SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
 NOTHING_DRAWN: Final[Mapping[Sequence, int]] = MappingProxyType({})
@@ -50,9 +50,9 @@ class Batch:
 
 
 def build_batch(
-    part: Part,
+    sub_batch: SubBatch,
     block_size: int,
-    spare_block: int,
+    null_block: int,
     device: torch.device,
     drawn: Mapping[Sequence, int] = NOTHING_DRAWN,
 ) -> Batch:
@@ -61,7 +61,7 @@ def build_batch(
     kept: list[int] = []
     scored: list[int] = []
     ahead: dict[int, int] = {}
-    for chunk in part.chunks:
+    for chunk in sub_batch.chunks:
         sequence, start = chunk.sequence, chunk.start
         if chunk.scored:
             scored += [len(ids) + position - start for position in chunk.scored]
@@ -77,7 +77,7 @@ def build_batch(
     moved = together_on_device(
         [
             *(np.array(one, dtype=np.int64) for one in lists),
-            *_layout(part.chunks, block_size, spare_block),
+            *_layout(sub_batch.chunks, block_size, null_block),
         ],
         device,
     )
@@ -85,23 +85,23 @@ def build_batch(
         ids=moved[0],
         positions=moved[4],
         kept=moved[1],
-        rows=_step_rows(part, kept),
-        attention=_plan(part.chunks, moved[5:]),
+        rows=_step_rows(sub_batch, kept),
+        attention=_plan(sub_batch.chunks, moved[5:]),
         ahead=Ahead(moved[2], moved[3]) if ahead else None,
-        sampling=tuple([chunk.sequence for chunk in part.chunks if chunk.samples]),
-        scored=tuple([chunk for chunk in part.chunks if chunk.scored]),
+        sampling=tuple([chunk.sequence for chunk in sub_batch.chunks if chunk.samples]),
+        scored=tuple([chunk for chunk in sub_batch.chunks if chunk.scored]),
     )
 
 
 def attention_plan(
-    chunks: list[Chunk], block_size: int, spare_block: int, device: torch.device
+    chunks: list[Chunk], block_size: int, null_block: int, device: torch.device
 ) -> AttentionPlan:
-    _, *arrays = _layout(chunks, block_size, spare_block)
+    _, *arrays = _layout(chunks, block_size, null_block)
     return _plan(chunks, together_on_device(arrays, device))
 
 
 def _layout(
-    chunks: list[Chunk], block_size: int, spare_block: int
+    chunks: list[Chunk], block_size: int, null_block: int
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """Positions of rows, then what an attention plan has on the device."""
     begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
@@ -111,7 +111,7 @@ def _layout(
     counts.cumsum(out=starts[1:])
     owners = np.arange(len(chunks)).repeat(counts)  # the chunk of each row
     positions = np.arange(starts[-1]) + (begins - starts[:-1])[owners]
-    tables = _tables(chunks, -(-ends // block_size), spare_block)
+    tables = _tables(chunks, -(-ends // block_size), null_block)
     slots = tables[owners, positions // block_size].astype(np.int64) * block_size
     (opened,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
     return (
@@ -124,12 +124,12 @@ def _layout(
     )
 
 
-def _tables(chunks: list[Chunk], widths: Array, spare_block: int) -> Array:
+def _tables(chunks: list[Chunk], widths: Array, null_block: int) -> Array:
     """The blocks of every chunk's KV, none that its sequence has for later."""
     held = array("i")
     for chunk, width in zip(chunks, widths.tolist(), strict=True):
         held.extend(chunk.sequence.block_table[:width])
-    tables = np.full((len(chunks), widths.max()), spare_block, dtype=np.int32)
+    tables = np.full((len(chunks), widths.max()), null_block, dtype=np.int32)
     tables[np.arange(tables.shape[1]) < widths[:, None]] = held
     return tables
 
@@ -156,16 +156,16 @@ def _plan(chunks: list[Chunk], tensors: list[Tensor]) -> AttentionPlan:
     )
 
 
-def _step_rows(part: Part, kept: list[int]) -> StepRows:
+def _step_rows(sub_batch: SubBatch, kept: list[int]) -> StepRows:
     dials: dict[Dial, int] = {}
     index: list[int] = []
-    for chunk in part.chunks:
+    for chunk in sub_batch.chunks:
         if chunk.dial is not None:
             index += [dials.setdefault(chunk.dial, len(dials))] * chunk.length
             continue
         for position in range(chunk.start, chunk.start + chunk.length):
             index.append(dials.setdefault(chunk.sequence.dial_at(position), len(dials)))
-    return StepRows(tuple(dials), tuple(index), tuple(kept), part.blended)
+    return StepRows(tuple(dials), tuple(index), tuple(kept), sub_batch.blended)
 
 
 def _leading_decodes(chunks: list[Chunk]) -> int:

@@ -3,7 +3,7 @@
 A forward of single tokens fits a recording where all its groups go one way: the pair product, one
 endpoint, or one place of the blend cache. Each is recorded for several numbers of rows; a batch
 takes the next larger one, and the rows left over are padding: one token of no sequence, its KV
-written to the spare block. All that changes between steps lies in buffers which are written before
+written to the null block. All that changes between steps lies in buffers which are written before
 a replay: token ids, positions, block tables, and the λ of every row in every group, so that no mix
 of dials needs a recording of its own. Whatever fits none runs as it is, launch by launch.
 
@@ -25,7 +25,7 @@ from mi_runtime.model.load import BlendedModel
 from mi_runtime.model.rows import Rows, StepRows, Way
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import Part
+from mi_runtime.scheduling.planner import SubBatch
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of recordings. One row runs as two: a compiled layer would be compiled apart for one."""
@@ -99,16 +99,16 @@ class DecodeGraphs:
         self._replays: dict[Form, Callable[[], Tensor]] = {}
         self._filled: StepRows | None = None  # whose λ lie in the buffer
         self.device = model.device
-        most, device, spare = self._sizes[-1], model.device, attention.spare_block
+        most, device, null_block = self._sizes[-1], model.device, attention.null_block
 
         def numbers(*shape: int, value: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         self._ids = numbers(most, value=0, dtype=torch.int64)
         self._positions = numbers(most, value=0, dtype=torch.int64)
-        self._slots = numbers(most, value=spare * attention.block_size, dtype=torch.int64)
+        self._slots = numbers(most, value=null_block * attention.block_size, dtype=torch.int64)
         self._lengths = numbers(most, value=1, dtype=torch.int32)
-        self._tables = numbers(most, max_blocks, value=spare, dtype=torch.int32)
+        self._tables = numbers(most, max_blocks, value=null_block, dtype=torch.int32)
         self._kept = torch.arange(most, device=device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._opened = self._kept[:0]
@@ -200,7 +200,7 @@ class DecodeGraphs:
 
     # --- Replaying -------------------------------------------------------------------------------
 
-    def form_for(self, part: Part) -> Form | None:
+    def form_for(self, part: SubBatch) -> Form | None:
         """The recording that computes this part; None where there is none."""
         chunks = part.chunks
         if len(chunks) > self._sizes[-1] or not all(map(_is_decode, chunks)):
@@ -241,7 +241,7 @@ class DecodeGraphs:
         self._lengths[:count].copy_(plan.lengths)
         self._tables[:count, : plan.tables.shape[1]].copy_(plan.tables)
         if count < rows:  # what is left of an earlier step may not write where others read
-            self._slots[count:rows].fill_(self._attention.spare_block * self._attention.block_size)
+            self._slots[count:rows].fill_(self._attention.null_block * self._attention.block_size)
             self._lengths[count:rows].fill_(1)
 
     def _write_lambdas(self, form: Form, step: StepRows) -> None:

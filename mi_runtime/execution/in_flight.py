@@ -15,7 +15,7 @@ from mi_runtime.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class StepResults:
     """What a step gave, by sequence."""
 
     sampled: dict[Sequence, Sampled | None]  # None: nothing can be drawn
@@ -24,7 +24,7 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class PromptScores:
     """Log-probabilities of a chunk's scored positions, on the device."""
 
     finite: Tensor  # [1] int32: whether all logits are
@@ -40,7 +40,7 @@ class Score:
         return logprobs if finite.item() else None
 
 
-class Flight:
+class InFlightStep:
     """One step on its way through the device."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Flight:
         chunks: list[Chunk],
         sequences: list[Sequence],
         logits: list[Tensor],
-        scores: dict[Sequence, Score],
+        scores: dict[Sequence, PromptScores],
     ) -> None:
         self.chunks = chunks
         self._sequences = sequences  # that sample, one a row
@@ -81,22 +81,22 @@ class Flight:
         assert self._draw is not None
         return self._draw.tokens.index_select(0, rows)
 
-    def results(self) -> Results:
+    def results(self) -> StepResults:
         """Waits for the step to be computed; once."""
         assert self._readback is not None, "not sampled"
         host = self._readback.wait()
-        scores = {sequence: Score.read(host) for sequence in self._scores}
+        scores = {sequence: PromptScores.read(host) for sequence in self._scores}
         if self._draw is None:
-            return Results({}, scores)
+            return StepResults({}, scores)
         sampled = zip(self._draw.sequences, self._draw.read(host), strict=True)
-        return Results(dict(sampled), scores)
+        return StepResults(dict(sampled), scores)
 
 
-def score(logits: Tensor, chunk: Chunk) -> Score:
+def score(logits: Tensor, chunk: Chunk) -> PromptScores:
     """Of the token behind each scored position."""
     sequence, scored = chunk.sequence, chunk.scored
     behind = sequence.tokens[scored.start + 1 : scored.stop + 1]
     tokens = on_device(behind, torch.int64, logits.device)
     count = sequence.request.sampling.prompt_logprobs or 0
     finite = logits.amax().isfinite() & logits.amin().isfinite()
-    return Score(finite.int().view(1), token_logprobs(logits, tokens, count))
+    return PromptScores(finite.int().view(1), token_logprobs(logits, tokens, count))

@@ -3,7 +3,7 @@
 A step is launched, sampled and read. Nothing is waited for until it is read, so that the host can
 launch a step, read the one before, and then sample: what is computed for a sequence depends on its
 tokens, which the device has, and what is drawn on all that the host makes of them. The logits of
-scored prompt positions become log-probabilities part by part, and are not kept.
+scored prompt positions become log-probabilities sub_batch by sub_batch, and are not kept.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from torch import Tensor
 from mi_runtime.attention.paged import AttentionBackend, PagedAttention
 from mi_runtime.execution.batch import NOTHING_DRAWN, Batch, build_batch
 from mi_runtime.execution.graphs import DecodeGraphs
-from mi_runtime.execution.in_flight import Flight, Score, score
+from mi_runtime.execution.in_flight import InFlightStep, PromptScores, score
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.model.load import BlendedModel
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import Part, Planner
+from mi_runtime.scheduling.planner import Planner, SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
 
@@ -42,48 +42,48 @@ class Runner:
         self._sampler = Sampler()
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk], before: Flight | None = None) -> Flight:
+    def launch(self, chunks: list[Chunk], before: InFlightStep | None = None) -> InFlightStep:
         """Has the device compute KV and logits; to be sampled before the next launch.
 
         `before`: the flight in which the tokens are drawn of sequences that run ahead.
         """
         sequences: list[Sequence] = []
         logits: list[Tensor] = []
-        scores: dict[Sequence, Score] = {}
-        parts = self.planner.plan(chunks)
+        scores: dict[Sequence, PromptScores] = {}
+        sub_batches = self.planner.plan(chunks)
         drawn = NOTHING_DRAWN if before is None else before.row_of
-        for part in parts:
-            batch, rows = self._forward(part, before, drawn)
+        for sub_batch in sub_batches:
+            batch, rows = self._forward(sub_batch, before, drawn)
             if batch.scored:
                 rows = self._score(rows, batch, scores)
-            elif self.graphs is not None and len(parts) > 1:
+            elif self.graphs is not None and len(sub_batches) > 1:
                 rows = rows.clone()  # a replay's hold until the next one
             logits.append(rows)
             sequences += batch.sampling
-        return Flight(chunks, sequences, logits, scores)
+        return InFlightStep(chunks, sequences, logits, scores)
 
     @torch.inference_mode()
-    def sample(self, flight: Flight) -> None:
+    def sample(self, flight: InFlightStep) -> None:
         """Has the device draw a token of each chunk that samples, and send all results."""
         flight.sample(self._sampler, self._model.device)
 
     def _forward(
-        self, part: Part, before: Flight | None, drawn: Mapping[Sequence, int]
+        self, sub_batch: SubBatch, before: InFlightStep | None, drawn: Mapping[Sequence, int]
     ) -> tuple[Batch, Tensor]:
         attention, model, graphs = self.attention, self._model, self.graphs
-        size, spare = attention.block_size, attention.spare_block
-        batch = build_batch(part, size, spare, model.device, drawn)
+        size, null_block = attention.block_size, attention.null_block
+        batch = build_batch(sub_batch, size, null_block, model.device, drawn)
         if batch.ahead is not None:
             assert before is not None
             batch.ids.index_copy_(0, batch.ahead.rows, before.tokens_at(batch.ahead.drawn))
-        form = None if graphs is None else graphs.form_for(part)
+        form = None if graphs is None else graphs.form_for(sub_batch)
         if graphs is not None and form is not None:
             return batch, graphs.replay(form, batch)
         attention.begin(batch.attention)
         model.groups.begin(batch.rows)
         return batch, model.logits(batch.ids, batch.positions, batch.kept, attention)
 
-    def _score(self, logits: Tensor, batch: Batch, scores: dict[Sequence, Score]) -> Tensor:
+    def _score(self, logits: Tensor, batch: Batch, scores: dict[Sequence, PromptScores]) -> Tensor:
         """Reads the scored rows; returns the others."""
         start = 0
         for chunk in batch.scored:

@@ -83,7 +83,7 @@ NO_COSTS = CostModel(0.0, 0.0, NOTHING, NOTHING, build=0.0)  # where one way is 
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SubBatch:
     """Chunks that run in one forward; `blended`: groups of one λ take blended weights."""
 
     chunks: list[Chunk]
@@ -132,11 +132,11 @@ class Planner:
         self._savings: OrderedDict[Dial, _Savings] = OrderedDict()
         self._built: OrderedDict[Dial, int] = OrderedDict()  # the step of last use, oldest first
 
-    def plan(self, chunks: list[Chunk]) -> list[Part]:
+    def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
         """Every chunk in exactly one part."""
         self._step += 1
         if self._policy == "pair":
-            return [Part(chunks, blended=False)]
+            return [SubBatch(chunks, blended=False)]
         works = _by_dial(chunks)
         if self._policy == "blended":
             alone = works
@@ -146,10 +146,10 @@ class Planner:
         for dial in chosen:
             self._use(dial)
         if not chosen:
-            return [Part(chunks, blended=False)]
+            return [SubBatch(chunks, blended=False)]
         together = [chunk for chunk in chunks if not _is_alone(chunk, chosen)]
-        parts = [Part(work.chunks, blended=True) for work in alone]
-        return [*parts, Part(together, blended=False)] if together else parts
+        parts = [SubBatch(work.chunks, blended=True) for work in alone]
+        return [*parts, SubBatch(together, blended=False)] if together else parts
 
     def _choose(self, works: list[_Work], load: Load) -> list[_Work]:
         """The dials that run alone, with single weights, out of `load` in all."""

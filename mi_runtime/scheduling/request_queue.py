@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mi_runtime.scheduling.sequence import Sequence
 
 
-class Line:
+class RequestQueue:
     """Sequences by rank, and how many of them are at each λ.
 
     A place is found in O(log n); keeping the order moves up to n words of memory.

@@ -46,7 +46,7 @@ from mi_runtime.request import (
 )
 from mi_runtime.scheduling.blocks import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
-from mi_runtime.scheduling.request_queue import Line
+from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.sequence import Sequence, Status
 
 SCORED_ROWS: Final = 512
@@ -80,8 +80,8 @@ class Scheduler:
         self.max_batched_tokens = max_batched_tokens
         self.prefix_caching = prefix_caching
         self._arrivals = itertools.count()
-        self.running = Line()
-        self.waiting = Line()
+        self.running = RequestQueue()
+        self.waiting = RequestQueue()
         self.prefix_queried_tokens = 0  # prompt tokens looked up, each request once
         self.prefix_hit_tokens = 0
         self.preemptions = 0

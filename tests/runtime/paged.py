@@ -84,7 +84,7 @@ def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: 
     out = torch.full((len(query), work.kv_heads * work.group, VALUE_DIM), torch.nan)
     for chunks in steps(work, running):
         rows = rows_of(work, chunks)
-        over.begin(attention_plan(chunks, work.block_size, over.spare_block, CPU))
+        over.begin(attention_plan(chunks, work.block_size, over.null_block, CPU))
         own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
         out[rows] = over.attend(
             layer, query[rows], key[rows], value[rows], scale=0.3, window=work.window, sinks=own
@@ -103,7 +103,7 @@ def poison(over: PagedAttention, work: Workload) -> None:
     length = NUM_BLOCKS * work.block_size
     one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
     one.block_table = list(range(NUM_BLOCKS))
-    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.spare_block, CPU)
+    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.null_block, CPU)
     key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
     value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
     query = torch.zeros(length, work.kv_heads, KEY_DIM)

@@ -3,14 +3,14 @@
 import random
 
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import Part
+from mi_runtime.scheduling.planner import SubBatch
 
 
 class PairPlanner:
     """Every step as one forward by the pair product."""
 
-    def plan(self, chunks: list[Chunk]) -> list[Part]:
-        return [Part(chunks, blended=False)]
+    def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
+        return [SubBatch(chunks, blended=False)]
 
 
 class RandomPlanner:
@@ -21,12 +21,12 @@ class RandomPlanner:
         self.parts = 0
         self.steps = 0
 
-    def plan(self, chunks: list[Chunk]) -> list[Part]:
+    def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
         groups = self._by_dial(chunks) if self._random.random() < 0.5 else self._anyhow(chunks)
         self._random.shuffle(groups)
         self.steps += 1
         self.parts += len(groups)
-        return [Part(group, self._random.random() < 0.6) for group in groups]
+        return [SubBatch(group, self._random.random() < 0.6) for group in groups]
 
     def _by_dial(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         dials = dict.fromkeys(chunk.dial for chunk in chunks)  # a set would not be the same twice

@@ -76,7 +76,7 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     second.computed = 8
     for chunk in (Chunk(first, 0, 8), Chunk(second, 8, 3)):
         rows = rows_of(work, [chunk])
-        over.begin(attention_plan([chunk], 4, over.spare_block, CPU))
+        over.begin(attention_plan([chunk], 4, over.null_block, CPU))
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )

@@ -21,7 +21,7 @@ from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.rows import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import Part
+from mi_runtime.scheduling.planner import SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
@@ -154,7 +154,7 @@ def test_a_batch_and_its_rows_are_sent_without_waiting(crossings: Crossings) -> 
         one.block_table = [2 * index, 2 * index + 1]
         chunks.append(Chunk(one, start, length))
     drawn = {chunks[0].sequence: 2}
-    batch = build_batch(Part(chunks, blended=False), 4, 99, DEVICE, drawn)
+    batch = build_batch(SubBatch(chunks, blended=False), 4, 99, DEVICE, drawn)
     assert batch.ahead is not None
     assert crossings.sent == 1
     BlendGroups(2, DEVICE, BlendCache(0)).begin(batch.rows)

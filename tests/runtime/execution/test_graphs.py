@@ -19,7 +19,7 @@ from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.rows import BlendGroups, StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import Part
+from mi_runtime.scheduling.planner import SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime.execution.test_ways import Subject, make_subject
 from tests.runtime.ways import RandomPlanner
@@ -103,12 +103,12 @@ class ByDial:
     def __init__(self) -> None:
         self._step = 0
 
-    def plan(self, chunks: list[Chunk]) -> list[Part]:
+    def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
         self._step += 1
         if self._step % 4 == 0:
-            return [Part(chunks, blended=False)]
+            return [SubBatch(chunks, blended=False)]
         dials = dict.fromkeys(chunk.dial for chunk in chunks)
-        return [Part([one for one in chunks if one.dial == dial], True) for dial in dials]
+        return [SubBatch([one for one in chunks if one.dial == dial], True) for dial in dials]
 
 
 MIXED = (
@@ -148,7 +148,7 @@ def test_padding_rows_leave_the_kv_of_others_alone(pair_of: PairOf) -> None:
     before = [keys.clone() for keys in attention._keys]
     sequence = Sequence(EngineRequest("one", (4, 5), Dial(0.5), SamplingParams()))
     sequence.block_table, sequence.computed = [3], 1
-    part = Part([Chunk(sequence, 1, 1)], blended=False)
+    part = SubBatch([Chunk(sequence, 1, 1)], blended=False)
     with torch.inference_mode():
         engine._runner._forward(part, None, {})
     changed = [
@@ -156,7 +156,7 @@ def test_padding_rows_leave_the_kv_of_others_alone(pair_of: PairOf) -> None:
         for keys, old in zip(attention._keys, before, strict=True)
     ]
     assert graphs.form_for(part) == Form(2, P)
-    assert all(3 in blocks and set(blocks) <= {3, attention.spare_block} for blocks in changed)
+    assert all(3 in blocks and set(blocks) <= {3, attention.null_block} for blocks in changed)
     assert len(changed) == len(model.layers)
 
 
@@ -195,7 +195,7 @@ def test_rows_beyond_the_largest_recording_run_launch_by_launch(pair_of: PairOf)
     graphs, taken = record(engine, sizes=(3,)), set()
     choose = graphs.form_for
 
-    def noted(part: Part) -> Form | None:
+    def noted(part: SubBatch) -> Form | None:
         taken.add(choose(part))
         return choose(part)
 
@@ -241,7 +241,7 @@ def decode(dial: Dial, known: int = 5, computed: int = 4, **sampling: Any) -> Ch
 def test_a_step_takes_the_next_larger_recording_of_its_way(
     graphs: DecodeGraphs, dials: list[Dial], form: Form | None
 ) -> None:
-    assert graphs.form_for(Part([decode(dial) for dial in dials], blended=False)) == form
+    assert graphs.form_for(SubBatch([decode(dial) for dial in dials], blended=False)) == form
 
 
 @pytest.mark.parametrize(
@@ -253,14 +253,14 @@ def test_a_step_takes_the_next_larger_recording_of_its_way(
     ],
 )
 def test_prefills_and_scored_rows_are_not_replayed(graphs: DecodeGraphs, chunk: Chunk) -> None:
-    assert graphs.form_for(Part([chunk], blended=False)) is None
+    assert graphs.form_for(SubBatch([chunk], blended=False)) is None
 
 
 def test_blended_weights_are_replayed_from_the_place_where_all_of_them_lie(
     graphs: DecodeGraphs,
 ) -> None:
     groups: BlendGroups = graphs._groups
-    low, high = (Part([decode(Dial(value))], blended=True) for value in (0.2, 0.4))
+    low, high = (SubBatch([decode(Dial(value))], blended=True) for value in (0.2, 0.4))
     assert graphs.form_for(low) is None
     for value in (0.2, 0.4):
         groups.begin(StepRows((Dial(value),), (0,), (0,), blended=True))

@@ -179,7 +179,7 @@ def test_a_head_that_all_queries_share_takes_more_rows_than_a_tile_has() -> None
 
 
 def test_rows_that_pad_a_batch_change_nothing() -> None:
-    """As in a captured graph: a row of padding is one token in the spare block."""
+    """As in a captured graph: a row of padding is one token in the null block."""
     case = Case(LONG, splits=2)
     plan, padding = case.plan(), 3
     spare = torch.full((padding, plan.tables.shape[1]), NUM_BLOCKS, dtype=torch.int32)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import MAX_ALONE, REMEMBERED, CostModel, Curve, Part, Planner
+from mi_runtime.scheduling.planner import MAX_ALONE, REMEMBERED, CostModel, Curve, Planner, SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
 ENDPOINTS = (Dial(0.0), Dial(1.0), Dial(0.0, (("0.attn", 1.0),)))
@@ -58,7 +58,7 @@ class Weights:
     def missing(self, dial: Dial) -> float:
         return float(dial not in self.held)
 
-    def run(self, parts: list[Part]) -> None:
+    def run(self, parts: list[SubBatch]) -> None:
         for dial in alone(parts):
             if dial in ENDPOINTS:
                 continue
@@ -79,19 +79,19 @@ class Run:
         self.spent = 0.0  # seconds in forwards
         self.pair_only = 0.0  # seconds, had every step been one pair forward
 
-    def step(self, *works: Work) -> list[Part]:
+    def step(self, *works: Work) -> list[SubBatch]:
         parts = self.planner.plan(chunks_of(works))
         self.weights.run(parts)
         self.spent += seconds(self.costs, parts)
-        self.pair_only += seconds(self.costs, [Part(chunks_of(works), blended=False)])
+        self.pair_only += seconds(self.costs, [SubBatch(chunks_of(works), blended=False)])
         return parts
 
 
-def rows(part: Part) -> int:
+def rows(part: SubBatch) -> int:
     return sum(one.length for one in part.chunks)
 
 
-def seconds(costs: CostModel, parts: Iterable[Part]) -> float:
+def seconds(costs: CostModel, parts: Iterable[SubBatch]) -> float:
     return sum(
         (costs.replayed if all(one.length == 1 for one in part.chunks) else costs.fixed)
         + (costs.single if part.blended else costs.pair).at(rows(part))
@@ -99,7 +99,7 @@ def seconds(costs: CostModel, parts: Iterable[Part]) -> float:
     )
 
 
-def alone(parts: list[Part]) -> set[Dial]:
+def alone(parts: list[SubBatch]) -> set[Dial]:
     """The dials of the parts with single weights: each of those has one."""
     found = [{one.dial for one in part.chunks} for part in parts if part.blended]
     assert all(len(dials) == 1 and None not in dials for dials in found)
@@ -181,7 +181,7 @@ def test_every_chunk_is_in_exactly_one_part_and_keeps_its_place(
 @given(works=WORKS)
 def test_the_policy_pair_runs_one_pair_forward(works: list[Work]) -> None:
     chunks = chunks_of(works)
-    assert planner("pair").plan(chunks) == [Part(chunks, blended=False)]
+    assert planner("pair").plan(chunks) == [SubBatch(chunks, blended=False)]
 
 
 @given(works=WORKS, capacity=CAPACITIES)
@@ -198,7 +198,7 @@ def test_a_plan_is_never_dearer_than_one_pair_forward_over_everything(
 ) -> None:
     chunks = chunks_of(works)
     parts = planner("auto", costs, lambda dial: float(dial not in ready), capacity).plan(chunks)
-    everything = seconds(costs, [Part(chunks, blended=False)])
+    everything = seconds(costs, [SubBatch(chunks, blended=False)])
     assert seconds(costs, parts) <= everything * (1 + 1e-9)
 
 
@@ -243,13 +243,13 @@ def test_a_plan_is_the_cheapest_of_all_sets_of_dials_that_may_run_alone(
     assert seconds(costs, parts) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-def by_hand(chunks: list[Chunk], chosen: set[Dial]) -> list[Part]:
+def by_hand(chunks: list[Chunk], chosen: set[Dial]) -> list[SubBatch]:
     parts = [
-        Part([one for one in chunks if one.dial == dial], blended=True)
+        SubBatch([one for one in chunks if one.dial == dial], blended=True)
         for dial in sorted(chosen, key=repr)
     ]
     rest = [one for one in chunks if one.dial not in chosen]
-    return [*parts, Part(rest, blended=False)] if rest else parts
+    return [*parts, SubBatch(rest, blended=False)] if rest else parts
 
 
 @given(works=WORKS, costs=any_costs())
@@ -269,7 +269,7 @@ def test_endpoints_need_no_room_and_nothing_built(dial: Dial) -> None:
 RECORDED = CostModel(10.0, 0.5, PLAIN.single, PLAIN.pair, build=40.0)  # decodes are replayed
 
 
-def plan_of_hot(costs: CostModel, *works: Work) -> list[Part]:
+def plan_of_hot(costs: CostModel, *works: Work) -> list[SubBatch]:
     return planner("auto", costs, lambda dial: 0.0).plan(chunks_of(works))
 
 
@@ -303,7 +303,7 @@ def test_the_plan_counts_the_rows_that_are_left_over() -> None:
     costs = CostModel(0.5, 0.5, single=affine(0.0, 0.1), pair=affine(8.0, 0.2), build=0.0)
     works = [(Dial(value / 100), 2) for value in range(1, MAX_ALONE + 9)]
     parts = planner("auto", costs, lambda dial: 0.0, capacity=100).plan(chunks_of(works))
-    assert seconds(costs, parts) <= seconds(costs, [Part(chunks_of(works), blended=False)])
+    assert seconds(costs, parts) <= seconds(costs, [SubBatch(chunks_of(works), blended=False)])
 
 
 def test_a_dial_that_does_not_fit_leaves_room_for_an_endpoint_behind_it() -> None:

@@ -27,7 +27,7 @@ from mi_runtime.request import (
 )
 from mi_runtime.scheduling.blocks import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
-from mi_runtime.scheduling.request_queue import Line
+from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.scheduler import SCORED_ROWS, Scheduler
 from mi_runtime.scheduling.sequence import Sequence, Status
 
@@ -666,7 +666,7 @@ def test_nobody_is_preempted_for_one_that_waits() -> None:
 def test_a_line_is_sorted_whatever_enters_and_leaves(
     moves: list[tuple[int, bool]], rng: random.Random
 ) -> None:
-    line, inside = Line(), list[Sequence]()
+    line, inside = RequestQueue(), list[Sequence]()
     for arrival, (priority, leave) in enumerate(moves):
         if leave and inside:
             line.remove(inside.pop(rng.randrange(len(inside))))
