@@ -51,7 +51,7 @@ ABLATION = {
 """Dials of six layers by what they are, with the paper's Mean@64, tokens and think rate in %."""
 POLICIES = {
     "routed": "routed",
-    "routed, class": "routed, class told",
+    "routed, class": "routed, class given",
     "λ = 0.7": "λ = 0.7, cut",
     "λ = 1": "λ = 1, cut",
 }
