@@ -1,11 +1,12 @@
-"""First contact by profile: the kernels of one decode step, and what the pair kernel is bound by.
+"""The profiling step of first contact: the kernels of a decode step, and what limits the pair
+kernel.
 
     python -m bench.contact_profile [--smoke]
 
-A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, all λ different and then
-all at an endpoint; torch's profiler counts what runs on the device in a few steps. Where `ncu` is
-there, it then reads a few counters of the pair kernel (`bench/contact_counters.py`). No trace is
-kept: rows are.
+A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, first with all λ different,
+then with all at an endpoint. torch's profiler counts what runs on the device in a few steps. If
+`ncu` is installed, it then reads a few counters of the pair kernel (`bench/contact_counters.py`).
+Only rows are kept, no trace.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def profiled(smoke: bool, rows: Rows) -> Facts:
 
 
 class Decoding:
-    """An engine, and sequences that decode for as long as they are wanted."""
+    """An engine, and sequences that decode for as long as they are needed."""
 
     def __init__(self, smoke: bool) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +136,7 @@ class Decoding:
             yield ProfilerActivity.CUDA
 
     def _kernels(self, profiler: Any) -> Iterator[Facts]:
-        """By name: how often a step has it, and its microseconds of a step."""
+        """Returns, for each kernel by name, its launches and its microseconds in one step."""
         on_device = self.device.type == "cuda"
         for event in profiler.key_averages():
             if (event.device_type.name == "CUDA") != on_device:

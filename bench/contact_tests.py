@@ -1,10 +1,10 @@
-"""First contact by tests: those that need a GPU, each a row.
+"""The test steps of first contact: runs the tests that need a GPU, and prints a row for each.
 
     python -m bench.contact_tests kernels|engine [--smoke]
 
-Kernels compile for a second each on one core, so tests are spread over processes where pytest-xdist
-is there; files and their tests are ordered by what is to be known first. With `--smoke` they run on
-the CPU at tiny shapes, Triton interpreted, and what needs a GPU is skipped.
+A kernel takes a second of one core to compile, so the tests run in several processes if
+pytest-xdist is installed. Files and tests are ordered by importance. With `--smoke` they run on the
+CPU at tiny shapes with Triton interpreted, and tests that need a GPU are skipped.
 """
 
 import argparse
@@ -45,15 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Outcomes:
-    """A pytest plugin that prints a row for each test as it ends."""
+    """A pytest plugin that prints a row for each test when it ends."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._passed = 0
 
     def run(self, files: Sequence[str]) -> int:
-        """Runs the tests of `files` and returns an exit code, which is not 0 where no test passed:
-        without a GPU all of them are skipped."""
+        """Runs the tests of `files` and returns an exit code. It is not 0 if no test passed:
+        without a GPU all of them are skipped.
+        """
         import pytest
 
         flags = ["--rootdir", str(ROOT), "-W", "default", "-p", "no:cacheprovider", *_spread()]

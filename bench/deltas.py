@@ -2,15 +2,16 @@
 
     python -m bench.deltas [--questions 100] [--samples 8] [--seed 1] [--kept]
 
-For both endpoints whole (`none`), and for differences in int8 and int4:
+Compares two full endpoints (`none`) with deltas in int8 and int4:
 
-    sweep    `mi-server sweep` at T = 0.7 with the same questions and seeds. Each point is told
-             beside the exact one, and whether it lies within the exact one's 95 % interval
-    greedy   the exact way's greedy answers to the same questions, read again token by token: share
-             of tokens that stay the most likely one, and the error of the logits as a share of how
-             far the endpoints' own lie apart (median over tokens)
+    sweep    `mi-server sweep` at T = 0.7 with the same questions and seeds. Each point is compared
+             with the exact one: is it within the exact one's 95 % interval?
+    greedy   the greedy answers of the exact computation, scored again token by token: the share of
+             tokens that are still the most likely one, and the error of the logits as a share of
+             the distance between the endpoints' logits (median over tokens)
 
-A quality, no timing. Keeps `bench/results/deltas.json` and writes the tables of docs/deltas.md.
+It measures quality, not time. Writes `bench/results/deltas.json` and the tables of docs/deltas.md;
+with `--kept` only the tables, from the results of an earlier run.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def kept() -> dict[str, Any]:
 
 
 def sweep(kind: DeltaDtype, given: Mapping[str, int]) -> Points:
-    """By λ, as `mi-server sweep` reports it."""
+    """Returns the points of a sweep by λ, as `mi-server sweep` reports them."""
     flags = [f"--{name}={value}" for name, value in given.items()]
     grid = f"--lambdas={','.join(map(str, LAMBDAS))}"
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +132,7 @@ class Answer:
 
 
 def greedy(questions: int, seed: int) -> dict[str, list[dict[str, float]]]:
-    """By kind, for each λ."""
+    """Returns the comparison of the greedy answers by kind of delta, for each λ."""
     models = {kind: load(kind) for kind in KINDS}
     exact = models.pop(EXACT)
     rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in models}
@@ -151,7 +152,7 @@ def load(kind: DeltaDtype) -> BlendedModel:
 
 
 def exact_answers(questions: int, seed: int) -> dict[float, list[Answer]]:
-    """By λ, in the order of the questions."""
+    """Returns the answers by λ, in the order of the questions."""
     texts = Prompts(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
     messages = [one.messages for one in embedded_task(questions, seed).questions]
     ends = frozenset(texts.vocabulary.encode("<|im_end|>"))
@@ -179,7 +180,7 @@ def _read(
 
 
 def logits(model: BlendedModel, answers: Sequence[Answer], value: float) -> Tensor:
-    """`[tokens of all answers, vocabulary]`, all rows at λ."""
+    """Returns the logits `[tokens of all answers, vocabulary]`, with all rows at λ."""
     pieces = [answers[first : first + TOGETHER] for first in range(0, len(answers), TOGETHER)]
     return torch.cat([_logits(model, piece, value) for piece in pieces])
 
@@ -201,7 +202,7 @@ def _logits(model: BlendedModel, answers: Sequence[Answer], value: float) -> Ten
 
 
 def filled(page: str, record: Mapping[str, Any]) -> str:
-    """The page with every table between its marks, `<!-- name -->` and `<!-- end -->`, anew."""
+    """Returns the page with new tables between its marks, `<!-- name -->` and `<!-- end -->`."""
     for name, table in tables(record).items():
         head, mark, rest = page.partition(f"<!-- {name} -->")
         _, end, rest = rest.partition("<!-- end -->")
@@ -218,7 +219,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sweep_table(record: Mapping[str, Any]) -> Iterator[str]:
-    """A value outside the exact one's interval is bold."""
+    """Returns the table of the sweep; a value outside the exact one's interval is bold."""
     yield f"| λ | {' | '.join(f'{name}: exact | int8 | int4' for name in MEASURES.values())} |"
     yield "|---" * (1 + 3 * len(MEASURES)) + "|"
     for at, value in enumerate(LAMBDAS):

@@ -1,10 +1,9 @@
-"""What `transformers` itself does on the same card with the same random model, at one λ.
+"""What `transformers` does on the same card with the same random model, at one λ.
 
-Continuous batching at its own page size, its cache sized for the workload, with as many tokens a
-step as ours, and what it chooses itself for the attention that it finds: `flash_attn` where that is
-installed, and else torch's, for which it records no CUDA graphs and runs a step after the other.
-And `generate` with a static cache and the compilation that this brings on a GPU, which takes it
-minutes.
+Continuous batching runs with its default page size, a cache sized for the workload, and as many
+tokens a step as our engine. It chooses its attention itself: `flash_attn` if that is installed, and
+otherwise torch's, for which it records no CUDA graphs and runs its steps synchronously. `generate`
+runs with a static cache and with the compilation that it does on a GPU, which takes minutes.
 """
 
 import time
@@ -53,7 +52,7 @@ class Batching:
 
 
 class Generate:
-    """One batch of equal prompts; the prefill alone is timed too, and taken off."""
+    """One batch of equal prompts. The prefill is timed separately, and subtracted."""
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()

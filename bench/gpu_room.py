@@ -1,7 +1,7 @@
-"""How a device's memory is divided among the weights, blended weights and KV of a bench's engine.
+"""Divides a device's memory among the weights, the blended weights and the KV of a bench's engine.
 
-A server takes what there is; a bench takes what its rows need, so that every engine of a process
-finds room once the one before it is gone. Plain numbers, in bytes and tokens.
+A server takes all memory there is; a bench takes what its rows need, so that every engine of a
+process finds room once the one before it is gone. Plain numbers, in bytes and tokens.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ class Room:
 
 
 def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = ITEM) -> Room:
-    """Of `free` bytes, for numbers of `item` bytes. Raises Skipped where the first decode row does
-    not fit, or the pair while it is made: both endpoints lie there whole at once."""
+    """Divides `free` bytes, for numbers of `item` bytes. Raises Skipped if the first decode row
+    does not fit, or if the pair does not while it is made: then both endpoints are there in full.
+    """
     copy, token = shape.weights * item, shape.kv_bytes * item / ITEM
     kept = copy * (1 if store == "static" else 1 + DIFFERENCE[store] / ITEM)
     making = copy * (1 if store == "static" else 2)
@@ -44,7 +45,7 @@ def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = 
 
 
 def tokens_of(sequences: int, context: int, scale: Scale) -> int:
-    """KV of a decode row, at the end of its rounds."""
+    """Tokens of KV that a decode row has at the end of its rounds."""
     return sequences * -(-(context + growth(scale)) // BLOCK) * BLOCK
 
 

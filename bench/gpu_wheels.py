@@ -1,12 +1,12 @@
-"""Wheels of what the server needs and the GPU machine without network lacks.
+"""Downloads the wheels that the server needs and a GPU machine without network lacks.
 
     python -m bench.gpu_wheels              downloads them into .wheels: 7.4 MB, for CPython 3.12
-    python -m bench.gpu_wheels --machine    prints what is needed of what the GPU machine has
+    python -m bench.gpu_wheels --machine    prints the needed packages that the GPU machine has
 
-`bench/gpu_machine.txt` is what the GPU machine has: replace it by that machine's `pip freeze`. pip
-resolves all that the project depends on for its Python and system, held to the versions known to be
-there, and only what is missing there is downloaded. Runs where there is a network, by the same
-Python (3.12): pip resolves for the one that it runs on.
+`bench/gpu_machine.txt` lists the packages of the GPU machine: replace it by that machine's `pip
+freeze`. pip resolves everything that the project depends on, constrained to the versions known to
+be on the machine; only missing packages are downloaded. Run it where there is a network, with the
+same Python version (3.12) on the same system, because pip resolves for the Python it runs on.
 """
 
 import argparse
@@ -58,19 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def machine_packages(text: str) -> dict[str, str | None]:
-    """Normalized names, and versions where they are known, as a package index has them."""
+    """Returns the machine's packages by normalized name, with their versions where a package index
+    has them.
+    """
     named = re.finditer(r"^(\w[\w.-]*)(?:==([\w.]+))?", text, re.MULTILINE)
     return {normalized(found[1]): found[2] for found in named}
 
 
 def requirements() -> Iterator[str]:
-    """Of the server, as `pyproject.toml` has them, and of first contact's tests."""
+    """Returns the requirements of the server, from `pyproject.toml`, and of first contact's
+    tests.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     yield from (*project["dependencies"], *TESTS)
 
 
 def resolved(present: dict[str, str | None]) -> dict[str, str]:
-    """Names and versions of all that is needed there, with those that are known to be there."""
+    """Returns names and versions of all packages that are needed there, including those it has."""
     with tempfile.TemporaryDirectory() as folder:
         report, pins = Path(folder, "report.json"), Path(folder, "pins.txt")
         known = (f"{name}=={version}\n" for name, version in present.items() if version)
@@ -83,7 +87,9 @@ def resolved(present: dict[str, str | None]) -> dict[str, str]:
 
 
 def download(wanted: dict[str, str], folder: Path) -> None:
-    """Puts exactly these into `folder`, in place of its wheels; not if any cannot be had."""
+    """Downloads exactly these wheels into `folder`, replacing its wheels. Changes nothing if one is
+    missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         pins = [f"{name}=={version}" for name, version in wanted.items()]

@@ -1,24 +1,24 @@
-"""What the host does in a decode step, and how much of it a device hides that works on its own.
+"""The host's work in a decode step, and how much of it a device that works in parallel hides.
 
     python -m bench.host [--rows 1,32,256] [--device-ms 5] [--context 1024] [--steps 100]
 
-The engine is the real one with asynchronous scheduling, over a model of 36 layers that computes
-nothing: a fake device has a queue, and a forward adds its milliseconds to the device's clock, from
-when all before it is done. Results are there when that clock has passed them; until then the
-thread spins, as it does on CUDA's events. Decode steps go by the recorded path, as on a GPU. The
-vocabulary is tiny, so that the tensor work of a draw, which a GPU does, is little beside what it
-takes to have it done. All clocks are the CPU time of the engine's thread: what else runs on the
-machine is not counted, though it slows the cores and their caches.
+The engine is the real one with asynchronous scheduling, on a model of 36 layers that computes
+nothing. A fake device has a queue: a forward adds its milliseconds to the device's clock, from when
+everything before it is done. Results are ready when that clock has passed them; until then the
+thread spins, as it does on CUDA's events. Decode steps use the recorded path, as on a GPU. The
+vocabulary is tiny, so that the tensor work of a draw, which a GPU would do, is small compared with
+the host's work of launching it. All times are CPU time of the engine's thread, so that other work
+on the machine is not counted, though it slows cores and caches.
 
 Milliseconds, medians over the steps of a run:
 
-    not hidden      a step's length without the device's own time
+    not hidden      the length of a step minus the device's own time
     device idle     between the end of what was queued and the next launch (mean)
-    host            what the engine's thread does in a step, waiting left out, and its parts
+    host            the work of the engine's thread in a step, without waiting, and its parts
 
-Each for greedy and sampled answers, at one hot λ and at a λ of its own for every row, and for rows
-that end one a step. `dispatches` counts what a step launches outside the forward, on a device whose
-tensors have no values.
+Each is measured for greedy and sampled answers, at one hot λ and at a different λ for every row,
+and with one answer ending in each step. `dispatches` counts what a step launches outside the
+forward, on a device whose tensors have no values.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def cases(rows: Sequence[int]) -> Iterator[Case]:
 
 
 class FakeDevice:
-    """A queue of work; what is launched begins when all before it is done."""
+    """A queue of work; what is launched begins when everything before it is done."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds  # of a forward
@@ -131,7 +131,7 @@ class FakeDevice:
         self.waited = 0.0
 
     def launch(self, seconds: float) -> float:
-        """When it will be done."""
+        """Returns the time at which the launched work will be done."""
         now = time.thread_time()
         self.idle += max(0.0, now - self._free_at)
         self._free_at = max(now, self._free_at) + seconds
@@ -147,7 +147,7 @@ class FakeDevice:
         self.waited += time.thread_time() - started
 
     def readback(self) -> type[Readback]:
-        """What stands in the place of results on their way to the host."""
+        """Replaces the readback of results, so that it waits for the fake device."""
         fake = self
 
         class Queued(Readback):
@@ -164,7 +164,7 @@ class FakeDevice:
 
 @dataclass(frozen=True, slots=True)
 class InstantModel(BlendedModel):
-    """One whose forward is the device's to wait for, and whose logits are always the same."""
+    """A model whose forward only occupies the fake device, and whose logits are always the same."""
 
     forward: Callable[[], None] = lambda: None
 
@@ -195,7 +195,9 @@ def instant_model(forward: Callable[[], None], device: torch.device) -> InstantM
 def engine_of(
     case: Case, context: int, forward: Callable[[], None], device: torch.device
 ) -> Engine:
-    """The engine with recorded decode steps, the planner told what a GPU's forwards cost."""
+    """Makes an engine with recorded decode steps, whose planner assumes the costs of a GPU's
+    forwards.
+    """
     blocks = (context + 1024) // 16
     config = EngineConfig(
         "",
@@ -221,7 +223,7 @@ def engine_of(
 
 
 def recorder(forward: Callable[[], None]) -> Recorder:
-    """What replays gives the logits that the recording left."""
+    """Makes recordings whose replay returns the logits of the recording."""
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         logits = run()
@@ -248,7 +250,7 @@ def submit(engine: Engine, case: Case, context: int, steps: int) -> None:
 
 
 def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds of every step, by part."""
+    """Returns the milliseconds of every step, by part."""
     device = FakeDevice(seconds)
     engine = engine_of(case, context, device.forward, torch.device("cpu"))
     submit(engine, case, context, steps)
@@ -277,7 +279,7 @@ def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[
 
 
 def _step(engine: Engine, pipe: "Connection[object, object]", clock: "Clock") -> None:
-    """As the worker does."""
+    """Runs one step as the worker does."""
     clock.begin()
     events = clock.timed("receive", receive)(pipe, engine)
     events += engine.step()
@@ -287,7 +289,7 @@ def _step(engine: Engine, pipe: "Connection[object, object]", clock: "Clock") ->
 
 @contextmanager
 def reader() -> Iterator["Connection[object, object]"]:
-    """A pipe to a process that reads all that comes."""
+    """Opens a pipe to a process that reads everything it gets."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         fd = theirs.fileno()
@@ -300,7 +302,9 @@ def reader() -> Iterator["Connection[object, object]"]:
 
 @contextmanager
 def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None]:
-    """Times the parts of every step; results are there when the device's clock says so."""
+    """Times the parts of every step. Results are ready when the fake device's clock has passed
+    them.
+    """
     runner = engine._runner
     module, graphs = mi_runtime.execution.runner, runner.graphs
     parts: list[tuple[object, str, str]] = [
@@ -328,7 +332,7 @@ def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None
 
 
 class Clock:
-    """Seconds of the parts of each step."""
+    """Measures the seconds of the parts of each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -356,7 +360,7 @@ class Clock:
 
 
 class Dispatches(EachDispatch):  # type: ignore[no-untyped-call]
-    """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
+    """Counts dispatches for a device whose tensors have no values. Results are zeros."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -381,7 +385,7 @@ class Dispatches(EachDispatch):  # type: ignore[no-untyped-call]
 
 
 def dispatches(case: Case, context: int = 64, steps: int = 10) -> dict[str, float]:
-    """Of a step, outside the forward."""
+    """Returns the dispatches of a step outside the forward."""
     device = torch.device("meta")
     counting = Dispatches()
     with patch.object(Tensor, "pin_memory", lambda tensor: tensor), counting:
