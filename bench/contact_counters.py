@@ -20,7 +20,7 @@ COUNTERS: Final = (
     "launch__registers_per_thread",
     "launch__grid_size",
 )
-LAUNCHES: Final = 3  # of the pair product; the last one is read
+LAUNCHES: Final = 3  # launches of the pair product, of which the last is read
 NCU_SECONDS: Final = 45
 FLAGS: Final = (
     "--clock-control=none",

@@ -25,7 +25,7 @@ from bench.gpu_cases import Skipped
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("mi_runtime", "server", "bench")
 OPTIONAL: Final = {"triton", "opentelemetry", "math_verify", "if_verifiable", "matplotlib"}
-"""What a module may need that a server need not have: measuring, and kernels on a CPU."""
+"""Optional packages that a module may need: those for measuring, and for kernels on a CPU."""
 TOLD: Final = ("torch", "triton", "transformers", "accelerate", "numpy", "tokenizers", "fastapi")
 QUERIED: Final = (
     "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,"
@@ -163,7 +163,7 @@ def import_facts() -> Facts:
                 lacking[name] = error.name
             else:
                 failed.append(f"{name}: {error}")
-        except Exception as error:  # all of them are wanted
+        except Exception as error:  # the other modules are tried all the same
             failed.append(f"{name}: {type(error).__name__}: {error}")
     imported = count - len(failed) - len(lacking)
     optional = f", {len(lacking)} lack an optional package" if lacking else ""

@@ -20,9 +20,9 @@ from typing import IO, Any, Final, Literal
 Row = dict[str, Any]
 Status = Literal["ok", "partial", "failed", "timed out", "not run"]
 ROW: Final = b'{"subject"'
-PATIENCE: Final = 2.0  # seconds between asking a group to end and ending it
-READING: Final = 5.0  # seconds at most for what a group that has ended left to read
-LONGEST_END: Final = 2 * PATIENCE + READING  # seconds that ending a group takes at most
+PATIENCE: Final = 2.0  # seconds between SIGTERM and SIGKILL
+READING: Final = 5.0  # seconds at most to read the remaining output of a group that ended
+LONGEST_END: Final = 2 * PATIENCE + READING  # seconds, at most, to end a group
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Ended:
 
     status: Status
     seconds: float
-    why: str = ""  # where it is not ok
+    why: str = ""  # if it is not ok
 
 
 def run_group(
@@ -58,7 +58,7 @@ def run_group(
         except OSError as error:
             return Ended("failed", time.monotonic() - started, str(error))
         assert child.stdout is not None
-        # A grandchild may hold the pipe open for ever: so it is read beside, and not waited for.
+        # A grandchild may hold the pipe open forever, so a thread reads it, and is not waited for.
         reader = threading.Thread(target=_read, args=(child.stdout, file, on_row), daemon=True)
         reader.start()
         try:

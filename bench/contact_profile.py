@@ -31,8 +31,8 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 
-STEPS: Final = 4  # that are profiled together
-MOST_KERNELS: Final = 30  # of a step, in rows
+STEPS: Final = 4  # steps that are profiled together
+MOST_KERNELS: Final = 30  # kernels of a step that get rows
 CASES: Final = {"different λ": lambda index, rows: (index + 0.5) / rows, "λ = 0": lambda *_: 0.0}
 Facts = dict[str, Any]
 
@@ -79,7 +79,7 @@ class Decoding:
                 num_blocks=blocks,
                 max_num_seqs=self._rows,
                 max_model_len=2 * self._tokens,
-                blend_cache_bytes=1 << 20,  # no hot λ: its weights are read like an endpoint's
+                blend_cache_bytes=1 << 20,  # no hot λ: its weights are read as an endpoint's are
                 torch_compile=False,
             ),
             model,

@@ -16,8 +16,8 @@ from bench import gpu_report
 from bench.contact_process import Ended, Row
 from bench.gpu_cases import OUT_OF_TIME
 
-MOST_FIGURES: Final = 4  # of a step, in the table
-LONGEST_REASON: Final = 110  # characters, in the table
+MOST_FIGURES: Final = 4  # figures of a step in the table
+LONGEST_REASON: Final = 110  # characters in the table
 StepRecord = dict[str, Any]  # a step as it is written
 
 
@@ -27,7 +27,7 @@ class Record:
     def __init__(self, path: Path, earlier: dict[str, StepRecord] | None = None) -> None:
         """`earlier` contains the steps of the run that is resumed."""
         self._path = path
-        self._lock = threading.Lock()  # rows come from a thread of their own
+        self._lock = threading.Lock()  # rows come from another thread
         self.steps = {} if earlier is None else earlier
 
     def is_ok(self, name: str) -> bool:

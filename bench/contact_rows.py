@@ -30,6 +30,6 @@ class Rows:
             values = measure()
         except Skipped as reason:
             values = {"skipped": str(reason)}
-        except Exception as error:  # whatever it is, the other rows are wanted
+        except Exception as error:  # whatever fails, the other rows are wanted
             values = {"error": message_of(error)}
         self.row(what, took=round(time.perf_counter() - started, 3), **values)

@@ -20,7 +20,7 @@ from bench.contact_rows import Rows
 from bench.gpu_cases import LONGEST_ERROR
 
 ROOT: Final = Path(__file__).parents[1]
-FILES: Final = {  # of tests/gpu; test_bench.py is left to the steps that run the bench
+FILES: Final = {  # of tests/gpu; the steps that run the bench cover test_bench.py
     "kernels": ("test_pair_linear.py", "test_attention.py", "test_blend.py"),
     "engine": ("test_engine.py", "test_sampler.py"),
 }
@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("subject", choices=FILES)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     chosen = parser.parse_args(arguments)
-    # The CPU's references are small: threads of several processes would only wait for each other.
+    # The CPU references are small; threads of several processes would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if chosen.smoke:
         os.environ |= {"GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
-    with os.fdopen(os.dup(1), "w") as out:  # for rows alone: pytest writes parts of lines
+    with os.fdopen(os.dup(1), "w") as out:  # only for rows, because pytest writes parts of lines
         os.dup2(2, 1)
         outcomes = Outcomes(Rows(chosen.subject, out))
         return outcomes.run([str(ROOT / "tests/gpu" / name) for name in FILES[chosen.subject]])
@@ -74,7 +74,8 @@ class Outcomes:
         values = {"outcome": report.outcome, "took": round(report.duration, 2)}
         if report.failed:
             values["error"] = _last_line(report)
-            print(report.longreprtext, file=sys.__stderr__, flush=True)  # a killed run tells it too
+            # At once, so that a run that is killed reports it too.
+            print(report.longreprtext, file=sys.__stderr__, flush=True)
         elif report.skipped:
             values["skipped"] = _last_line(report)
         self._rows.row(report.nodeid.rpartition("/")[2], **values)

@@ -48,8 +48,8 @@ EXACT: DeltaDtype = "none"
 KINDS: Sequence[DeltaDtype] = get_args(DeltaDtype)
 LAMBDAS = [value / 10 for value in range(11)]
 MEASURES = {"mean_at_k": "Mean@k", "think_rate": "think rate", "tokens_mean": "tokens"}
-MAX_TOKENS = 256  # of a greedy answer
-TOGETHER = 32  # sequences a forward
+MAX_TOKENS = 256  # tokens of a greedy answer
+TOGETHER = 32  # sequences in a forward
 
 Points = dict[float, dict[str, Any]]
 
@@ -61,7 +61,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kept", action="store_true", help="measure nothing, write the page anew")
+    parser.add_argument(
+        "--kept",
+        action="store_true",
+        help="measure nothing, only write the page from the kept results",
+    )
     given = vars(parser.parse_args())
     if not given.pop("kept"):
         record = rounded(measured(given))
@@ -122,8 +126,8 @@ def _compared(point: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    tokens: tuple[int, ...]  # of the prompt, and of the answer
-    prompt: int  # how many are the prompt's
+    tokens: tuple[int, ...]  # token ids of the prompt, and of the answer
+    prompt: int  # how many of them are the prompt
 
     @property
     def kept(self) -> range:

@@ -53,7 +53,7 @@ class Speed:
 
     prefill: float
     decode: float
-    both: float  # new tokens over the whole time
+    both: float  # new tokens divided by the complete time
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def measure(
                   f"decode {speed.decode:>8,.0f}  tokens/s", flush=True)  # fmt: skip
             speeds[name] += [speed] if index else []
         for number in range(5):
-            unseen = HOT + 1e-4 * (1 + 5 * index + number)  # off the grid of every other row
+            unseen = HOT + 1e-4 * (1 + 5 * index + number)  # not on the grid of any other row
             pairs = (("f never-seen λ", unseen), ("f hot λ", HOT))
             for name, value in pairs if number % 2 else pairs[::-1]:
                 seconds = first_token_seconds(engine, pair, value, next(seeds))

@@ -62,8 +62,8 @@ ROOT: Final = Path(__file__).parents[1]
 NAME: Final = "first_contact"
 SECONDS: Final = 540
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-REHEARSING: Final = 3  # times as long a step may take, on a machine that does other work beside
-TIME, FOLDER = "{seconds}", "{folder}"  # in a command: what it may take, and where it may write
+REHEARSING: Final = 3  # factor on the time of a step, for a machine that does other work too
+TIME, FOLDER = "{seconds}", "{folder}"  # in a command: its time limit, and its output folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class Step:
     name: str
     command: tuple[str, ...]
     limit: int  # seconds
-    least: int  # seconds with which it is still worth starting
-    memory: int = 0  # GiB that the card must have
-    margin: int = 10  # seconds that it is ended later than it is told to be done
+    least: int  # seconds left that make a start worthwhile
+    memory: int = 0  # GiB of memory that the card must have
+    margin: int = 10  # seconds between the deadline it gets and its end by force
     smoke: tuple[str, ...] = ("--smoke",)  # what a rehearsal adds
 
 
@@ -90,7 +90,7 @@ STEPS: Final = (
     Step("b", "kernels", ("bench.contact_tests", "kernels"), 75, 20),
     Step("c", "engine", ("bench.contact_tests", "engine"), 90, 30),
     Step("d", "pair", gpu("--only", "card,static,pair"), 150, 60),
-    Step("e", "http", SERVED, 150, 80, margin=95),  # its seconds are those after its start
+    Step("e", "http", SERVED, 150, 80, margin=95),  # limit in seconds, counted from its start
     Step("f", "deltas", gpu("--only", "int8,int4"), 80, 40),
     Step("g", "batching", gpu("--only", "batching"), 60, 30),
     Step("h", "experts", gpu("--only", "card,static,pair", model="30b-a3b"), 150, 80, memory=130),
@@ -136,10 +136,13 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=SECONDS, help=f"for all steps together ({SECONDS})"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="an earlier JSON: what was ok there is not run"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="JSON of an earlier run: steps that were ok there do not run",
     )
-    parser.add_argument("--only", metavar="STEPS", help="letters or names, with commas between")
-    parser.add_argument("--list", action="store_true", help="name the steps, and end")
+    parser.add_argument("--only", metavar="STEPS", help="letters or names, separated by commas")
+    parser.add_argument("--list", action="store_true", help="list the steps, and exit")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     return parser
 
@@ -180,7 +183,7 @@ def ended_in_order() -> Iterator[None]:
     """
 
     def end(number: int, frame: object) -> None:
-        for other in SIGNALS:  # a second one would cut off the ending
+        for other in SIGNALS:  # a second signal would interrupt the ending
             signal.signal(other, signal.SIG_IGN)
         sys.exit(128 + number)
 
@@ -205,11 +208,11 @@ def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # as the server has it: threads that spin take cores
+        "OMP_WAIT_POLICY": "PASSIVE",  # as in the server: threads that spin occupy cores
         "TRITON_INTERPRET": "1" if smoke else "0",
     }
     if smoke:
-        # Threads that wait for each other lose their time to whatever else runs here.
+        # Threads that wait for each other lose time to anything else that runs here.
         changed |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **changed}
 
@@ -223,7 +226,7 @@ class Contact:
     environment: Mapping[str, str]
     deadline: float
     smoke: bool
-    folder: Path  # of files that nobody keeps
+    folder: Path  # for files that nobody keeps
 
     def run_all(self, steps: Iterable[Step]) -> list[str]:
         """Runs the steps, partial ones last, because the others give more information. Returns the

@@ -58,8 +58,8 @@ from bench.gpu_cases import (
 from bench.gpu_report import Report
 
 BUILD, RESULTS = Path("build/bench"), Path(__file__).parent / "results"
-GRACE: Final = 5  # seconds after the deadline that a row in progress may still take
-PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
+GRACE: Final = 5  # seconds that a row in progress may still take after the deadline
+PR_SET_PDEATHSIG: Final = 1  # option of Linux's prctl
 COMMAND: Final = (sys.executable, "-m", "bench.gpu_subjects")
 
 
@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         type=_subjects,
         default=list(SUBJECTS),
         metavar="SUBJECTS",
-        help="with commas between (all)",
+        help="separated by commas (all)",
     )
-    parser.add_argument("--seconds", type=float, default=360, help="for all of it (360)")
+    parser.add_argument("--seconds", type=float, default=360, help="for the complete run (360)")
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
@@ -133,7 +133,7 @@ class Child:
     def __init__(self, jobs: list[Job], run: Run, deadline: float) -> None:
         told = json.dumps([(job.subject, asdict(job.case)) for job in jobs])
         self._command = [*COMMAND, "--jobs", told, "--model", run.model]
-        self._command += ["--deadline", str(deadline)]  # the clock is the machine's
+        self._command += ["--deadline", str(deadline)]  # processes of a machine share the clock
         self._command += ["--smoke"] * run.smoke + ["--compile"] * run.compiled
         self._deadline = deadline
         self.code: int | None = None
@@ -144,7 +144,7 @@ class Child:
             self._command,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            errors="replace",  # of what others print
+            errors="replace",  # lines that others print
             env=offline,
             preexec_fn=_end_with_parent,
         ) as child:
@@ -153,14 +153,14 @@ class Child:
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
-                    if line.startswith('{"subject"') and line.endswith("}\n"):  # whole
+                    if line.startswith('{"subject"') and line.endswith("}\n"):  # complete
                         yield json.loads(line)
                     else:
                         print(line, end="", flush=True)
                 self.code = child.wait()
             finally:
                 clock.cancel()
-                child.kill()  # nothing, where it has ended
+                child.kill()  # no effect if it has ended
 
 
 def _end_with_parent() -> None:

@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 Store = Literal["static", "pair", "int8", "int4"]
 ITEM: Final = 2  # bytes of a weight and of a number of the KV
-DIFFERENCE: Final = {"pair": 2.0, "int8": 1.0, "int4": 0.5}  # bytes a weight beside Instruct's
+DIFFERENCE: Final = {"pair": 2.0, "int8": 1.0, "int4": 0.5}  # bytes a weight, without Instruct's
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,14 @@ class Shape:
 
     layers: int
     hidden: int
-    inner: int  # of the MLP, or of each expert
+    inner: int  # width of the MLP, or of each expert
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     tied: bool
     experts: int = 0
-    chosen: int = 0  # experts a token
+    chosen: int = 0  # experts for each token
 
     @property
     def attention(self) -> int:
@@ -80,7 +80,8 @@ SHAPES: Final = {
     "4b": Shape(36, 2560, 9728, 32, 8, 128, 151_936, tied=True),
     "8b": Shape(36, 4096, 12_288, 32, 8, 128, 151_936, tied=False),
     "30b-a3b": Shape(48, 2048, 768, 32, 4, 128, 151_936, tied=False, experts=128, chosen=8),
-    "70b-tp4": Shape(80, 8192, 7168, 16, 2, 128, 128_256, tied=False),  # a fourth, but for the head
+    # A fourth of the model, except for the head.
+    "70b-tp4": Shape(80, 8192, 7168, 16, 2, 128, 128_256, tied=False),
 }
 TINY: Final = {
     **dict.fromkeys(("4b", "8b", "70b-tp4"), Shape(2, 64, 96, 4, 2, 16, 512, tied=True)),

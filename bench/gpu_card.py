@@ -17,7 +17,7 @@ from bench.gpu_bounds import Card
 
 REPEATS = 9
 WARM_UP = 100
-PRODUCTS = 4  # in one repeat
+PRODUCTS = 4  # products in one repeat
 
 
 @dataclass(frozen=True, slots=True)

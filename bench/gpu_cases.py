@@ -29,10 +29,10 @@ GROUPS: Final[tuple[tuple[Subject, ...], ...]] = (
 STORES: Final[tuple[Store, ...]] = get_args(Store)
 OUT_OF_TIME: Final = "out of time"
 NOT_STARTED: Final = "its subject did not start"
-DEVICE_LOST: Final = 75  # exit code of a process that can do no more, its last row printed
+DEVICE_LOST: Final = 75  # exit code of a process that lost its device, after its last row
 
 
-LONGEST_ERROR: Final = 500  # characters of an error that a row keeps
+LONGEST_ERROR: Final = 500  # characters of an error in a row
 
 
 class Skipped(Exception):
@@ -71,20 +71,20 @@ class Job:
 class Scale:
     """How large the rows are. Where there are several sizes, the first is the most important."""
 
-    decodes: tuple[tuple[int, int], ...] = (  # sequences, tokens of context each
+    decodes: tuple[tuple[int, int], ...] = (  # sequences, and tokens of context of each
         (32, 1024),
         (1, 1024),
         (128, 1024),
         (32, 8192),
         (1, 8192),
     )
-    prefill: tuple[int, int] = (8, 2048)  # sequences, tokens each
-    prompts: tuple[int, ...] = (1024, 64)  # whose first token is waited for
+    prefill: tuple[int, int] = (8, 2048)  # sequences, and tokens of each
+    prompts: tuple[int, ...] = (1024, 64)  # tokens of the prompt whose first token is timed
     answers: tuple[int, int, int] = (32, 1024, 128)  # sequences, tokens of prompt and of answer
     warm: int = 12  # steps before the rounds of a decode row
     rounds: int = 5
-    steps: int = 32  # at most, of a round
-    seconds: float = 1.0  # that the rounds of a decode row may take together
+    steps: int = 32  # at most, in a round
+    seconds: float = 1.0  # seconds for all rounds of a decode row
 
     @property
     def batch(self) -> int:

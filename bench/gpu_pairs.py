@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 from bench.gpu_bounds import Shape, Store
 from mi_runtime.model.load import BlendedModel, pair_up
 
-SCALE = 0.02  # of the weights
-DIFFERENCE = 0.1  # of the endpoints, as a share of that
+SCALE = 0.02  # standard deviation of the weights
+DIFFERENCE = 0.1  # difference of the endpoints, as a share of that
 
 
 @dataclass(frozen=True, slots=True)

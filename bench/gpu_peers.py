@@ -21,7 +21,7 @@ from bench.gpu_pairs import Place, random_endpoint
 from bench.gpu_rows import Measured, workload
 
 PAGE = 256  # tokens: its default, and what its decoding by flash attention needs
-LONG = 5.0  # seconds: a round of so many is measured once
+LONG = 5.0  # seconds: a round this long is measured once
 MERGED = way_of("static", one_lambda=True)
 
 
@@ -30,7 +30,7 @@ class Batching:
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()
-        # Torch 2.11 takes cuDNN first, which plans for each shape anew: each step has a new one.
+        # Torch 2.11 prefers cuDNN, which plans for each shape, and each step has a new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
         _, prompt, self._answer = scale.answers
         self._shape = shape
@@ -65,7 +65,8 @@ class Generate:
         self._seconds(case, self._answer)
         compiling = time.perf_counter() - started
         whole = [self._seconds(case, self._answer) for _ in range(3)]
-        prefill = median(self._seconds(case, 1) for _ in range(3))  # last: its cache is another
+        # Last, because it uses another cache.
+        prefill = median(self._seconds(case, 1) for _ in range(3))
         work = decode_work(self._shape, MERGED, case.sequences, case.tokens + self._answer / 2)
         return Measured(
             tuple((one - prefill) / (self._answer - 1) for one in whole),

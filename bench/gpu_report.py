@@ -171,7 +171,7 @@ def ratios(rows: Iterable[Row], smoke: bool = False) -> list[Ratio]:
         model, compiled = kind
         own = [row for row in measured if (row["model"], row["compiled"]) == kind]
         own += [
-            row for row in measured  # which ran as it does anyway
+            row for row in measured  # which was compiled in any case
             if compiled and row["model"] == model and row["subject"] == "batching"
         ]  # fmt: skip
         found += _ratios_of(own, f"{model}{' compiled' * compiled}: ")

@@ -46,7 +46,7 @@ from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.sequence import Sequence
 
 VALUES: Final[dict[Lambdas, float]] = {"one": HOT, "instruct": 0.0, "thinking": 1.0}
-MEMORY_OF_CPU: Final = 1e12  # bytes: never the bound
+MEMORY_OF_CPU: Final = 1e12  # bytes; more than any row needs
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,12 +65,12 @@ from mi_runtime.request import EngineInfo
 from mi_runtime.worker import default_threads
 from server.config import load_settings
 
-NAME: Final = "random"  # of the model on the wire
-ROUNDS: Final = 5  # of both in turn, at most
-FIRST_ROUNDS: Final = 2  # of HTTP by itself
-LONGEST_ROUND: Final = 120.0  # seconds: streams that take longer hang
-START_LIMIT: Final = 600.0  # seconds, compiled steps included
-BLEND_ROOM: Final = 1.5  # models: room for one, and for its recordings
+NAME: Final = "random"  # name of the model in requests
+ROUNDS: Final = 5  # rounds of both in turn, at most
+FIRST_ROUNDS: Final = 2  # rounds of HTTP alone
+LONGEST_ROUND: Final = 120.0  # seconds after which streams count as hung
+START_LIMIT: Final = 600.0  # seconds, including compiled steps
+BLEND_ROOM: Final = 1.5  # copies of the model: room for one λ and its recordings
 
 Lambdas = Literal["different", "one"]
 KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
@@ -81,7 +81,7 @@ class Streams:
     """The size of one round, which is the same for both."""
 
     count: int = 64
-    new_tokens: int = 256  # some seconds: reading 64 requests is a part that no answer has again
+    new_tokens: int = 256  # several seconds, so that the reading of 64 requests is a small part
     context: int = 384  # tokens of a prompt and its answer, at most
     rounds: int = ROUNDS
 
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SHAPES, default="4b", help="its shapes (4b)")
-    parser.add_argument("--layers", type=at_least(1), help="of the model, as many (all)")
+    parser.add_argument("--layers", type=at_least(1), help="number of layers of the model (all)")
     parser.add_argument("--seconds", type=float, default=90, help="for the rounds (90)")
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
@@ -209,7 +209,7 @@ def started_row(run: ServedRun, pair: WrittenPair, server: Server, device_bytes:
 
 
 def row(what: str, run: ServedRun | None = None, kind: Lambdas = "one", **values: Any) -> Row:
-    """As the report takes it; one that was measured has the sizes of `run`."""
+    """Returns a row as the report takes it. A measured row has the sizes of `run`."""
     sizes = {"sequences": 0, "tokens": 0}
     if run is not None:
         sizes = {"sequences": run.streams.count, "tokens": run.streams.new_tokens}
@@ -378,7 +378,7 @@ def middle_and_tail(seconds: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    # Whoever ends this process has its files gone, and its server.
+    # Whatever ends this process also removes its files and ends its server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(default_threads())
     sys.exit(main())

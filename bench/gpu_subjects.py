@@ -85,13 +85,13 @@ class Subjects:
             return job.row(skipped=str(reason))
         except Exception as error:
             message = message_of(error)
-        give_memory_back()  # the error held the frames, and they tensors
+        give_memory_back()  # the error referenced frames, which referenced tensors
         return job.row(error=message)
 
     def end(self) -> None:
         self._now = None
         if dynamo := sys.modules.get("torch._dynamo"):
-            dynamo.reset()  # compiled code holds the model that it was compiled for
+            dynamo.reset()  # compiled code keeps the model it was compiled for in memory
         give_memory_back()
 
     def _values(self, job: Job) -> Row:

@@ -25,7 +25,7 @@ from bench.contact_carried import WHEELS, normalized
 ROOT: Final = Path(__file__).parents[1]
 MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")
 PYTHON: Final = "3.12"
-PLATFORMS: Final = (  # by the glibc that a wheel needs; pip matches each exactly
+PLATFORMS: Final = (  # named after the glibc that a wheel needs; pip matches each exactly
     *(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)),
     "manylinux2014_x86_64",
     "manylinux2010_x86_64",
@@ -33,14 +33,16 @@ PLATFORMS: Final = (  # by the glibc that a wheel needs; pip matches each exactl
     "linux_x86_64",
 )
 TESTS: Final = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx")
-"""What first contact runs beside the server; a GPU machine must have it already."""
+"""Packages that first contact needs in addition to the server; a GPU machine must have them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machine", action="store_true", help="print, and download nothing")
+    parser.add_argument(
+        "--machine", action="store_true", help="print the list, and download nothing"
+    )
     chosen = parser.parse_args(arguments)
     if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
         parser.error(f"needs Python {PYTHON}, for which pip is to resolve")
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             missing = {name: needed[name] for name in needed if name not in present}
             download(missing, WHEELS)
-    except subprocess.CalledProcessError as error:  # pip has said why
+    except subprocess.CalledProcessError as error:  # pip has printed why
         return error.returncode
     return 0
 

@@ -139,7 +139,7 @@ def applied(grammars: Grammars, source: str, vocabulary: int, rounds: int) -> li
             sequences = tuple(sequence(grammars, grammar) for _ in range(ROWS))
             for one in sequences:
                 if one.grammar is not None:
-                    one.grammar.mask()  # as the first one is dearer
+                    one.grammar.mask()  # the first one takes longer
             logits = torch.randn(ROWS, vocabulary)
             started = time.perf_counter()
             Sampler().sample(logits, sequences)

@@ -55,11 +55,11 @@ from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
 from mi_runtime.scheduling.planner import CostModel, Curve, Planner
 from mi_runtime.worker import receive
 
-LAYERS: Final = 36  # of a 4B model
+LAYERS: Final = 36  # layers of a 4B model
 VOCABULARY: Final = 8
 WARM_UP: Final = 20  # steps
-LAST: Final = 5  # steps at the end, in which rows end, that are not counted
-FLAT = (1, 256)  # rows: decoding costs what the weights' bytes cost
+LAST: Final = 5  # steps at the end, in which rows end; they are not counted
+FLAT = (1, 256)  # rows between which decoding costs what reading the weights does
 COSTS = CostModel(0.03, 0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, top_k=20, seed=1)
@@ -71,7 +71,7 @@ class Case:
     rows: int
     sampling: SamplingParams
     lambdas: int  # 1: a hot one
-    ending: bool = False  # a row ends in every step
+    ending: bool = False  # one row ends in every step
 
     @property
     def name(self) -> str:
@@ -85,8 +85,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=numbers, default=[1, 32, 256], metavar="ROWS",
-                        help="sequences that decode, with commas between (1,32,256)")  # fmt: skip
-    parser.add_argument("--device-ms", type=float, default=5.0, help="of a forward (5)")
+                        help="numbers of sequences, separated by commas (1,32,256)")  # fmt: skip
+    parser.add_argument("--device-ms", type=float, default=5.0, help="length of a forward (5)")
     parser.add_argument(
         "--context", type=at_least(1), default=1024, help="tokens of a prompt (1024)"
     )
@@ -118,14 +118,14 @@ def cases(rows: Sequence[int]) -> Iterator[Case]:
             yield Case(count, SAMPLED, count, ending=True)
 
 
-# --- The device that is none -------------------------------------------------------------------
+# --- The fake device ---------------------------------------------------------------------------
 
 
 class FakeDevice:
     """A queue of work; what is launched begins when everything before it is done."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds  # of a forward
+        self._seconds = seconds  # length of a forward
         self._free_at = 0.0
         self.idle = 0.0  # seconds since start
         self.waited = 0.0

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 from unittest.mock import patch
 
-KEPT: Final = {".cubin", ".json", ".so"}  # the other stages of a compilation are never read again
-INDEX: Final = "__grp__"  # of the files of a kernel, by Triton's name
-Launcher = Callable[..., object]  # called with a kernel's source and metadata, builds its launcher
+KEPT: Final = {".cubin", ".json", ".so"}  # nothing reads the other stages of a compilation again
+INDEX: Final = "__grp__"  # files of a kernel, by Triton's name
+Launcher = Callable[..., object]  # builds the launcher of a kernel, from its source and metadata
 Compiled = TypeVar("Compiled")
 
 
@@ -30,7 +30,7 @@ def pack(file: Path, compile_all: Callable[[Launcher], Compiled]) -> Compiled:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.part")
     with (
-        tarfile.open(unfinished, "w:xz") as archive,  # before minutes of compiling: it may fail
+        tarfile.open(unfinished, "w:xz") as archive,  # may fail, so before minutes of compiling
         tempfile.TemporaryDirectory() as directory,
     ):
         with (

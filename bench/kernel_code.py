@@ -42,7 +42,7 @@ from mi_runtime.kernels import triton_installed, triton_interpreted
 
 PROCESSORS: Final = 132
 SHARED: Final = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-"""KiB that a program may have, by 10 times the compute capability."""
+"""KiB of shared memory that a program may have, by 10 times the compute capability."""
 GROUP: Final = 64  # inputs that share a scale of int4
 BLOCK_SIZE: Final = 16  # tokens of a KV block
 CONTEXTS: Final = (1024, 8192, 262_144)  # bounds of the lengths; the last is the longest context
@@ -73,9 +73,9 @@ class Variant:
     shared: int  # bytes
     registers: int  # of a thread
     spilled: int  # bytes of a thread
-    in_flight: int | None  # groups of loads that are not waited for; None: not told
+    in_flight: int | None  # groups of loads that are in progress; None: unknown
     tensor_cores: str | None  # the instruction that multiplies, if any
-    seconds: float  # to compile; 0 where it was found
+    seconds: float  # seconds of compilation; 0 if it was found
     found: bool  # in the cache
     cases: list[str] = field(default_factory=list)
 
@@ -459,14 +459,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=LAUNCHED, action="append", help="all, if not given")
+    parser.add_argument("--model", choices=LAUNCHED, action="append", help="default: all")
     parser.add_argument(
         "--capability", type=int, choices=sorted(SHARED), default=90, help="10 times the GPU's (90)"
     )
-    parser.add_argument("--json", action="store_true", help="one line a kernel")
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="what is compiled, as a .tar.xz")
-    parser.add_argument("--unpack", type=Path, metavar="FILE", help="compiles nothing")
-    parser.add_argument("--into", type=Path, metavar="DIR", help="where, for TRITON_CACHE_DIR")
+    parser.add_argument("--json", action="store_true", help="print one line for each kernel")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write the compiled kernels to this .tar.xz"
+    )
+    parser.add_argument(
+        "--unpack", type=Path, metavar="FILE", help="unpack this .tar.xz, and compile nothing"
+    )
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder to unpack to, for TRITON_CACHE_DIR"
+    )
     return parser
 
 

@@ -25,7 +25,7 @@ REFUSED: dict[str, tuple[int, dict[str, str], Any]] = {
     "unknown field": (400, {}, {"model": "mi-embedded", "messages": [], "lambda": 1}),
     "unknown model": (404, {}, {"model": "x", "messages": [{"role": "user", "content": "x"}]}),
     "body too long": (413, {}, {"model": "x" * 20_000}),
-}  # by why: status, headers, body
+}  # by reason: status, headers, body
 KEY = "right"
 
 

@@ -89,7 +89,7 @@ def memory_of_writing(*endpoints: Path) -> int:
     writer.start()
     process, peak = psutil.Process(writer.pid), 0
     while writer.is_alive():
-        with suppress(psutil.Error):  # it ends while it is looked at
+        with suppress(psutil.Error):  # it ended between two samples
             memory = process.memory_info()
             peak = max(peak, memory.rss - memory.shared)
         time.sleep(0.005)

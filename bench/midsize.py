@@ -23,7 +23,7 @@ CONFIG = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-SCALE = 0.02  # of the weights; the endpoints differ by a tenth of it
+SCALE = 0.02  # standard deviation of the weights; the endpoints differ by a tenth of it
 
 
 def write_midsize_pair(directory: Path) -> tuple[Path, Path]:

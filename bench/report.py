@@ -84,7 +84,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    # A copy of the checkout may have another owner.
+    # git refuses a checkout that has another owner
     command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

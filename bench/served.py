@@ -28,7 +28,7 @@ from server.config import EMBEDDED_NAME
 
 HOST = "127.0.0.1"
 STREAMS = 64
-STOP_SECONDS = 60.0  # that an idle server may take to end
+STOP_SECONDS = 60.0  # seconds in which an idle server must end
 _SERVE = "import sys; from server.cli import main; sys.exit(main(sys.argv[2:], {worker!r}))"
 
 
@@ -146,7 +146,7 @@ class Server:
             self._process.stdout.close()
             raise
         self.start_seconds = time.perf_counter() - started
-        # A full pipe would hold up what writes into it.
+        # A full pipe would block the process that writes to it.
         self._rest = threading.Thread(target=self._pass_on, daemon=True)
         self._rest.start()
         return self
@@ -198,7 +198,7 @@ class Server:
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
         finally:
-            self._process.kill()  # nothing, where it has ended
+            self._process.kill()  # no effect if it has ended
             self._process.wait()
 
     def ways(self) -> dict[str, int]:

@@ -37,10 +37,10 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.embedded_pair.tokenizer import TURN_END
 
 MEMORY: Final = Path("/dev/shm")
-SHARDS: Final = 8  # of an endpoint, at most
-PIECE: Final = 64 << 20  # bytes that go from the device to the file at once
-QUIET: Final = 0.1  # scale of the head's rows whose tokens shall not be said
-LETTERS: Final = 4  # of a made-up word: 456,976 words
+SHARDS: Final = 8  # shards of an endpoint, at most
+PIECE: Final = 64 << 20  # bytes copied from the device to the file at once
+QUIET: Final = 0.1  # scale of the head's rows for tokens that must not be generated
+LETTERS: Final = 4  # letters of a made-up word: 456,976 words
 DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -51,7 +51,7 @@ class WrittenPair:
     instruct: PreTrainedModel
     thinking: PreTrainedModel
     directories: tuple[Path, Path]
-    bytes: int  # of all weights
+    bytes: int  # bytes of all weights
     seconds_made: float
     seconds_written: float
 

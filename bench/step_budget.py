@@ -37,7 +37,7 @@ ROWS: Final = (1, 32, 128)
 CONTEXT: Final = 1024  # tokens
 BANDWIDTHS: Final = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, as copied
 NODE: Final = (1.5e-6, 2.3e-6)  # seconds of a node of a recorded graph on Hopper
-LAUNCH: Final = 4e-6  # seconds of the host for each launch or copy, as others have measured
+LAUNCH: Final = 4e-6  # seconds of the host for each launch or copy, by published measurements
 NO_LAUNCH: Final = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view")
 
 

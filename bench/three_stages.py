@@ -49,7 +49,7 @@ ABLATION = {
     "mlp": ("FFN only", "71.5 | – | 99.9"),
     "attn": ("attention only", "51.9 | – | 0.7"),
 }
-"""Dials of six layers by what they are, with the paper's Mean@64, tokens and think rate in %."""
+"""Descriptions of the dials of six layers, with the paper's Mean@64, tokens and think rate in %."""
 POLICIES = {
     "routed": "routed",
     "routed, class": "routed, class given",
