@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from bench.gpu_bounds import Shape, Store
-from mi_runtime.model.load import BlendedModel, pair_up
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import pair_up
 
 SCALE = 0.02  # standard deviation of the weights
 DIFFERENCE = 0.1  # difference of the endpoints, as a share of that

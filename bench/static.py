@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from bench.workload import Pair
-from mi_runtime.attention.paged import LayerShape
+from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.kernels.choice import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import DTYPES, BlendedModel, load_static, use_paged_attention
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import DTYPES, load_static, use_paged_attention
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import BlendGroups
 
 NUM_BLOCKS = 2048
 
@@ -66,7 +67,7 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
     return BlendedModel(
         model=plain,
         groups=NoGroups(0, device, BlendCache(), endpoints={}),
-        kernels=KernelChoice(),
+        kernels=KernelDispatch(),
         layers=(layer,) * shape.num_hidden_layers,
         device=device,
         dtype=plain.dtype,

@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import (
-    AttentionBackend,
-    AttentionPlan,
-    LayerShape,
-    Prefill,
-    ReferenceAttention,
-)
+from mi_runtime.attention.plan import AttentionBackend, AttentionPlan, LayerShape, Prefill
+from mi_runtime.attention.reference import ReferenceAttention
 from mi_runtime.config import AttentionName
 from mi_runtime.errors import PairError
-from mi_runtime.kernels import (
+from mi_runtime.kernels.triton_support import (
     cause_of,
     is_lost,
     launch_errors,
@@ -47,7 +42,7 @@ Clock = Callable[[Callable[[], object]], float]
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
     backend: AttentionBackend
-    told: str  # its name, and what was measured
+    description: str  # its name, and what was measured
 
 
 def choose_attention(
@@ -89,7 +84,7 @@ def obstacle(
 
 
 def _obstacle_of_torch(layers: Sequence[LayerShape], dtype: torch.dtype) -> str | None:
-    from mi_runtime.attention.varlen import torch_has_pages
+    from mi_runtime.attention.torch_backend import torch_has_pages
 
     if not torch_has_pages():
         return f"torch {torch.__version__} has no attention over block tables (2.13 has)"
@@ -104,10 +99,10 @@ def make_backend(name: str) -> AttentionBackend:
     if name == "reference":
         return ReferenceAttention()
     if name == "torch":
-        from mi_runtime.attention.varlen import TorchAttention
+        from mi_runtime.attention.torch_backend import TorchAttention
 
         return TorchAttention()
-    from mi_runtime.attention.triton import TritonAttention
+    from mi_runtime.attention.triton_backend import TritonAttention
 
     return TritonAttention()
 
@@ -161,7 +156,7 @@ def measured_workloads(
             plan = uniform_plan(sequences, length, rows, block_size, blocks, device)
             query = random(sequences * rows, shape.heads, shape.key_dim)
             # what the cache has there already: workloads share it
-            key, value = (cache.flatten(0, 1)[plan.slots] for cache in (keys, values))
+            key, value = (cache.flatten(0, 1)[plan.slot_mapping] for cache in (keys, values))
             yield AttentionWorkload(
                 plan, query, key, value, keys, values, sinks, shape.window, weight
             )
@@ -177,17 +172,17 @@ def uniform_plan(
     slots = tables[:, positions // block_size] * block_size + positions % block_size
     decodes = sequences if rows == 1 else 0
     return AttentionPlan(
-        slots=slots.flatten().to(device),
+        slot_mapping=slots.flatten().to(device),
         query_starts=(torch.arange(sequences + 1) * rows).to(device, torch.int32),
         lengths=torch.full((sequences,), length, dtype=torch.int32, device=device),
-        tables=tables.to(device, torch.int32),
+        block_tables=tables.to(device, torch.int32),
         longest_decode=length if decodes else 0,
         longest_query=rows,
         longest=length,
         prefills=tuple(
             Prefill(one * rows, rows, length - rows) for one in range(decodes, sequences)
         ),
-        opened=torch.empty(0, dtype=torch.int64, device=device),
+        partial_blocks=torch.empty(0, dtype=torch.int64, device=device),
     )
 
 

@@ -9,8 +9,8 @@ import inspect
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mi_runtime.attention.paged import AttentionPlan
-from mi_runtime.attention.triton import TritonAttention
+from mi_runtime.attention.plan import AttentionPlan
+from mi_runtime.attention.triton_backend import TritonAttention
 
 
 def torch_has_pages() -> bool:
@@ -41,7 +41,7 @@ class TorchAttention(TritonAttention):
             window_size=(-1 if window is None else window - 1, 0),  # without the token itself
             enable_gqa=True,
             seqused_k=plan.lengths,
-            block_table=plan.tables,
+            block_table=plan.block_tables,
         )
         assert isinstance(out, Tensor)
         return out

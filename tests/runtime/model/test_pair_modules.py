@@ -18,15 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mi_runtime.errors import PairError, UnsupportedModel
 from mi_runtime.execution.runner import Runner
-from mi_runtime.model import blend
-from mi_runtime.model.blend import PairEmbedding, PairLinear, VocabularyPair, WholeStorage
+from mi_runtime.model import weights as weights_module
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import BlendedModel, Probe, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import BlendGroups, Rows, StepRows
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.pair_modules import PairEmbedding, PairLinear
+from mi_runtime.model.probe import Probe
+from mi_runtime.model.row_lambdas import BlendGroups, Rows, StepRows
 from mi_runtime.model.swap import ModuleSwap, RowAxis
+from mi_runtime.model.weights import VocabularyPair, WholeStorage
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.scheduler import Scheduler
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime import oracle
@@ -88,8 +91,8 @@ class RecordingModel:
         return getattr(self._model, name)
 
     def _begin(self, step: StepRows) -> None:
-        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))))
-        self.endpoints.append(self._model.groups.slot("head", kept=True).now.endpoint)
+        self._model.groups.begin(replace(step, logits_indices=tuple(range(len(step.index)))))
+        self.endpoints.append(self._model.groups.slot("head", logits_only=True).rows.endpoint)
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         self.rows = self._model.logits(ids, positions, torch.arange(len(ids)), attention)
@@ -142,12 +145,12 @@ def answer_together(
         request = EngineRequest(str(value), tuple(prompt), Dial(value), sampling)
         scheduler.add(Sequence(request))
     while chunks := scheduler.schedule():
-        flight = runner.launch(chunks)
-        runner.sample(flight)
+        step = runner.launch(chunks)
+        runner.sample(step)
         rows = recording.rows.split([chunk.length for chunk in chunks])
         for chunk, piece in zip(chunks, rows, strict=True):
             answers[chunk.sequence.request.dial.reasoning_lambda].pieces.append(piece)
-        scheduler.update(chunks, flight.results().sampled)
+        scheduler.update(chunks, step.results().sampled)
         for chunk in chunks:
             value = chunk.sequence.request.dial.reasoning_lambda
             answers[value].tokens = list(chunk.sequence.tokens)
@@ -306,7 +309,7 @@ def test_logits_of_many_rows_are_never_all_held_in_fp32() -> None:
     with LargestFloat() as largest:
         logits = pair.product(matrix[:512], rows)
     assert logits.shape == (512, 150_000)
-    assert largest.numbers == 512 * blend.VOCABULARY_PIECE
+    assert largest.numbers == 512 * weights_module.VOCABULARY_PIECE
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8)])
@@ -316,7 +319,7 @@ def test_logits_made_in_pieces_are_those_of_the_whole(
     generator = torch.Generator().manual_seed(0)
     low, high = torch.randn(2, 23, 8, generator=generator)
     x, weights = torch.randn(shape, generator=generator), torch.linspace(0, 1, 5)
-    monkeypatch.setattr(blend, "VOCABULARY_PIECE", 7)
+    monkeypatch.setattr(weights_module, "VOCABULARY_PIECE", 7)
     found = VocabularyPair(low, high).product(x, Rows(weights, None))
     torch.testing.assert_close(found, torch.lerp(x @ low.T, x @ high.T, weights.unsqueeze(1)))
 
@@ -347,7 +350,7 @@ def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) 
     return instruct
 
 
-ROWS_FIRST = RowAxis(axis=0, dims=2, kept=False)
+ROWS_FIRST = RowAxis(axis=0, dims=2, logits_only=False)
 
 
 class Odd(nn.Module):

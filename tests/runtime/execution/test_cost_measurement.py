@@ -8,15 +8,21 @@ import pytest
 import torch
 
 from mi_runtime.errors import PairError
-from mi_runtime.execution import measure
-from mi_runtime.execution.graphs import Form
-from mi_runtime.execution.measure import choose_kernels, measure_kernels, rows_worth, with_replays
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import Way
+from mi_runtime.execution import cost_measurement
+from mi_runtime.execution.cost_measurement import (
+    best_row_limit,
+    choose_kernels,
+    measure_kernels,
+    with_replays,
+)
+from mi_runtime.execution.decode_graphs import GraphKey
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import Way
 from mi_runtime.scheduling.planner import CostModel, Curve
 from tests.runtime.conftest import MakeEngine
-from tests.runtime.execution.test_graphs import record
+from tests.runtime.execution.test_decode_graphs import record
 
 ROWS = (1, 8, 64)
 
@@ -35,7 +41,7 @@ ROWS = (1, 8, 64)
 def test_the_limit_of_kernels_is_where_they_save_most(
     kernel: tuple[float, ...], vendor: tuple[float, ...], limit: int
 ) -> None:
-    assert rows_worth(ROWS, kernel, vendor) == limit
+    assert best_row_limit(ROWS, kernel, vendor) == limit
 
 
 def model_of(pair: tuple[Path, Path]) -> BlendedModel:
@@ -57,9 +63,9 @@ def failing(pair: tuple[Path, Path], patch: pytest.MonkeyPatch, error: Exception
         model.kernels.rows = 8
         raise error
 
-    patch.setattr(measure, "measure_kernels", fail)
-    patch.setattr(measure, "triton_installed", lambda: True)
-    patch.setattr(measure, "is_lost", lambda device: "illegal" in str(error))
+    patch.setattr(cost_measurement, "measure_kernels", fail)
+    patch.setattr(cost_measurement, "triton_installed", lambda: True)
+    patch.setattr(cost_measurement, "is_lost", lambda device: "illegal" in str(error))
     return replace(model_of(pair), device=torch.device("cuda"))
 
 
@@ -91,8 +97,8 @@ def test_kernels_that_are_slower_take_no_dense_products_but_the_experts(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interpreted they are slower by far."""
-    monkeypatch.setattr(measure, "KERNEL_ROWS", (1, 2))
-    monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(cost_measurement, "KERNEL_ROWS", (1, 2))
+    monkeypatch.setattr(cost_measurement, "REPEATS", 1)
     model = model_of(qwen3_pair)
     measure_kernels(model)
     assert (model.kernels.rows, model.kernels.experts) == (0, True)
@@ -104,8 +110,8 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
     """Its fixed cost is what the products of as many rows do not explain."""
     engine = make_engine()
     graphs, model = record(engine), engine._runner._model
-    form, _ = graphs.smallest
-    assert form == Form(min(one.rows for one in graphs.forms), Way.ENDPOINT)
+    key, _ = graphs.smallest
+    assert key == GraphKey(min(one.rows for one in graphs.keys), Way.ENDPOINT)
     single, pair = Curve((1, 3), (2.0, 4.0)), Curve((1, 3), (7.0, 9.0))
     costs = CostModel(20.0, 20.0, single, pair, build=1.0)
     timed: list[torch.Tensor] = []
@@ -114,9 +120,9 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
         timed.append(work())
         return 10.0
 
-    monkeypatch.setattr(measure, "_time", ten_seconds)
+    monkeypatch.setattr(cost_measurement, "_time", ten_seconds)
     assert with_replays(costs, model, graphs) == replace(costs, replayed=7.0)
-    assert timed[0].shape == (form.rows, model.vocab_size)
+    assert timed[0].shape == (key.rows, model.vocab_size)
 
 
 def test_a_gpu_is_timed_on_more_weights_than_its_cache_holds(
@@ -124,10 +130,11 @@ def test_a_gpu_is_timed_on_more_weights_than_its_cache_holds(
 ) -> None:
     model = model_of(qwen3_pair)
     on_gpu = replace(model, device=torch.device("cuda"))
-    (middle, *_), layer = measure._sampled_matrices(model), len(measure._sampled_matrices(model))
-    of_layer = sum(one.instruct.nbytes for one in measure._sampled_matrices(model))
+    (middle, *_) = cost_measurement._sampled_matrices(model)
+    layer = len(cost_measurement._sampled_matrices(model))
+    of_layer = sum(one.instruct.nbytes for one in cost_measurement._sampled_matrices(model))
     for cold, layers in ((1, 1), (of_layer + 1, 2), (10**9, len(model.layers) // 2 + 1)):
-        monkeypatch.setattr(measure, "COLD_BYTES", cold)
-        sample = measure._sampled_matrices(on_gpu)
+        monkeypatch.setattr(cost_measurement, "COLD_BYTES", cold)
+        sample = cost_measurement._sampled_matrices(on_gpu)
         assert (len(sample), sample[0]) == (layers * layer, middle)
         assert len(set(sample)) == len(sample)

@@ -16,13 +16,14 @@ from itertools import accumulate
 
 import torch
 
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.errors import PairError
-from mi_runtime.execution.graphs import DecodeGraphs
-from mi_runtime.kernels import cause_of, is_lost, launch_errors, triton_installed
-from mi_runtime.model.blend import Matrix, PairLinear, weights_of
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import INSTRUCT, Rows, StepRows, Way
+from mi_runtime.execution.decode_graphs import DecodeGraphs
+from mi_runtime.kernels.triton_support import cause_of, is_lost, launch_errors, triton_installed
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.pair_modules import PairLinear, weights_of
+from mi_runtime.model.row_lambdas import INSTRUCT, Rows, StepRows, Way
+from mi_runtime.model.weights import Matrix
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.planner import CostModel, Curve
 
@@ -64,9 +65,9 @@ def measure_costs(model: BlendedModel) -> CostModel:
 @torch.inference_mode()
 def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) -> CostModel:
     """These costs where decode steps are replayed: the smallest recording is timed."""
-    form, replay = graphs.smallest
-    way = costs.single if form.way is Way.ENDPOINT else costs.pair
-    return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(form.rows)))
+    key, replay = graphs.smallest
+    way = costs.single if key.way is Way.ENDPOINT else costs.pair
+    return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(key.rows)))
 
 
 def choose_kernels(model: BlendedModel) -> str:
@@ -101,10 +102,10 @@ def measure_kernels(model: BlendedModel) -> None:
     for limit in (max(KERNEL_ROWS), 0):
         model.kernels.enable(limit)
         seconds.append([_pair_seconds(model, rows) for rows in KERNEL_ROWS])
-    model.kernels.enable(rows_worth(KERNEL_ROWS, *seconds))
+    model.kernels.enable(best_row_limit(KERNEL_ROWS, *seconds))
 
 
-def rows_worth(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[float]) -> int:
+def best_row_limit(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[float]) -> int:
     """The limit up to which kernels save most, counting each measured number of rows alike."""
     gains = [1 - own / other for own, other in zip(kernel, vendor, strict=True)]
     totals = (0.0, *accumulate(gains))
