@@ -182,8 +182,8 @@ def in_turn(work: list[Unit], engine_at: Callable[[float], StaticEngine]) -> flo
 
 def engine_request(unit: Unit, prompts: Prompts) -> EngineRequest:
     dial = Dial(unit.setting.reasoning_lambda)
-    (said,) = unit.question.messages
-    prompt = prompts.build([Message(**said)], dial)
+    (message,) = unit.question.messages
+    prompt = prompts.build([Message(**message)], dial)
     sampling = SamplingParams(
         max_tokens=MAX_TOKENS,
         temperature=unit.setting.decoding.temperature,
