@@ -45,7 +45,7 @@ def microseconds(policy: RoutingPolicy, wire: ChatRequest) -> list[float]:
     spent = []
     for _ in range(DECISIONS):
         started = time.perf_counter()
-        said: Routing = dials.route(model="m", body=wire.reasoning_lambda, header=None)
+        said: Routing = dials.read(model="m", body=wire.reasoning_lambda, header=None)
         policy.route(said, read_inputs(wire))
         spent.append((time.perf_counter() - started) * 1e6)
     return spent

@@ -79,7 +79,7 @@ class DialPolicy:
     step: float
     default: float
 
-    def route(
+    def read(
         self, *, model: str, body: WireLambda | None, header: str | None, layers: int = 0
     ) -> Routing:
         """Raises `ModelNotFound` and, for a bad or contradictory λ, `InvalidRequest`."""

@@ -12,7 +12,7 @@ from server.routing.reasoning_options import ReasoningInputs
 from tests.server.curves import profile
 
 DIALS = DialPolicy("pair", step=0.01, default=0.8)
-UNSAID = DIALS.route(model="pair", body=None, header=None)
+UNSAID = DIALS.read(model="pair", body=None, header=None)
 
 
 def policy(measured: Profile | None, **settings: Any) -> RoutingPolicy:
@@ -61,7 +61,7 @@ def test_the_first_thing_that_is_said_decides(
 
 @pytest.mark.parametrize("inputs", [{}, {"budget": 150}, {"effort": "low"}, {"thinks": False}])
 def test_an_explicit_lambda_stays_as_said_and_a_budget_caps_it(inputs: dict[str, Any]) -> None:
-    asked = DIALS.route(model="pair@0.6", body=None, header=None)
+    asked = DIALS.read(model="pair@0.6", body=None, header=None)
     routing = MEASURED.route(asked, ReasoningInputs(**inputs))
     cap = inputs.get("budget")
     assert said(routing) == (0.6, "model", 150 if cap else 200, cap)
@@ -69,7 +69,7 @@ def test_an_explicit_lambda_stays_as_said_and_a_budget_caps_it(inputs: dict[str,
 
 def test_a_fan_out_and_a_lambda_by_groups_stay_as_said_without_an_expectation() -> None:
     for asked in (
-        DIALS.route(model="pair", body=[0.2, 0.6], header=None),
+        DIALS.read(model="pair", body=[0.2, 0.6], header=None),
         Routing((Dial(0.6, (("head", 0.0),)),), "body"),
     ):
         routing = MEASURED.route(asked, ReasoningInputs(budget=10))
@@ -175,7 +175,7 @@ def test_under_load_nothing_is_dearer_than_the_operators_effort(
 
 
 def test_under_load_an_explicit_lambda_stays() -> None:
-    asked = DIALS.route(model="pair", body=1.0, header=None)
+    asked = DIALS.read(model="pair", body=1.0, header=None)
     routing = ELASTIC.route(asked, ReasoningInputs(), under_load=True)
     assert (said(routing)[0], routing.elastic) == (1.0, False)
 
