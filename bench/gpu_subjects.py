@@ -40,7 +40,7 @@ from bench.gpu_peers import Batching, Generate
 from bench.gpu_room import growth
 from bench.gpu_rows import Measured, Rows
 from bench.report import machine
-from mi_runtime.kernels import is_lost
+from mi_runtime.kernels.triton_support import is_lost
 
 
 def main() -> int:

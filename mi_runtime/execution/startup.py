@@ -14,15 +14,16 @@ from dataclasses import dataclass
 
 import torch
 
-from mi_runtime.attention.backends import choose_attention
-from mi_runtime.attention.paged import AttentionBackend, PagedAttention, ReferenceAttention
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionBackend
+from mi_runtime.attention.reference import ReferenceAttention
+from mi_runtime.attention.selector import choose_attention
 from mi_runtime.config import EngineConfig
 from mi_runtime.errors import PairError
-from mi_runtime.execution.compiled import compiled_logits
-from mi_runtime.execution.graphs import SIZES, CudaGraphs, DecodeGraphs, Forward, sizes_for
-from mi_runtime.execution.measure import choose_kernels, measure_costs, with_replays
-from mi_runtime.execution.runner import Runner
-from mi_runtime.execution.sizing import (
+from mi_runtime.execution.compiled_layers import compiled_logits
+from mi_runtime.execution.cost_measurement import choose_kernels, measure_costs, with_replays
+from mi_runtime.execution.decode_graphs import SIZES, CudaGraphs, DecodeGraphs, Forward, sizes_for
+from mi_runtime.execution.memory_sizing import (
     Needs,
     Sizes,
     blocks_of_largest,
@@ -32,9 +33,10 @@ from mi_runtime.execution.sizing import (
     measured_workspace,
     taken_by,
 )
-from mi_runtime.kernels import launch_errors
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.execution.runner import Runner
+from mi_runtime.kernels.triton_support import launch_errors
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.planner import NO_COSTS, REMEMBERED, CostModel, Planner
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mi_runtime.attention.paged import PagedAttention
-from mi_runtime.execution.graphs import Forward
-from mi_runtime.model.load import BlendedModel, forward_logits
+from mi_runtime.execution.decode_graphs import Forward
+from mi_runtime.model.blended_model import BlendedModel, forward_logits
 
 LAYERS = 64  # compiled of one model: by kind and way, and some for row counts of their own
 

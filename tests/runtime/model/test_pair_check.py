@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mi_runtime.config import DeltaDtype
 from mi_runtime.errors import PairError
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import Pair, check_pair
-from mi_runtime.model.pair import fingerprint as fingerprint_of
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import Pair, check_pair
+from mi_runtime.model.pair_check import fingerprint as fingerprint_of
 from tests.runtime.families import write_pair, write_tokenizer
 
 Directories = tuple[Path, Path]

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mi_runtime.attention.paged import AttentionPlan, PagedAttention
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionPlan
 from mi_runtime.device.transfer import ALIGNED, on_device
 from mi_runtime.execution.batch import Batch
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import Rows, StepRows, Way
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import Rows, StepRows, Way
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch

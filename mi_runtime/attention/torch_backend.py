@@ -9,8 +9,8 @@ import inspect
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mi_runtime.attention.paged import AttentionPlan
-from mi_runtime.attention.triton import TritonAttention
+from mi_runtime.attention.plan import AttentionPlan
+from mi_runtime.attention.triton_backend import TritonAttention
 
 
 def torch_has_pages() -> bool:

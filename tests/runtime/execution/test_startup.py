@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.exc import InternalTorchDynamoError
 
 from mi_runtime.config import EngineConfig
-from mi_runtime.execution import start
-from mi_runtime.execution.start import COMPILED, RECORDED, Recordable
+from mi_runtime.execution import startup
+from mi_runtime.execution.startup import COMPILED, RECORDED, Recordable
 from mi_runtime.model.blend_cache import BlendCache
 
 UNUSED = cast(Any, None)
@@ -35,10 +35,10 @@ class Fake:
 def recorded(
     monkeypatch: pytest.MonkeyPatch, forward: Any, how: str
 ) -> tuple[Any, str | None, list[str]]:
-    monkeypatch.setattr(start, "_graphs", lambda *arguments: Fake(arguments[3]))
+    monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
     recordable = Recordable(forward, how, stream=UNUSED, first=0, each=0)
     failures: list[str] = []
-    return *start._recorded(UNUSED, MODEL, UNUSED, recordable, failures), failures
+    return *startup._recorded(UNUSED, MODEL, UNUSED, recordable, failures), failures
 
 
 def test_what_compiles_is_recorded_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,16 +78,16 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     plain one are these; an exception is what recording them raises."""
 
     def told(compiled: Any, plain: Any, backend: str = "triton", **settings: Any) -> str:
-        monkeypatch.setattr(start, "_graphs", lambda *arguments: Fake(arguments[3]))
-        monkeypatch.setattr(start, "compiled_logits", lambda model: compiled)
-        monkeypatch.setattr(start, "taken_by", lambda act: (0, act()))
+        monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
+        monkeypatch.setattr(startup, "compiled_logits", lambda model: compiled)
+        monkeypatch.setattr(startup, "taken_by", lambda act: (0, act()))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
         failures: list[str] = []
         attention = cast(Any, SimpleNamespace(backend=SimpleNamespace(name=backend)))
         model = cast(Any, SimpleNamespace(logits=plain, groups=GROUPS))
         config = EngineConfig("instruct", "thinking", **settings)
-        recordable = start._recordable(config, model, attention, failures)
-        return start._told(recordable and recordable.how, 70, 9.4, failures)
+        recordable = startup._recordable(config, model, attention, failures)
+        return startup._told(recordable and recordable.how, 70, 9.4, failures)
 
     return told
 
@@ -116,5 +116,5 @@ def test_what_a_failed_recording_hides_is_told_as_well() -> None:
         finally:
             raise RuntimeError("capture was invalidated")
     except RuntimeError as error:
-        told = start._causes(error)
+        told = startup._causes(error)
     assert told == "capture was invalidated, after CUDA error: operation not permitted"

@@ -18,12 +18,12 @@ from torch.fx import GraphModule
 
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.engine import Engine
-from mi_runtime.execution.compiled import compiled_logits
-from mi_runtime.execution.graphs import DecodeGraphs, Form, Forward
+from mi_runtime.execution.compiled_layers import compiled_logits
+from mi_runtime.execution.decode_graphs import DecodeGraphs, Form, Forward
 from mi_runtime.kernels import paged_attention, pair_linear
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.rows import Way
-from tests.runtime.execution.test_graphs import RunAgain
+from mi_runtime.model.row_lambdas import Way
+from tests.runtime.execution.test_decode_graphs import RunAgain
 from tests.runtime.execution.test_ways import make_subject
 from tests.runtime.families import SLIDING
 
@@ -117,7 +117,7 @@ def test_compiled_layers_compute_what_the_model_computes(
 def test_what_one_model_has_compiled_leaves_the_next_as_much(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mi_runtime.execution.compiled.LAYERS", 1)
+    monkeypatch.setattr("mi_runtime.execution.compiled_layers.LAYERS", 1)
     for _ in range(2):
         engine = engine_of(pair_of("qwen3", num_hidden_layers=1))
         graphs = graphs_of(engine, compiled_logits(engine._runner._model, nothing))

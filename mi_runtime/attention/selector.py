@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import (
-    AttentionBackend,
-    AttentionPlan,
-    LayerShape,
-    Prefill,
-    ReferenceAttention,
-)
+from mi_runtime.attention.plan import AttentionBackend, AttentionPlan, LayerShape, Prefill
+from mi_runtime.attention.reference import ReferenceAttention
 from mi_runtime.config import AttentionName
 from mi_runtime.errors import PairError
-from mi_runtime.kernels import (
+from mi_runtime.kernels.triton_support import (
     cause_of,
     is_lost,
     launch_errors,
@@ -89,7 +84,7 @@ def obstacle(
 
 
 def _obstacle_of_torch(layers: Sequence[LayerShape], dtype: torch.dtype) -> str | None:
-    from mi_runtime.attention.varlen import torch_has_pages
+    from mi_runtime.attention.torch_backend import torch_has_pages
 
     if not torch_has_pages():
         return f"torch {torch.__version__} has no attention over block tables (2.13 has)"
@@ -104,10 +99,10 @@ def make_backend(name: str) -> AttentionBackend:
     if name == "reference":
         return ReferenceAttention()
     if name == "torch":
-        from mi_runtime.attention.varlen import TorchAttention
+        from mi_runtime.attention.torch_backend import TorchAttention
 
         return TorchAttention()
-    from mi_runtime.attention.triton import TritonAttention
+    from mi_runtime.attention.triton_backend import TritonAttention
 
     return TritonAttention()
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mi_runtime.attention.paged import AttentionPlan
+from mi_runtime.attention.plan import AttentionPlan
 from mi_runtime.kernels.paged_attention import paged_attention, write_kv
 
 

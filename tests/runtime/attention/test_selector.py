@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.attention import backends
-from mi_runtime.attention.backends import (
+from mi_runtime.attention import selector
+from mi_runtime.attention.plan import AttentionPlan, LayerShape
+from mi_runtime.attention.reference import ReferenceAttention
+from mi_runtime.attention.selector import (
     AttentionChoice,
     AttentionWorkload,
     choose_attention,
@@ -19,11 +21,10 @@ from mi_runtime.attention.backends import (
     measured_workloads,
     obstacle,
 )
-from mi_runtime.attention.paged import AttentionPlan, LayerShape, ReferenceAttention
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.errors import PairError
-from mi_runtime.kernels import cause_of, triton_installed
+from mi_runtime.kernels.triton_support import cause_of, triton_installed
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -87,7 +88,7 @@ def test_one_that_takes_the_gpu_with_it_ends_the_start_and_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After an illegal access no other backend could run either."""
-    monkeypatch.setattr(backends, "is_lost", lambda device: True)
+    monkeypatch.setattr(selector, "is_lost", lambda device: True)
     with pytest.raises(PairError, match=r"a does not run \(an illegal access.*again"):
         choice(Timed("a", 1.0, error="an illegal access"), Timed("b", 1.0))
 
@@ -131,7 +132,7 @@ def test_every_layer_shape_is_measured_as_often_as_a_model_has_it() -> None:
 
 @needs_triton
 def test_what_is_measured_computes_the_same_on_every_backend() -> None:
-    from mi_runtime.attention.triton import TritonAttention
+    from mi_runtime.attention.triton_backend import TritonAttention
 
     for work in workloads(replace(LAYER, value_dim=12, window=8, sinks=True)):
         torch.testing.assert_close(
@@ -149,13 +150,13 @@ def test_a_backend_that_needs_a_gpu_is_refused_without_one(
     wanted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "triton_installed", lambda: True)
+    monkeypatch.setattr(selector, "triton_installed", lambda: True)
     with pytest.raises(PairError, match=f"--attention-backend {wanted}: it needs a CUDA device"):
         choose_attention(wanted, [LAYER], torch.float32, CPU, 16)
 
 
 def test_a_backend_whose_library_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "triton_installed", lambda: False)
+    monkeypatch.setattr(selector, "triton_installed", lambda: False)
     with pytest.raises(PairError, match="--attention-backend triton: triton is not installed"):
         choose_attention("triton", [LAYER], torch.float32, CPU, 16)
     assert choose_attention("reference", [LAYER], torch.float32, CPU, 16).told == "reference"
@@ -180,7 +181,7 @@ def test_what_torch_cannot_attend_is_known_before_it_is_tried(
     said: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mi_runtime.attention.varlen.torch_has_pages", lambda: pages)
+    monkeypatch.setattr("mi_runtime.attention.torch_backend.torch_has_pages", lambda: pages)
     reason = obstacle("torch", [LAYER, layer], dtype, CUDA)
     assert (reason is None) == (said is None)
     assert said is None or said in str(reason)
@@ -189,7 +190,7 @@ def test_what_torch_cannot_attend_is_known_before_it_is_tried(
 @needs_triton
 def test_torch_is_asked_for_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its window does not count the token itself."""
-    from mi_runtime.attention import varlen
+    from mi_runtime.attention import torch_backend
 
     asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -197,9 +198,9 @@ def test_torch_is_asked_for_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) 
         asked.append((args, kwargs))
         return torch.zeros_like(args[0])
 
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch_backend, "varlen_attn", varlen_attn)
     for work in workloads(LAYER, replace(LAYER, window=8)):
-        out = work.run(varlen.TorchAttention())
+        out = work.run(torch_backend.TorchAttention())
         assert out.shape == work.query.shape
     windows = [named["window_size"] for _, named in asked]
     assert windows == [(-1, 0), (-1, 0), (7, 0), (7, 0)]
@@ -247,7 +248,7 @@ def test_an_engine_answers_the_same_with_interpreted_kernels(
 
 @needs_triton
 def test_an_attention_layer_compiles_as_one_graph() -> None:
-    from mi_runtime.attention.triton import TritonAttention
+    from mi_runtime.attention.triton_backend import TritonAttention
 
     work = workloads(replace(LAYER, sinks=True))[0]
     backend = TritonAttention()

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mi_runtime.attention.paged import LayerShape
+from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import OUT_OF_MEMORY, Engine
 from mi_runtime.errors import PairError
-from mi_runtime.execution import sizing
-from mi_runtime.execution.sizing import GIB, Needs, Sizes, cuda_sizes
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.execution import memory_sizing
+from mi_runtime.execution.memory_sizing import GIB, Needs, Sizes, cuda_sizes
+from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, FinishReason, SamplingParams
 from mi_runtime.scheduling.scheduler import SCORED_ROWS
 
@@ -42,7 +42,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> BlendedModel:
 
 def qwen3_4b(patch: pytest.MonkeyPatch) -> BlendedModel:
     """Of its KV: 2.25 MiB a block."""
-    patch.setattr(sizing, "blend_bytes", lambda _model: BLEND)
+    patch.setattr(memory_sizing, "blend_bytes", lambda _model: BLEND)
     layers = (LayerShape(8, 128, 128, 32),) * 36
     shape = SimpleNamespace(layers=layers, dtype=torch.bfloat16, max_positions=262_144)
     return cast(BlendedModel, shape)
@@ -50,16 +50,16 @@ def qwen3_4b(patch: pytest.MonkeyPatch) -> BlendedModel:
 
 def held(config: EngineConfig, model: BlendedModel, needs: Needs, sizes: Sizes) -> int:
     places = sizes.places * (BLEND + needs.graphs_a_place)
-    kv = sizes.num_blocks * sizing.block_bytes(config, model)
+    kv = sizes.num_blocks * memory_sizing.block_bytes(config, model)
     return needs.used + needs.workspace + needs.graphs + places + kv
 
 
 def test_kv_gets_what_is_left_and_blended_weights_a_quarter_of_it(model: BlendedModel) -> None:
     sizes = cuda_sizes(CONFIG, model, NEEDS)
-    assert sizing.block_bytes(CONFIG, model) == 16 * 36 * 8 * 256 * 2
+    assert memory_sizing.block_bytes(CONFIG, model) == 16 * 36 * 8 * 256 * 2
     assert sizes.places == 1
     spare = 72 * GIB - held(CONFIG, model, NEEDS, sizes)
-    assert 0 <= spare < sizing.block_bytes(CONFIG, model)
+    assert 0 <= spare < memory_sizing.block_bytes(CONFIG, model)
 
 
 def test_kv_gets_no_more_than_full_sequences_can_use(model: BlendedModel) -> None:
@@ -73,14 +73,14 @@ def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
     by_bytes = replace(CONFIG, kv_cache_bytes=10 * GIB, blend_cache_bytes=44 * GIB)
     sizes = cuda_sizes(by_bytes, model, NEEDS)
     assert sizes.places == 6
-    assert sizes.num_blocks == 10 * GIB // sizing.block_bytes(CONFIG, model)
+    assert sizes.num_blocks == 10 * GIB // memory_sizing.block_bytes(CONFIG, model)
 
 
 def test_blended_weights_get_no_room_where_nothing_takes_them(
     model: BlendedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cuda_sizes(replace(CONFIG, blend_policy="pair"), model, NEEDS).places == 0
-    monkeypatch.setattr(sizing, "blend_bytes", lambda _model: 0)  # a plain model
+    monkeypatch.setattr(memory_sizing, "blend_bytes", lambda _model: 0)  # a plain model
     for asked in (None, 44 * GIB):
         assert cuda_sizes(replace(CONFIG, blend_cache_bytes=asked), model, NEEDS).places == 0
 
@@ -115,7 +115,7 @@ def test_nothing_is_ever_promised_beyond_what_is_allowed(
         try:
             sizes = cuda_sizes(config, shape, needs)
         except PairError:
-            least = 2 * sizing.block_bytes(config, shape)
+            least = 2 * memory_sizing.block_bytes(config, shape)
             assert used + workspace + needs.graphs > NEEDS.total * utilization - least
             return
         assert sizes.num_blocks >= 1
@@ -124,7 +124,7 @@ def test_nothing_is_ever_promised_beyond_what_is_allowed(
 
 def test_steps_of_all_sizes_run_before_requests_by_both_kinds_of_product() -> None:
     """The first long prompt at λ = 0 compiled six kernels of experts, and all streams waited."""
-    steps = sizing.steps_of_all_sizes(EngineConfig("", "", max_batched_tokens=2048))
+    steps = memory_sizing.steps_of_all_sizes(EngineConfig("", "", max_batched_tokens=2048))
     ran = {(chunk.dial, chunk.length) for (chunk,) in steps}
     assert ran == {(Dial(value), 2**power) for value in (0.0, 0.5) for power in range(12)}
 
@@ -133,11 +133,13 @@ def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngin
     engine = make_engine(max_batched_tokens=40, max_num_seqs=5)
     runner, config = engine._runner, EngineConfig("", "", block_size=4, max_batched_tokens=40)
     kept: list[int] = []
-    for chunks in sizing.largest_steps(replace(config, max_num_seqs=5), engine.info.vocab_size):
+    for chunks in memory_sizing.largest_steps(
+        replace(config, max_num_seqs=5), engine.info.vocab_size
+    ):
         assert sum(chunk.length for chunk in chunks) in (40, 5)
         kept.append(sum(len(chunk.scored) + chunk.samples for chunk in chunks))
         for chunk in chunks:
-            assert max(chunk.sequence.block_table) < sizing.blocks_of_largest(config)
+            assert max(chunk.sequence.block_table) < memory_sizing.blocks_of_largest(config)
         flight = runner.launch(chunks)
         runner.sample(flight)
         results = flight.results()
@@ -149,7 +151,7 @@ def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngin
 def test_no_more_prompt_positions_are_scored_than_a_step_may_have() -> None:
     """A prefill may be longer; four times the logits were measured, and kept from KV."""
     config = EngineConfig("", "", max_batched_tokens=4 * SCORED_ROWS)
-    _, (scored,), *_ = sizing.largest_steps(config, vocab_size=100)
+    _, (scored,), *_ = memory_sizing.largest_steps(config, vocab_size=100)
     assert len(scored.scored) + scored.samples == SCORED_ROWS
 
 

@@ -16,13 +16,14 @@ from itertools import accumulate
 
 import torch
 
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.errors import PairError
-from mi_runtime.execution.graphs import DecodeGraphs
-from mi_runtime.kernels import cause_of, is_lost, launch_errors, triton_installed
-from mi_runtime.model.blend import Matrix, PairLinear, weights_of
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import INSTRUCT, Rows, StepRows, Way
+from mi_runtime.execution.decode_graphs import DecodeGraphs
+from mi_runtime.kernels.triton_support import cause_of, is_lost, launch_errors, triton_installed
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.pair_modules import PairLinear, weights_of
+from mi_runtime.model.row_lambdas import INSTRUCT, Rows, StepRows, Way
+from mi_runtime.model.weights import Matrix
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.planner import CostModel, Curve
 

@@ -8,15 +8,21 @@ import pytest
 import torch
 
 from mi_runtime.errors import PairError
-from mi_runtime.execution import measure
-from mi_runtime.execution.graphs import Form
-from mi_runtime.execution.measure import choose_kernels, measure_kernels, rows_worth, with_replays
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import Way
+from mi_runtime.execution import cost_measurement
+from mi_runtime.execution.cost_measurement import (
+    choose_kernels,
+    measure_kernels,
+    rows_worth,
+    with_replays,
+)
+from mi_runtime.execution.decode_graphs import Form
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import Way
 from mi_runtime.scheduling.planner import CostModel, Curve
 from tests.runtime.conftest import MakeEngine
-from tests.runtime.execution.test_graphs import record
+from tests.runtime.execution.test_decode_graphs import record
 
 ROWS = (1, 8, 64)
 
@@ -57,9 +63,9 @@ def failing(pair: tuple[Path, Path], patch: pytest.MonkeyPatch, error: Exception
         model.kernels.rows = 8
         raise error
 
-    patch.setattr(measure, "measure_kernels", fail)
-    patch.setattr(measure, "triton_installed", lambda: True)
-    patch.setattr(measure, "is_lost", lambda device: "illegal" in str(error))
+    patch.setattr(cost_measurement, "measure_kernels", fail)
+    patch.setattr(cost_measurement, "triton_installed", lambda: True)
+    patch.setattr(cost_measurement, "is_lost", lambda device: "illegal" in str(error))
     return replace(model_of(pair), device=torch.device("cuda"))
 
 
@@ -91,8 +97,8 @@ def test_kernels_that_are_slower_take_no_dense_products_but_the_experts(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interpreted they are slower by far."""
-    monkeypatch.setattr(measure, "KERNEL_ROWS", (1, 2))
-    monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(cost_measurement, "KERNEL_ROWS", (1, 2))
+    monkeypatch.setattr(cost_measurement, "REPEATS", 1)
     model = model_of(qwen3_pair)
     measure_kernels(model)
     assert (model.kernels.rows, model.kernels.experts) == (0, True)
@@ -114,7 +120,7 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
         timed.append(work())
         return 10.0
 
-    monkeypatch.setattr(measure, "_time", ten_seconds)
+    monkeypatch.setattr(cost_measurement, "_time", ten_seconds)
     assert with_replays(costs, model, graphs) == replace(costs, replayed=7.0)
     assert timed[0].shape == (form.rows, model.vocab_size)
 
@@ -124,10 +130,11 @@ def test_a_gpu_is_timed_on_more_weights_than_its_cache_holds(
 ) -> None:
     model = model_of(qwen3_pair)
     on_gpu = replace(model, device=torch.device("cuda"))
-    (middle, *_), layer = measure._sampled_matrices(model), len(measure._sampled_matrices(model))
-    of_layer = sum(one.instruct.nbytes for one in measure._sampled_matrices(model))
+    (middle, *_) = cost_measurement._sampled_matrices(model)
+    layer = len(cost_measurement._sampled_matrices(model))
+    of_layer = sum(one.instruct.nbytes for one in cost_measurement._sampled_matrices(model))
     for cold, layers in ((1, 1), (of_layer + 1, 2), (10**9, len(model.layers) // 2 + 1)):
-        monkeypatch.setattr(measure, "COLD_BYTES", cold)
-        sample = measure._sampled_matrices(on_gpu)
+        monkeypatch.setattr(cost_measurement, "COLD_BYTES", cold)
+        sample = cost_measurement._sampled_matrices(on_gpu)
         assert (len(sample), sample[0]) == (layers * layer, middle)
         assert len(set(sample)) == len(sample)

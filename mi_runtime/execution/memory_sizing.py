@@ -14,9 +14,9 @@ import torch
 from mi_runtime.config import EngineConfig
 from mi_runtime.device.memory import free_bytes
 from mi_runtime.errors import PairError
-from mi_runtime.execution.measure import blend_bytes
+from mi_runtime.execution.cost_measurement import blend_bytes
 from mi_runtime.execution.runner import Runner
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.scheduler import SCORED_ROWS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.rows import INSTRUCT, MEMO_ROWS, BlendGroups, Rows, StepRows, Way
+from mi_runtime.model.row_lambdas import INSTRUCT, MEMO_ROWS, BlendGroups, Rows, StepRows, Way
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.kernels import pair_linear
-from mi_runtime.kernels.choice import KernelChoice
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import StepRows
+from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from tests.runtime.families import FAMILIES, VOCABULARY
 

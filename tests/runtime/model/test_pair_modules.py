@@ -18,15 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mi_runtime.errors import PairError, UnsupportedModel
 from mi_runtime.execution.runner import Runner
-from mi_runtime.model import blend
-from mi_runtime.model.blend import PairEmbedding, PairLinear, VocabularyPair, WholeStorage
+from mi_runtime.model import weights as weights_module
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import BlendedModel, Probe, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import BlendGroups, Rows, StepRows
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.pair_modules import PairEmbedding, PairLinear
+from mi_runtime.model.probe import Probe
+from mi_runtime.model.row_lambdas import BlendGroups, Rows, StepRows
 from mi_runtime.model.swap import ModuleSwap, RowAxis
+from mi_runtime.model.weights import VocabularyPair, WholeStorage
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
-from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.scheduler import Scheduler
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime import oracle
@@ -306,7 +309,7 @@ def test_logits_of_many_rows_are_never_all_held_in_fp32() -> None:
     with LargestFloat() as largest:
         logits = pair.product(matrix[:512], rows)
     assert logits.shape == (512, 150_000)
-    assert largest.numbers == 512 * blend.VOCABULARY_PIECE
+    assert largest.numbers == 512 * weights_module.VOCABULARY_PIECE
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8)])
@@ -316,7 +319,7 @@ def test_logits_made_in_pieces_are_those_of_the_whole(
     generator = torch.Generator().manual_seed(0)
     low, high = torch.randn(2, 23, 8, generator=generator)
     x, weights = torch.randn(shape, generator=generator), torch.linspace(0, 1, 5)
-    monkeypatch.setattr(blend, "VOCABULARY_PIECE", 7)
+    monkeypatch.setattr(weights_module, "VOCABULARY_PIECE", 7)
     found = VocabularyPair(low, high).product(x, Rows(weights, None))
     torch.testing.assert_close(found, torch.lerp(x @ low.T, x @ high.T, weights.unsqueeze(1)))
 

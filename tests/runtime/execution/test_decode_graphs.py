@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.engine import Engine
-from mi_runtime.execution.graphs import SIZES, DecodeGraphs, Form, sizes_for
+from mi_runtime.execution.decode_graphs import SIZES, DecodeGraphs, Form, sizes_for
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.rows import BlendGroups, StepRows, Way
+from mi_runtime.model.row_lambdas import BlendGroups, StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch
