@@ -40,7 +40,7 @@ from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
 from server.text.prompt import Prompts
-from server.wire.requests import Message
+from server.wire.messages import Message
 
 KEPT = RESULTS / "deltas.json"
 PAGE = Path(__file__).parents[1] / "docs" / "deltas.md"

@@ -15,7 +15,7 @@ from server.routing.dial import DialPolicy, Routing
 from server.routing.policy import RoutingPolicy, RoutingSettings
 from server.routing.profiles import builtin_profiles
 from server.routing.reasoning_options import read_inputs
-from server.wire.requests import ChatRequest, parse_chat_request
+from server.wire.chat_request import ChatRequest, parse_chat_request
 
 DECISIONS = 2000
 WAYS: dict[str, dict[str, Any]] = {

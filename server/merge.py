@@ -32,7 +32,7 @@ from server.exit_codes import ExitCode
 from server.routing.group_lambdas import group_dial, told
 from server.text.checkpoint import CheckpointError, eos_token_ids_of, local_directory, read_json
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 FINEST_GRID: Final = 1e-9
 """λ is not rounded: a checkpoint of its own has no grid."""

@@ -13,8 +13,8 @@ from server.routing import dial
 from server.routing.dial import Routing
 from server.service import Service
 from server.text.prompt import Ending, Prompt
+from server.wire.chat_request import ChatRequest, parse_chat_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import ChatRequest, parse_chat_request
 
 
 async def chat_completions(request: Request, service: Service) -> Response:

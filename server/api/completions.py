@@ -22,8 +22,8 @@ from server.routing import dial
 from server.service import Service
 from server.text.prompt import Prompt
 from server.text.vocabulary import Vocabulary
+from server.wire.completion_request import CompletionRequest, parse_completion_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import CompletionRequest, parse_completion_request
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from server.routing.reasoning_options import budgets, read_inputs
 from server.service import Service
 from server.text.prompt import Prompt
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GenerationRequest
+from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)

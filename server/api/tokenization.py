@@ -16,7 +16,7 @@ from server.routing import dial
 from server.service import Service
 from server.text.prompt import Ending
 from server.wire.errors import InvalidRequest
-from server.wire.requests import (
+from server.wire.tokenize_request import (
     TokenizeRequest,
     parse_detokenize_request,
     parse_tokenize_request,

@@ -12,7 +12,7 @@ from typing import Any, Final
 from mi_runtime.request import Dial
 from server.routing.group_lambdas import PARAM, check_lambda, group_dial, told
 from server.wire.errors import InvalidRequest, ModelNotFound, bounded
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 HEADER = "X-Reasoning-Lambda"
 DEFAULT: Final = "default"

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mi_runtime.request import Dial
 from server.wire.errors import InvalidRequest, bounded
-from server.wire.requests import GroupLambdas, LayerLambdas
+from server.wire.reasoning_fields import GroupLambdas, LayerLambdas
 
 PARAM: Final = "reasoning_lambda"
 PARTS: Final = ("attn", "mlp")  # of a layer

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from server.routing.profiles import DEFAULT_CLASS
 from server.wire.errors import InvalidRequest
-from server.wire.requests import EffortName, GenerationRequest
+from server.wire.generation_request import GenerationRequest
+from server.wire.reasoning_fields import EffortName
 
 NO_BUDGET: Final = -1
 NONE: Final = "none"

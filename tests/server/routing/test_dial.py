@@ -3,7 +3,7 @@ import pytest
 from mi_runtime.request import Dial
 from server.routing.dial import DialPolicy, Routing, WireLambda
 from server.wire.errors import ApiError, InvalidRequest, ModelNotFound
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 POLICY = DialPolicy("pair", step=0.01, default=0.8)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mi_runtime.request import Dial
 from server.routing.group_lambdas import group_dial, told
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 LAYERS = 4
 GROUPS = ["embed", "head", *(f"{layer}.{part}" for layer in range(4) for part in ("attn", "mlp"))]

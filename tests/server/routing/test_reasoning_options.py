@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from server.routing.reasoning_options import EFFORT_SHARES, ReasoningInputs, budgets, read_inputs
+from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import parse_chat_request
 
 
 def read(**fields: Any) -> ReasoningInputs:

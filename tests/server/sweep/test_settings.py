@@ -17,7 +17,7 @@ from server.sweep.settings import (
     wire_dial,
 )
 from server.sweep.tasks import embedded_task
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 QUESTIONS = embedded_task(4, 0).questions
 
