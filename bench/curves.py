@@ -12,6 +12,7 @@ import argparse
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -24,7 +25,7 @@ from server.routing.table import RoutingTable, Stop
 
 STEP = 0.01  # the default grid
 LEAST_SPAN = 0.1  # of score, so that noise does not look like a curve
-STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def main() -> int:
     run = Run(chosen.model, chosen.smoke, chosen.compile)
     for row in rows_of(jobs, run, chosen.deadline):
         print(json.dumps(row), flush=True)
-        if "error" in row and is_lost(run.place.device):
+        if "error" in row and is_lost(place_of(run).device):
             return DEVICE_LOST
     return 0
 

@@ -356,11 +356,11 @@ class Clock:
 # --- Counts ------------------------------------------------------------------------------------
 
 
-class Dispatches(EachDispatch):
+class Dispatches(EachDispatch):  # type: ignore[no-untyped-call]
     """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -63,11 +63,11 @@ SUBJECTS: Final = (
 # --- Counting launches ---------------------------------------------------------------------------
 
 
-class Launches(EachDispatch):
+class Launches(EachDispatch):  # type: ignore[no-untyped-call]
     """Counts what would be a kernel on a GPU, and everything that is dispatched."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = 0
         self.dispatched = 0
 
