@@ -2,20 +2,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.routing.observations import Digest, Observations
+from server.routing.observed_lengths import LengthDigest, ObservedLengths
 
 BLOCKS = st.lists(st.tuples(st.integers(0, 10_000), st.booleans()), min_size=1, max_size=60)
 
 
-def digest(blocks: list[tuple[int, bool]]) -> Digest:
-    made = Digest()
+def digest(blocks: list[tuple[int, bool]]) -> LengthDigest:
+    made = LengthDigest()
     for tokens, cut in blocks:
         made.add(tokens, cut=cut)
     return made
 
 
 def test_without_an_answer_nothing_is_known() -> None:
-    assert (Digest().samples, Digest().mean, Digest().quantile(0.9)) == (0, None, None)
+    assert (LengthDigest().samples, LengthDigest().mean, LengthDigest().quantile(0.9)) == (
+        0,
+        None,
+        None,
+    )
 
 
 def test_quantiles_are_those_of_the_blocks() -> None:
@@ -50,11 +54,11 @@ def test_the_mean_is_that_of_the_tokens_spent(blocks: list[tuple[int, bool]]) ->
 
 
 def test_classes_and_buckets_are_kept_apart_and_bounded() -> None:
-    observations = Observations(["default", "math"])
+    observations = ObservedLengths(["default", "math"])
     for cell in range(101):
         observations.add("math", cell / 100, 7, cut=False)
-    seen = list(observations.seen())
-    assert {name for name, _, _ in seen} == {"math"}
-    assert len(seen) == 10
+    filled = list(observations.filled())
+    assert {name for name, _, _ in filled} == {"math"}
+    assert len(filled) == 10
     assert observations.at("math", 0.65) is observations.at("math", 0.6)
     assert observations.at("default", 0.6).samples == 0

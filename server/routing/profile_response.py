@@ -1,20 +1,21 @@
-"""What `GET /v1/profiles` says: the active profile, and what the router makes of it."""
+"""The answer of `GET /v1/profiles`: the active profile, and how the router uses it."""
 
 from typing import Any, Final
 
-from server.routing.observations import QUANTILES, Digest
-from server.routing.policy import RoutingPolicy
+from server.routing.observed_lengths import QUANTILES, LengthDigest
 from server.routing.profiles import DEFAULT_CLASS, Point, Profile
 from server.routing.reasoning_options import EFFORT_SHARES, NONE
-from server.routing.table import Lengths, RoutingTable
+from server.routing.routing_policy import RoutingPolicy
+from server.routing.routing_table import ExpectedLengths, RoutingTable
 
 _UNMEASURED: Final = (
-    "Nobody measured this pair: an effort is a place along λ, a budget is a cap on the default λ."
+    "This pair was not measured: an effort is a position along λ, and a budget is a cap at the "
+    "default λ."
 )
 
 
-def profile_view(policy: RoutingPolicy) -> dict[str, Any]:
-    """One object. Without a profile of the pair its classes have no points."""
+def profile_response(policy: RoutingPolicy) -> dict[str, Any]:
+    """Returns the JSON object. Without a profile of the pair, its classes have no points."""
     profile, settings = policy.profile, policy.settings
     classes = profile.classes if profile else (DEFAULT_CLASS,)
     return {
@@ -47,14 +48,14 @@ def _class(name: str, policy: RoutingPolicy) -> dict[str, Any]:
         "efforts": _efforts(table),
         "observed": {
             bucket: _observed(digest)
-            for routing_class, bucket, digest in policy.observations.seen()
+            for routing_class, bucket, digest in policy.observed_lengths.filled()
             if routing_class == name
         },
     }
 
 
 def _points(points: tuple[Point, ...], table: RoutingTable) -> list[dict[str, Any]]:
-    front = {stop.reasoning_lambda for stop in table.front}
+    front = {candidate.reasoning_lambda for candidate in table.front}
     return [
         point.model_dump(by_alias=True)
         | {"on_front": point.reasoning_lambda in front, "router": _router(lengths)}
@@ -62,13 +63,13 @@ def _points(points: tuple[Point, ...], table: RoutingTable) -> list[dict[str, An
     ]
 
 
-def _router(lengths: Lengths) -> dict[str, Any]:
-    """Reasoning tokens that the router goes by."""
+def _router(lengths: ExpectedLengths) -> dict[str, Any]:
+    """The reasoning tokens that the router calculates with."""
     return {"mean": lengths.mean, "p90": lengths.p90, "p90_source": lengths.p90_source}
 
 
 def _efforts(table: RoutingTable | None) -> dict[str, float]:
-    """λ of every named effort."""
+    """The λ of every named effort."""
     shares: dict[str, float] = {
         name: share if table is None else table.by_effort(share).reasoning_lambda
         for name, share in EFFORT_SHARES.items()
@@ -76,7 +77,7 @@ def _efforts(table: RoutingTable | None) -> dict[str, float]:
     return {NONE: 0.0, **shares}
 
 
-def _observed(digest: Digest) -> dict[str, Any]:
+def _observed(digest: LengthDigest) -> dict[str, Any]:
     quantiles = {f"p{share * 100:g}": digest.quantile(share) for share in QUANTILES}
     return {
         "samples": digest.samples,

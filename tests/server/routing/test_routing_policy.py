@@ -1,18 +1,19 @@
-"""Which λ a request runs at, all things said."""
+"""The λ that a request runs at."""
 
 from typing import Any
 
 import pytest
 
 from mi_runtime.request import Dial
-from server.routing.dial import DialPolicy, Routing
-from server.routing.policy import NEUTRAL, REBUILD_SECONDS, RoutingPolicy, RoutingSettings
 from server.routing.profiles import Profile
-from server.routing.reasoning_options import ReasoningInputs
+from server.routing.reasoning_options import ReasoningOptions
+from server.routing.requested_lambda import LambdaReader
+from server.routing.routing_decision import RoutingDecision
+from server.routing.routing_policy import NEUTRAL, REBUILD_SECONDS, RoutingPolicy, RoutingSettings
 from tests.server.curves import profile
 
-DIALS = DialPolicy("pair", step=0.01, default=0.8)
-UNSAID = DIALS.route(model="pair", body=None, header=None)
+READER = LambdaReader("pair", step=0.01, default=0.8)
+UNNAMED = READER.read(model="pair", body=None, header=None)
 
 
 def policy(measured: Profile | None, **settings: Any) -> RoutingPolicy:
@@ -23,7 +24,7 @@ def policy(measured: Profile | None, **settings: Any) -> RoutingPolicy:
 MEASURED, UNMEASURED = policy(profile()), policy(None)
 
 
-def said(routing: Routing) -> tuple[float, str, float | None, int | None]:
+def summary(routing: RoutingDecision) -> tuple[float, str, float | None, int | None]:
     """λ, source, expected tokens, cap."""
     (dial,) = routing.dials
     return dial.reasoning_lambda, routing.source, routing.expected, routing.cap
@@ -53,60 +54,60 @@ def said(routing: Routing) -> tuple[float, str, float | None, int | None]:
         ({"effort": "none", "budget": 0}, (0.0, "effort", 0, 0)),
     ],
 )
-def test_the_first_thing_that_is_said_decides(
+def test_the_first_option_that_is_given_decides(
     inputs: dict[str, Any], expected: tuple[float, str, float | None, int | None]
 ) -> None:
-    assert said(MEASURED.route(UNSAID, ReasoningInputs(**inputs))) == pytest.approx(expected)
+    assert summary(MEASURED.route(UNNAMED, ReasoningOptions(**inputs))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("inputs", [{}, {"budget": 150}, {"effort": "low"}, {"thinks": False}])
-def test_an_explicit_lambda_stays_as_said_and_a_budget_caps_it(inputs: dict[str, Any]) -> None:
-    asked = DIALS.route(model="pair@0.6", body=None, header=None)
-    routing = MEASURED.route(asked, ReasoningInputs(**inputs))
+def test_an_explicit_lambda_stays_and_a_budget_caps_it(inputs: dict[str, Any]) -> None:
+    requested = READER.read(model="pair@0.6", body=None, header=None)
+    routing = MEASURED.route(requested, ReasoningOptions(**inputs))
     cap = inputs.get("budget")
-    assert said(routing) == (0.6, "model", 150 if cap else 200, cap)
+    assert summary(routing) == (0.6, "model", 150 if cap else 200, cap)
 
 
-def test_a_fan_out_and_a_lambda_by_groups_stay_as_said_without_an_expectation() -> None:
-    for asked in (
-        DIALS.route(model="pair", body=[0.2, 0.6], header=None),
-        Routing((Dial(0.6, (("head", 0.0),)),), "body"),
+def test_a_fan_out_and_a_lambda_by_groups_stay_without_an_expectation() -> None:
+    for requested in (
+        READER.read(model="pair", body=[0.2, 0.6], header=None),
+        RoutingDecision((Dial(0.6, (("head", 0.0),)),), "body"),
     ):
-        routing = MEASURED.route(asked, ReasoningInputs(budget=10))
-        assert (routing.dials, routing.cap, routing.expected) == (asked.dials, 10, None)
+        routing = MEASURED.route(requested, ReasoningOptions(budget=10))
+        assert (routing.dials, routing.cap, routing.expected) == (requested.dials, 10, None)
 
 
 def test_work_of_a_known_class_goes_by_its_own_curve() -> None:
-    inputs = ReasoningInputs(effort="max", routing_class="math")
-    routing = MEASURED.route(UNSAID, inputs)
-    assert (routing.routing_class, said(routing)) == ("math", (0.9, "effort", 3000, None))
+    inputs = ReasoningOptions(effort="max", routing_class="math")
+    routing = MEASURED.route(UNNAMED, inputs)
+    assert (routing.routing_class, summary(routing)) == ("math", (0.9, "effort", 3000, None))
 
 
 def test_work_of_an_unknown_class_goes_by_the_default_and_the_answer_says_so() -> None:
-    inputs = ReasoningInputs(effort="max", routing_class="poetry")
-    assert MEASURED.route(UNSAID, inputs).routing_class == "default"
+    inputs = ReasoningOptions(effort="max", routing_class="poetry")
+    assert MEASURED.route(UNNAMED, inputs).routing_class == "default"
 
 
 def test_where_nothing_fits_the_cheapest_point_runs_under_the_cap() -> None:
-    routing = MEASURED.route(UNSAID, ReasoningInputs(budget=700, routing_class="math"))
-    assert said(routing) == (0.5, "budget", 700, 700)
+    routing = MEASURED.route(UNNAMED, ReasoningOptions(budget=700, routing_class="math"))
+    assert summary(routing) == (0.5, "budget", 700, 700)
 
 
 def test_thinking_is_the_default_only_where_the_default_thinks() -> None:
     never = policy(profile(), default=0.2, think_threshold=0.3)
-    assert said(never.route(UNSAID, ReasoningInputs(thinks=True)))[0] == 0.45
-    assert said(never.route(UNSAID, ReasoningInputs()))[0] == 0.2
+    assert summary(never.route(UNNAMED, ReasoningOptions(thinks=True)))[0] == 0.45
+    assert summary(never.route(UNNAMED, ReasoningOptions()))[0] == 0.2
 
 
 def test_a_coarse_grid_gets_lambdas_that_lie_on_it() -> None:
     coarse = policy(profile(), step=0.2)
     for budget in range(0, 700, 50):
-        (dial,) = coarse.route(UNSAID, ReasoningInputs(budget=budget)).dials
+        (dial,) = coarse.route(UNNAMED, ReasoningOptions(budget=budget)).dials
         assert dial.reasoning_lambda in (0.0, 0.4, 0.6, 0.8)
 
 
 def test_the_answer_tells_what_was_done_and_leaves_out_what_does_not_apply() -> None:
-    routing = MEASURED.route(UNSAID, ReasoningInputs(budget=450))
+    routing = MEASURED.route(UNNAMED, ReasoningOptions(budget=450))
     assert routing.body == {
         "reasoning_lambda": 0.7,
         "source": "budget",
@@ -135,14 +136,14 @@ def test_the_answer_tells_what_was_done_and_leaves_out_what_does_not_apply() -> 
 def test_without_a_profile_an_effort_is_a_place_along_lambda_and_a_budget_a_cap(
     inputs: dict[str, Any], expected: tuple[float, str, float | None, int | None]
 ) -> None:
-    routing = UNMEASURED.route(UNSAID, ReasoningInputs(**inputs, routing_class="math"))
-    assert said(routing) == expected
+    routing = UNMEASURED.route(UNNAMED, ReasoningOptions(**inputs, routing_class="math"))
+    assert summary(routing) == expected
     assert (routing.profile, routing.routing_class) == (NEUTRAL, "default")
 
 
 def test_without_a_profile_load_changes_nothing() -> None:
-    routing = UNMEASURED.route(UNSAID, ReasoningInputs(), under_load=True)
-    assert said(routing)[0] == 0.8
+    routing = UNMEASURED.route(UNNAMED, ReasoningOptions(), under_load=True)
+    assert summary(routing)[0] == 0.8
     assert not routing.elastic
 
 
@@ -168,28 +169,28 @@ ELASTIC = policy(profile(), elastic_effort=0.4)  # λ = 0.4, 100 tokens
 def test_under_load_nothing_is_dearer_than_the_operators_effort(
     inputs: dict[str, Any], value: float, moved: bool
 ) -> None:
-    routing = ELASTIC.route(UNSAID, ReasoningInputs(**inputs), under_load=True)
+    routing = ELASTIC.route(UNNAMED, ReasoningOptions(**inputs), under_load=True)
     assert (routing.dials[0].reasoning_lambda, routing.elastic) == (value, moved)
     assert routing.cap == inputs.get("budget")
     assert routing.body.get("elastic") is (True if moved else None)
 
 
 def test_under_load_an_explicit_lambda_stays() -> None:
-    asked = DIALS.route(model="pair", body=1.0, header=None)
-    routing = ELASTIC.route(asked, ReasoningInputs(), under_load=True)
-    assert (said(routing)[0], routing.elastic) == (1.0, False)
+    requested = READER.read(model="pair", body=1.0, header=None)
+    routing = ELASTIC.route(requested, ReasoningOptions(), under_load=True)
+    assert (summary(routing)[0], routing.elastic) == (1.0, False)
 
 
 def test_under_load_a_default_that_was_never_measured_moves() -> None:
     unknown = policy(profile(), default=0.95, elastic_effort=1.0)
-    routing = unknown.route(UNSAID, ReasoningInputs(routing_class="math"), under_load=True)
-    assert (said(routing)[0], routing.elastic) == (0.9, True)
+    routing = unknown.route(UNNAMED, ReasoningOptions(routing_class="math"), under_load=True)
+    assert (summary(routing)[0], routing.elastic) == (0.9, True)
 
 
 def test_asking_for_nothing_is_never_made_dearer() -> None:
     """In this class λ = 0 was not measured, and the cheapest point is 0.5."""
-    inputs = ReasoningInputs(effort="none", routing_class="math")
-    assert said(ELASTIC.route(UNSAID, inputs, under_load=True))[0] == 0.0
+    inputs = ReasoningOptions(effort="none", routing_class="math")
+    assert summary(ELASTIC.route(UNNAMED, inputs, under_load=True))[0] == 0.0
 
 
 # --- adaptation ---
@@ -209,11 +210,11 @@ def adapting(clock: Clock, least: int | None) -> RoutingPolicy:
 
 def observe(policy: RoutingPolicy, value: float, count: int, tokens: int, cut: bool) -> None:
     for _ in range(count):
-        policy.observations.add("default", value, tokens, cut=cut)
+        policy.observed_lengths.add("default", value, tokens, cut=cut)
 
 
 def fits_300(policy: RoutingPolicy) -> float:
-    return policy.route(UNSAID, ReasoningInputs(budget=300)).dials[0].reasoning_lambda
+    return policy.route(UNNAMED, ReasoningOptions(budget=300)).dials[0].reasoning_lambda
 
 
 def test_observed_lengths_count_once_there_are_enough_and_the_table_is_due() -> None:
@@ -226,7 +227,7 @@ def test_observed_lengths_count_once_there_are_enough_and_the_table_is_due() -> 
     assert fits_300(adaptive) == 0.6
     clock.now += REBUILD_SECONDS
     assert fits_300(adaptive) == 0.8
-    routing = adaptive.route(UNSAID, ReasoningInputs())
+    routing = adaptive.route(UNNAMED, ReasoningOptions())
     assert routing.expected == 250
 
 
