@@ -19,12 +19,12 @@ from torch._dynamo.utils import calculate_time_spent, counters
 
 from bench.gpu_bounds import Shape
 from bench.gpu_pairs import Place, random_pair
-from mi_runtime.attention.backends import make_backend
 from mi_runtime.attention.paged import PagedAttention
-from mi_runtime.execution.compiled import compiled_logits
-from mi_runtime.execution.graphs import DecodeGraphs
+from mi_runtime.attention.selector import make_backend
+from mi_runtime.execution.compiled_layers import compiled_logits
+from mi_runtime.execution.decode_graphs import DecodeGraphs
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.blended_model import BlendedModel
 
 TINY = Shape(1, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, vocabulary=64, tied=True)
 PLACE = Place(torch.device("cpu"), torch.float32, positions=64)

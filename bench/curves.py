@@ -12,6 +12,7 @@ import argparse
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -20,11 +21,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from server.routing.profiles import BUILTIN, RoutingClass, load_profile
-from server.routing.table import RoutingTable, Stop
+from server.routing.routing_table import Candidate, RoutingTable
 
 STEP = 0.01  # the default grid
 LEAST_SPAN = 0.1  # of score, so that noise does not look like a curve
-STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
     for low, high in pairwise(table.front):
         style = "-" if _is_line(table, low, high) else ":"
         axes.plot([low.mean, high.mean], [low.score, high.score], style, color="tab:blue", lw=1)
-    front = {stop.reasoning_lambda for stop in table.front}
+    front = {candidate.reasoning_lambda for candidate in table.front}
     for point in measured.points:
         x, y, value = point.reasoning_tokens.mean, point.score, point.reasoning_lambda
         face, edge = ("tab:blue", "tab:blue") if value in front else ("white", "tab:gray")
@@ -72,10 +73,10 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
     axes.set_ylabel("score")
 
 
-def _is_line(table: RoutingTable, low: Stop, high: Stop) -> bool:
+def _is_line(table: RoutingTable, low: Candidate, high: Candidate) -> bool:
     """Whether the router may choose between the two."""
-    at = table.stops.index(low)
-    return table.stops[at + 1] != high
+    at = table.candidates.index(low)
+    return table.candidates[at + 1] != high
 
 
 if __name__ == "__main__":

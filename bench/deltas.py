@@ -28,18 +28,19 @@ import torch
 from torch import Tensor
 
 from bench.report import RESULTS, machine, rounded
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import StepRows
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
 from server.text.prompt import Prompts
-from server.wire.requests import Message
+from server.wire.messages import Message
 
 KEPT = RESULTS / "deltas.json"
 PAGE = Path(__file__).parents[1] / "docs" / "deltas.md"

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class EachDispatch(TorchDispatchMode):
+class EachDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, `run` stands for every operator; composites come as their parts."""
 
     @abstractmethod

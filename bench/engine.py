@@ -111,10 +111,10 @@ def measure(
     first: dict[str, list[float]] = {"f never-seen λ": [], "f hot λ": []}
     for index in range(rounds + 1):
         for name, row in rows.items():
-            value = row()
-            print(f"{pair.name} {index}/{rounds} {name:<34} prefill {value.prefill:>8,.0f}  "
-                  f"decode {value.decode:>8,.0f}  tokens/s", flush=True)  # fmt: skip
-            speeds[name] += [value] if index else []
+            speed = row()
+            print(f"{pair.name} {index}/{rounds} {name:<34} prefill {speed.prefill:>8,.0f}  "
+                  f"decode {speed.decode:>8,.0f}  tokens/s", flush=True)  # fmt: skip
+            speeds[name] += [speed] if index else []
         for number in range(5):
             unseen = HOT + 1e-4 * (1 + 5 * index + number)  # off the grid of every other row
             pairs = (("f never-seen λ", unseen), ("f hot λ", HOT))

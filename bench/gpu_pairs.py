@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from bench.gpu_bounds import Shape, Store
-from mi_runtime.model.load import BlendedModel, pair_up
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import pair_up
 
 SCALE = 0.02  # of the weights
 DIFFERENCE = 0.1  # of the endpoints, as a share of that

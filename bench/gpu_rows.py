@@ -41,7 +41,7 @@ from bench.static import static_model
 from bench.workload import Pair
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.sequence import Sequence
 

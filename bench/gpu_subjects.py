@@ -40,7 +40,7 @@ from bench.gpu_peers import Batching, Generate
 from bench.gpu_room import growth
 from bench.gpu_rows import Measured, Rows
 from bench.report import machine
-from mi_runtime.kernels import is_lost
+from mi_runtime.kernels.triton_support import is_lost
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def main() -> int:
     run = Run(chosen.model, chosen.smoke, chosen.compile)
     for row in rows_of(jobs, run, chosen.deadline):
         print(json.dumps(row), flush=True)
-        if "error" in row and is_lost(run.place.device):
+        if "error" in row and is_lost(place_of(run).device):
             return DEVICE_LOST
     return 0
 

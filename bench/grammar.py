@@ -87,6 +87,7 @@ def made_up() -> Tokenizer:
 
 def rows(name: str, tokenizer: Tokenizer, path: Path, answers: int) -> dict[str, list[float]]:
     end = tokenizer.token_to_id(END)
+    assert end is not None
     started = time.perf_counter()
     grammars = Grammars(GrammarVocabulary(str(path), (end,)))
     grammars.state("start: /a/", None).mask()

@@ -39,18 +39,19 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import mi_runtime.execution.in_flight_step
 import mi_runtime.execution.runner
 from bench.arguments import at_least, numbers
 from bench.dispatches import EachDispatch
 from bench.report import publish
-from mi_runtime.attention.paged import LayerShape
+from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.device.transfer import Readback
 from mi_runtime.engine import Engine
-from mi_runtime.execution.graphs import DecodeGraphs, Recorder, sizes_for
+from mi_runtime.execution.decode_graphs import DecodeGraphs, Recorder, sizes_for
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
 from mi_runtime.scheduling.planner import CostModel, Curve, Planner
 from mi_runtime.worker import receive
@@ -317,7 +318,7 @@ def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None
         patch.object(owner, name, clock.timed(part, getattr(owner, name)))
         for owner, name, part in parts
     ]
-    patches.append(patch.object(module, "Readback", device.readback()))
+    patches.append(patch.object(mi_runtime.execution.in_flight_step, "Readback", device.readback()))
     for one in patches:
         one.start()
     try:
@@ -355,11 +356,11 @@ class Clock:
 # --- Counts ------------------------------------------------------------------------------------
 
 
-class Dispatches(EachDispatch):
+class Dispatches(EachDispatch):  # type: ignore[no-untyped-call]
     """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

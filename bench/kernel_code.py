@@ -38,7 +38,7 @@ from torch import Tensor
 
 from bench.gpu_bounds import SHAPES, Shape
 from bench.kernel_cache import pack, unpack
-from mi_runtime.kernels import triton_installed, triton_interpreted
+from mi_runtime.kernels.triton_support import triton_installed, triton_interpreted
 
 PROCESSORS: Final = 132
 SHARED: Final = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
@@ -221,8 +221,8 @@ def _resource_usage(binary: Path) -> str:
 
 def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     """Of every number of rows that is recorded or measured, and of prefill chunks."""
-    from mi_runtime.execution.graphs import SIZES
-    from mi_runtime.execution.measure import KERNEL_ROWS
+    from mi_runtime.execution.cost_measurement import KERNEL_ROWS
+    from mi_runtime.execution.decode_graphs import SIZES
 
     decodes = sorted({1, *SIZES})
     for rows in sorted({*SIZES, *KERNEL_ROWS}):

@@ -26,7 +26,7 @@ import torch
 from bench.report import interleaved, publish
 from bench.workload import BUILD, midsize_pair
 from mi_runtime.model.merge import Interpolation, write_weights
-from mi_runtime.model.pair import check_pair
+from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import Dial
 
 OUT = BUILD / "merged"

@@ -121,9 +121,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
-            for piece in tensor.flatten().view(torch.uint8).split(PIECE):
+            for piece in tensor.flatten().view(torch.uint8).split(PIECE):  # type: ignore[no-untyped-call]
                 part = buffer[: len(piece)].copy_(piece)
-                file.write(memoryview(part.numpy()))
+                file.write(part.numpy().data)
 
 
 def _header(tensors: dict[str, Tensor]) -> bytes:

@@ -29,7 +29,7 @@ from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
 from server.text.checkpoint import Endpoint
 from server.text.prompt import Prompts
-from server.wire.requests import Message
+from server.wire.messages import Message
 
 LAMBDAS = [index / (STREAMS - 1) for index in range(STREAMS)]
 

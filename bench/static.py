@@ -9,14 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from bench.workload import Pair
-from mi_runtime.attention.paged import LayerShape
+from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.kernels.choice import KernelChoice
+from mi_runtime.kernels.dispatch import KernelChoice
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import DTYPES, BlendedModel, load_static, use_paged_attention
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import DTYPES, load_static, use_paged_attention
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import BlendGroups
 
 NUM_BLOCKS = 2048
 

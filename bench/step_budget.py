@@ -25,10 +25,11 @@ from bench.gpu_bounds import SHAPES, TINY, Shape, Store, decode_work, way_of
 from bench.gpu_pairs import Place, random_endpoint, random_pair
 from bench.host import GREEDY, SAMPLED, Case, dispatches
 from bench.static import static_model
-from mi_runtime.attention.paged import AttentionPlan, PagedAttention
-from mi_runtime.execution.graphs import DecodeGraphs, Form
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import Way
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionPlan
+from mi_runtime.execution.decode_graphs import DecodeGraphs, Form
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import Way
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- bench.step_budget: from here -->\n", "<!-- bench.step_budget: to here -->\n"
@@ -62,11 +63,11 @@ SUBJECTS: Final = (
 # --- Counting launches ---------------------------------------------------------------------------
 
 
-class Launches(EachDispatch):
+class Launches(EachDispatch):  # type: ignore[no-untyped-call]
     """Counts what would be a kernel on a GPU, and everything that is dispatched."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = 0
         self.dispatched = 0
 

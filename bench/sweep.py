@@ -48,7 +48,7 @@ from server.sweep.settings import Unit, curves_of, units_of
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
 from server.text.prompt import Prompts
-from server.wire.requests import Message
+from server.wire.messages import Message
 
 LAMBDAS = [value / 10 for value in range(11)]
 MAX_TOKENS = 512

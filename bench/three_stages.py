@@ -55,7 +55,7 @@ POLICIES = {
     "λ = 0.7": "λ = 0.7, cut",
     "λ = 1": "λ = 1, cut",
 }
-STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 Point = Mapping[str, Any]
 

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 import torch
 
 from mi_runtime.config import EngineConfig
-from mi_runtime.execution.in_flight import InFlightStep
-from mi_runtime.execution.start import start_runner
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import check_pair, fingerprint
-from mi_runtime.model.rows import Way
+from mi_runtime.execution.in_flight_step import InFlightStep
+from mi_runtime.execution.startup import start_runner
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair, fingerprint
+from mi_runtime.model.row_lambdas import Way
 from mi_runtime.request import (
     EngineInfo,
     EngineRequest,
@@ -18,7 +19,7 @@ from mi_runtime.request import (
     RequestRejected,
     TokenEvent,
 )
-from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.grammar import Grammars
 from mi_runtime.scheduling.scheduler import Scheduler

@@ -14,10 +14,10 @@ from server.engine.client import EngineClient
 from server.engine.sampling import SamplingPolicy
 from server.ops.metrics import EngineState, Metrics
 from server.ops.routing_metrics import RoutingCollector, RoutingState
-from server.routing.dial import DialPolicy
-from server.routing.elastic import Elastic, ElasticLimits, Pressure
-from server.routing.policy import RoutingPolicy, RoutingSettings
+from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
 from server.routing.profiles import Profile, load_profile, profile_of
+from server.routing.requested_lambda import LambdaReader
+from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import Endpoint
 from server.text.grammar_builder import Constraint
 from server.text.prompt import Prompts
@@ -52,7 +52,9 @@ class Service:
         self._profile = None if settings.profile is None else load_profile(settings.profile)
         self.draining = False
         self.request_numbers = itertools.count()  # unlike a client's X-Request-Id, unique
-        self.dials = DialPolicy(settings.model_name, settings.lambda_step, settings.default_lambda)
+        self.lambda_reader = LambdaReader(
+            settings.model_name, settings.lambda_step, settings.default_lambda
+        )
         self.prompts = Prompts(
             instruct,
             thinking,
@@ -73,7 +75,7 @@ class Service:
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
-        self.elastic = Elastic(_elastic_limits(settings)) if settings.elastic else None
+        self.elastic = ElasticSwitch(_elastic_limits(settings)) if settings.elastic else None
         self.metrics.registry.register(RoutingCollector(settings.model_name, self._routing_state))
         self.keys = KeyRing.of(settings.api_key, settings.api_key_file)
         self.rate_limits = RateLimits(
@@ -144,7 +146,7 @@ class Service:
         return self.elastic.update(Pressure(self.engine.waiting, self.engine.kv_usage))
 
     def _routing_state(self) -> RoutingState:
-        observations = None if self.engine.info is None else self.routing.observations
+        observations = None if self.engine.info is None else self.routing.observed_lengths
         return RoutingState(observations, elastic=self.under_load())
 
     def _engine_state(self) -> EngineState:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import AttentionPlan, Prefill
+from mi_runtime.attention.plan import AttentionPlan, Prefill
 from mi_runtime.device.transfer import Array, together_on_device
-from mi_runtime.model.rows import StepRows
+from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch

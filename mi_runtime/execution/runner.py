@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import AttentionBackend, PagedAttention
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionBackend
 from mi_runtime.execution.batch import NOTHING_DRAWN, Batch, build_batch
-from mi_runtime.execution.graphs import DecodeGraphs
-from mi_runtime.execution.in_flight import InFlightStep, PromptScores, score
+from mi_runtime.execution.decode_graphs import DecodeGraphs
+from mi_runtime.execution.in_flight_step import InFlightStep, PromptScores, score
 from mi_runtime.execution.sampler import Sampler
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import Planner, SubBatch
 from mi_runtime.scheduling.sequence import Sequence

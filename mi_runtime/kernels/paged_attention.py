@@ -15,7 +15,7 @@ for every replay of a captured graph; a program that finds nothing left to do sa
 
 What lies in a slot that no token of the sequence has is never read: a NaN there changes nothing.
 Shapes and addresses come from host numbers alone and nothing waits for the device. The slow twin
-is `mi_runtime.attention.paged.ReferenceAttention`.
+is `mi_runtime.attention.reference.ReferenceAttention`.
 """
 
 import math
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mi_runtime.kernels import triton_interpreted
+from mi_runtime.kernels.triton_support import triton_interpreted
 
 LEAST_SPLIT: Final = 128  # tokens; fewer are not worth a program of their own
 MOST_SPLITS: Final = 64

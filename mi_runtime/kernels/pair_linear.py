@@ -19,7 +19,7 @@ Grouped by expert, one launch serves all experts of a projection: `align` sorts 
 on the device and cuts each expert's rows into blocks; their number is bounded by what the host
 knows, and blocks beyond the real ones end at once. Nothing here waits for the device.
 
-This module knows tensors; which products come here is decided in `choice.py`.
+This module knows tensors; `dispatch.py` decides which products come here.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mi_runtime.kernels import triton_interpreted
+from mi_runtime.kernels.triton_support import triton_interpreted
 
 INTERPRETED = triton_interpreted()
 SUM_BLOCK = 1024

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mi_runtime.kernels.choice import KernelChoice
-from mi_runtime.model.blend import add_expert_bias, off_the_file, stacked_biases
-from mi_runtime.model.rows import INSTRUCT, THINKING, Rows
+from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.model.row_lambdas import INSTRUCT, THINKING, Rows
+from mi_runtime.model.weights import add_expert_bias, off_the_file, stacked_biases
 
 DeltaKind = Literal["int8", "int4"]
 GROUP = 64  # inputs that share a scale of int4
@@ -205,7 +205,7 @@ class DeltaWeights:
 
 
 class DeltaMatrix(DeltaWeights):
-    """A matrix `[out, in]` at every λ: what `blend.PairMatrix` is of both endpoints whole."""
+    """A matrix `[out, in]` at every λ: what `weights.PairMatrix` is of both endpoints whole."""
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """`[..., rows, in]` to `[..., rows, out]`."""

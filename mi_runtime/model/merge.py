@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_runtime.errors import PairError
-from mi_runtime.model.pair import Endpoint, check_base, check_pair
+from mi_runtime.model.pair_check import Endpoint, check_base, check_pair
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial
 

@@ -14,19 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mi_runtime.errors import UnsupportedModel
-from mi_runtime.model.blend import (
+from mi_runtime.model.pair_modules import (
     EXPERT_ATTRIBUTES,
-    Matrix,
     PairEmbedding,
     PairLayerNorm,
     PairLinear,
-    PairMatrix,
     RoutedWeight,
     RowParameter,
-    Storage,
-    Vocabulary,
 )
-from mi_runtime.model.rows import BlendGroups, RowSlot
+from mi_runtime.model.row_lambdas import BlendGroups, RowSlot
+from mi_runtime.model.weights import Matrix, PairMatrix, Storage, Vocabulary
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)")
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")  # as in EXPERT_ATTRIBUTES

@@ -9,7 +9,7 @@ from mi_runtime.request import TokenEvent
 from server.answer.choice import Choice, Chunk
 from server.engine.generation import Generation
 from server.ops.request_log import Trace
-from server.routing.dial import Routing
+from server.routing.routing_decision import RoutingDecision
 from server.wire.errors import ApiError, DeadlineExceeded
 
 
@@ -21,7 +21,7 @@ class AnswerHead:
     created: int  # seconds since 1970
     model: str
     system_fingerprint: str
-    routing: Routing
+    routing: RoutingDecision
     prompt_tokens: int  # each prompt once, however many choices it has
     prompts: int = 1  # each has the same number of choices
     include_usage: bool = False  # in a stream

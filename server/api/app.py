@@ -24,7 +24,7 @@ from server.api.status import health, metrics, profiles, ready, version
 from server.api.tokenization import detokenize, tokenize
 from server.ops import request_log
 from server.ops.request_log import RequestLog
-from server.routing import dial
+from server.routing import requested_lambda
 from server.service import Service
 from server.wire import openapi
 from server.wire.error_response import error_response
@@ -68,7 +68,7 @@ def _with_access_control(app: ASGIApp, service: Service) -> ASGIApp:
         allow_origins=settings.cors_origin,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=[request_log.HEADER, dial.HEADER, "Retry-After"],
+        expose_headers=[request_log.HEADER, requested_lambda.HEADER, "Retry-After"],
     )
 
 

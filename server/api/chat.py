@@ -20,12 +20,12 @@ from server.api.prepared_request import (
 )
 from server.api.respond import respond
 from server.api.submission import submit
-from server.routing import dial
-from server.routing.dial import Routing
+from server.routing import requested_lambda
+from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Ending, Prompt
+from server.wire.chat_request import ChatRequest, parse_chat_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import ChatRequest, parse_chat_request
 
 
 async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
@@ -39,7 +39,7 @@ async def prepare_chat(request: Request, service: Service, engine: EngineInfo) -
     """Reads and checks a chat request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
     wire = await parse_body(body, parse_chat_request)
-    routing = choose_dials(wire, request.headers.get(dial.HEADER), service, engine)
+    routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
     grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, routing, service)
     note_request(request.state.trace, wire, routing)
@@ -59,7 +59,7 @@ async def prepare_chat(request: Request, service: Service, engine: EngineInfo) -
 
 
 def _grammar_and_prompts(
-    wire: ChatRequest, routing: Routing, service: Service
+    wire: ChatRequest, routing: RoutingDecision, service: Service
 ) -> tuple[str | None, list[Prompt]]:
     """Returns the grammar of the answer, if it has one, and the prompt of each dial."""
     grammar = service.constraint.grammar(wire)
@@ -80,7 +80,7 @@ def _grammar_and_prompts(
 
 def _choices(
     wire: ChatRequest,
-    routing: Routing,
+    routing: RoutingDecision,
     prompts: Sequence[Prompt],
     service: Service,
     engine: EngineInfo,

@@ -27,13 +27,13 @@ from server.api.prepared_request import (
 )
 from server.api.respond import respond
 from server.api.submission import submit
-from server.routing import dial
-from server.routing.dial import Routing
+from server.routing import requested_lambda
+from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Prompt
 from server.text.vocabulary import Vocabulary
+from server.wire.completion_request import CompletionRequest, parse_completion_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import CompletionRequest, parse_completion_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ async def prepare_completion(
     body = await read_body(request, service.settings.max_body_bytes)
     wire = await parse_body(body, parse_completion_request)
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
-    routing = choose_dials(wire, request.headers.get(dial.HEADER), service, engine)
+    routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     vocabulary = service.prompts.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, engine.vocab_size)
     note_request(request.state.trace, wire, routing)
@@ -76,7 +76,7 @@ async def prepare_completion(
 def _choices(
     prompt: _RawPrompt,
     wire: CompletionRequest,
-    routing: Routing,
+    routing: RoutingDecision,
     service: Service,
     engine: EngineInfo,
 ) -> list[PreparedChoice]:

@@ -26,7 +26,7 @@ async def show_model(name: str, service: ServiceOfApp) -> dict[str, Any]:
 def _model_card(name: str, service: Service) -> dict[str, Any]:
     """Returns one card; that of an alias names its parent and its λ. Raises `ModelNotFound`."""
     base = service.settings.model_name
-    alias = service.dials.alias_lambda(name)
+    alias = service.lambda_reader.alias_lambda(name)
     info = service.engine.info
     card: dict[str, Any] = {
         "id": name,
@@ -42,7 +42,7 @@ def _model_card(name: str, service: Service) -> dict[str, Any]:
         return card
     if not 0.0 <= alias <= 1.0:
         raise ModelNotFound(name, base)
-    named = service.dials.read(model=name, body=None, header=None)
+    named = service.lambda_reader.read(model=name, body=None, header=None)
     return card | {"reasoning_lambda": named.dials[0].reasoning_lambda}
 
 

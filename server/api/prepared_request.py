@@ -12,12 +12,12 @@ from server.answer.echo import Echo
 from server.answer.format import Format
 from server.engine.sampling import seed_of_choice
 from server.ops.request_log import Trace
-from server.routing.dial import Routing
-from server.routing.reasoning_options import budgets, read_inputs
+from server.routing.reasoning_options import budgets, read_reasoning_options
+from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Prompt
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GenerationRequest
+from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PreparedRequest:
     """A request that can be submitted to the engine."""
 
     wire: GenerationRequest
-    routing: Routing
+    routing: RoutingDecision
     choices: Sequence[PreparedChoice]
     engine: EngineInfo
     trace: Trace
@@ -57,18 +57,20 @@ class PreparedRequest:
 
 def choose_dials(
     wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
-) -> Routing:
+) -> RoutingDecision:
     """Returns the dials of a request, with the answer's dial and the cap.
 
     Raises `InvalidRequest` or `ModelNotFound`.
     """
-    named = service.dials.read(
+    named = service.lambda_reader.read(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
     )
     if not service.prompts.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
-    named = service.dials.with_answer(named, wire.answer_lambda)
-    return service.routing.route(named, read_inputs(wire), under_load=service.under_load())
+    named = service.lambda_reader.with_answer(named, wire.answer_lambda)
+    return service.routing.route(
+        named, read_reasoning_options(wire), under_load=service.under_load()
+    )
 
 
 def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
@@ -88,7 +90,7 @@ def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
     ]
 
 
-def note_request(trace: Trace, wire: GenerationRequest, routing: Routing) -> None:
+def note_request(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
     """Adds the request to its line in the log."""
     trace.notes |= {
         "model": wire.model,

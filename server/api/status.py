@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server import __version__
 from server.api.dependencies import ServiceOfApp
-from server.routing.profile_view import profile_view
+from server.routing.profile_response import profile_response
 
 
 async def health(service: ServiceOfApp) -> dict[str, str]:
@@ -31,7 +31,7 @@ async def metrics(service: ServiceOfApp) -> Response:
 
 async def profiles(service: ServiceOfApp) -> dict[str, Any]:
     service.admit()
-    return profile_view(service.routing)
+    return profile_response(service.routing)
 
 
 async def version() -> dict[str, str]:

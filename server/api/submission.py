@@ -106,7 +106,7 @@ def _observer(
     has_tags = service.prompts.vocabulary.has_think_tags
     if choice.prompt.is_raw or choice.dial.groups or name is None or not has_tags:
         return observe_nothing
-    observations = service.routing.observations
+    observations = service.routing.observed_lengths
     return lambda tokens, cut: observations.add(name, value, tokens, cut=cut)
 
 

@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.body import read_body
 from server.api.dependencies import ServiceOfApp
-from server.routing import dial
+from server.routing import requested_lambda
 from server.service import Service
 from server.text.prompt import Ending
 from server.wire.errors import InvalidRequest
-from server.wire.requests import (
+from server.wire.tokenize_request import (
     TokenizeRequest,
     parse_detokenize_request,
     parse_tokenize_request,
@@ -28,7 +28,9 @@ from server.wire.requests import (
 async def tokenize(request: Request, service: ServiceOfApp) -> Response:
     """In the answer `max_model_len` is null while the engine is loading."""
     body = await read_body(request, service.settings.max_body_bytes)
-    return await asyncio.to_thread(_tokens, body, request.headers.get(dial.HEADER), service)
+    return await asyncio.to_thread(
+        _tokens, body, request.headers.get(requested_lambda.HEADER), service
+    )
 
 
 def _tokens(body: bytes, header: str | None, service: Service) -> Response:
@@ -46,7 +48,7 @@ def _tokens(body: bytes, header: str | None, service: Service) -> Response:
 
 
 def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> list[int]:
-    named = service.dials.read(
+    named = service.lambda_reader.read(
         model=wire.model or service.settings.model_name, body=wire.reasoning_lambda, header=header
     )
     if wire.messages is None:
@@ -70,7 +72,7 @@ async def detokenize(request: Request, service: ServiceOfApp) -> Response:
 def _text(body: bytes, service: Service) -> Response:
     wire = parse_detokenize_request(body)
     if wire.model is not None:
-        service.dials.alias_lambda(wire.model)  # raises `ModelNotFound`
+        service.lambda_reader.alias_lambda(wire.model)  # raises `ModelNotFound`
     vocabulary = service.prompts.vocabulary
     for index, token_id in enumerate(wire.tokens):
         if vocabulary.tokenizer.id_to_token(token_id) is None:

@@ -7,7 +7,7 @@ from mi_runtime.request import EngineInfo, SamplingParams
 from server.text.checkpoint import Endpoint
 from server.text.vocabulary import Vocabulary
 from server.wire.errors import ContextTooLong, InvalidRequest
-from server.wire.requests import GenerationRequest
+from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from server.routing.profiles import (
     DEFAULT_CLASS,
-    Lengths,
+    MeasuredLengths,
     MeasuredPair,
     Point,
     Profile,
@@ -79,7 +79,7 @@ def _profile_point(point: MeasuredPoint) -> Point:
         reasoning_lambda=point.reasoning_lambda,
         score=round(score.value, 4),
         score_interval=(round(score.low, 4), round(score.high, 4)),
-        reasoning_tokens=Lengths(mean=round(lengths[0], 2), p50=lengths[1], p90=lengths[2]),
+        reasoning_tokens=MeasuredLengths(mean=round(lengths[0], 2), p50=lengths[1], p90=lengths[2]),
         answer_tokens=round(point.value("answer_tokens_mean"), 2),
         think_rate=round(point.value("think_rate"), 4),
         samples=point.samples,

@@ -49,7 +49,7 @@ from mi_runtime.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.grammar import Grammars
 from mi_runtime.scheduling.scheduler import Scheduler

@@ -18,7 +18,7 @@ from mi_runtime.execution import sampler
 from mi_runtime.execution.batch import build_batch
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch

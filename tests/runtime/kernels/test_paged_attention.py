@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mi_runtime.attention.paged import AttentionPlan, LayerShape, PagedAttention, ReferenceAttention
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionPlan, LayerShape
+from mi_runtime.attention.reference import ReferenceAttention
 from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk

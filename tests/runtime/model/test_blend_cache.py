@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mi_runtime.model.blend import PairExperts, PairMatrix, VocabularyPair
 from mi_runtime.model.blend_cache import BlendCache, Key
-from mi_runtime.model.rows import BlendGroups, StepRows, Way
+from mi_runtime.model.row_lambdas import BlendGroups, StepRows, Way
+from mi_runtime.model.weights import PairExperts, PairMatrix, VocabularyPair
 from mi_runtime.request import Dial
 
 VALUES = (0.01, 0.25, 0.3, 0.5, 0.77, 0.99)

@@ -18,7 +18,7 @@ from mi_runtime.model.delta import (
     DeltaVocabulary,
     quantize,
 )
-from mi_runtime.model.rows import INSTRUCT, Rows
+from mi_runtime.model.row_lambdas import INSTRUCT, Rows
 
 KINDS = get_args(DeltaKind)
 WIDTHS = (1, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP + 7)

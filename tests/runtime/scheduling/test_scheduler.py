@@ -25,7 +25,7 @@ from mi_runtime.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
 from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.scheduler import SCORED_ROWS, Scheduler

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.request import Dial
-from server.routing.group_lambdas import group_dial
+from server.routing.group_lambdas import dial_of_groups
 from server.sweep.errors import BadParameters
 from server.sweep.settings import (
     Decoding,
@@ -17,7 +17,7 @@ from server.sweep.settings import (
     wire_dial,
 )
 from server.sweep.tasks import embedded_task
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 QUESTIONS = embedded_task(4, 0).questions
 
@@ -25,7 +25,7 @@ QUESTIONS = embedded_task(4, 0).questions
 def dial_of(name: str, value: float, layers: int) -> Dial:
     wire = wire_dial(name, value, layers)
     assert isinstance(wire, dict)
-    return group_dial(GroupLambdas.model_validate(wire), step=0.01, layers=layers)
+    return dial_of_groups(GroupLambdas.model_validate(wire), step=0.01, layers=layers)
 
 
 def groups_at(name: str, value: float, layers: int = 6) -> set[str]:
