@@ -29,7 +29,7 @@ def main(flags: Sequence[str], worker_command: Sequence[str] = WORKER_COMMAND) -
     )
     engine.start()  # it loads while this process still imports and reads
     try:
-        from server.api.process import run
+        from server.api.uvicorn_server import run
         from server.service import Service
 
         endpoints = Endpoint.read(instruct), Endpoint.read(thinking)

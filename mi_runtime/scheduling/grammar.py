@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Final
 
 from mi_runtime.config import GrammarVocabulary
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.request import Phase
+from mi_runtime.scheduling.thinking import ThinkingState
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer

@@ -425,6 +425,7 @@ def _event(
         cached_tokens=sequence.cached_tokens,
         reasoning_tokens=0 if thinking is None else thinking.reasoning_tokens,
         forced_close=False if thinking is None else thinking.forced_close,
+        phase=0 if thinking is None else int(thinking.phase),
         queue_seconds=sequence.queue_seconds,
         error=error,
         prompt_logprobs=scores,

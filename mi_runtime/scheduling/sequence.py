@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import Final
 
 from mi_runtime.config import TokenMarks
-from mi_runtime.request import Dial, EngineRequest, TokenLogprobs
+from mi_runtime.request import Dial, EngineRequest, Phase, TokenLogprobs
 from mi_runtime.scheduling.grammar import Grammars, GrammarState
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.scheduling.thinking import ThinkingState
 
 NO_TOKENS: Final = frozenset[int]()
 NOTHING: Final = range(0)

@@ -7,16 +7,8 @@ sequence is forced, token by token; in the window before the cap it is forced wh
 line ends.
 """
 
-from enum import Enum, auto
-
 from mi_runtime.config import TokenMarks
-from mi_runtime.request import ThinkPolicy
-
-
-class Phase(Enum):
-    OUTSIDE = auto()  # no block was opened yet
-    INSIDE = auto()
-    CLOSED = auto()  # none can be opened any more
+from mi_runtime.request import Phase, ThinkPolicy
 
 
 class ThinkingState:

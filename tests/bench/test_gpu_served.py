@@ -20,7 +20,7 @@ from bench.served_pair import made_up_tokenizer, write_pair
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import EngineInfo
-from server.api.process import told
+from server.api.ready_message import describe_engine
 from server.text.checkpoint import Endpoint
 
 Rows = dict[tuple[str, str], Any]
@@ -130,7 +130,9 @@ def test_graphs_and_kernels_that_are_off_are_read_from_the_servers_line_and_fail
     graphs: str, kernels: str, off_there: int
 ) -> None:
     info = info_of(attention="triton (8 decode steps)", graphs=graphs, pair_kernels=kernels)
-    engine = engine_facts_of(f"Ready: x ({told(info)}profile neutral) at http://127.0.0.1:80")
+    engine = engine_facts_of(
+        f"Ready: x ({describe_engine(info)}profile neutral) at http://127.0.0.1:80"
+    )
     assert engine == engine_facts(info)
     error = off(engine, ServedRun("4b"), "cuda").get("error", "")
     assert len(list(filter(None, error.split("; ")))) == off_there

@@ -127,7 +127,7 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPro
     try:
         yield server.wait_ready()
     finally:
-        server.text.stop_strings()
+        server.stop()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -209,7 +209,7 @@ def test_traces_without_their_packages_are_exit_code_2_with_advice() -> None:
 
 def test_without_traces_no_sdk_of_opentelemetry_is_imported() -> None:
     """Its API may be: FastAPI brings that in where it is installed."""
-    program = "import sys, server.api.process, server.cli; print(*sys.modules)"
+    program = "import sys, server.api.uvicorn_server, server.cli; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "server.service" in loaded.split()

@@ -30,13 +30,14 @@ from mi_runtime.request import (
     Dial,
     EngineRequest,
     FinishReason,
+    Phase,
     RequestRejected,
     SamplingParams,
     ThinkPolicy,
     TokenEvent,
 )
 from mi_runtime.scheduling.grammar import MOST_KEPT, Grammars, GrammarState
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.scheduling.thinking import ThinkingState
 from tests.runtime.conftest import MakeEngine, PairOf
 
 TOKENIZER = build_tokenizer()

@@ -143,7 +143,7 @@ def test_a_pair_nobody_measured_gets_the_neutral_profile_and_is_told(client: Tes
     }
     view = client.get("/v1/profiles").json()
     assert (view["name"], view["measured"]) == ("neutral", False)
-    assert "Nobody measured this pair" in view["source"]["description"]
+    assert "This pair was not measured" in view["source"]["description"]
     assert view["classes"]["default"]["points"] == []
 
 
