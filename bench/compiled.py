@@ -63,8 +63,8 @@ def run_all(model: BlendedModel) -> None:
     )
     with torch.inference_mode():
         graphs.record()
-        for form in graphs.forms:
-            graphs._replays[form]()
+        for key in graphs.keys:
+            graphs._replays[key]()
 
 
 if __name__ == "__main__":

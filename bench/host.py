@@ -308,7 +308,7 @@ def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None
         (engine.scheduler, "schedule", "schedule"),
         (runner.planner, "plan", "plan"),
         (module, "build_batch", "build batch"),
-        (graphs, "form_for", "form"),
+        (graphs, "key_for", "form"),
         (graphs, "_write", "write buffers"),
         (graphs, "_write_lambdas", "write λ"),
         (engine.scheduler, "update", "update"),

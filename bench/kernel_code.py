@@ -394,7 +394,7 @@ def attend(
         query=empty(rows, shape.heads, dim, dtype=dtype),
         keys=cache,
         values=cache,
-        tables=tables,
+        block_tables=tables,
         lengths=numbers[:-1],
         query_starts=numbers,
         sinks=own,

@@ -12,7 +12,7 @@ from bench.workload import Pair
 from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.load import DTYPES, load_static, use_paged_attention
@@ -63,7 +63,7 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
     return BlendedModel(
         model=plain,
         groups=NoGroups(0, device, BlendCache(), endpoints={}),
-        kernels=KernelChoice(),
+        kernels=KernelDispatch(),
         layers=(layer,) * shape.num_hidden_layers,
         device=device,
         dtype=plain.dtype,

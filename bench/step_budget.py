@@ -27,7 +27,7 @@ from bench.host import GREEDY, SAMPLED, Case, dispatches
 from bench.static import static_model
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.attention.plan import AttentionPlan
-from mi_runtime.execution.decode_graphs import DecodeGraphs, Form
+from mi_runtime.execution.decode_graphs import DecodeGraphs, GraphKey
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.row_lambdas import Way
 
@@ -113,7 +113,7 @@ def _recorded(model: BlendedModel, way: Way) -> Launches:
             run()
         return run
 
-    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([Form(2, way)])
+    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([GraphKey(2, way)])
     return counted
 
 
