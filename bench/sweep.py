@@ -129,28 +129,18 @@ async def _swept(url: str, work: Iterable[PlannedSample]) -> float:
         return sum(sample.tokens for sample in log.samples.values()) / seconds
 
 
-<<<<<<< HEAD
 def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
-    """Seconds."""
-=======
-def swept_from_start(work: list[Unit], *flags: str) -> float:
     """Returns the seconds."""
->>>>>>> docs
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, own_server(flags, Path(folder, "server")) as url:
         swept(url, work)
     return time.perf_counter() - started
 
 
-<<<<<<< HEAD
 def servers_in_turn(work: list[PlannedSample]) -> float:
-    """Seconds, merging included. Both endpoints are the merge, and the one at λ = 0 is asked."""
-=======
-def servers_in_turn(work: list[Unit]) -> float:
     """Returns the seconds, including the merging. Each server has the merge as both endpoints, and
     requests have λ = 0.
     """
->>>>>>> docs
     started = time.perf_counter()
     for value in LAMBDAS:
         own = [
