@@ -31,12 +31,13 @@ from typing import Any
 
 from bench.report import RESULTS, machine, rounded
 from server.routing.profiles import DEFAULT_CLASS
-from server.sweep.asking import Asking, ServedPair, Server, read_answer, request_body
-from server.sweep.child import own_server
+from server.sweep.collect import RequestOptions, read_answer, request_body
 from server.sweep.estimates import RESAMPLES, estimate, grouped
 from server.sweep.graders import grader_named
+from server.sweep.grid import ALL, Decoding, PlannedSample, Setting
+from server.sweep.http_client import ServedPair, ServerClient
+from server.sweep.own_server import own_server
 from server.sweep.samples import Sample
-from server.sweep.settings import ALL, Decoding, Setting, Unit
 from server.sweep.tasks import EMBEDDED, Task, embedded_task
 
 BUDGETS = "0,5,10,15,20,30,40,60,80,120"
@@ -55,7 +56,7 @@ class Policy:
     budget: int | None
     explicit: float | None  # λ; None: the router chooses it
 
-    def body(self, unit: Unit, pair: ServedPair, asking: Asking) -> dict[str, Any]:
+    def body(self, unit: PlannedSample, pair: ServedPair, asking: RequestOptions) -> dict[str, Any]:
         body = request_body(unit, pair, asking)
         del body["reasoning_lambda"]
         if self.explicit is not None:
@@ -112,7 +113,7 @@ def policies_of(budgets: Sequence[int]) -> Iterator[Policy]:
         yield Policy(CUT, budget, 1.0)
 
 
-# --- Asking ---------------------------------------------------------------------------------------
+# --- Requests -------------------------------------------------------------------------------------
 
 
 async def ask_all(
@@ -120,13 +121,13 @@ async def ask_all(
 ) -> Answers:
     answers: Answers = {policy: [] for policy in policies}
     left = iter(list(product(task.questions, range(samples), policies)))
-    asking = Asking(seed, None, grader_named(EMBEDDED))
-    async with Server(url, api_key=None, timeout=600, concurrency=CONCURRENCY) as server:
+    asking = RequestOptions(seed, None, grader_named(EMBEDDED))
+    async with ServerClient(url, api_key=None, timeout=600, concurrency=CONCURRENCY) as server:
         pair = await server.pair(None)
 
         async def work() -> None:
             for question, sample, policy in left:
-                unit = Unit(_SETTING, question, sample)
+                unit = PlannedSample(_SETTING, question, sample)
                 response = await server.complete(policy.body(unit, pair, asking))
                 answers[policy].append(_answer(unit, policy, response.json(), asking))
 
@@ -136,7 +137,9 @@ async def ask_all(
     return answers
 
 
-def _answer(unit: Unit, policy: Policy, body: Mapping[str, Any], asking: Asking) -> Answer:
+def _answer(
+    unit: PlannedSample, policy: Policy, body: Mapping[str, Any], asking: RequestOptions
+) -> Answer:
     sample = read_answer(unit, body, asking.grader)
     routing = body["routing"]
     return Answer(

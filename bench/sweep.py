@@ -41,11 +41,12 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
-from server.sweep.asking import Asking, Server, ask_all
-from server.sweep.child import own_server
+from server.sweep.collect import RequestOptions, collect_samples
 from server.sweep.graders import grader_named
+from server.sweep.grid import PlannedSample, curves_of, planned_samples
+from server.sweep.http_client import ServerClient
+from server.sweep.own_server import own_server
 from server.sweep.samples import SampleLog
-from server.sweep.settings import Unit, curves_of, units_of
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
 from server.text.prompt import Prompts
@@ -67,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(default_threads())
     seeds = itertools.count()
 
-    def work() -> list[Unit]:
+    def work() -> list[PlannedSample]:
         return units(arguments.questions, arguments.samples, next(seeds))
 
     with tempfile.TemporaryDirectory() as folder, own_server([], Path(folder, "server")) as url:
@@ -91,7 +92,7 @@ def main() -> None:
 
 
 def rows(
-    url: str, work: Callable[[], list[Unit]], seeds: "itertools.count[int]"
+    url: str, work: Callable[[], list[PlannedSample]], seeds: "itertools.count[int]"
 ) -> dict[str, Callable[[], float]]:
     engine = Engine(blended_config(EMBEDDED_PAIR))
     spread = [(index + 0.5) / REQUESTS for index in range(REQUESTS)]
@@ -103,32 +104,32 @@ def rows(
     }
 
 
-def units(questions: int, samples: int, seed: int) -> list[Unit]:
+def units(questions: int, samples: int, seed: int) -> list[PlannedSample]:
     (curve,) = curves_of(LAMBDAS, ["all"], [0.7], [1.0])
     task = embedded_task(questions, seed)
-    return list(units_of([(setting, range(samples)) for setting in curve], task.questions))
+    return list(planned_samples([(setting, range(samples)) for setting in curve], task.questions))
 
 
 # --- The sweep -----------------------------------------------------------------------------------
 
 
-def swept(url: str, work: Iterable[Unit]) -> float:
+def swept(url: str, work: Iterable[PlannedSample]) -> float:
     return asyncio.run(_swept(url, work))
 
 
-async def _swept(url: str, work: Iterable[Unit]) -> float:
-    asking = Asking(seed=0, max_tokens=MAX_TOKENS, grader=grader_named("embedded"))
-    server = Server(url, api_key=None, timeout=600, concurrency=CONCURRENCY)
+async def _swept(url: str, work: Iterable[PlannedSample]) -> float:
+    asking = RequestOptions(seed=0, max_tokens=MAX_TOKENS, grader=grader_named("embedded"))
+    server = ServerClient(url, api_key=None, timeout=600, concurrency=CONCURRENCY)
     with tempfile.TemporaryDirectory() as folder, SampleLog(Path(folder, "samples"), {}) as log:
         async with server:
             pair = await server.pair(None)
             started = time.perf_counter()
-            await ask_all(work, server, pair, asking, log, lambda sample: None)
+            await collect_samples(work, server, pair, asking, log, lambda sample: None)
             seconds = time.perf_counter() - started
         return sum(sample.tokens for sample in log.samples.values()) / seconds
 
 
-def swept_from_start(work: list[Unit], *flags: str) -> float:
+def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
     """Returns the seconds."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, own_server(flags, Path(folder, "server")) as url:
@@ -136,7 +137,7 @@ def swept_from_start(work: list[Unit], *flags: str) -> float:
     return time.perf_counter() - started
 
 
-def servers_in_turn(work: list[Unit]) -> float:
+def servers_in_turn(work: list[PlannedSample]) -> float:
     """Returns the seconds, including the merging. Each server has the merge as both endpoints, and
     requests have λ = 0.
     """
@@ -165,7 +166,7 @@ def static_engine(value: float, directory: Path) -> StaticEngine:
     )
 
 
-def in_turn(work: list[Unit], engine_at: Callable[[float], StaticEngine]) -> float:
+def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine]) -> float:
     prompts = Prompts(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
     requests = {
         value: [engine_request(unit, prompts) for unit in work
@@ -180,7 +181,7 @@ def in_turn(work: list[Unit], engine_at: Callable[[float], StaticEngine]) -> flo
     return tokens / (time.perf_counter() - started)
 
 
-def engine_request(unit: Unit, prompts: Prompts) -> EngineRequest:
+def engine_request(unit: PlannedSample, prompts: Prompts) -> EngineRequest:
     dial = Dial(unit.setting.reasoning_lambda)
     (message,) = unit.question.messages
     prompt = prompts.build([Message(**message)], dial)

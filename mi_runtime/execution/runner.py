@@ -1,8 +1,8 @@
 """Runs steps on the device: chunks in, a sampled token for each that reaches its end out.
 
 A step is launched, sampled and read. Nothing is waited for until it is read, so that the host can
-launch a step, read the previous one, and then sample: a forward pass needs only token ids, which the
-device has, and sampling needs what the host derives from them. The logits of scored prompt
+launch a step, read the previous one, and then sample: a forward pass needs only token ids, which
+the device has, and sampling needs what the host derives from them. The logits of scored prompt
 positions become log-probabilities sub-batch by sub-batch, and are not kept.
 """
 
