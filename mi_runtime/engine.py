@@ -30,7 +30,7 @@ from mi_runtime.scheduling.sequence import Sequence
 
 GRAMMAR_WAIT = 0.02  # seconds that a step without other work waits for a grammar to compile
 OUT_OF_MEMORY = "the device ran out of memory in a step that computed this request"
-NOTHING_TO_SAMPLE = "no token can be drawn for this request: its logits are not finite"
+NOTHING_TO_SAMPLE = "no token can be sampled for this request: its logits are not finite"
 
 
 class Engine:

@@ -50,8 +50,7 @@ def measure_costs(model: BlendedModel) -> CostModel:
         for way, seconds in zip(ways, (single, pair), strict=True):
             products = _captured(model, lambda: _products(sample, inputs, way))  # noqa: B023
             seconds.append(scale * _time(model, products))
-    whole = _parameters(model) / sampled
-    build = whole * _time(model, lambda: [one.blend(0.5) for one in sample])
+    build = _parameters(model) / sampled * _time(model, lambda: [one.blend(0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model, Dial(0.0)))
     fixed = max(0.0, forward - single[0])
     return CostModel(

@@ -163,7 +163,7 @@ class Planner:
         return sub_batches
 
     def _choose(self, works: list[_Work], load: Workload) -> list[_Work]:
-        """Returns the dials to run alone with single weights; `load` is that of the whole step."""
+        """Returns the dials to run alone with single weights; `load` is that of the step."""
         works = sorted(works, key=lambda work: work.rows, reverse=True)
         ready = [work for work in works if self._is_ready(work.dial)]
         best, seconds = self._cheapest(ready, load)
