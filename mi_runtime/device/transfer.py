@@ -34,6 +34,18 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return send(torch.from_numpy(array), device)
 
 
+def columns_on_device(
+    rows: Sequence[tuple[float, ...]], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Sends rows of numbers in one copy, and returns each column as fp32 `[rows, 1]`."""
+    return on_device(rows, torch.float32, device).unsqueeze(-1).unbind(1)
+
+
+def to_index(column: Tensor) -> Tensor:
+    """Converts a column `[rows, 1]` of integers, exact in fp32 below 2^24, to int64 `[rows]`."""
+    return column.squeeze(1).long()
+
+
 def arrays_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     """Returns the tensor of each array, all sent in one copy."""
     ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
