@@ -1,17 +1,19 @@
-"""Pictures of the built-in profiles for docs/routing.md.
+"""Draws the pictures of the built-in profiles for docs/routing.md.
 
     python -m bench.curves [--out docs/curves]
 
-One SVG a profile, one panel a routing class: score against mean reasoning tokens, each point with
-its λ. Filled points lie on the front, which the line follows; it is solid where the router may
-choose a λ between two points, dotted where it may not. A picture names the profile's digest, by
-which a test sees that it is not older than its profile.
+There is one SVG for each profile, with one panel for each routing class: score against mean
+reasoning tokens, each point labelled with its λ. Filled points are on the front, and the line
+follows the front; it is solid where the router may choose a λ between two points, and dotted where
+it may not. Each picture contains the digest of its profile, so that a test can find a picture that
+is older than its profile.
 """
 
 import argparse
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -20,11 +22,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from server.routing.profiles import BUILTIN, RoutingClass, load_profile
-from server.routing.table import RoutingTable, Stop
+from server.routing.routing_table import Candidate, RoutingTable
 
 STEP = 0.01  # the default grid
 LEAST_SPAN = 0.1  # of score, so that noise does not look like a curve
-STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
     for low, high in pairwise(table.front):
         style = "-" if _is_line(table, low, high) else ":"
         axes.plot([low.mean, high.mean], [low.score, high.score], style, color="tab:blue", lw=1)
-    front = {stop.reasoning_lambda for stop in table.front}
+    front = {candidate.reasoning_lambda for candidate in table.front}
     for point in measured.points:
         x, y, value = point.reasoning_tokens.mean, point.score, point.reasoning_lambda
         face, edge = ("tab:blue", "tab:blue") if value in front else ("white", "tab:gray")
@@ -72,10 +74,10 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
     axes.set_ylabel("score")
 
 
-def _is_line(table: RoutingTable, low: Stop, high: Stop) -> bool:
-    """Whether the router may choose between the two."""
-    at = table.stops.index(low)
-    return table.stops[at + 1] != high
+def _is_line(table: RoutingTable, low: Candidate, high: Candidate) -> bool:
+    """Whether the router may choose a λ between the two."""
+    at = table.candidates.index(low)
+    return table.candidates[at + 1] != high
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What choosing λ costs a request: everything that its inputs say, read, checked and routed.
+"""What choosing λ costs a request: reading, checking and routing all of its inputs.
 
     python -m bench.routing
 
-Per built-in profile and way of asking, the median of many decisions, each of a request that is
-parsed already: `read_inputs`, then `RoutingPolicy.route`.
+For each built-in profile and each kind of input, the median of many decisions. The request is
+parsed already; a decision is `read_reasoning_options` and then `RoutingPolicy.route`.
 """
 
 import json
@@ -11,11 +11,11 @@ import time
 from typing import Any
 
 from bench.report import publish
-from server.routing.dial import DialPolicy, Routing
-from server.routing.policy import RoutingPolicy, RoutingSettings
 from server.routing.profiles import builtin_profiles
-from server.routing.reasoning_options import read_inputs
-from server.wire.requests import ChatRequest, parse_chat_request
+from server.routing.reasoning_options import read_reasoning_options
+from server.routing.requested_lambda import LambdaReader
+from server.routing.routing_policy import RoutingPolicy, RoutingSettings
+from server.wire.chat_request import ChatRequest, parse_chat_request
 
 DECISIONS = 2000
 WAYS: dict[str, dict[str, Any]] = {
@@ -41,12 +41,12 @@ def request(fields: dict[str, Any]) -> ChatRequest:
 
 
 def microseconds(policy: RoutingPolicy, wire: ChatRequest) -> list[float]:
-    dials = DialPolicy("m", step=0.01, default=0.8)
+    reader = LambdaReader("m", step=0.01, default=0.8)
     spent = []
     for _ in range(DECISIONS):
         started = time.perf_counter()
-        said: Routing = dials.route(model="m", body=wire.reasoning_lambda, header=None)
-        policy.route(said, read_inputs(wire))
+        requested = reader.read(model="m", body=wire.reasoning_lambda, header=None)
+        policy.route(requested, read_reasoning_options(wire))
         spent.append((time.perf_counter() - started) * 1e6)
     return spent
 

@@ -29,10 +29,10 @@ from mi_runtime.request import Dial
 from server import __version__
 from server.config import ConfigError
 from server.exit_codes import ExitCode
-from server.routing.group_lambdas import group_dial, told
+from server.routing.group_lambdas import dial_of_groups, dial_to_json
 from server.text.checkpoint import CheckpointError, eos_token_ids_of, local_directory, read_json
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 FINEST_GRID: Final = 1e-9
 """λ is not rounded: a checkpoint of its own has no grid."""
@@ -69,7 +69,7 @@ class Merge:
     @property
     def told_lambda(self) -> str:
         assert self.dial is not None
-        return json.dumps(told(self.dial, int(self.config["num_hidden_layers"])))
+        return json.dumps(dial_to_json(self.dial, int(self.config["num_hidden_layers"])))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -148,7 +148,7 @@ def _dial(text: str, layers: int) -> Dial:
         said = json.loads(text)
         if isinstance(said, dict):
             groups = GroupLambdas.model_validate_json(text)
-            return group_dial(groups, step=FINEST_GRID, layers=layers)
+            return dial_of_groups(groups, step=FINEST_GRID, layers=layers)
         return Dial.on_grid(float(said), FINEST_GRID)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

@@ -16,10 +16,11 @@ from server.engine.client import EngineClient
 from server.engine.sampling import SamplingPolicy
 from server.ops.metrics import EngineState, Metrics
 from server.ops.routing_metrics import RoutingCollector, RoutingState
-from server.routing.dial import DialPolicy, Routing
-from server.routing.elastic import Elastic, ElasticLimits, Pressure
-from server.routing.policy import RoutingPolicy, RoutingSettings
+from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
 from server.routing.profiles import Profile, load_profile, profile_of
+from server.routing.requested_lambda import LambdaReader
+from server.routing.routing_decision import RoutingDecision
+from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import Endpoint
 from server.text.grammar_builder import Constraint
 from server.text.prompt import Prompts
@@ -54,7 +55,9 @@ class Service:
         self._profile = None if settings.profile is None else load_profile(settings.profile)
         self.draining = False
         self._request_numbers = itertools.count()
-        self.dials = DialPolicy(settings.model_name, settings.lambda_step, settings.default_lambda)
+        self.lambda_reader = LambdaReader(
+            settings.model_name, settings.lambda_step, settings.default_lambda
+        )
         self.prompts = Prompts(
             instruct,
             thinking,
@@ -75,7 +78,7 @@ class Service:
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
-        self.elastic = Elastic(_elastic_limits(settings)) if settings.elastic else None
+        self.elastic = ElasticSwitch(_elastic_limits(settings)) if settings.elastic else None
         self.metrics.registry.register(RoutingCollector(settings.model_name, self._routing_state))
         self.keys = KeyRing.of(settings.api_key, settings.api_key_file)
         self.rate_limits = RateLimits(
@@ -149,12 +152,12 @@ class Service:
         usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
         return self.elastic.update(Pressure(waiting, usage if self.engine.open_requests else 0.0))
 
-    def observer(self, dial: Dial, routing: Routing) -> Observe:
+    def observer(self, dial: Dial, routing: RoutingDecision) -> Observe:
         """Who is told the reasoning tokens of an answer: a λ by groups belongs to no curve."""
         name = routing.routing_class
         if dial.groups or name is None or not self.prompts.vocabulary.has_think_tags:
             return unobserved
-        observations = self.routing.observations
+        observations = self.routing.observed_lengths
         return lambda tokens, cut: observations.add(name, dial.reasoning_lambda, tokens, cut=cut)
 
     def next_request_number(self) -> int:
@@ -171,7 +174,7 @@ class Service:
         return frozenset(ids)
 
     def _routing_state(self) -> RoutingState:
-        observations = None if self.engine.info is None else self.routing.observations
+        observations = None if self.engine.info is None else self.routing.observed_lengths
         return RoutingState(observations, elastic=self.under_load())
 
     def _engine_state(self) -> EngineState:

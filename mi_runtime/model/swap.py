@@ -14,19 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mi_runtime.errors import UnsupportedModel
-from mi_runtime.model.blend import (
+from mi_runtime.model.pair_modules import (
     EXPERT_ATTRIBUTES,
-    Matrix,
     PairEmbedding,
     PairLayerNorm,
     PairLinear,
-    PairMatrix,
     RoutedWeight,
     RowParameter,
-    Storage,
-    Vocabulary,
 )
-from mi_runtime.model.rows import BlendGroups, RowSlot
+from mi_runtime.model.row_lambdas import BlendGroups, RowSlot
+from mi_runtime.model.weights import Matrix, PairMatrix, Storage, Vocabulary
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)")
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")  # as in EXPERT_ATTRIBUTES
@@ -54,7 +51,7 @@ class RowAxis:
 
     axis: int
     dims: int
-    kept: bool  # the rows are those with logits, not all tokens
+    logits_only: bool  # the rows are those with logits, not all tokens
     source: int | None = None  # a number of the tensor that the module read, the same for all
 
 
@@ -138,7 +135,7 @@ class ModuleSwap:
             one.instruct.__class__ = PairLinear
             swapped = cast(PairLinear, one.instruct)
             swapped.pair, swapped.slot = pair, slot
-            swapped.part = slice(first, last) if len(siblings) > 1 else None
+            swapped.columns = slice(first, last) if len(siblings) > 1 else None
             swapped.sharers = len(siblings)
             swapped.pair_bias = None if bias is None else RowParameter(*bias, slot)
             first = last
@@ -152,7 +149,7 @@ class ModuleSwap:
         else:
             self._change_class(module, base=PairEmbedding)
         swapped = cast(PairEmbedding, module)
-        swapped.pair, swapped.slot = pair, self._groups.slot(group_of(name), kept=False)
+        swapped.pair, swapped.slot = pair, self._groups.slot(group_of(name), logits_only=False)
 
     def _swap_layer_norm(self, name: str, module: nn.LayerNorm, other: nn.Module) -> None:
         for parameter in ("weight", "bias"):
@@ -172,7 +169,7 @@ class ModuleSwap:
             experts = self._storage.experts(weights, biases, flags.is_transposed)
             experts.name = f"{_name_in_layer(name)}.{projection}"
             setattr(module, attribute, experts)
-        flags.slot = self._groups.slot(group_of(name), kept=False)
+        flags.slot = self._groups.slot(group_of(name), logits_only=False)
         _refuse_rest(name, module)
 
     def _swap_parameters(self, name: str, module: nn.Module, other: nn.Module) -> None:
@@ -196,7 +193,7 @@ class ModuleSwap:
         if is_router or kind.endswith("Norm"):
             return self._row_parameter(name, *taken).value
         if parameter == "sinks":
-            return RowParameter(*taken, self._groups.slot(group_of(name), kept=False)).value
+            return RowParameter(*taken, self._groups.slot(group_of(name), logits_only=False)).value
         raise UnsupportedModel(f"{name}.{parameter}: no swap covers this part of {kind}")
 
     def _row_parameter(self, name: str, instruct: Tensor, thinking: Tensor) -> RowParameter:
@@ -210,7 +207,7 @@ class ModuleSwap:
         if name not in self._axes:
             raise UnsupportedModel(f"{name}: a probe forward could not tell its rows")
         axis = self._axes[name]
-        return self._groups.slot(group_of(name), axis.kept), axis
+        return self._groups.slot(group_of(name), axis.logits_only), axis
 
     def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> Vocabulary:
         key = id(module.get_parameter("weight"))

@@ -8,7 +8,7 @@ from typing import Any
 from mi_runtime.request import TokenEvent
 from server.answer.choice import Choice, Chunk
 from server.engine.generation import Generation
-from server.routing.dial import Routing
+from server.routing.routing_decision import RoutingDecision
 from server.wire.errors import ApiError, DeadlineExceeded
 
 
@@ -20,7 +20,7 @@ class AnswerHead:
     created: int  # seconds since 1970
     model: str
     system_fingerprint: str
-    routing: Routing
+    routing: RoutingDecision
     prompt_tokens: int  # of the longest prompt; counted once, however many choices
     prompts: int = 1  # each of them with as many choices
     include_usage: bool = False  # in a stream

@@ -24,8 +24,8 @@ from server.api.respond import CLIENT_CLOSED_REQUEST
 from server.config import Settings
 from server.ops import request_log
 from server.ops.request_log import RequestLog
-from server.routing import dial
-from server.routing.profile_view import profile_view
+from server.routing import requested_lambda
+from server.routing.profile_response import profile_response
 from server.service import Service
 from server.wire import openapi
 from server.wire.error_response import error_response
@@ -72,7 +72,7 @@ def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
         allow_origins=settings.cors_origin,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=[request_log.HEADER, dial.HEADER, "Retry-After"],
+        expose_headers=[request_log.HEADER, requested_lambda.HEADER, "Retry-After"],
     )
 
 
@@ -118,7 +118,7 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/v1/profiles")
     async def profiles(service: ServiceOfApp) -> dict[str, Any]:
         service.admitted()
-        return profile_view(service.routing)
+        return profile_response(service.routing)
 
     @app.get("/health")
     async def health(service: ServiceOfApp) -> dict[str, str]:
@@ -149,7 +149,7 @@ def _add_routes(app: FastAPI) -> None:
 def _model(name: str, service: Service) -> dict[str, Any]:
     """One model card; an alias names its parent and its λ. Raises `ModelNotFound`."""
     base = service.settings.model_name
-    alias = service.dials.alias_lambda(name)
+    alias = service.lambda_reader.alias_lambda(name)
     info = service.engine.info
     card: dict[str, Any] = {
         "id": name,
@@ -165,7 +165,7 @@ def _model(name: str, service: Service) -> dict[str, Any]:
         return card
     if not 0.0 <= alias <= 1.0:
         raise ModelNotFound(name, base)
-    routing = service.dials.route(model=name, body=None, header=None)
+    routing = service.lambda_reader.read(model=name, body=None, header=None)
     return card | {"reasoning_lambda": routing.dials[0].reasoning_lambda}
 
 

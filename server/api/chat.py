@@ -9,12 +9,12 @@ from server.api.body import parsed, read_body
 from server.api.prepared import Asked, AskedChoice, copies, note, route
 from server.api.respond import respond
 from server.ops.request_log import Trace
-from server.routing import dial
-from server.routing.dial import Routing
+from server.routing import requested_lambda
+from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Ending, Prompt
+from server.wire.chat_request import ChatRequest, parse_chat_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import ChatRequest, parse_chat_request
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
@@ -26,7 +26,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
     body = await read_body(request, service.settings.max_body_bytes)
     wire = await parsed(body, parse_chat_request)
     engine = service.admitted()
-    routing = route(wire, request.headers.get(dial.HEADER), service, engine)
+    routing = route(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
@@ -57,7 +57,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
 
 
 def _prepare(
-    wire: ChatRequest, routing: Routing, ending: Ending, service: Service
+    wire: ChatRequest, routing: RoutingDecision, ending: Ending, service: Service
 ) -> tuple[str | None, list[Prompt]]:
     """What the answer obeys, and the prompt at each dial."""
     grammar = service.constraint.grammar(wire)

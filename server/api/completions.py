@@ -18,12 +18,12 @@ from server.api.body import parsed, read_body
 from server.api.prepared import Asked, AskedChoice, copies, note, refuse_think_fields, route
 from server.api.respond import respond
 from server.ops.request_log import Trace
-from server.routing import dial
+from server.routing import requested_lambda
 from server.service import Service
 from server.text.prompt import Prompt
 from server.text.vocabulary import Vocabulary
+from server.wire.completion_request import CompletionRequest, parse_completion_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import CompletionRequest, parse_completion_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
     wire = await parsed(body, parse_completion_request)
     engine = service.admitted()
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
-    routing = route(wire, request.headers.get(dial.HEADER), service, engine)
+    routing = route(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     vocabulary = service.prompts.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, engine.vocab_size)
     engine = service.admitted()

@@ -11,12 +11,12 @@ from server.answer.chat_format import CHAT, Form
 from server.answer.echo import Echo
 from server.engine.sampling import seed_of_choice
 from server.ops.request_log import Trace
-from server.routing.dial import Routing
-from server.routing.reasoning_options import budgets, read_inputs
+from server.routing.reasoning_options import budgets, read_reasoning_options
+from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Prompt
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GenerationRequest
+from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Asked:
     """A request for an answer, understood."""
 
     wire: GenerationRequest
-    routing: Routing
+    routing: RoutingDecision
     choices: Sequence[AskedChoice]
     engine: EngineInfo
     trace: Trace
@@ -55,15 +55,17 @@ class Asked:
 
 def route(
     wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
-) -> Routing:
+) -> RoutingDecision:
     """The dials of a request, with the answer's and the cap."""
-    routing = service.dials.route(
+    routing = service.lambda_reader.read(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
     )
     if not service.prompts.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
-    routing = service.dials.with_answer(routing, wire.answer_lambda)
-    return service.routing.route(routing, read_inputs(wire), under_load=service.under_load())
+    routing = service.lambda_reader.with_answer(routing, wire.answer_lambda)
+    return service.routing.route(
+        routing, read_reasoning_options(wire), under_load=service.under_load()
+    )
 
 
 def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
@@ -83,7 +85,7 @@ def copies(start: AskedChoice, count: int) -> list[AskedChoice]:
     ]
 
 
-def note(trace: Trace, wire: GenerationRequest, routing: Routing) -> None:
+def note(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
     """What the request's line in the log says of it."""
     trace.notes |= {
         "model": wire.model,

@@ -21,7 +21,7 @@ from server.api.disconnect import EventStream, watched
 from server.api.prepared import Asked, AskedChoice
 from server.engine.generation import ClientLeft
 from server.ops.request_log import Trace
-from server.routing import dial
+from server.routing import requested_lambda
 from server.service import Service
 from server.text.prompt import Prompt
 from server.text.reasoning_parser import PlainText, Splitter
@@ -47,7 +47,7 @@ async def respond(
         service.metrics.rejected(error.code)
         raise
     deadline.bound(answer.generation)
-    headers = {dial.HEADER: asked.routing.header}
+    headers = {requested_lambda.HEADER: asked.routing.header}
     if asked.wire.stream:
         writer = asked.form.writer(answer.head)
         events = sse(answer, writer, keep_alive=service.settings.keep_alive)

@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.body import read_body
-from server.routing import dial
+from server.routing import requested_lambda
 from server.service import Service
 from server.text.prompt import Ending
 from server.wire.errors import InvalidRequest
-from server.wire.requests import (
+from server.wire.tokenize_request import (
     TokenizeRequest,
     parse_detokenize_request,
     parse_tokenize_request,
@@ -26,7 +26,9 @@ from server.wire.requests import (
 async def tokenize(request: Request, service: Service) -> Response:
     """`max_model_len` is null while the engine loads."""
     body = await read_body(request, service.settings.max_body_bytes)
-    return await asyncio.to_thread(_tokens, body, request.headers.get(dial.HEADER), service)
+    return await asyncio.to_thread(
+        _tokens, body, request.headers.get(requested_lambda.HEADER), service
+    )
 
 
 def _tokens(body: bytes, header: str | None, service: Service) -> Response:
@@ -44,7 +46,7 @@ def _tokens(body: bytes, header: str | None, service: Service) -> Response:
 
 
 def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> list[int]:
-    routing = service.dials.route(
+    routing = service.lambda_reader.read(
         model=wire.model or service.settings.model_name, body=wire.reasoning_lambda, header=header
     )
     if wire.messages is None:
@@ -68,7 +70,7 @@ async def detokenize(request: Request, service: Service) -> Response:
 def _text(body: bytes, service: Service) -> Response:
     wire = parse_detokenize_request(body)
     if wire.model is not None:
-        service.dials.alias_lambda(wire.model)  # raises for a model that is not served
+        service.lambda_reader.alias_lambda(wire.model)  # raises for a model that is not served
     vocabulary = service.prompts.vocabulary
     for index, token_id in enumerate(wire.tokens):
         if vocabulary.tokenizer.id_to_token(token_id) is None:

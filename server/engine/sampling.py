@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mi_runtime.request import EngineInfo, SamplingParams
 from server.wire.errors import ContextTooLong, InvalidRequest
-from server.wire.requests import GenerationRequest
+from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)

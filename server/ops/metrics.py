@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mi_runtime.request import EngineInfo, EngineStats
-from server.routing.dial import Routing
 from server.routing.lambda_buckets import lambda_bucket
+from server.routing.routing_decision import RoutingDecision
 
 TTFT_SECONDS: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -87,7 +87,7 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         self._rejections.labels(self.model_name, reason).inc()
 
-    def routed(self, routing: Routing) -> None:
+    def routed(self, routing: RoutingDecision) -> None:
         """Count the λ of an accepted request; in a fan-out each."""
         source = "elastic" if routing.elastic else routing.source
         for dial in routing.dials:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.routing.observations import QUANTILES, Digest, Observations
+from server.routing.observed_lengths import QUANTILES, LengthDigest, ObservedLengths
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingState:
     """What a scrape sees."""
 
-    observations: Observations | None  # None: loading
+    observations: ObservedLengths | None  # None: loading
     elastic: bool
 
 
@@ -35,13 +35,13 @@ class RoutingCollector(Collector):
         yield active
         yield self._observed(state.observations)
 
-    def _observed(self, observations: Observations | None) -> Metric:
+    def _observed(self, observations: ObservedLengths | None) -> Metric:
         family = Metric(
             "mi_observed_reasoning_tokens",
             "Reasoning tokens of answers, by the kind of work; a cut block counts as longest.",
             "summary",
         )
-        for name, bucket, digest in observations.seen() if observations else ():
+        for name, bucket, digest in observations.filled() if observations else ():
             labels = {
                 "model_name": self._model_name,
                 "routing_class": name,
@@ -51,7 +51,7 @@ class RoutingCollector(Collector):
         return family
 
 
-def _add(family: Metric, labels: dict[str, str], digest: Digest) -> None:
+def _add(family: Metric, labels: dict[str, str], digest: LengthDigest) -> None:
     for share in QUANTILES:
         value = digest.quantile(share)
         if value is not None:

@@ -1,3 +1,3 @@
-"""What chooses λ: the dial a request sets, the measured profile, and the policy that turns a
-budget, an effort or load into a λ. It imports `wire`; it knows neither HTTP nor text.
+"""Chooses λ: the λ that a request names, the measured profile of the pair, and the policy that
+turns a budget, an effort or load into a λ. It imports `wire`, and knows neither HTTP nor text.
 """

@@ -1,9 +1,9 @@
-"""When load is high enough that requests without a λ of their own go cheaper, and when no more.
+"""Decides when load is high enough that requests which name no λ get a cheaper one.
 
-    calm ──queue or KV at its threshold──▶ active ──both below `release` of it──▶ calm
+    calm ──queue or KV at its limit──▶ active ──both below `release` of it──▶ calm
            and never two changes within `dwell` seconds
 
-Knows numbers and a clock; what cheaper means is decided in `server.routing.policy`.
+It knows numbers and a clock. `server.routing.routing_policy` decides what is cheaper.
 """
 
 import time
@@ -16,32 +16,32 @@ class Pressure:
     """The engine's load at one moment."""
 
     waiting: int  # requests
-    kv_usage: float  # share of the blocks
+    kv_usage: float  # share of the blocks, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticLimits:
-    waiting: int  # requests that wait
-    kv_usage: float  # share of the blocks
-    release: float  # share of both limits, at or below which the pressure is over
+    waiting: int  # requests
+    kv_usage: float  # share of the blocks, 0 to 1
+    release: float  # share of both limits at or below which the pressure is over
     dwell: float  # seconds between two changes
 
 
-class Elastic:
-    """The state. Tell it the pressure whenever somebody asks; it needs no timer."""
+class ElasticSwitch:
+    """Whether requests get cheaper λ now. It changes only in `update`, and needs no timer."""
 
     def __init__(self, limits: ElasticLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
-        self._changed: float | None = None
+        self._changed_at: float | None = None  # by the clock; None before the first change
         self.active = False
 
     def update(self, pressure: Pressure) -> bool:
-        """Whether requests go cheaper now."""
+        """Takes the present pressure into account, and returns whether the switch is active."""
         changes = self._relieved(pressure) if self.active else self._pressed(pressure)
         if changes and not self._dwells():
             self.active = not self.active
-            self._changed = self._clock()
+            self._changed_at = self._clock()
         return self.active
 
     def _pressed(self, pressure: Pressure) -> bool:
@@ -56,4 +56,6 @@ class Elastic:
         )
 
     def _dwells(self) -> bool:
-        return self._changed is not None and self._clock() - self._changed < self._limits.dwell
+        """Whether the last change is less than `dwell` seconds ago."""
+        changed = self._changed_at
+        return changed is not None and self._clock() - changed < self._limits.dwell

@@ -1,4 +1,4 @@
-"""λ by blend group: how a client writes it, the dial it means, and how an answer tells it.
+"""λ by blend group: reads what a client writes into a dial, and writes a dial for an answer.
 
     {"default": 0.6, "attn": 0.8, "head": 0, "layers": {"0-11": 0, "14": {"mlp": 1}}}
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mi_runtime.request import Dial
 from server.wire.errors import InvalidRequest, bounded
-from server.wire.requests import GroupLambdas, LayerLambdas
+from server.wire.reasoning_fields import GroupLambdas, LayerLambdas
 
 PARAM: Final = "reasoning_lambda"
 PARTS: Final = ("attn", "mlp")  # of a layer
@@ -22,16 +22,17 @@ ENDS: Final = ("embed", "head")  # outside the layers
 _RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 
 
-def group_dial(said: GroupLambdas, *, step: float, layers: int) -> Dial:
-    """The dial of a model of so many layers. Raises `InvalidRequest` that names the key.
+def dial_of_groups(given: GroupLambdas, *, step: float, layers: int) -> Dial:
+    """Returns the dial that `given` means for a model of `layers` layers, on the grid of `step`.
 
-    Where every group is named and there is no default, the λ that most groups have stands for it.
+    Where every group is named and there is no default, the most common λ becomes the default.
+    Raises `InvalidRequest` that names the key.
     """
-    for key, value in _numbers(said):
+    for key, value in _numbers(given):
         check_lambda(value, key)
-    values = _values(said, layers)
+    values = _values(given, layers)
     missing = [name for name in _group_names(layers) if name not in values]
-    default = said.default
+    default = given.default
     if default is None:
         if missing:
             raise InvalidRequest(
@@ -43,15 +44,18 @@ def group_dial(said: GroupLambdas, *, step: float, layers: int) -> Dial:
     return Dial.on_grid(default, step, values)
 
 
-def told(dial: Dial, layers: int) -> float | dict[str, Any]:
-    """The one way an answer writes a dial: a number where it is uniform; else what most layers
-    have stands at the top, and the others are listed."""
+def dial_to_json(dial: Dial, layers: int) -> float | dict[str, Any]:
+    """Returns a dial as an answer writes it, a number where every group has the same λ.
+
+    Else it is an object like a client's, in one normal form: `attn` and `mlp` are what most layers
+    have, and `layers` lists the other layers.
+    """
     default, own = dial.reasoning_lambda, dict(dial.groups)
     if not own:
         return default
     parts = {part: _of_layers(part, own, default, layers) for part in PARTS}
     usual = {part: _most_common(values, default) for part, values in parts.items()}
-    ranges = _told_ranges([_told_layer(parts, usual, layer) for layer in range(layers)])
+    ranges = _layer_ranges([_layer_entry(parts, usual, layer) for layer in range(layers)])
     written: dict[str, Any] = {"default": default}
     written |= {part: value for part, value in usual.items() if value != default}
     written |= {name: own[name] for name in ENDS if name in own}
@@ -59,25 +63,22 @@ def told(dial: Dial, layers: int) -> float | dict[str, Any]:
 
 
 def check_lambda(value: float, param: str) -> None:
-    """Raises `InvalidRequest` about `param` outside [0, 1]."""
+    """Raises `InvalidRequest` about `param` for a λ outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise InvalidRequest(f"λ must be a number in [0, 1], not {value!r}", param=param)
-
-
-# --- Read ----------------------------------------------------------------------------------------
 
 
 def _group_names(layers: int) -> list[str]:
     return [*ENDS, *(f"{layer}.{part}" for layer in range(layers) for part in PARTS)]
 
 
-def _numbers(said: GroupLambdas) -> Iterator[tuple[str, float]]:
-    """Every λ that is written, with its key."""
+def _numbers(given: GroupLambdas) -> Iterator[tuple[str, float]]:
+    """Yields every λ with the key it is written under."""
     for name in ("default", *PARTS, *ENDS):
-        value = getattr(said, name)
+        value = getattr(given, name)
         if value is not None:
             yield f"{PARAM}.{name}", value
-    for key, entry in said.layers.items():
+    for key, entry in given.layers.items():
         if not isinstance(entry, LayerLambdas):
             yield _range_param(key), entry
             continue
@@ -85,14 +86,14 @@ def _numbers(said: GroupLambdas) -> Iterator[tuple[str, float]]:
             yield f"{_range_param(key)}.{part}", value
 
 
-def _values(said: GroupLambdas, layers: int) -> dict[str, float]:
-    """λ of every group that is named, the narrower name last."""
-    values = {name: value for name in ENDS if (value := getattr(said, name)) is not None}
+def _values(given: GroupLambdas, layers: int) -> dict[str, float]:
+    """λ of every group that is named; a layer range overrides `attn` and `mlp`."""
+    values = {name: value for name in ENDS if (value := getattr(given, name)) is not None}
     for part in PARTS:
-        value = getattr(said, part)
+        value = getattr(given, part)
         if value is not None:
             values |= {f"{layer}.{part}": value for layer in range(layers)}
-    for layer, entry in _by_layer(said.layers, layers).items():
+    for layer, entry in _by_layer(given.layers, layers).items():
         values |= {f"{layer}.{part}": value for part, value in _parts(entry)}
     return values
 
@@ -140,25 +141,22 @@ def _range_param(key: str) -> str:
     return f"{PARAM}.layers.{bounded(key, 40)}"
 
 
-# --- Write ---------------------------------------------------------------------------------------
-
-
 def _of_layers(part: str, own: Mapping[str, float], default: float, layers: int) -> list[float]:
     return [own.get(f"{layer}.{part}", default) for layer in range(layers)]
 
 
-def _told_layer(
+def _layer_entry(
     parts: Mapping[str, Sequence[float]], usual: Mapping[str, float], layer: int
 ) -> float | dict[str, float] | None:
-    """What a layer has of its own."""
+    """What `layers` says about one layer; None where the layer has the usual λ."""
     entry = {part: values[layer] for part, values in parts.items() if values[layer] != usual[part]}
     if len(entry) == len(PARTS) and len(set(entry.values())) == 1:
         return next(iter(entry.values()))
     return entry or None
 
 
-def _told_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[str, Any]:
-    """Neighbours that say the same become one range."""
+def _layer_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[str, Any]:
+    """`layers`, where neighbours with equal entries share one range."""
     ranges = {}
     for entry, run in groupby(enumerate(by_layer), key=lambda numbered: numbered[1]):
         numbers = [layer for layer, _ in run]
@@ -169,6 +167,6 @@ def _told_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[st
 
 
 def _most_common(values: Iterable[float], preferred: float | None = None) -> float:
-    """The most common value; of equally common ones the preferred, else the lowest."""
+    """Returns the most common value; among equally common ones the preferred, else the lowest."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value == preferred, -value))

@@ -1,8 +1,8 @@
-"""A profile: what a pair was measured to do at each λ, for each kind of work. The router reads it.
+"""Reads and writes profiles: score and tokens of a pair at each measured λ, for each kind of work.
 
-A JSON file, `version` 1. It says which pair it is of, and for each routing class its points in
-order of λ. Some are built in and found by their pair; nothing here chooses a λ, see
-`server.routing.table`.
+A profile is a JSON file, `version` 1. It names the pair it was measured on, and lists for each
+routing class the measured points in order of λ. Built-in profiles are found by their pair. Nothing
+here chooses a λ; `server.routing.routing_table` does.
 """
 
 from collections.abc import Iterable
@@ -23,10 +23,10 @@ ClassName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
 class ProfileError(CommandError):
-    """A profile that cannot be used. The message is for the operator."""
+    """A profile that cannot be used."""
 
 
-class _Part(BaseModel):
+class _ProfileModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -37,8 +37,8 @@ class _Part(BaseModel):
     )
 
 
-class Lengths(_Part):
-    """Tokens of the think block over the samples of a point; 0 for answers without one."""
+class MeasuredLengths(_ProfileModel):
+    """Tokens of the think block over the samples of a point; an answer without one counts as 0."""
 
     mean: Tokens
     p50: Tokens | None = None
@@ -46,7 +46,7 @@ class Lengths(_Part):
     """Quantiles; null where only means were published."""
 
 
-class Point(_Part):
+class Point(_ProfileModel):
     """What was measured at one λ."""
 
     reasoning_lambda: Annotated[Share, Field(alias="lambda")]
@@ -54,15 +54,15 @@ class Point(_Part):
     """Mean score of an answer."""
     score_interval: tuple[Share, Share] | None = None
     """95 % confidence interval of `score`."""
-    reasoning_tokens: Lengths
+    reasoning_tokens: MeasuredLengths
     answer_tokens: Tokens | None = None
-    """Mean tokens outside the think block; null where they were counted with the reasoning."""
+    """Mean tokens after the think block; null where they were counted with the reasoning."""
     think_rate: Share
     """Share of answers that closed a think block."""
     samples: Annotated[int, Field(ge=1)] | None = None
 
 
-class RoutingClass(_Part):
+class RoutingClass(_ProfileModel):
     """The measured curve of one kind of work."""
 
     points: Annotated[tuple[Point, ...], Field(min_length=1)]
@@ -75,18 +75,19 @@ class RoutingClass(_Part):
         return self
 
 
-class MeasuredPair(_Part):
-    """Which pair was measured: by content, or where that is not known by the endpoints' names."""
+class MeasuredPair(_ProfileModel):
+    """The measured pair, by content, or by the endpoints' names where the content is unknown."""
 
     identity: str | None = None
-    """`pair_identity` of the engine: a digest of both endpoints."""
+    """The engine's `pair_identity`: a digest of both endpoints."""
     instruct: str
-    """Last part of the Instruct endpoint's name, as `Qwen3-4B-Instruct-2507`."""
+    """The last part of the Instruct endpoint's name, such as `Qwen3-4B-Instruct-2507`."""
     thinking: str
+    """The last part of the Thinking endpoint's name."""
 
 
-class Source(_Part):
-    """Where the numbers come from."""
+class Source(_ProfileModel):
+    """Where the measurements come from."""
 
     description: str
     command: str | None = None
@@ -94,7 +95,7 @@ class Source(_Part):
     date: str | None = None
 
 
-class Profile(_Part):
+class Profile(_ProfileModel):
     """The measured curves of one pair."""
 
     version: Literal[1] = VERSION
@@ -112,11 +113,12 @@ class Profile(_Part):
         return self
 
     def save(self, path: Path) -> None:
+        """Writes the profile as a JSON file."""
         path.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
 
 
 def load_profile(path: Path) -> Profile:
-    """Raises `ProfileError` that names the file and the first thing wrong with it."""
+    """Reads a profile file. Raises `ProfileError` that names the file and the first violation."""
     try:
         return Profile.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -136,8 +138,11 @@ def builtin_profiles() -> list[Profile]:
 def profile_of(
     identity: str, instruct: str, thinking: str, profiles: Iterable[Profile] | None = None
 ) -> Profile | None:
-    """The built-in profile of a pair: by content; where a profile knows no content, by the last
-    parts of the endpoints' names."""
+    """Returns the built-in profile of a pair, or None.
+
+    A profile matches by content, or where it has no `identity` by the last parts of the endpoints'
+    names.
+    """
     names = (Path(instruct).name, Path(thinking).name)
     by_name = None
     for profile in builtin_profiles() if profiles is None else profiles:

@@ -1,8 +1,8 @@
-"""What a request says about reasoning besides λ: budget, effort, and thinking on or off.
+"""Reads what a request says about reasoning besides λ: budget, effort, and thinking on or off.
 
-Several clients' names for one thing come together here, and what contradicts itself is refused. Of
-different things the first that is said counts: off, else budget > effort > on. What λ they mean is
-decided in `server.routing.policy`.
+Several clients' names for one option are read as that option, and contradictions are refused. Of
+different options the first in this order counts: off, budget, effort, on.
+`server.routing.routing_policy` turns them into λ.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,12 @@ from typing import Any, Final
 
 from server.routing.profiles import DEFAULT_CLASS
 from server.wire.errors import InvalidRequest
-from server.wire.requests import EffortName, GenerationRequest
+from server.wire.generation_request import GenerationRequest
+from server.wire.reasoning_fields import EffortName
 
 NO_BUDGET: Final = -1
 NONE: Final = "none"
+"""The effort that turns reasoning off."""
 
 EFFORT_SHARES: Final[Mapping[EffortName, float]] = {
     "minimal": 0.1,
@@ -24,38 +26,39 @@ EFFORT_SHARES: Final[Mapping[EffortName, float]] = {
     "xhigh": 0.9,
     "max": 1.0,
 }
-"""Share of what reasoning gains on the profile's front; `none` is no share but λ = 0."""
+"""Share of the score that the profile's front gains from reasoning; `none` is λ = 0 instead."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReasoningInputs:
-    """What a request says, each thing once."""
+class ReasoningOptions:
+    """What a request says about reasoning, each option once. None: not given."""
 
     budget: int | None = None  # reasoning tokens
     effort: float | EffortName | None = None
-    thinks: bool | None = None  # asked for or refused, without saying how much
+    thinks: bool | None = None  # thinking on or off, without an amount
     routing_class: str = DEFAULT_CLASS
 
     @property
     def off(self) -> bool:
+        """Whether the request turns reasoning off."""
         return self.effort == NONE or self.thinks is False
 
     @property
     def share(self) -> float | None:
-        """The effort as a share of the gain."""
+        """The effort as a share of the gain, 0 to 1; None without one."""
         return None if self.effort is None or self.effort == NONE else share_of(self.effort)
 
 
-def read_inputs(request: GenerationRequest) -> ReasoningInputs:
+def read_reasoning_options(request: GenerationRequest) -> ReasoningOptions:
     """Raises `InvalidRequest` that states the rule and names one of the fields in conflict."""
-    said, efforts, switches = budgets(request), _efforts(request), _switches(request)
-    _agree("budgets of reasoning tokens", said, said.values())
-    _agree("reasoning efforts", efforts, map(share_of, efforts.values()))
-    _agree("answers to whether to think", switches, switches.values())
-    _check_parts(request)
-    _check_off(said, efforts, switches)
-    budget = _first(said)
-    return ReasoningInputs(
+    limits, efforts, switches = budgets(request), _efforts(request), _switches(request)
+    _check_agreement("budgets of reasoning tokens", limits, limits.values())
+    _check_agreement("reasoning efforts", efforts, map(share_of, efforts.values()))
+    _check_agreement("answers to whether to think", switches, switches.values())
+    _check_objects(request)
+    _check_off(limits, efforts, switches)
+    budget = _first(limits)
+    return ReasoningOptions(
         budget=None if budget == NO_BUDGET else budget,
         effort=_first(efforts),
         thinks=_first(switches),
@@ -64,12 +67,12 @@ def read_inputs(request: GenerationRequest) -> ReasoningInputs:
 
 
 def share_of(effort: float | EffortName) -> float:
-    """`none` has no share: it is below all."""
+    """Returns the share of the gain that an effort means; -1, below all, for `none`."""
     return EFFORT_SHARES.get(effort, -1.0) if isinstance(effort, str) else effort
 
 
 def budgets(request: GenerationRequest) -> dict[str, int]:
-    """Every budget of reasoning tokens that is written, by its field; -1: no budget."""
+    """Returns every budget that is given, by the name of its field; -1 means no budget."""
     thinking, reasoning = request.thinking, request.reasoning
     return _given(
         {
@@ -108,23 +111,21 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _first(said: Mapping[str, Any]) -> Any:
-    return next(iter(said.values()), None)
+def _first(fields: Mapping[str, Any]) -> Any:
+    return next(iter(fields.values()), None)
 
 
-# --- Rules ---------------------------------------------------------------------------------------
-
-
-def _agree(what: str, said: Mapping[str, Any], meant: Iterable[float]) -> None:
-    if len(set(meant)) > 1:
+def _check_agreement(what: str, fields: Mapping[str, Any], meanings: Iterable[float]) -> None:
+    if len(set(meanings)) > 1:
         raise InvalidRequest(
-            f"The request names different {what}: {_listed(said)}; give one of them, or the same",
-            param=list(said)[-1],
+            f"The request names different {what}: {_listed(fields)}; give one of them, or the same "
+            "value in each",
+            param=list(fields)[-1],
         )
 
 
-def _check_parts(request: GenerationRequest) -> None:
-    """The rules inside `reasoning` and `thinking`."""
+def _check_objects(request: GenerationRequest) -> None:
+    """The rules between fields of `reasoning` and of `thinking`."""
     reasoning, thinking = request.reasoning, request.thinking
     if reasoning and reasoning.effort is not None and reasoning.max_tokens is not None:
         raise InvalidRequest(
@@ -138,14 +139,14 @@ def _check_parts(request: GenerationRequest) -> None:
 
 
 def _check_off(
-    said: Mapping[str, int],
+    limits: Mapping[str, int],
     efforts: Mapping[str, float | EffortName],
     switches: Mapping[str, bool],
 ) -> None:
-    """No reasoning, and yet some of it."""
+    """Refuses a request that turns reasoning off and asks for it as well."""
     off: dict[str, Any] = {name: value for name, value in switches.items() if value is False}
     off |= {name: value for name, value in efforts.items() if value == NONE}
-    wanted: dict[str, Any] = {name: value for name, value in said.items() if value > 0}
+    wanted: dict[str, Any] = {name: value for name, value in limits.items() if value > 0}
     wanted |= {name: value for name, value in efforts.items() if value != NONE}
     wanted |= {name: value for name, value in switches.items() if value is True}
     if off and wanted:
@@ -156,8 +157,8 @@ def _check_off(
         )
 
 
-def _listed(said: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_written(value)} (`{name}`)" for name, value in said.items())
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_written(value)} (`{name}`)" for name, value in fields.items())
 
 
 def _written(value: Any) -> str:

@@ -16,8 +16,9 @@ import llguidance  # noqa: F401 - at start: the first request that brings a sche
 from mi_runtime.scheduling.grammar import fault_of
 from server.text.reasoning_parser import TOOL_CALL, TOOL_CALL_END
 from server.text.vocabulary import Vocabulary
+from server.wire.chat_request import ChatRequest
 from server.wire.errors import InvalidRequest, bounded
-from server.wire.requests import ChatRequest, FunctionTool, NamedTool
+from server.wire.tools import FunctionTool, NamedTool
 
 LARGEST_SCHEMA: Final = 64 * 1024  # bytes of JSON, without white space
 LARGEST_GRAMMAR: Final = 512 * 1024  # of all tools of a request

@@ -16,7 +16,8 @@ from server.text.checkpoint import Endpoint
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN
 from server.text.vocabulary import Vocabulary
 from server.wire.errors import InvalidRequest
-from server.wire.requests import FunctionTool, Message, ToolCall
+from server.wire.messages import Message
+from server.wire.tools import FunctionTool, ToolCall
 
 ReasoningTemplate = Literal["auto", "instruct", "thinking"]
 

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.wire import responses as answers
-from server.wire.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.wire.chat_request import ChatRequest
+from server.wire.completion_request import CompletionRequest
+from server.wire.tokenize_request import DetokenizeRequest, TokenizeRequest
 
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"

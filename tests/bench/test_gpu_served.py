@@ -18,7 +18,7 @@ from bench.gpu_served import FEW, ServedRun, engine_said, main, rows_of, said_by
 from bench.served import Asked, ServerFailed, Streamed
 from bench.served_pair import made_up_tokenizer, write_pair
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
-from mi_runtime.model.pair import check_pair
+from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import EngineInfo
 from server.api.process import told
 from server.text.checkpoint import Endpoint

@@ -43,7 +43,7 @@ def test_an_example_works(real_server: Any, example: str) -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     from server.text.grammar_builder import LARGEST_GRAMMAR, LARGEST_SCHEMA
-    from server.wire.requests import MOST_TOOLS
+    from server.wire.tools import MOST_TOOLS
 
     told = f"At most {MOST_TOOLS} tools, each schema {LARGEST_SCHEMA // 1024} KiB, all together"
     assert f"{told} {LARGEST_GRAMMAR // 1024} KiB" in PAGE

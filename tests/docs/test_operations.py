@@ -10,8 +10,8 @@ import yaml  # type: ignore[import-untyped]
 from mi_runtime.request import Dial, EngineInfo
 from server.ops.metrics import EngineState, Metrics
 from server.ops.routing_metrics import RoutingCollector, RoutingState
-from server.routing.dial import Routing
-from server.routing.observations import Observations
+from server.routing.observed_lengths import ObservedLengths
+from server.routing.routing_decision import RoutingDecision
 from server.wire.errors import ApiError, Unavailable
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
@@ -31,7 +31,7 @@ def metrics() -> Metrics:
     metrics = Metrics("pair")
     info = EngineInfo("", "", "", "", "", "", 1, 1, 1, 1, 1, 1, 1, 0.0)
     metrics.follow_engine(lambda: EngineState(info=info))
-    observations = Observations(["default"])
+    observations = ObservedLengths(["default"])
     observations.add("default", 0.5, 7, cut=False)
     state = RoutingState(observations, elastic=False)
     metrics.registry.register(RoutingCollector("pair", lambda: state))
@@ -52,7 +52,7 @@ def test_every_metric_has_its_row_and_no_other_one_has(metrics: Metrics) -> None
 
 def test_the_labels_of_a_metric_are_told(metrics: Metrics) -> None:
     told = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows("Metrics")}
-    metrics.routed(Routing((Dial(0.5),), "body"))
+    metrics.routed(RoutingDecision((Dial(0.5),), "body"))
     metrics.meter(0.5, 1, arrived=0.0, cap=5).close("stop", generation_tokens=1, reasoning_tokens=0)
     metrics.rejected("overloaded")
     seen = 0

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from server.config import Settings
-from server.routing.policy import BUDGET, EFFORT, ENABLE_THINKING, REBUILD_SECONDS
 from server.routing.profiles import BUILTIN
 from server.routing.reasoning_options import EFFORT_SHARES
-from server.routing.table import P90_PER_MEAN
+from server.routing.routing_policy import BUDGET, EFFORT, ENABLE_THINKING, REBUILD_SECONDS
+from server.routing.routing_table import P90_PER_MEAN
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "routing.md").read_text()

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.model.rows import Way
+from mi_runtime.model.row_lambdas import Way
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy, TokenEvent
-from mi_runtime.scheduling.blocks import BlockPool
+from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.scheduler import Scheduler
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime import oracle

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mi_runtime.attention.paged import LayerShape, PackedAttention, attention_forward
+from mi_runtime.attention.paged import attention_forward
+from mi_runtime.attention.plan import LayerShape
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.errors import UnsupportedModel
 from mi_runtime.execution.batch import attention_plan
 from mi_runtime.scheduling.chunk import Chunk

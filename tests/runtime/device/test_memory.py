@@ -27,7 +27,7 @@ import torch
 from transformers import Qwen3ForCausalLM  # code is no copy of a model
 from mi_runtime.model.load import load_pair
 from mi_runtime.device.memory import MemoryPeak
-from mi_runtime.model.pair import check_pair
+from mi_runtime.model.pair_check import check_pair
 
 pair, memory = check_pair(*sys.argv[1:3]), MemoryPeak(torch.device("cpu"))
 model = load_pair(pair, "cpu", *sys.argv[3:])

@@ -14,7 +14,7 @@ import torch
 from mi_runtime.config import EngineConfig, GrammarVocabulary
 from mi_runtime.embedded_pair.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from mi_runtime.engine import Engine
-from mi_runtime.model.blend import PairEmbedding
+from mi_runtime.model.pair_modules import PairEmbedding
 from mi_runtime.request import (
     Dial,
     EngineRequest,

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.execution.measure import blend_bytes
-from mi_runtime.model.rows import StepRows, Way
+from mi_runtime.execution.cost_measurement import blend_bytes
+from mi_runtime.model.row_lambdas import StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from mi_runtime.scheduling.planner import CostModel, Curve
 from tests.runtime import oracle

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import DeltaDtype
 from mi_runtime.errors import PairError
 from mi_runtime.model import delta, load
 from mi_runtime.model.delta import DeltaKind, quantize
 from mi_runtime.model.load import load_pair
-from mi_runtime.model.pair import Endpoint, check_pair
-from mi_runtime.model.rows import StepRows, Way
+from mi_runtime.model.pair_check import Endpoint, check_pair
+from mi_runtime.model.row_lambdas import StepRows, Way
 from mi_runtime.model.swap import _take
 from mi_runtime.request import Dial
 from tests.runtime import oracle

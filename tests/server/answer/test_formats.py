@@ -10,7 +10,7 @@ from mi_runtime.request import Dial
 from server.answer.answer import AnswerHead
 from server.answer.chat_format import ChunkWriter
 from server.answer.choice import Chunk
-from server.routing.dial import Routing
+from server.routing.routing_decision import RoutingDecision
 from server.text.tool_parser import CallDelta
 
 
@@ -20,7 +20,7 @@ def head(**fields: Any) -> AnswerHead:
         "created": 1,
         "model": 'pa"ir',
         "system_fingerprint": "fp_0",
-        "routing": Routing((Dial(0.6),), "body"),
+        "routing": RoutingDecision((Dial(0.6),), "body"),
         "prompt_tokens": 3,
     }
     return AnswerHead(**base | fields)
@@ -123,7 +123,7 @@ def test_a_forced_close_is_told_with_the_last_chunk_and_the_usage() -> None:
 
 
 def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
-    routing = Routing((Dial(0.2), Dial(1.0)), "body", fan_out=True)
+    routing = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
     writer = ChunkWriter(head(routing=routing))
     first = read(writer.first(2))
     (middle,) = read(writer.write([Chunk(1, "a")]))

@@ -134,7 +134,7 @@ def test_a_contradiction_or_an_unknown_key_is_a_400_that_names_it(
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_a_pair_nobody_measured_gets_the_neutral_profile_and_is_told(client: TestClient) -> None:
+def test_a_pair_that_was_not_measured_gets_the_neutral_profile(client: TestClient) -> None:
     assert routed(client, reasoning_effort="medium") == {
         "reasoning_lambda": 0.5,
         "source": "effort",
@@ -143,7 +143,7 @@ def test_a_pair_nobody_measured_gets_the_neutral_profile_and_is_told(client: Tes
     }
     view = client.get("/v1/profiles").json()
     assert (view["name"], view["measured"]) == ("neutral", False)
-    assert "Nobody measured this pair" in view["source"]["description"]
+    assert "This pair was not measured" in view["source"]["description"]
     assert view["classes"]["default"]["points"] == []
 
 

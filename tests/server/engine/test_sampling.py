@@ -5,8 +5,8 @@ import pytest
 
 from mi_runtime.request import EngineInfo, SamplingParams
 from server.engine.sampling import SamplingPolicy, seed_of_choice
+from server.wire.chat_request import parse_chat_request
 from server.wire.errors import ContextTooLong, InvalidRequest
-from server.wire.requests import parse_chat_request
 
 ENGINE = EngineInfo(
     pair_identity="1" * 32,

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.routing.elastic import Elastic, ElasticLimits, Pressure
+from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
 
 LIMITS = ElasticLimits(waiting=8, kv_usage=0.8, release=0.5, dwell=5.0)
 CALM, BETWEEN, HIGH = Pressure(0, 0.0), Pressure(6, 0.6), Pressure(8, 0.0)
@@ -16,14 +16,14 @@ class Clock:
 
 def test_a_queue_or_a_full_cache_is_load() -> None:
     for pressure in (Pressure(8, 0.0), Pressure(0, 0.8), Pressure(900, 1.0)):
-        assert Elastic(LIMITS, Clock()).update(pressure)
+        assert ElasticSwitch(LIMITS, Clock()).update(pressure)
     for pressure in (CALM, Pressure(7, 0.79)):
-        assert not Elastic(LIMITS, Clock()).update(pressure)
+        assert not ElasticSwitch(LIMITS, Clock()).update(pressure)
 
 
 def test_it_is_over_only_where_both_are_well_below() -> None:
     clock = Clock()
-    elastic = Elastic(LIMITS, clock)
+    elastic = ElasticSwitch(LIMITS, clock)
     elastic.update(HIGH)
     clock.now += 100
     for pressure in (BETWEEN, Pressure(5, 0.0), Pressure(0, 0.41)):
@@ -33,7 +33,7 @@ def test_it_is_over_only_where_both_are_well_below() -> None:
 
 def test_a_change_stays_for_the_dwell_time() -> None:
     clock = Clock()
-    elastic = Elastic(LIMITS, clock)
+    elastic = ElasticSwitch(LIMITS, clock)
     assert elastic.update(HIGH)
     clock.now += 4.9
     assert elastic.update(CALM)
@@ -51,7 +51,7 @@ PRESSURES = st.builds(Pressure, st.integers(0, 20), st.floats(0, 1))
 @given(st.lists(st.tuples(st.floats(0, 10), PRESSURES)))
 def test_whatever_the_load_it_never_flaps(steps: list[tuple[float, Pressure]]) -> None:
     clock = Clock()
-    elastic = Elastic(LIMITS, clock)
+    elastic = ElasticSwitch(LIMITS, clock)
     changed = None
     for seconds, pressure in steps:
         clock.now += seconds
@@ -74,7 +74,7 @@ def test_after_the_dwell_time_the_last_pressure_alone_decides_outside_the_band(
     before: list[Pressure],
 ) -> None:
     clock = Clock()
-    elastic = Elastic(LIMITS, clock)
+    elastic = ElasticSwitch(LIMITS, clock)
     for pressure in before:
         elastic.update(pressure)
     for pressure, expected in ((HIGH, True), (CALM, False)):

@@ -7,21 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.request import Dial
-from server.routing.group_lambdas import group_dial, told
+from server.routing.group_lambdas import dial_of_groups, dial_to_json
 from server.wire.errors import InvalidRequest
-from server.wire.requests import GroupLambdas
+from server.wire.reasoning_fields import GroupLambdas
 
 LAYERS = 4
 GROUPS = ["embed", "head", *(f"{layer}.{part}" for layer in range(4) for part in ("attn", "mlp"))]
 VALUES = st.sampled_from([0.0, 0.3, 0.6, 1.0])
 
 
-def dial(said: dict[str, Any], step: float = 0.01) -> Dial:
-    return group_dial(GroupLambdas.model_validate(said), step=step, layers=LAYERS)
+def dial(given: dict[str, Any], step: float = 0.01) -> Dial:
+    return dial_of_groups(GroupLambdas.model_validate(given), step=step, layers=LAYERS)
 
 
-def values(said: dict[str, Any]) -> dict[str, float]:
-    setting = dial(said)
+def values(given: dict[str, Any]) -> dict[str, float]:
+    setting = dial(given)
     return {name: setting.value_of(name) for name in GROUPS}
 
 
@@ -29,9 +29,9 @@ def expected(default: float, **own: float) -> dict[str, float]:
     return dict.fromkeys(GROUPS, default) | own
 
 
-def refusal(said: dict[str, Any]) -> InvalidRequest:
+def refusal(given: dict[str, Any]) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        dial(said)
+        dial(given)
     assert len(caught.value.message) < 300
     return caught.value
 
@@ -46,8 +46,8 @@ def test_a_part_is_that_of_every_layer() -> None:
 
 
 def test_a_range_has_both_its_ends_and_wins_over_parts() -> None:
-    said = {"default": 0.6, "attn": 0.8, "layers": {"1-2": 0, "3": {"mlp": 1}}}
-    assert values(said) == expected(
+    given = {"default": 0.6, "attn": 0.8, "layers": {"1-2": 0, "3": {"mlp": 1}}}
+    assert values(given) == expected(
         0.6,
         **{"0.attn": 0.8, "1.attn": 0.0, "1.mlp": 0.0, "2.attn": 0.0, "2.mlp": 0.0},
         **{"3.attn": 0.8, "3.mlp": 1.0},
@@ -57,7 +57,7 @@ def test_a_range_has_both_its_ends_and_wins_over_parts() -> None:
 def test_a_dial_that_is_the_same_everywhere_is_the_plain_one() -> None:
     same = {"default": 0.6, "attn": 0.6, "mlp": 0.6, "head": 0.601, "layers": {"0-3": 0.6}}
     assert dial(same) == Dial(0.6)
-    assert told(dial(same), LAYERS) == 0.6
+    assert dial_to_json(dial(same), LAYERS) == 0.6
 
 
 def test_where_every_group_is_named_the_most_common_lambda_is_the_default() -> None:
@@ -66,7 +66,7 @@ def test_where_every_group_is_named_the_most_common_lambda_is_the_default() -> N
 
 
 @pytest.mark.parametrize(
-    "said",
+    "given",
     [
         {},
         {"attn": 0.8, "mlp": 0.6, "embed": 0.5},
@@ -74,8 +74,8 @@ def test_where_every_group_is_named_the_most_common_lambda_is_the_default() -> N
         {"embed": 1, "head": 1, "layers": {"0-2": 0.5, "3": {"attn": 1}}},
     ],
 )
-def test_groups_left_over_need_a_default(said: dict[str, Any]) -> None:
-    error = refusal(said)
+def test_groups_left_over_need_a_default(given: dict[str, Any]) -> None:
+    error = refusal(given)
     assert error.param == "reasoning_lambda.default"
     assert "default" in error.message
 
@@ -110,7 +110,7 @@ def test_a_lambda_out_of_range_names_its_group(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "canonical"),
+    ("given", "canonical"),
     [
         ({"default": 0.6}, 0.6),
         ({"default": 0.6, "mlp": 0.8}, {"default": 0.6, "mlp": 0.8}),
@@ -131,14 +131,16 @@ def test_a_lambda_out_of_range_names_its_group(name: str) -> None:
         ({"default": 0.6, "head": 0, "embed": 0}, {"default": 0.6, "embed": 0.0, "head": 0.0}),
     ],
 )
-def test_an_answer_tells_a_dial_in_one_way(said: dict[str, Any], canonical: Any) -> None:
-    assert told(dial(said), LAYERS) == canonical
+def test_an_answer_writes_a_dial_in_one_way(given: dict[str, Any], canonical: Any) -> None:
+    assert dial_to_json(dial(given), LAYERS) == canonical
 
 
 @given(VALUES, st.dictionaries(st.sampled_from(GROUPS), VALUES))
-def test_any_dial_comes_back_from_how_it_is_told(default: float, own: dict[str, float]) -> None:
+def test_any_dial_is_read_back_from_how_it_is_written(
+    default: float, own: dict[str, float]
+) -> None:
     setting = Dial.on_grid(default, 0.1, own)
-    written = told(setting, LAYERS)
+    written = dial_to_json(setting, LAYERS)
     if isinstance(written, dict):
         assert dial(written, step=0.1) == setting
     else:

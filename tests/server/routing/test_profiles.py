@@ -29,7 +29,7 @@ def test_a_saved_profile_is_loaded_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "problem"),
     [
         ("{", "Invalid JSON"),
         ("[]", "object"),
@@ -42,10 +42,10 @@ def test_a_saved_profile_is_loaded_as_it_was(tmp_path: Path) -> None:
         (TEXT.replace('"date"', '"dote"'), "dote"),
     ],
 )
-def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(ProfileError, match=said) as caught:
+    with pytest.raises(ProfileError, match=problem) as caught:
         load_profile(path)
     assert str(caught.value).startswith(str(path))
 

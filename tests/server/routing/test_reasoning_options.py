@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 
-from server.routing.reasoning_options import EFFORT_SHARES, ReasoningInputs, budgets, read_inputs
+from server.routing.reasoning_options import (
+    EFFORT_SHARES,
+    ReasoningOptions,
+    budgets,
+    read_reasoning_options,
+)
+from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import parse_chat_request
 
 
-def read(**fields: Any) -> ReasoningInputs:
+def read(**fields: Any) -> ReasoningOptions:
     base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
-    return read_inputs(parse_chat_request(json.dumps(base | fields).encode()))
+    return read_reasoning_options(parse_chat_request(json.dumps(base | fields).encode()))
 
 
 def refusal(**fields: Any) -> InvalidRequest:
@@ -105,7 +110,7 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "said"),
+    ("fields", "param", "problem"),
     [
         (
             {"thinking_token_budget": 7, "thinking_budget": 8},
@@ -161,11 +166,11 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
     ],
 )
 def test_what_contradicts_itself_is_refused_with_the_rule(
-    fields: dict[str, Any], param: str, said: str
+    fields: dict[str, Any], param: str, problem: str
 ) -> None:
     error = refusal(**fields)
     assert (error.status, error.param) == (400, param)
-    assert said in error.message
+    assert problem in error.message
 
 
 def test_an_effort_beside_a_budget_is_no_conflict() -> None:

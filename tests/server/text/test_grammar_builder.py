@@ -13,8 +13,8 @@ from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
 from server.text.grammar_builder import LARGEST_SCHEMA, Constraint
 from server.text.tool_parser import ToolCalls, joined
 from server.text.vocabulary import Vocabulary
+from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
-from server.wire.requests import parse_chat_request
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TAGS = ("<tool_call>", "</tool_call>")

@@ -10,7 +10,8 @@ from server.text.chat_template import ChatTemplate
 from server.text.checkpoint import CheckpointError, Endpoint, local_directory
 from server.text.prompt import MARK, Ending, Prompts
 from server.wire.errors import InvalidRequest
-from server.wire.requests import CalledFunction, FunctionTool, Message, ToolCall
+from server.wire.messages import Message
+from server.wire.tools import CalledFunction, FunctionTool, ToolCall
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,263 @@
+"""Which attention backends can serve a model on a device, and which one does.
+
+On a CPU it is the reference. On a GPU those that can are measured at start at the model's own
+shapes, decodes and prefill, and the fastest is taken of those that run and agree with the
+reference. A setting forces one. Kernels are imported here and only where they are wanted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mi_runtime.attention.plan import AttentionBackend, AttentionPlan, LayerShape, Prefill
+from mi_runtime.attention.reference import ReferenceAttention
+from mi_runtime.config import AttentionName
+from mi_runtime.errors import PairError
+from mi_runtime.kernels.triton_support import (
+    cause_of,
+    is_lost,
+    launch_errors,
+    triton_installed,
+    triton_interpreted,
+)
+
+NAMES = ("reference", "triton", "torch")
+LARGEST_HEAD = 256
+# What is measured: a decode step of so many sequences of so many tokens, and a prefill chunk of as
+# many tokens behind as many. A chunk of prompts brings about so many decode steps with it.
+DECODES, TOKENS = 32, 1024
+DECODES_A_PREFILL = 32
+REPEATS = 5
+# Largest error, as a share of the reference's largest output.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+Clock = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    backend: AttentionBackend
+    description: str  # its name, and what was measured
+
+
+def choose_attention(
+    wanted: AttentionName,
+    layers: Sequence[LayerShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
+) -> AttentionChoice:
+    """Raises PairError where the one that is wanted cannot serve these layers here."""
+    if wanted != "auto":
+        reason = obstacle(wanted, layers, dtype, device)
+        if reason is not None:
+            raise PairError([f"--attention-backend {wanted}: {reason}"])
+        return AttentionChoice(make_backend(wanted), wanted)
+    if device.type == "cpu":
+        return AttentionChoice(ReferenceAttention(), ReferenceAttention.name)
+    able = [name for name in NAMES if obstacle(name, layers, dtype, device) is None]
+    workloads = tuple(measured_workloads(layers, dtype, device, block_size))
+    choice = fastest([make_backend(name) for name in able], workloads, device_clock)
+    del workloads
+    torch.cuda.empty_cache()  # what the measurement took is free for KV
+    return choice
+
+
+def obstacle(
+    name: str, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a backend cannot serve these layers here; None if nothing is known against it."""
+    if name == "reference":
+        return None
+    if not triton_installed():
+        return "triton is not installed"
+    if device.type != "cuda" and not (name == "triton" and triton_interpreted()):
+        return "it needs a CUDA device"
+    if any(max(layer.key_dim, layer.value_dim) > LARGEST_HEAD for layer in layers):
+        return f"heads of more than {LARGEST_HEAD} are not supported"
+    return None if name == "triton" else _obstacle_of_torch(layers, dtype)
+
+
+def _obstacle_of_torch(layers: Sequence[LayerShape], dtype: torch.dtype) -> str | None:
+    from mi_runtime.attention.torch_backend import torch_has_pages
+
+    if not torch_has_pages():
+        return f"torch {torch.__version__} has no attention over block tables (2.13 has)"
+    if any(layer.sinks for layer in layers):
+        return "the model has attention sinks"
+    if any(layer.key_dim != layer.value_dim for layer in layers):
+        return "heads of keys and values differ in size"
+    return "it computes in 16 bits only" if dtype.itemsize != 2 else None
+
+
+def make_backend(name: str) -> AttentionBackend:
+    if name == "reference":
+        return ReferenceAttention()
+    if name == "torch":
+        from mi_runtime.attention.torch_backend import TorchAttention
+
+        return TorchAttention()
+    from mi_runtime.attention.triton_backend import TritonAttention
+
+    return TritonAttention()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWorkload:
+    """Random queries over the random KV of one layer, and how often a forward has such a layer."""
+
+    plan: AttentionPlan
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keys: Tensor
+    values: Tensor
+    sinks: Tensor | None
+    window: int | None
+    weight: int
+
+    def run(self, backend: AttentionBackend) -> Tensor:
+        backend.write(self.plan, self.keys, self.values, self.key, self.value)
+        return backend.attend(
+            *(self.plan, self.query, self.keys, self.values),
+            scale=self.query.shape[-1] ** -0.5,
+            window=self.window,
+            sinks=self.sinks,
+        )
+
+
+def measured_workloads(
+    layers: Sequence[LayerShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
+    decodes: int = DECODES,
+    tokens: int = TOKENS,
+) -> Iterator[AttentionWorkload]:
+    """Of every distinct layer shape a step of decodes, and a prefill chunk."""
+    for shape, count in Counter(layers).items():
+        blocks = decodes * -(-tokens // block_size)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, dtype=dtype, device=device)
+
+        keys = random(blocks + 1, block_size, shape.kv_heads, shape.key_dim)
+        values = random(blocks + 1, block_size, shape.kv_heads, shape.value_dim)
+        sinks = random(shape.heads) if shape.sinks else None
+        for weight, sequences, length, rows in (
+            (count * DECODES_A_PREFILL, decodes, tokens, 1),
+            (count, 1, 2 * tokens, tokens),
+        ):
+            plan = uniform_plan(sequences, length, rows, block_size, blocks, device)
+            query = random(sequences * rows, shape.heads, shape.key_dim)
+            # what the cache has there already: workloads share it
+            key, value = (cache.flatten(0, 1)[plan.slot_mapping] for cache in (keys, values))
+            yield AttentionWorkload(
+                plan, query, key, value, keys, values, sinks, shape.window, weight
+            )
+
+
+def uniform_plan(
+    sequences: int, length: int, rows: int, block_size: int, blocks: int, device: torch.device
+) -> AttentionPlan:
+    """Sequences of one length, whose last `rows` tokens are computed; their blocks lie anywhere."""
+    width = -(-length // block_size)
+    tables = torch.randperm(blocks)[: sequences * width].view(sequences, width)
+    positions = torch.arange(length - rows, length)
+    slots = tables[:, positions // block_size] * block_size + positions % block_size
+    decodes = sequences if rows == 1 else 0
+    return AttentionPlan(
+        slot_mapping=slots.flatten().to(device),
+        query_starts=(torch.arange(sequences + 1) * rows).to(device, torch.int32),
+        lengths=torch.full((sequences,), length, dtype=torch.int32, device=device),
+        block_tables=tables.to(device, torch.int32),
+        longest_decode=length if decodes else 0,
+        longest_query=rows,
+        longest=length,
+        prefills=tuple(
+            Prefill(one * rows, rows, length - rows) for one in range(decodes, sequences)
+        ),
+        partial_blocks=torch.empty(0, dtype=torch.int64, device=device),
+    )
+
+
+@torch.inference_mode()
+def fastest(
+    backends: Sequence[AttentionBackend], workloads: Sequence[AttentionWorkload], clock: Clock
+) -> AttentionChoice:
+    """Of those that run and agree with the first, which is the reference.
+
+    Raises PairError where the reference does not run, or one that does not run takes the device
+    with it.
+    """
+    expected = _expected(backends[0], workloads)
+    milliseconds: dict[AttentionBackend, float] = {}
+    told: dict[str, str] = {}
+    for backend in backends:
+        try:
+            if not all(map(_agrees, (work.run(backend) for work in workloads), expected)):
+                told[backend.name] = "not used, it disagrees with the reference"
+                continue
+            milliseconds[backend] = sum(
+                work.weight * clock(lambda: work.run(backend))  # noqa: B023
+                for work in workloads
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except launch_errors() as error:
+            told[backend.name] = f"does not run ({cause_of(error)})"
+            if is_lost(workloads[0].query.device):
+                raise PairError([_without(backend, told[backend.name])]) from error
+        else:
+            told[backend.name] = f"{milliseconds[backend]:.3g} ms"
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    others = ", ".join(f"{name} {what}" for name, what in told.items())
+    what = f"{DECODES_A_PREFILL} decode steps and a prefill chunk"
+    return AttentionChoice(best, f"{best.name} ({what}: {others})")
+
+
+def _expected(reference: AttentionBackend, workloads: Sequence[AttentionWorkload]) -> list[Tensor]:
+    try:
+        return [work.run(reference) for work in workloads]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = f"attention cannot be checked, as the reference does not run ({cause_of(error)})"
+        raise PairError([f"{reason}: name one by --attention-backend"]) from error
+
+
+def _agrees(out: Tensor, expected: Tensor) -> bool:
+    error = (out.float() - expected.float()).abs().max()
+    return bool(error <= TOLERANCE[expected.dtype] * expected.float().abs().max())
+
+
+def _without(backend: AttentionBackend, told: str) -> str:
+    return (
+        f"the attention backend {backend.name} {told}, and the GPU takes no more work of this "
+        "process: start again with another --attention-backend"
+    )
+
+
+def device_clock(work: Callable[[], object]) -> float:
+    """Milliseconds of the device: the least of a few repeats, all launched before the first ends.
+
+    So the host's time to launch does not count, as it does not where graphs are replayed.
+    """
+    work()
+    marks: list[Any] = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(REPEATS + 1)
+    ]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # cycles, about 30 ms
+    for mark in marks[:-1]:
+        mark.record()
+        work()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    return min(float(start.elapsed_time(end)) for start, end in pairwise(marks))

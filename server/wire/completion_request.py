@@ -1,0 +1,95 @@
+"""The body of `POST /v1/completions`: text or token ids in, without template or think block."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+from pydantic import Discriminator, Field, Tag
+
+from server.wire.errors import InvalidRequest
+from server.wire.generation_request import MOST_CHOICES, GenerationRequest, check_shared_rules
+from server.wire.validation import parse_body
+
+MOST_CHOICES_OF_PROMPTS: Final = 1024
+"""Of a completions request: its prompts times the choices of each."""
+MOST_PROMPT_TOKENS: Final = 2**20
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]],
+    Field(min_length=1, max_length=MOST_PROMPT_TOKENS),
+]
+
+
+def _form_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "(text)"
+    if value and isinstance(value[0], list):
+        return "(lists of token ids)"
+    return "(token ids)" if value and isinstance(value[0], int) else "(texts)"
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`: text is text, without template or think block."""
+
+    prompt_field = "prompt"
+
+    prompt: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[
+            list[str], Field(min_length=1, max_length=MOST_CHOICES_OF_PROMPTS), Tag("(texts)")
+        ]
+        | Annotated[TokenIds, Tag("(token ids)")]
+        | Annotated[
+            list[TokenIds],
+            Field(min_length=1, max_length=MOST_CHOICES_OF_PROMPTS),
+            Tag("(lists of token ids)"),
+        ],
+        Discriminator(_form_of_prompt),
+    ]
+    """One prompt or several, as text or as token ids. Choices are numbered prompt by prompt."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens, such as a begin of sequence, before a text."""
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    """Tokens of the answer; 0 with `echo` scores the prompt alone."""
+    echo: bool = False
+    """Begin every choice with its prompt."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Log-probability of each token, beside those of this many best ones; with `echo` of the
+    prompt's tokens too, the first of which has none."""
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    """Only the number of choices, which it means where it is not given."""
+
+    @property
+    def prompts(self) -> Sequence[str | Sequence[int]]:
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    request = parse_body(CompletionRequest, body)
+    if request.best_of not in (None, request.choices):
+        raise InvalidRequest(
+            f"`best_of` ({request.best_of}) other than the number of choices ({request.choices}) "
+            "is not implemented by this server",
+            param="best_of",
+        )
+    if len(request.prompts) * request.choices > MOST_CHOICES_OF_PROMPTS:
+        raise InvalidRequest(
+            f"{len(request.prompts)} prompts with {request.choices} choices each are more than "
+            f"{MOST_CHOICES_OF_PROMPTS} choices",
+            param="prompt",
+        )
+    if request.reasoning is not None and request.reasoning.exclude is not None:
+        raise InvalidRequest(
+            "A completion has no reasoning to leave out", param="reasoning.exclude"
+        )
+    check_shared_rules(request)
+    return request

@@ -1,0 +1,104 @@
+"""The messages of a conversation, and the fields that say how they become a prompt."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, Protocol
+
+from pydantic import Discriminator, Field, Tag
+
+from server.wire.errors import InvalidRequest
+from server.wire.tools import MOST_TOOLS, ToolCall
+from server.wire.wire_model import WireModel
+
+MOST_MESSAGES: Final = 16384
+
+
+class TextPart(WireModel):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    """Parts of other kinds are refused."""
+    text: str
+    """Parts are joined as they are."""
+
+
+def _text_or_parts(value: Any) -> str:
+    return "(parts)" if isinstance(value, list) else "(text)"
+
+
+class Message(WireModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who speaks; `developer` is OpenAI's newer word for `system`."""
+    content: (
+        Annotated[
+            Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
+            Discriminator(_text_or_parts),
+        ]
+        | None
+    ) = None
+    """Text, or parts of it. Left out or null only where the assistant called tools."""
+    name: str | None = None
+    """A name for the speaker, where the chat template writes one."""
+    reasoning_content: str | None = None
+    """Of an assistant's message, the text of its think block, where the chat template writes it."""
+    reasoning: str | None = None
+    """Another name of `reasoning_content`, which counts first."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] = []
+    """Of the assistant."""
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    """Of a tool's message: which call it answers."""
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class Continuable(Protocol):
+    """What says how messages become a prompt."""
+
+    @property
+    def messages(self) -> Sequence[Message] | None: ...
+    @property
+    def continue_final_message(self) -> bool: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+
+
+def check_continuation(request: Continuable) -> None:
+    if not request.continue_final_message:
+        return
+    if request.add_generation_prompt:
+        raise InvalidRequest(
+            "`add_generation_prompt` begins a new message and `continue_final_message` goes on "
+            "with the last one; give one of them",
+            param="add_generation_prompt",
+        )
+    if not request.messages or request.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "`continue_final_message` needs a last message of the assistant",
+            param="continue_final_message",
+        )
+    if request.messages[-1].tool_calls:
+        raise InvalidRequest(
+            "`continue_final_message` goes on with text, and the last message ends with tool calls",
+            param="continue_final_message",
+        )
+
+
+def check_message(message: Message, path: str) -> None:
+    """Which fields a role needs, and which it may have."""
+    if message.content is None and not message.tool_calls:
+        raise InvalidRequest(f"`{path}.content`: Field required", param=f"{path}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(
+            f"`{path}.tool_calls` are the assistant's, not of role {message.role!r}",
+            param=f"{path}.tool_calls",
+        )
+    if (message.tool_call_id is not None) is not (message.role == "tool"):
+        raise InvalidRequest(
+            f"`{path}.tool_call_id` goes with role 'tool', and only with it",
+            param=f"{path}.tool_call_id",
+        )

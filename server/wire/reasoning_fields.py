@@ -1,0 +1,85 @@
+"""The fields that choose λ: λ itself, budgets and efforts, in the forms that clients know."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from server.wire.wire_model import WireModel
+
+
+class LayerLambdas(WireModel):
+    """λ by part of a layer."""
+
+    attn: float | None = None
+    """Of the attention."""
+    mlp: float | None = None
+    """Of the FFN."""
+
+
+def _number_or_parts(value: Any) -> str:
+    return "(parts)" if isinstance(value, dict | LayerLambdas) else "(number)"
+
+
+OfLayers = Annotated[
+    Annotated[float, Tag("(number)")] | Annotated[LayerLambdas, Tag("(parts)")],
+    Discriminator(_number_or_parts),
+]
+
+
+class GroupLambdas(WireModel):
+    """λ by blend group; `server.routing.group_lambdas` checks its ranges and values."""
+
+    default: float | None = None
+    """Of every group that is not named; required unless all are."""
+    attn: float | None = None
+    """Of the attention of every layer that `layers` does not name."""
+    mlp: float | None = None
+    """Of the FFN of every layer that `layers` does not name."""
+    embed: float | None = None
+    """Of the embeddings."""
+    head: float | None = None
+    """Of the head and the norm before it."""
+    layers: dict[str, OfLayers] = {}
+    """By range of layers, as `"0-11"` or `"3"`: a number, or one for each part."""
+
+
+Budget = Annotated[int, Field(ge=-1, lt=2**31)]
+"""Reasoning tokens; -1: none set."""
+
+
+EffortName = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def _name_or_number(value: Any) -> str:
+    return "(name)" if isinstance(value, str) else "(number)"
+
+
+Effort = Annotated[
+    Annotated[EffortName, Tag("(name)")] | Annotated[float, Field(ge=0, le=1), Tag("(number)")],
+    Discriminator(_name_or_number),
+]
+"""OpenAI's names, or a place between the cheapest (0) and the best (1) of the profile's front."""
+
+
+class Thinking(WireModel):
+    """Anthropic's form: whether to think, and with `enabled` a budget."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Budget | None = None
+
+
+class Reasoning(WireModel):
+    """OpenRouter's form."""
+
+    effort: Effort | None = None
+    max_tokens: Budget | None = None
+    """Budget of reasoning tokens, in place of an effort."""
+    enabled: bool | None = None
+    exclude: bool | None = None
+    """true: think, and leave the reasoning out of the answer."""
+
+
+class TemplateOptions(WireModel):
+    """Of `chat_template_kwargs`, what this server knows; no template gets them."""
+
+    enable_thinking: bool | None = None

@@ -1,0 +1,39 @@
+"""The form that a request wants its answer to have: text, JSON, or JSON of a schema."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from server.wire.errors import InvalidRequest
+from server.wire.tools import Name, Schema
+from server.wire.wire_model import WireModel
+
+
+class JsonSchemaFormat(WireModel):
+    """The schema of an answer."""
+
+    name: Name
+    """For people."""
+    description: str | None = None
+    """For people."""
+    schema_: Annotated[Schema, Field(alias="schema")]
+    """What the answer obeys."""
+    strict: bool = False
+    """Refuse a schema with keywords that cannot be enforced; else they are left unenforced."""
+
+
+class ResponseFormat(WireModel):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    """Plain text; any JSON object; or JSON of the schema."""
+    json_schema: JsonSchemaFormat | None = None
+    """With type `json_schema`, and only with it."""
+
+
+def check_response_format(form: ResponseFormat | None) -> None:
+    if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
+        raise InvalidRequest(
+            "`response_format.json_schema` goes with `type: json_schema`, and only with it",
+            param="response_format.json_schema",
+        )

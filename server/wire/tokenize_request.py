@@ -1,0 +1,69 @@
+"""The bodies of `POST /tokenize` and `POST /detokenize`."""
+
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from server.wire.errors import InvalidRequest
+from server.wire.messages import MOST_MESSAGES, Message, check_continuation, check_message
+from server.wire.validation import parse_body
+from server.wire.wire_model import WireModel
+
+FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
+
+
+class TokenizeRequest(WireModel):
+    """The body of `POST /tokenize`: a text, or messages for the chat template."""
+
+    model: str | None = None
+    """The served name or an alias, whose λ chooses the template."""
+    prompt: str | None = None
+    """A text. Exactly one of `prompt` and `messages` is given."""
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    """Messages, written by the chat template of the λ."""
+    reasoning_lambda: float | None = None
+    """λ that chooses the template of `messages`; default: the server's."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens before `prompt`; a template writes them itself."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens a new turn of the assistant; default: unless
+    `continue_final_message`."""
+    continue_final_message: bool = False
+    """The last message is the assistant's, and its end is left open."""
+    return_token_strs: bool = False
+    """Whether the answer has the text of every token."""
+
+
+class DetokenizeRequest(WireModel):
+    """The body of `POST /detokenize`."""
+
+    model: str | None = None
+    """The served name or an alias."""
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
+    """Token ids."""
+
+
+def parse_tokenize_request(body: bytes) -> TokenizeRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    request = parse_body(TokenizeRequest, body)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
+    if request.prompt is not None:
+        _refuse_fields(request, "messages", *FIELDS_OF_MESSAGES)
+    else:
+        _refuse_fields(request, "prompt", "add_special_tokens")
+    check_continuation(request)
+    for index, message in enumerate(request.messages or []):
+        check_message(message, f"messages[{index}]")
+    return request
+
+
+def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
+    for name in names:
+        if name in request.model_fields_set:
+            raise InvalidRequest(f"`{name}` needs `{needs}`", param=name)
+
+
+def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
+    """Raises `InvalidRequest` that names the first bad field."""
+    return parse_body(DetokenizeRequest, body)

@@ -1,0 +1,63 @@
+"""Reads a JSON body into its model, and turns the first violation into an error naming the field.
+
+Unknown fields are refused, and so are fields of OpenAI's API that have no effect here: a typo or a
+missing feature gets an error and is never ignored.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from server.wire.errors import InvalidRequest, bounded
+from server.wire.reasoning_fields import GroupLambdas
+from server.wire.wire_model import NOT_IMPLEMENTED, WireModel
+
+UNION_TAGS: Final = frozenset(
+    {
+        *("(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)", "(name)"),
+        *("(texts)", "(token ids)", "(lists of token ids)", "(tool)"),
+    }
+)
+"""Union tags that pydantic puts into the path of an error."""
+
+Model = TypeVar("Model", bound=WireModel)
+
+
+def parse_body(kind: type[Model], body: bytes) -> Model:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _invalid(details[0], kind) from None
+
+
+def _invalid(error: ErrorDetails, kind: type[WireModel]) -> InvalidRequest:
+    if error["type"] == "json_invalid":
+        return InvalidRequest(f"The body is not JSON: {error['msg']}")
+    path = [part for part in error["loc"] if part not in UNION_TAGS]
+    param = _dotted(path)
+    if error["type"] == "extra_forbidden":
+        return InvalidRequest(_unknown(str(path[-1]), param, kind), param=param)
+    if not param:
+        return InvalidRequest(f"The body must be an object: {error['msg']}")
+    return InvalidRequest(f"`{param}`: {error['msg']}", param=param)
+
+
+def _unknown(name: str, param: str, kind: type[WireModel]) -> str:
+    if name in NOT_IMPLEMENTED:
+        return f"`{param}` is not implemented by this server"
+    known = [*kind.model_fields, *GroupLambdas.model_fields]
+    similar = difflib.get_close_matches(bounded(name, 64), known, n=1)
+    hint = f"; did you mean `{similar[0]}`?" if similar else ""
+    return f"Unknown field `{param}`{hint}"
+
+
+def _dotted(path: Sequence[int | str]) -> str:
+    """`messages[0].content` for ("messages", 0, "content")."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"
+    return bounded(text.removeprefix("."), 200)

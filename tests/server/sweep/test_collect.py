@@ -1,0 +1,276 @@
+"""Collecting samples: requests, what is read in an answer, and servers that are busy or wrong."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.sweep.collect import RequestOptions, collect_samples, read_answer, request_body
+from server.sweep.errors import BadParameters, SweepError
+from server.sweep.graders import grader_named
+from server.sweep.grid import Decoding, PlannedSample, Setting, planned_samples
+from server.sweep.http_client import FIRST_TRIES, TRIES, ServedPair, ServerClient
+from server.sweep.samples import SampleLog
+from server.sweep.tasks import Question
+
+PAIR = ServedPair("pair", "abc", "I", "T", layers=6)
+QUESTION = Question("q", ({"role": "user", "content": "a=7. a?"},), "7")
+ASKING = RequestOptions(seed=0, max_tokens=64, grader=grader_named("embedded"))
+UNIT = PlannedSample(Setting(0.5, "all", Decoding(0.7, 0.9, 20)), QUESTION, 1)
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+def answer_body(content: str = "Answer: 7", **fields: Any) -> dict[str, Any]:
+    message = {"content": content}
+    if "reasoning" in fields:
+        message["reasoning_content"] = fields["reasoning"]
+    details = {"reasoning_tokens": fields.get("reasoning_tokens", 0)}
+    return {
+        "choices": [{"message": message, "finish_reason": fields.get("finish", "stop")}],
+        "usage": {"completion_tokens": 9, "completion_tokens_details": details},
+    }
+
+
+def answered(body: Any = None, **fields: Any) -> httpx.Response:
+    headers = {"X-Reasoning-Lambda": "0.5"} | fields.pop("headers", {})
+    return httpx.Response(
+        fields.pop("status", 200), json=body or answer_body(**fields), headers=headers
+    )
+
+
+def at(answer: Answer, concurrency: int = 1) -> ServerClient:
+    transport = httpx.MockTransport(answer)
+    return ServerClient(
+        "http://server/v1",
+        api_key="secret",
+        timeout=5,
+        concurrency=concurrency,
+        transport=transport,
+    )
+
+
+def ask(answer: Answer, path: Path, units: list[PlannedSample], concurrency: int = 4) -> SampleLog:
+    async def run() -> SampleLog:
+        with SampleLog(path, {}) as log:
+            async with at(answer, concurrency) as server:
+                await collect_samples(
+                    units,
+                    server,
+                    PAIR,
+                    ASKING,
+                    log,
+                    on_sample=lambda sample: None,
+                )
+        return log
+
+    return asyncio.run(run())
+
+
+def units(count: int) -> list[PlannedSample]:
+    return list(planned_samples([(UNIT.setting, range(count))], [QUESTION]))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "samples.jsonl"
+
+
+def test_a_request_says_everything_that_the_setting_does() -> None:
+    assert request_body(UNIT, PAIR, ASKING) == {
+        "model": "pair",
+        "messages": [{"role": "user", "content": "a=7. a?"}],
+        "reasoning_lambda": 0.5,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 20,
+        "seed": UNIT.seed(0),
+        "max_tokens": 64,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "thought", "malformed", "unfinished", "said"),
+    [
+        (answer_body(), False, False, False, "7"),
+        (answer_body(reasoning="a=7", reasoning_tokens=4), True, False, False, "7"),
+        (answer_body(reasoning_tokens=1), True, False, False, "7"),  # a block of line breaks
+        (answer_body("seven"), False, True, False, None),
+        (answer_body(""), False, True, False, None),
+        (answer_body("x</think>Answer: 7"), True, True, False, "7"),
+        (answer_body("<tool_call>Answer: 7"), False, True, False, "7"),
+        # Cut inside the block: what was reasoned is graded, as the paper does.
+        (
+            answer_body("", reasoning="Answer: 7", reasoning_tokens=9, finish="length"),
+            False,
+            False,
+            True,
+            "7",
+        ),
+        (
+            answer_body("An", reasoning="Answer: 7", reasoning_tokens=5, finish="length"),
+            True,
+            False,
+            True,
+            None,
+        ),
+    ],
+)
+def test_an_answer_is_read_by_the_stated_rules(
+    body: dict[str, Any], thought: bool, malformed: bool, unfinished: bool, said: str | None
+) -> None:
+    sample = read_answer(UNIT, body, ASKING.grader)
+    assert (sample.thought, sample.malformed, sample.unfinished) == (thought, malformed, unfinished)
+    assert (sample.said, sample.correct) == (said, said == "7")
+    assert (sample.key, sample.tokens) == (UNIT.key, 9)
+
+
+def test_every_unit_is_asked_once_with_the_key_and_what_is_there_is_not(path: Path) -> None:
+    seen: list[int] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["Authorization"] == "Bearer secret"
+        seen.append(json.loads(request.content)["seed"])
+        return answered()
+
+    ask(answer, path, units(3))
+    log = ask(answer, path, units(10))
+    assert len(log.samples) == len(seen) == len(set(seen)) == 10
+
+
+def test_no_more_requests_are_open_than_allowed(path: Path) -> None:
+    open_now, most = 0, 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await asyncio.sleep(0)
+        open_now -= 1
+        return answered()
+
+    ask(answer, path, units(20), concurrency=3)  # type: ignore[arg-type]
+    assert most == 3
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again(path: Path, status: int) -> None:
+    tries = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        if tries < TRIES:
+            return answered({"error": {}}, status=status, headers={"Retry-After": "0"})
+        return answered()
+
+    assert len(ask(answer, path, units(1)).samples) == 1
+    assert tries == TRIES
+
+
+def test_a_server_that_stays_busy_ends_the_run_and_what_is_finished_is_kept(path: Path) -> None:
+    answers = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal answers
+        answers += 1
+        if answers <= 2:
+            return answered()
+        refusal = {"error": {"message": "full"}}
+        return answered(refusal, status=503, headers={"Retry-After": "0"})
+
+    with pytest.raises(SweepError, match="did not answer in 6 tries: 503 full"):
+        ask(answer, path, units(5), concurrency=1)
+    assert len(ask(lambda request: answered(), path, units(2)).samples) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 500, 504])
+def test_a_refusal_ends_the_run_at_once(path: Path, status: int) -> None:
+    tries = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        return answered({"error": {"message": "no such field"}}, status=status)
+
+    with pytest.raises(SweepError, match=f"refused: {status} no such field"):
+        ask(answer, path, units(5), concurrency=1)
+    assert tries == 1
+
+
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(path: Path) -> None:
+    tries = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        raise httpx.ReadTimeout("late")
+
+    with pytest.raises(SweepError, match="no answer within --timeout"):
+        ask(answer, path, units(5), concurrency=1)
+    assert tries == 1
+
+
+def test_a_server_on_a_coarser_grid_is_noticed(path: Path) -> None:
+    with pytest.raises(BadParameters, match=r"ran λ = 0.5 as 0.6"):
+        ask(lambda request: answered(headers={"X-Reasoning-Lambda": "0.6"}), path, units(1))
+
+
+# --- the pair ------------------------------------------------------------------------------------
+
+CARDS = [
+    {"id": "one", "parent": None, "pair": {"identity": "1", "instruct": "I", "thinking": "T",
+                                           "layers": 4}},
+    {"id": "one@0.5", "parent": "one", "pair": None},
+]  # fmt: skip
+
+
+def pair_at(cards: Any, model: str | None) -> ServedPair:
+    async def run() -> ServedPair:
+        async with at(lambda request: httpx.Response(200, json={"data": cards})) as server:
+            return await server.pair(model)
+
+    return asyncio.run(run())
+
+
+def test_the_only_model_is_taken_where_none_is_named() -> None:
+    assert pair_at(CARDS, None) == ServedPair("one", "1", "I", "T", 4)
+
+
+@pytest.mark.parametrize(
+    ("cards", "model", "reason"),
+    [
+        (CARDS, "two", "serves no model 'two', but one"),
+        ([{"id": "gpt"}], None, "names no pair"),
+        ([], None, "serves no model"),
+    ],
+)
+def test_a_server_without_the_pair_is_refused(cards: Any, model: str | None, reason: str) -> None:
+    with pytest.raises(BadParameters, match=reason):
+        pair_at(cards, model)
+
+
+def test_a_wrong_address_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+
+    def gone(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        raise httpx.ConnectError("refused")
+
+    async def no_pause(seconds: float) -> None: ...
+
+    async def run(server: ServerClient) -> None:
+        async with server:
+            await server.pair(None)
+
+    monkeypatch.setattr("server.sweep.http_client.asyncio.sleep", no_pause)
+    with pytest.raises(SweepError, match="3 tries: refused"):
+        asyncio.run(run(at(gone)))
+    assert tries == FIRST_TRIES
+    with pytest.raises(BadParameters, match="no URL"):
+        asyncio.run(run(ServerClient("localhost:8000", api_key=None, timeout=1)))

@@ -1,0 +1,113 @@
+"""Settings, dials and the order of units."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mi_runtime.request import Dial
+from server.routing.group_lambdas import dial_of_groups
+from server.sweep.errors import BadParameters
+from server.sweep.grid import (
+    Decoding,
+    Setting,
+    ablation_dials,
+    curves_of,
+    planned_samples,
+    settings_of,
+    wire_dial,
+)
+from server.sweep.tasks import embedded_task
+from server.wire.reasoning_fields import GroupLambdas
+
+QUESTIONS = embedded_task(4, 0).questions
+
+
+def dial_of(name: str, value: float, layers: int) -> Dial:
+    wire = wire_dial(name, value, layers)
+    assert isinstance(wire, dict)
+    return dial_of_groups(GroupLambdas.model_validate(wire), step=0.01, layers=layers)
+
+
+def groups_at(name: str, value: float, layers: int = 6) -> set[str]:
+    dial = dial_of(name, value, layers)
+    names = ["embed", "head", *(f"{n}.{part}" for n in range(layers) for part in ("attn", "mlp"))]
+    assert {dial.value_of(group) for group in names} <= {0.0, value}
+    return {group for group in names if dial.value_of(group) == value}
+
+
+def test_all_is_one_number() -> None:
+    assert wire_dial("all", 0.8, 6) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("mlp", {f"{n}.mlp" for n in range(6)}),
+        ("attn", {f"{n}.attn" for n in range(6)}),
+        ("0-1", {"0.attn", "0.mlp", "1.attn", "1.mlp"}),
+        ("2-3.mlp", {"2.mlp", "3.mlp"}),
+        ("5-5", {"5.attn", "5.mlp"}),
+        ("0-5", {f"{n}.{part}" for n in range(6) for part in ("attn", "mlp")}),
+    ],
+)
+def test_a_dial_gives_its_groups_lambda_and_the_others_zero(name: str, groups: set[str]) -> None:
+    assert groups_at(name, 0.8) == groups
+
+
+def test_a_dial_takes_the_chat_template_of_its_lambda() -> None:
+    assert dial_of("mlp", 0.8, 6).reasoning_lambda == 0.8
+
+
+@pytest.mark.parametrize("name", ["", "ffn", "3", "2-1", "0-6", "mlp.0-1", "0-1mlp", "0-1."])
+def test_a_name_that_is_no_dial_is_refused(name: str) -> None:
+    with pytest.raises(BadParameters, match="dial"):
+        wire_dial(name, 0.5, 6)
+
+
+def test_the_ablation_is_the_papers_table() -> None:
+    assert ablation_dials(36) == ["all", "mlp", "attn", "0-23", "12-35", "0-11", "12-23", "24-35"]
+    assert ablation_dials(6) == ["all", "mlp", "attn", "0-3", "2-5", "0-1", "2-3", "4-5"]
+
+
+@given(st.integers(3, 200))
+def test_every_dial_of_an_ablation_exists_in_its_model(layers: int) -> None:
+    for name in ablation_dials(layers):
+        wire_dial(name, 0.5, layers)
+
+
+def test_a_curve_for_each_dial_and_decoding() -> None:
+    curves = curves_of([1, 0, 0.5], ["all", "mlp"], [0.6, 0.7], [0.8, 0.95], 20)
+    assert len(curves) == 8
+    assert all([it.reasoning_lambda for it in curve] == [0, 0.5, 1] for curve in curves)
+    assert len({setting.label for setting in settings_of(curves)}) == 24
+
+
+def test_lambda_zero_may_have_a_decoding_of_its_own_on_every_curve() -> None:
+    instruct = Decoding(0.7, 0.8, 20)
+    curves = curves_of([0, 1], ["all"], [0.6, 1.0], [0.95], 20, instruct)
+    assert [curve[0].decoding for curve in curves] == [instruct, instruct]
+    assert len(settings_of(curves)) == 3  # it is asked once
+
+
+def test_units_cover_every_sample_once_and_neighbours_differ_in_lambda() -> None:
+    curve = [Setting(value / 10, "all", Decoding(0.7, 1.0)) for value in range(11)]
+    units = list(planned_samples([(it, range(3)) for it in curve], QUESTIONS))
+    assert len({unit.key for unit in units}) == len(units) == 11 * 3 * 4
+    for at in range(0, len(units), 11):
+        assert len({unit.setting for unit in units[at : at + 11]}) == 11
+
+
+def test_units_of_a_later_round_are_those_that_were_not_asked() -> None:
+    curve = [Setting(value, "all", Decoding(0.7, 1.0)) for value in (0, 1)]
+    units = list(planned_samples([(curve[0], range(2)), (curve[1], range(2, 5))], QUESTIONS[:1]))
+    asked = [(unit.setting.reasoning_lambda, unit.sample) for unit in units]
+    assert asked == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+
+
+def test_seeds_differ_by_question_lambda_and_sample_alone() -> None:
+    curves = curves_of([0, 0.5, 1], ["all", "mlp"], [0.6, 0.7], [1.0])
+    units = list(planned_samples([(it, range(3)) for it in settings_of(curves)], QUESTIONS))
+    seeds = {unit.seed(0) for unit in units}
+    assert len(seeds) == 3 * 3 * len(QUESTIONS)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert units[0].seed(0) != units[0].seed(1)

@@ -1,0 +1,62 @@
+import json
+from typing import Any
+
+import pytest
+
+from server.wire.chat_request import parse_chat_request
+from server.wire.errors import InvalidRequest
+from server.wire.wire_model import NOT_IMPLEMENTED
+from tests.server.wire.chat_bodies import parse, refusal
+
+
+def test_a_typo_is_told_with_what_was_meant() -> None:
+    error = refusal(reasoning_lamda=0.6)
+    assert error.param == "reasoning_lamda"
+    assert "did you mean `reasoning_lambda`" in error.message
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IMPLEMENTED))
+def test_what_is_not_implemented_is_refused_by_name(name: str) -> None:
+    error = refusal(**{name: 1})
+    assert error.param == name
+    assert "not implemented" in error.message
+
+
+@pytest.mark.parametrize("name", ["tools", "temperature", "stop", "stream_options", "logit_bias"])
+def test_null_means_not_given(name: str) -> None:
+    assert parse(**{name: None}) == parse()
+
+
+def test_an_unknown_field_is_refused_even_as_null() -> None:
+    assert refusal(nonsense=None).param == "nonsense"
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request(b'{"messages": [{"role": "user", "content": "x"}]}')
+    assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nonsense", b'"x"', b"\xff\xfe", b"null"])
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request(body)
+    assert caught.value.param is None
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        parse_chat_request(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"x" * 100_000: 1},
+        {"logit_bias": {"y" * 100_000: 1000}},
+        {"messages": [{"role": "z" * 100_000, "content": "x"}]},
+        {"metadata": {"k" * 100_000: "v"}},
+    ],
+)
+def test_an_error_never_echoes_its_input_at_length(fields: dict[str, Any]) -> None:
+    assert len(json.dumps(refusal(**fields).body)) < 2000
