@@ -63,7 +63,7 @@ def server(
 
 def described() -> dict[str, Any]:
     """The document, with the served names: any other is a 404, and nothing more would be tried."""
-    it = document("1")
+    it = copy.deepcopy(document("1"))
     for schema in it["components"]["schemas"].values():
         if schema["title"].endswith("Request"):
             may_be_left_out = "model" not in schema.get("required", ())
