@@ -139,7 +139,7 @@ def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[Callable[..., S
 
     yield start
     for server in started:
-        server.text.stop_strings()
+        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     try:
         yield server.wait_ready()
     finally:
-        server.text.stop_strings()
+        server.stop()
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def test_a_calibration_writes_a_profile_with_its_command(real_server: Any, tmp_p
 
 def test_the_built_in_profile_is_of_the_embedded_pair(real_server: Any) -> None:
     """Whoever changes the pair measures it again, with the command in the file."""
-    profile = load_profile(ROOT / "server" / "builtin_profiles" / "embedded.json")
+    profile = load_profile(ROOT / "server" / "routing" / "builtin_profiles" / "embedded.json")
     card = real_server.get("/v1/models").json()["data"][0]
     assert profile.pair.model_dump() == {
         name: card["pair"][name] for name in ("identity", "instruct", "thinking")

@@ -127,7 +127,7 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPro
     try:
         yield server.wait_ready()
     finally:
-        server.text.stop_strings()
+        server.stop()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
