@@ -165,7 +165,7 @@ def test_tokens_are_drawn_from_the_distribution_that_is_asked_for(params: dict[s
     top_p=st.floats(0.1, 1),
     min_p=st.floats(0, 0.5),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=settings.default.max_examples // 4)
 def test_any_mixture_of_cuts_is_that_of_transformers(seed: int, **params: Any) -> None:
     assert_same_distribution(random_logits(seed=seed), **params)
 
@@ -176,7 +176,7 @@ def test_any_mixture_of_cuts_is_that_of_transformers(seed: int, **params: Any) -
     coarse=st.booleans(),
     group=st.sampled_from([1, 7, 64, 500]),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=settings.default.max_examples // 4)
 def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting(
     seed: int, temperature: float, coarse: bool, group: int
 ) -> None:
@@ -295,7 +295,7 @@ def test_penalties_bias_and_forbidden_ends_follow_their_formula(params: dict[str
     presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=settings.default.max_examples // 4)
 def test_any_penalties_follow_their_formula(**params: Any) -> None:
     assert_draws_like_formula(random_logits(seed=3), **params)
 
@@ -413,7 +413,6 @@ def with_params(params: SamplingParams) -> Sequence:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     group=st.sampled_from([64, 1024]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_a_row_gives_the_same_alone_and_in_any_company(
     batch: list[SamplingParams], seed: int, coarse: bool, dtype: torch.dtype, group: int
 ) -> None:
