@@ -22,8 +22,8 @@ from server.routing.requested_lambda import LambdaReader
 from server.routing.routing_decision import RoutingDecision
 from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import Endpoint
-from server.text.grammar_builder import Constraint
-from server.text.prompt import Prompts
+from server.text.grammar_builder import GrammarBuilder
+from server.text.prompt import PromptBuilder
 from server.text.think_policy import ThinkBlocks
 from server.wire.errors import ApiError, Draining, EngineDead, Loading
 
@@ -58,7 +58,7 @@ class Service:
         self.lambda_reader = LambdaReader(
             settings.model_name, settings.lambda_step, settings.default_lambda
         )
-        self.prompts = Prompts(
+        self.prompts = PromptBuilder(
             instruct,
             thinking,
             template=settings.reasoning_template,
@@ -69,12 +69,12 @@ class Service:
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        self.constraint = Constraint(self.prompts.vocabulary)
+        self.grammar_builder = GrammarBuilder(self.prompts.vocabulary)
         eos_token_ids = self._eos_token_ids((instruct, thinking))
         self.sampling = SamplingPolicy(thinking.sampling_defaults, eos_token_ids)
         engine.tell(
             self.prompts.vocabulary.marks,
-            self.prompts.vocabulary.for_grammars(thinking.directory, eos_token_ids),
+            self.prompts.vocabulary.grammar_vocabulary(thinking.directory, eos_token_ids),
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)

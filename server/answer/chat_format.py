@@ -16,7 +16,7 @@ from server.answer.answer import Answer, AnswerHead
 from server.answer.choice import Chunk
 from server.answer.logprobs import WriteLogprobs, chat_logprobs
 from server.engine.generation import ClientLeft
-from server.text.tool_parser import CallDelta, joined
+from server.text.tool_parser import CallDelta, join_deltas
 from server.text.vocabulary import Vocabulary
 from server.wire.errors import ApiError, RequestFailed
 
@@ -213,7 +213,7 @@ def _choice(index: int, whole: Whole, head: AnswerHead) -> dict[str, Any]:
     if reasoning and head.include_reasoning:
         message |= {"reasoning_content": reasoning, "reasoning": reasoning}
     if whole.calls:
-        message |= {"content": message["content"] or None, "tool_calls": joined(whole.calls)}
+        message |= {"content": message["content"] or None, "tool_calls": join_deltas(whole.calls)}
     return {
         "index": index,
         "message": message,

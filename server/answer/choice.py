@@ -13,8 +13,8 @@ from server.answer.logprobs import WriteLogprobs
 from server.ops.metrics import RequestMeter
 from server.text.reasoning_parser import Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.tool_parser import CallDelta, Said, ToolCalls
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.tool_parser import CallDelta, ParsedText, ToolCallParser
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
 
 Observe = Callable[[int, bool], None]
@@ -66,10 +66,10 @@ class Choice:
         self.forced_close = False
         self._cut_in_block = False
         self._observe = observe
-        self._text = TokenText(vocabulary)
+        self._text = IncrementalDetokenizer(vocabulary)
         self._splitter = splitter
         self._stop = StopStrings(stop)
-        self._calls = ToolCalls() if tools else None
+        self._calls = ToolCallParser() if tools else None
         self._write_logprobs = logprobs
         self._characters = text_before
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still held back
@@ -131,10 +131,10 @@ class Choice:
             self.reasoning_tokens = 0
         return split
 
-    def _without_calls(self, content: str) -> Said:
+    def _without_calls(self, content: str) -> ParsedText:
         """Content and tool calls, where the request has tools."""
         if self._calls is None:
-            return Said(content)
+            return ParsedText(content)
         said = self._calls.feed(content)
         if self.finish_reason is not None:
             said = said.then(self._calls.finish())
@@ -142,7 +142,7 @@ class Choice:
                 self.finish_reason = "tool_calls"
         return said
 
-    def _chunk(self, split: Split, said: Said) -> Chunk | None:
+    def _chunk(self, split: Split, said: ParsedText) -> Chunk | None:
         if not (said.content or said.calls or split.reasoning or self.finish_reason):
             return None
         logprobs, self._logprobs = self._logprobs, []

@@ -7,7 +7,7 @@ from typing import Any
 from mi_runtime.request import TokenEvent, TokenLogprobs
 from server.answer.choice import Choice, Chunk
 from server.answer.logprobs import WriteLogprobs, unscored
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Echo:
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], vocabulary: Vocabulary) -> "Echo":
         """The text of token ids, special ones included."""
-        stream, text, offsets = TokenText(vocabulary, hide_special=False), "", []
+        stream, text, offsets = IncrementalDetokenizer(vocabulary, hide_special=False), "", []
         for token_id in token_ids:
             offsets.append(len(text))
             text += stream.feed(token_id)

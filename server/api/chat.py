@@ -60,7 +60,7 @@ def _prepare(
     wire: ChatRequest, routing: RoutingDecision, ending: Ending, service: Service
 ) -> tuple[str | None, list[Prompt]]:
     """What the answer obeys, and the prompt at each dial."""
-    grammar = service.constraint.grammar(wire)
+    grammar = service.grammar_builder.grammar(wire)
     prompts = service.prompts.build_each(wire.messages, routing.dials, ending, wire.offered_tools)
     has_tags = service.prompts.vocabulary.has_think_tags
     if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):

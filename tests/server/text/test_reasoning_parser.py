@@ -12,7 +12,7 @@ from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.scheduling.thinking import Phase, ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
 from server.text.think_policy import ThinkBlocks
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 CLOSING = (THINK_CLOSE, TOOL_CALL)
 PIECES = [THINK_OPEN, THINK_CLOSE, TOOL_CALL, "<think", "</", ">", "\n", " ", "\n\n", "a", "é", "."]
@@ -46,7 +46,7 @@ def parts_of(split: Split) -> Parts:
 
 def split_tokens(ids: list[int], *, opened: bool, by_length: bool = False) -> Parts:
     """Token by token, as an answer comes."""
-    splitter, text = BLOCKS.splitter(opened_by_prompt=opened), TokenText(VOCABULARY)
+    splitter, text = BLOCKS.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split = Split()
     for token_id in ids:
         split = split.then(splitter.feed(text.feed(token_id), token_id))
@@ -186,7 +186,7 @@ def test_engine_and_splitter_agree_about_every_token(
     policy = blocks.policy(opened_by_prompt=opened, cap=cap)
     assert policy is not None
     engine = ThinkingState(policy, VOCABULARY.marks)
-    splitter, text = blocks.splitter(opened_by_prompt=opened), TokenText(VOCABULARY)
+    splitter, text = blocks.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     said, forced = Split(), list[int]()
     for token_id in written(engine, wanted, forced):
         said = said.then(splitter.feed(text.feed(token_id), token_id))
