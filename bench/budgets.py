@@ -1,18 +1,19 @@
-"""What a budget of reasoning tokens buys: routed, or all of them spent at λ = 1 and cut there.
+"""What a budget of reasoning tokens buys: with routing, and with a fixed λ that is cut at the
+budget.
 
     python -m bench.budgets [--budgets 0,5,10] [--questions 150] [--samples 8] [--seed 1]
 
-The embedded pair's task at T = 0.7 over HTTP, every policy asked the same questions, all of them
-mixed in every batch. Policies, each with the budget as a hard cap:
+Runs the embedded pair's task at T = 0.7 over HTTP. Every policy gets the same questions, and all
+requests share the batches. The policies, each with the budget as a hard cap:
 
-    routed          the budget alone: λ by the curve of all questions
-    routed, class   the budget and the question's class: λ by that class's own curve
+    routed          only the budget: λ from the curve of all questions
+    routed, class   the budget and the question's class: λ from the curve of that class
     λ = 0.7         the first λ of stage 3 in the built-in profile, and the budget
-    λ = 1           λ = 1 and the budget: the think block is closed where the budget ends
+    λ = 1           λ = 1 and the budget: the think block is closed when the budget is used up
 
-Without a budget λ = 0 and λ = 1, for both ends. The default seed is not the one by whose questions
-the built-in profile was measured. Keeps `bench/results/budgets.json`; `bench.three_stages` makes
-the tables and the picture of it.
+λ = 0 and λ = 1 without a budget are measured too. The default seed differs from the seed of the
+questions that the built-in profile was measured on. Writes `bench/results/budgets.json`, from which
+`bench.three_stages` makes the tables and the picture.
 """
 
 import argparse
@@ -30,12 +31,13 @@ from typing import Any
 
 from bench.report import RESULTS, machine, rounded
 from server.routing.profiles import DEFAULT_CLASS
-from server.sweep.asking import Asking, ServedPair, Server, read_answer, request_body
-from server.sweep.child import own_server
+from server.sweep.collect import RequestOptions, read_answer, request_body
 from server.sweep.estimates import RESAMPLES, estimate, grouped
 from server.sweep.graders import grader_named
+from server.sweep.grid import ALL, Decoding, PlannedSample, Setting
+from server.sweep.http_client import ServedPair, ServerClient
+from server.sweep.own_server import own_server
 from server.sweep.samples import Sample
-from server.sweep.settings import ALL, Decoding, Setting, Unit
 from server.sweep.tasks import EMBEDDED, Task, embedded_task
 
 BUDGETS = "0,5,10,15,20,30,40,60,80,120"
@@ -48,13 +50,13 @@ _SETTING = Setting(1.0, ALL, Decoding(0.7, 1.0))
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One way to spend a budget; None: no budget."""
+    """One way to spend a budget. A budget of None means no budget."""
 
     name: str
     budget: int | None
     explicit: float | None  # λ; None: the router chooses it
 
-    def body(self, unit: Unit, pair: ServedPair, asking: Asking) -> dict[str, Any]:
+    def body(self, unit: PlannedSample, pair: ServedPair, asking: RequestOptions) -> dict[str, Any]:
         body = request_body(unit, pair, asking)
         del body["reasoning_lambda"]
         if self.explicit is not None:
@@ -111,7 +113,7 @@ def policies_of(budgets: Sequence[int]) -> Iterator[Policy]:
         yield Policy(CUT, budget, 1.0)
 
 
-# --- Asking ---------------------------------------------------------------------------------------
+# --- Requests -------------------------------------------------------------------------------------
 
 
 async def asked(
@@ -119,13 +121,13 @@ async def asked(
 ) -> Answers:
     answers: Answers = {policy: [] for policy in policies}
     left = iter(list(product(task.questions, range(samples), policies)))
-    asking = Asking(seed, None, grader_named(EMBEDDED))
-    async with Server(url, api_key=None, timeout=600, concurrency=CONCURRENCY) as server:
+    asking = RequestOptions(seed, None, grader_named(EMBEDDED))
+    async with ServerClient(url, api_key=None, timeout=600, concurrency=CONCURRENCY) as server:
         pair = await server.pair(None)
 
         async def work() -> None:
             for question, sample, policy in left:
-                unit = Unit(_SETTING, question, sample)
+                unit = PlannedSample(_SETTING, question, sample)
                 response = await server.complete(policy.body(unit, pair, asking))
                 answers[policy].append(_answer(unit, policy, response.json(), asking))
 
@@ -135,7 +137,9 @@ async def asked(
     return answers
 
 
-def _answer(unit: Unit, policy: Policy, body: Mapping[str, Any], asking: Asking) -> Answer:
+def _answer(
+    unit: PlannedSample, policy: Policy, body: Mapping[str, Any], asking: RequestOptions
+) -> Answer:
     sample = read_answer(unit, body, asking.grader)
     routing = body["routing"]
     return Answer(
@@ -149,7 +153,7 @@ def _answer(unit: Unit, policy: Policy, body: Mapping[str, Any], asking: Asking)
 
 
 def rows(answers: Answers, task: Task, kind: str) -> list[dict[str, Any]]:
-    """One a policy, over the questions of a class."""
+    """Returns one row for each policy, over the questions of one class."""
     asked = {it.id for it in task.questions if kind in (DEFAULT_CLASS, it.kind)}
     own = {
         policy: sorted(
@@ -189,7 +193,9 @@ def _share_correct(answers: Iterable[Answer]) -> float | None:
 
 
 def _gain(own: Sequence[Sample], cut: Sequence[Sample]) -> dict[str, float]:
-    """In Mean@k, with the 95 % bootstrap interval of the difference on the same questions."""
+    """The difference in Mean@k, with the 95 % bootstrap interval of the difference on the same
+    questions.
+    """
     pairs = zip(grouped(own), grouped(cut), strict=True)
     gains = [
         fmean(it.correct for it in one) - fmean(it.correct for it in two) for one, two in pairs

@@ -1,10 +1,11 @@
-"""How many graphs the decode steps of a model are compiled to, and how long that takes: by layers.
+"""How many graphs the decode steps of a model compile to, and how long that takes, by number of
+layers.
 
     TORCHINDUCTOR_CACHE_DIR=DIR python -m bench.compiled --layers 36
 
-A random pair of tiny width, by inductor's backend for the CPU: no GPU is needed. Its seconds
-are no GPU's; how they go with the number of layers, and what a second start finds in the directory
-of the first, is the same there. Kernels are interpreted.
+Uses a random pair of tiny width and inductor's CPU backend, so no GPU is needed. The seconds are
+not those of a GPU. How they grow with the number of layers, and what a second start finds in the
+cache directory of the first, is the same there. Triton kernels are interpreted.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def run_all(model: BlendedModel) -> None:
-    """Every way, for two numbers of rows."""
+    """Runs every way, for two numbers of rows."""
     attention = PagedAttention(
         *(model.layers, 16, 4, model.dtype, model.device, make_backend("triton"))
     )
@@ -63,8 +64,8 @@ def run_all(model: BlendedModel) -> None:
     )
     with torch.inference_mode():
         graphs.record()
-        for form in graphs.forms:
-            graphs._replays[form]()
+        for key in graphs.keys:
+            graphs._replays[key]()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Pictures of the built-in profiles for docs/routing.md.
+"""Draws the pictures of the built-in profiles for docs/routing.md.
 
     python -m bench.curves [--out docs/curves]
 
-One SVG a profile, one panel a routing class: score against mean reasoning tokens, each point with
-its λ. Filled points lie on the front, which the line follows; it is solid where the router may
-choose a λ between two points, dotted where it may not. A picture names the profile's digest, by
-which a test sees that it is not older than its profile.
+There is one SVG for each profile, with one panel for each routing class: score against mean
+reasoning tokens, each point labelled with its λ. Filled points are on the front, and the line
+follows the front; it is solid where the router may choose a λ between two points, and dotted where
+it may not. Each picture contains the digest of its profile, so that a test can find a picture that
+is older than its profile.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
 
 
 def _is_line(table: RoutingTable, low: Candidate, high: Candidate) -> bool:
-    """Whether the router may choose between the two."""
+    """Whether the router may choose a λ between the two."""
     at = table.candidates.index(low)
     return table.candidates[at + 1] != high
 

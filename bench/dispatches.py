@@ -1,4 +1,4 @@
-"""What torch dispatches, operator by operator: for benches that count launches."""
+"""Intercepts every operator that torch dispatches; for benchmarks that count launches."""
 
 from abc import abstractmethod
 from typing import Any
@@ -7,7 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class EachDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, `run` stands for every operator; composites come as their parts."""
+    """While it is entered, calls `run` instead of every operator. Composite operators arrive as
+    their parts.
+    """
 
     @abstractmethod
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

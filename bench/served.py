@@ -1,4 +1,6 @@
-"""`mi-server serve` as a process, on the embedded pair or another, and clients of it here."""
+"""Runs `mi-server serve` as a process, on the embedded pair or another, with clients in this
+process.
+"""
 
 import asyncio
 import http.client
@@ -26,17 +28,17 @@ from server.config import EMBEDDED_NAME
 
 HOST = "127.0.0.1"
 STREAMS = 64
-STOP_SECONDS = 60.0  # that an idle server may take to end
+STOP_SECONDS = 60.0  # seconds in which an idle server must end
 _SERVE = "import sys; from server.cli import main; sys.exit(main(sys.argv[2:], {worker!r}))"
 
 
 class ServerFailed(Exception):
-    """The server did not start, did not answer as asked, or did not end."""
+    """The server did not start, did not answer as it should, or did not end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One stream: what it asks, and the seed that names it."""
+    """One stream: its request, and the seed that identifies it."""
 
     text: str
     reasoning_lambda: float
@@ -46,7 +48,9 @@ class Asked:
 
     @property
     def body(self) -> bytes:
-        """A greedy answer of exactly `new_tokens` tokens, streamed."""
+        """Returns the body of a request for a streamed greedy answer of exactly `new_tokens`
+        tokens.
+        """
         fields = {
             "model": self.model,
             "messages": [{"role": "user", "content": self.text}],
@@ -63,14 +67,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """An answer as it was read: bytes, and on the monotonic clock when they came."""
+    """An answer as it was read: its bytes, and when they arrived on the monotonic clock."""
 
     asked: Asked
     sent: float
     pieces: tuple[tuple[float, bytes], ...]
 
     def check(self) -> None:
-        """Raises `ServerFailed` unless all tokens that were asked for came."""
+        """Raises `ServerFailed` unless all requested tokens arrived."""
         whole = self.whole
         usage: list[bytes] = re.findall(rb'"completion_tokens": ?(\d+)', whole)
         if b"[DONE]" not in whole or not usage or int(usage[-1]) != self.asked.new_tokens:
@@ -83,14 +87,16 @@ class Streamed:
 
     @property
     def moments(self) -> list[float]:
-        """When each event of content was read to its end; each token is one, where all are text."""
+        """Returns when each event of content was completely read. Each token is one event if all
+        are text.
+        """
         ends = list(accumulate(len(piece) for _, piece in self.pieces))
         events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.whole)
         return [self.pieces[bisect_left(ends, event.end())][0] for event in events]
 
     @property
     def text(self) -> str:
-        """The content of all events."""
+        """Returns the content of all events."""
         events = re.findall(rb"^data: (\{.*\})", self.whole, re.MULTILINE)
         choices = [choice for event in events for choice in json.loads(event)["choices"]]
         return "".join(choice["delta"].get("content", "") for choice in choices)
@@ -103,7 +109,7 @@ def workload(
     model: str = EMBEDDED_NAME,
     new_tokens: int = NEW_TOKENS,
 ) -> list[Asked]:
-    """Questions of the embedded pair's task, each with its λ."""
+    """Returns questions of the embedded pair's task, each with its λ."""
     questions = draw_questions(random.Random(seed), len(lambdas))
     return [
         Asked(question.text, round(value, 2), seed * len(lambdas) + index, model, new_tokens)
@@ -112,10 +118,10 @@ def workload(
 
 
 class Server:
-    """Listens on a free port of the loopback for as long as the context lasts.
+    """A server on a free port of the loopback interface, for as long as the context lasts.
 
-    `start_limit`: seconds until it must be ready, else it is killed. What it and its engine say is
-    said by this process too.
+    It is killed if it is not ready after `start_limit` seconds. This process prints the output of
+    the server and its engine.
     """
 
     def __init__(self, *flags: str, stamps: Path | None = None, start_limit: float = 600) -> None:
@@ -140,7 +146,7 @@ class Server:
             self._process.stdout.close()
             raise
         self.start_seconds = time.perf_counter() - started
-        # A full pipe would hold up what writes into it.
+        # A full pipe would block the process that writes to it.
         self._rest = threading.Thread(target=self._pass_on, daemon=True)
         self._rest.start()
         return self
@@ -152,7 +158,7 @@ class Server:
             raise ServerFailed(f"the server ended with exit code {code}")
 
     def _line_when_ready(self) -> str:
-        """What the server says when it is ready: where it listens, and what its engine is."""
+        """Returns the server's message when it is ready: its address, and facts of its engine."""
         assert self._process.stdout is not None
         clock = threading.Timer(self._start_limit, self._process.kill)
         clock.start()
@@ -185,31 +191,33 @@ class Server:
         return response.status, text
 
     def _end(self) -> int:
-        """Has it end, or ends it; its exit code."""
+        """Asks it to end, or kills it, and returns its exit code."""
         self._process.terminate()
         try:
             return self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
         finally:
-            self._process.kill()  # nothing, where it has ended
+            self._process.kill()  # no effect if it has ended
             self._process.wait()
 
     def ways(self) -> dict[str, int]:
-        """How many blend groups forwards have run by each way, so far."""
+        """Returns how many blend groups forwards have computed by each way so far."""
         _, text = self._get("/metrics")
         found = re.findall(r'^mi_layer_executions_total\{.*way="(\w+)"\} (\S+)', text, re.MULTILINE)
         return {way: int(float(count)) for way, count in found}
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Of the cores, so far, by its two processes."""
+        """Returns the CPU seconds of its two processes so far."""
         http_process = psutil.Process(self._process.pid)
         (engine,) = http_process.children()
         times = {"http": http_process.cpu_times(), "engine": engine.cpu_times()}
         return {name: one.user + one.system for name, one in times.items()}
 
     async def stream_all(self, asked: Sequence[Asked], key: str = "-") -> list[Streamed]:
-        """All of them at once, in the order of `asked`. Raises `ServerFailed`."""
+        """Streams all requests at once; the answers are in the order of `asked`. Raises
+        `ServerFailed`.
+        """
         return await asyncio.gather(*(self._stream(one, key) for one in asked))
 
     async def _stream(self, asked: Asked, key: str) -> Streamed:
@@ -239,7 +247,7 @@ class Server:
 
 
 def refused_seconds(server: Server, headers: dict[str, str], body: Any, status: int) -> list[float]:
-    """Seconds from sending to having read the refusal, over one open connection."""
+    """Returns the seconds from sending to having read the refusal, over one open connection."""
     connection = http.client.HTTPConnection(HOST, server.port)
     content = json.dumps(body).encode()
     seconds = []

@@ -1,11 +1,12 @@
-"""HTTP and streaming against the engine alone: the same 64 requests, 64 λ values, 128 new tokens.
+"""Compares HTTP and streaming with the engine alone: the same 64 requests, 64 λ values, 128 new
+tokens.
 
     python -m bench.serving [--rounds N]
 
-The engine row runs in this process, with as many threads as the server's engine process takes by
-itself. The HTTP row starts `mi-server serve` on the embedded pair and reads 64 streams at once from
-this process, so that on two cores client, HTTP and engine share them. Prompts are the same token
-ids. Also prints the time from start to `/ready`.
+The engine row runs in this process, with as many threads as the server's engine process uses by
+default. The HTTP row starts `mi-server serve` on the embedded pair and reads 64 streams at once in
+this process, so on two cores client, HTTP process and engine share them. The prompts are the same
+token ids. It also prints the time from start to `/ready`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ LAMBDAS = [index / (STREAMS - 1) for index in range(STREAMS)]
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What one round took, and what was said, in the order that it was asked."""
+    """The time of one round, and its answers in the order of the requests."""
 
     seconds: float
     texts: list[str]
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 class EngineAlone:
-    """An engine in this process, asked with the token ids that the server would make."""
+    """An engine in this process, which gets the token ids that the server would make."""
 
     def __init__(self, engine: Engine, instruct: Path, thinking: Path) -> None:
         self._engine = engine
@@ -106,9 +107,9 @@ class EngineAlone:
 
 
 def over_http(server: Server, asked: Sequence[Asked], limit: float | None = None) -> Answered:
-    """All streams at once, from the first request's start to the last's end.
+    """Reads all streams at once, and measures from the first request's start to the last one's end.
 
-    Raises `ServerFailed`, and TimeoutError where they take longer than `limit` seconds.
+    Raises `ServerFailed`, and TimeoutError if they take longer than `limit` seconds.
     """
 
     async def read() -> list[Streamed]:

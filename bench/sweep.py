@@ -1,22 +1,23 @@
-"""A sweep of 11 λ values against mixed decoding, and against eleven merged checkpoints in turn.
+"""Compares a sweep of 11 λ values with mixed decoding, and with eleven merged checkpoints in turn.
 
     python -m bench.sweep [--questions 30] [--samples 4] [--rounds N]
 
-Everything on the embedded pair in fp32, T = 0.7, the same questions and seeds in every row of a
-round. Rows, in new tokens a second:
+Everything runs on the embedded pair in fp32, at T = 0.7, with the same questions and seeds in every
+row of a round. Rows, in new tokens a second:
 
     engine, 32 λ    row c of bench.engine: 32 requests, 32 λ values, 128 new tokens, no HTTP
-    sweep           `mi-server sweep`'s own way: all λ values at once, over HTTP, from the first
+    sweep           what `mi-server sweep` does: all λ values at once, over HTTP, from the first
                     question to the last answer; server and client share the cores
-    merges in turn  eleven merged checkpoints one after another, each in an engine of its own that
-                    is there already; in this process, no HTTP
+    merges in turn  eleven merged checkpoints one after another, each in an engine that is already
+                    loaded; in this process, no HTTP
 
-How far one sweep is ahead depends on the answers that each λ asks for: few of them make small
-batches, and every run has its own last long answer. The last two rows are seconds, as one who
-starts the commands waits for them:
+How far a sweep is ahead depends on the number of answers for each λ: few answers make small
+batches, and every run waits for its longest answer. The last two rows are the seconds that a user
+of the commands would wait:
 
-    sweep, from start   start a server, ask everything, end it
-    servers in turn     eleven times: merge a checkpoint, start a server on it, ask, end it
+    sweep, from start   start a server, run all requests, stop it
+    servers in turn     eleven times: merge a checkpoint, start a server on it, run the requests,
+                        stop it
 """
 
 import argparse
@@ -40,11 +41,12 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
-from server.sweep.asking import Asking, Server, ask_all
-from server.sweep.child import own_server
+from server.sweep.collect import RequestOptions, collect_samples
 from server.sweep.graders import grader_named
+from server.sweep.grid import PlannedSample, curves_of, planned_samples
+from server.sweep.http_client import ServerClient
+from server.sweep.own_server import own_server
 from server.sweep.samples import SampleLog
-from server.sweep.settings import Unit, curves_of, units_of
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
 from server.text.prompt import Prompts
@@ -66,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(default_threads())
     seeds = itertools.count()
 
-    def work() -> list[Unit]:
+    def work() -> list[PlannedSample]:
         return units(arguments.questions, arguments.samples, next(seeds))
 
     with tempfile.TemporaryDirectory() as folder, own_server([], Path(folder, "server")) as url:
@@ -90,7 +92,7 @@ def main() -> None:
 
 
 def rows(
-    url: str, work: Callable[[], list[Unit]], seeds: "itertools.count[int]"
+    url: str, work: Callable[[], list[PlannedSample]], seeds: "itertools.count[int]"
 ) -> dict[str, Callable[[], float]]:
     engine = Engine(blended_config(EMBEDDED_PAIR))
     spread = [(index + 0.5) / REQUESTS for index in range(REQUESTS)]
@@ -102,41 +104,43 @@ def rows(
     }
 
 
-def units(questions: int, samples: int, seed: int) -> list[Unit]:
+def units(questions: int, samples: int, seed: int) -> list[PlannedSample]:
     (curve,) = curves_of(LAMBDAS, ["all"], [0.7], [1.0])
     task = embedded_task(questions, seed)
-    return list(units_of([(setting, range(samples)) for setting in curve], task.questions))
+    return list(planned_samples([(setting, range(samples)) for setting in curve], task.questions))
 
 
 # --- The sweep -----------------------------------------------------------------------------------
 
 
-def swept(url: str, work: Iterable[Unit]) -> float:
+def swept(url: str, work: Iterable[PlannedSample]) -> float:
     return asyncio.run(_swept(url, work))
 
 
-async def _swept(url: str, work: Iterable[Unit]) -> float:
-    asking = Asking(seed=0, max_tokens=MAX_TOKENS, grader=grader_named("embedded"))
-    server = Server(url, api_key=None, timeout=600, concurrency=CONCURRENCY)
+async def _swept(url: str, work: Iterable[PlannedSample]) -> float:
+    asking = RequestOptions(seed=0, max_tokens=MAX_TOKENS, grader=grader_named("embedded"))
+    server = ServerClient(url, api_key=None, timeout=600, concurrency=CONCURRENCY)
     with tempfile.TemporaryDirectory() as folder, SampleLog(Path(folder, "samples"), {}) as log:
         async with server:
             pair = await server.pair(None)
             started = time.perf_counter()
-            await ask_all(work, server, pair, asking, log, lambda sample: None)
+            await collect_samples(work, server, pair, asking, log, lambda sample: None)
             seconds = time.perf_counter() - started
         return sum(sample.tokens for sample in log.samples.values()) / seconds
 
 
-def swept_from_start(work: list[Unit], *flags: str) -> float:
-    """Seconds."""
+def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
+    """Returns the seconds."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, own_server(flags, Path(folder, "server")) as url:
         swept(url, work)
     return time.perf_counter() - started
 
 
-def servers_in_turn(work: list[Unit]) -> float:
-    """Seconds, merging included. Both endpoints are the merge, and the one at λ = 0 is asked."""
+def servers_in_turn(work: list[PlannedSample]) -> float:
+    """Returns the seconds, including the merging. Each server has the merge as both endpoints, and
+    requests have λ = 0.
+    """
     started = time.perf_counter()
     for value in LAMBDAS:
         own = [
@@ -162,7 +166,7 @@ def static_engine(value: float, directory: Path) -> StaticEngine:
     )
 
 
-def in_turn(work: list[Unit], engine_at: Callable[[float], StaticEngine]) -> float:
+def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine]) -> float:
     prompts = Prompts(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
     requests = {
         value: [engine_request(unit, prompts) for unit in work
@@ -177,7 +181,7 @@ def in_turn(work: list[Unit], engine_at: Callable[[float], StaticEngine]) -> flo
     return tokens / (time.perf_counter() - started)
 
 
-def engine_request(unit: Unit, prompts: Prompts) -> EngineRequest:
+def engine_request(unit: PlannedSample, prompts: Prompts) -> EngineRequest:
     dial = Dial(unit.setting.reasoning_lambda)
     (said,) = unit.question.messages
     prompt = prompts.build([Message(**said)], dial)

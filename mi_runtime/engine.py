@@ -82,7 +82,7 @@ class Engine:
             if config.async_scheduling is None
             else config.async_scheduling
         )
-        self._flight: InFlightStep | None = None  # launched and sampled, its results not taken
+        self._in_flight: InFlightStep | None = None  # launched and sampled, its results not taken
         self._steps = 0
         self._counted_builds = -1  # of blended weights, when their bytes were counted
         self._counted_bytes = 0
@@ -119,10 +119,10 @@ class Engine:
         """
         self._add_compiled()
         chunks = self.scheduler.schedule()
-        flight = self._launch(chunks) if chunks else None
+        step = self._launch(chunks) if chunks else None
         events = self._take_results()
-        if flight is not None and self._sample(flight):
-            self._flight = flight
+        if step is not None and self._sample(step):
+            self._in_flight = step
         else:
             events += self._fail(chunks)
         return events if self._asynchronous else events + self._take_results()
@@ -131,14 +131,14 @@ class Engine:
         """None where the device has no memory for it."""
         self._steps += 1
         try:
-            return self._runner.launch(chunks, self._flight)
+            return self._runner.launch(chunks, self._in_flight)
         except torch.OutOfMemoryError:
             return None
 
-    def _sample(self, flight: InFlightStep) -> bool:
+    def _sample(self, step: InFlightStep) -> bool:
         """False where the device has no memory for it."""
         try:
-            self._runner.sample(flight)
+            self._runner.sample(step)
         except torch.OutOfMemoryError:
             return False
         return True
@@ -153,17 +153,17 @@ class Engine:
 
     def _take_results(self) -> list[TokenEvent]:
         """Of the step in flight, to those of its sequences that have not ended."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return []
-        results, events = flight.results(), []
+        results, events = step.results(), []
         for sequence, drawn in results.sampled.items():
             if drawn is None and not sequence.ended:
                 events.append(self._end_undrawn(sequence))
         for sequence, scores in results.scores.items():
             if scores is None and not sequence.ended:
                 events.append(self.scheduler.fail(sequence, NOTHING_TO_DRAW))
-        return events + self.scheduler.update(flight.chunks, results.sampled, results.scores)
+        return events + self.scheduler.update(step.chunks, results.sampled, results.scores)
 
     def _add_compiled(self) -> None:
         """Puts in line what waited for its grammar; waits a little if there is nothing else."""

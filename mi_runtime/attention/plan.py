@@ -41,15 +41,17 @@ class AttentionPlan:
     their capacity; there a row that is padding has length 1 and its slot in the null block.
     """
 
-    slots: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
+    slot_mapping: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
     query_starts: Tensor  # [chunks + 1] int32: first row of each chunk, then the number of rows
     lengths: Tensor  # [chunks] int32: tokens of each chunk's sequence, the chunk's own counted
-    tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the null block
+    block_tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the null block
     longest_decode: int  # tokens of a sequence among the decodes; 0 without any
     longest_query: int  # rows of a chunk
     longest: int  # tokens of a sequence
     prefills: tuple[Prefill, ...]  # for the reference: the chunks behind the decodes
-    opened: Tensor  # for the reference: blocks filled in part, from their first slot on; int64
+    partial_blocks: (
+        Tensor  # for the reference: blocks filled in part, from their first slot on; int64
+    )
 
     @property
     def decodes(self) -> int:
@@ -59,7 +61,7 @@ class AttentionPlan:
     @property
     def by_rows(self) -> tuple[Tensor, ...]:
         """The tensors whose size goes with the number of rows."""
-        return self.slots, self.query_starts, self.lengths, self.tables
+        return self.slot_mapping, self.query_starts, self.lengths, self.block_tables
 
 
 class AttentionBackend(Protocol):

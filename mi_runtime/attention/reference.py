@@ -30,9 +30,9 @@ class ReferenceAttention:
         self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
     ) -> None:
         for cache, new in ((keys, key), (values, value)):
-            if len(plan.opened):
-                cache.index_fill_(0, plan.opened, 0)
-            cache.flatten(0, 1).index_copy_(0, plan.slots, new)
+            if len(plan.partial_blocks):
+                cache.index_fill_(0, plan.partial_blocks, 0)
+            cache.flatten(0, 1).index_copy_(0, plan.slot_mapping, new)
 
     def attend(
         self,
@@ -48,11 +48,11 @@ class ReferenceAttention:
         outputs = []
         if plan.decodes:
             rows = slice(0, plan.decodes)
-            tables = plan.tables[rows, : -(-plan.longest_decode // keys.shape[1])]
+            tables = plan.block_tables[rows, : -(-plan.longest_decode // keys.shape[1])]
             mask = self._decode_mask(plan, window, tables.shape[1] * keys.shape[1])
             own = _rows_of(sinks, rows)
             outputs.append(_decode(query[rows], keys, values, tables, mask, scale, own))
-        for chunk, table in zip(plan.prefills, plan.tables[plan.decodes :], strict=True):
+        for chunk, table in zip(plan.prefills, plan.block_tables[plan.decodes :], strict=True):
             rows = slice(chunk.first, chunk.first + chunk.length)
             own = _rows_of(sinks, rows)
             outputs.append(_prefill(query[rows], keys, values, table, chunk, scale, window, own))

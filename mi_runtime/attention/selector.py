@@ -42,7 +42,7 @@ Clock = Callable[[Callable[[], object]], float]
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
     backend: AttentionBackend
-    told: str  # its name, and what was measured
+    description: str  # its name, and what was measured
 
 
 def choose_attention(
@@ -156,7 +156,7 @@ def measured_workloads(
             plan = uniform_plan(sequences, length, rows, block_size, blocks, device)
             query = random(sequences * rows, shape.heads, shape.key_dim)
             # what the cache has there already: workloads share it
-            key, value = (cache.flatten(0, 1)[plan.slots] for cache in (keys, values))
+            key, value = (cache.flatten(0, 1)[plan.slot_mapping] for cache in (keys, values))
             yield AttentionWorkload(
                 plan, query, key, value, keys, values, sinks, shape.window, weight
             )
@@ -172,17 +172,17 @@ def uniform_plan(
     slots = tables[:, positions // block_size] * block_size + positions % block_size
     decodes = sequences if rows == 1 else 0
     return AttentionPlan(
-        slots=slots.flatten().to(device),
+        slot_mapping=slots.flatten().to(device),
         query_starts=(torch.arange(sequences + 1) * rows).to(device, torch.int32),
         lengths=torch.full((sequences,), length, dtype=torch.int32, device=device),
-        tables=tables.to(device, torch.int32),
+        block_tables=tables.to(device, torch.int32),
         longest_decode=length if decodes else 0,
         longest_query=rows,
         longest=length,
         prefills=tuple(
             Prefill(one * rows, rows, length - rows) for one in range(decodes, sequences)
         ),
-        opened=torch.empty(0, dtype=torch.int64, device=device),
+        partial_blocks=torch.empty(0, dtype=torch.int64, device=device),
     )
 
 

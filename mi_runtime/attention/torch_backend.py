@@ -41,7 +41,7 @@ class TorchAttention(TritonAttention):
             window_size=(-1 if window is None else window - 1, 0),  # without the token itself
             enable_gqa=True,
             seqused_k=plan.lengths,
-            block_table=plan.tables,
+            block_table=plan.block_tables,
         )
         assert isinstance(out, Tensor)
         return out

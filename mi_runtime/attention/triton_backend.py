@@ -14,7 +14,7 @@ class TritonAttention:
     def write(
         self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        write_kv(keys, values, key, value, plan.slots)
+        write_kv(keys, values, key, value, plan.slot_mapping)
 
     def attend(
         self,
@@ -28,7 +28,7 @@ class TritonAttention:
         sinks: Tensor | None,
     ) -> Tensor:
         out: Tensor = paged_attention(
-            *(query, keys, values, plan.tables, plan.lengths, plan.query_starts, sinks),
+            *(query, keys, values, plan.block_tables, plan.lengths, plan.query_starts, sinks),
             *(scale, window, plan.decodes, plan.longest_decode, plan.longest),
         )
         return out

@@ -35,7 +35,7 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return send(torch.from_numpy(array), device)
 
 
-def together_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+def arrays_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     """The tensor of each array, all sent in one copy."""
     ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
     packed = np.empty(ends[-1], dtype=np.uint8)

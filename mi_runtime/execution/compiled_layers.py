@@ -2,7 +2,7 @@
 and the blends of small parameters become few kernels, between the products and the attention.
 
 Compiled once for each way and each kind of layer (with a sliding window or without, dense or of
-experts), with the number of rows left open, for the rows that `BlendGroups.hold` has set. All
+experts), with the number of rows left open, for the rows that `BlendGroups.set_rows` has set. All
 layers of a kind share the code, so nothing that is compiled may know which layer it is. Embedding,
 last norm and head run as they are. Only decode steps that are recorded run compiled: there nothing
 of it is left at run time but its kernels.
@@ -36,15 +36,17 @@ def compiled_logits(model: BlendedModel, backend: str = "inductor") -> Forward:
     compiled = torch.compile(own, fullgraph=True, backend=backend)
 
     @torch.inference_mode()
-    def logits(ids: Tensor, positions: Tensor, kept: Tensor, attention: PagedAttention) -> Tensor:
+    def logits(
+        ids: Tensor, positions: Tensor, logits_indices: Tensor, attention: PagedAttention
+    ) -> Tensor:
         assert attention.plan is not None
-        _leave_open((*attention.plan.by_rows, *attention.caches), axis=0)
-        _leave_open((rows for rows in model.groups.held if len(rows) > 1), axis=0)
+        _mark_dynamic((*attention.plan.by_rows, *attention.caches), axis=0)
+        _mark_dynamic((rows for rows in model.groups.current_lambdas if len(rows) > 1), axis=0)
         with (
             torch._dynamo.config.patch(recompile_limit=LAYERS),
             _layers_run_by(compiled, model, attention),
         ):
-            result = forward_logits(model.model, ids, positions, kept, attention)
+            result = forward_logits(model.model, ids, positions, logits_indices, attention)
         model.groups.end()
         return result
 
@@ -72,12 +74,12 @@ def _forward_by(run: Layer, layer: nn.Module, attention: PagedAttention, number:
     def forward(*inputs: Any, **settings: Any) -> Any:
         settings["attention_context"] = attention.of_layer(number)
         tensors = (one for one in tree_leaves((inputs, settings)) if isinstance(one, Tensor))
-        _leave_open(tensors, axis=1)  # of one batch
+        _mark_dynamic(tensors, axis=1)  # of one batch
         return run(layer, *inputs, **settings)
 
     return forward
 
 
-def _leave_open(tensors: Any, axis: int) -> None:
+def _mark_dynamic(tensors: Any, axis: int) -> None:
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, axis)

@@ -65,9 +65,9 @@ def measure_costs(model: BlendedModel) -> CostModel:
 @torch.inference_mode()
 def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) -> CostModel:
     """These costs where decode steps are replayed: the smallest recording is timed."""
-    form, replay = graphs.smallest
-    way = costs.single if form.way is Way.ENDPOINT else costs.pair
-    return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(form.rows)))
+    key, replay = graphs.smallest
+    way = costs.single if key.way is Way.ENDPOINT else costs.pair
+    return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(key.rows)))
 
 
 def choose_kernels(model: BlendedModel) -> str:
@@ -102,10 +102,10 @@ def measure_kernels(model: BlendedModel) -> None:
     for limit in (max(KERNEL_ROWS), 0):
         model.kernels.enable(limit)
         seconds.append([_pair_seconds(model, rows) for rows in KERNEL_ROWS])
-    model.kernels.enable(rows_worth(KERNEL_ROWS, *seconds))
+    model.kernels.enable(best_row_limit(KERNEL_ROWS, *seconds))
 
 
-def rows_worth(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[float]) -> int:
+def best_row_limit(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[float]) -> int:
     """The limit up to which kernels save most, counting each measured number of rows alike."""
     gains = [1 - own / other for own, other in zip(kernel, vendor, strict=True)]
     totals = (0.0, *accumulate(gains))

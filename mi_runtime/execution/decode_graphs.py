@@ -31,18 +31,20 @@ from mi_runtime.scheduling.planner import SubBatch
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of recordings. One row runs as two: a compiled layer would be compiled apart for one."""
 
-Forward = Callable[[Tensor, Tensor, Tensor, PagedAttention], Tensor]  # ids, positions, kept
+Forward = Callable[
+    [Tensor, Tensor, Tensor, PagedAttention], Tensor
+]  # ids, positions, logits_indices
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes what is to be recorded; gives what replays it and returns the same tensor, written anew."""
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class GraphKey:
     """What one recording computes."""
 
     rows: int
     way: Way
-    which: int = 0  # the endpoint, or the place in the blend cache
+    index: int = 0  # the endpoint, or the place in the blend cache
 
 
 class CudaGraphs:
@@ -97,7 +99,7 @@ class DecodeGraphs:
         self._record = record
         self._forward = forward or model.logits
         self._sizes = sizes
-        self._replays: dict[Form, Callable[[], Tensor]] = {}
+        self._replays: dict[GraphKey, Callable[[], Tensor]] = {}
         self._filled: StepRows | None = None  # whose λ lie in the buffer
         self.device = model.device
         most, device, null_block = self._sizes[-1], model.device, attention.null_block
@@ -107,12 +109,14 @@ class DecodeGraphs:
 
         self._ids = numbers(most, value=0, dtype=torch.int64)
         self._positions = numbers(most, value=0, dtype=torch.int64)
-        self._slots = numbers(most, value=null_block * attention.block_size, dtype=torch.int64)
+        self._slot_mapping = numbers(
+            most, value=null_block * attention.block_size, dtype=torch.int64
+        )
         self._lengths = numbers(most, value=1, dtype=torch.int32)
-        self._tables = numbers(most, max_blocks, value=null_block, dtype=torch.int32)
-        self._kept = torch.arange(most, device=device)
+        self._block_tables = numbers(most, max_blocks, value=null_block, dtype=torch.int32)
+        self._logits_indices = torch.arange(most, device=device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._opened = self._kept[:0]
+        self._partial_blocks = self._logits_indices[:0]
         self._logits = torch.zeros(most, model.vocab_size, dtype=model.dtype, device=device)
         self._lambdas = _rows_apart(len(self._groups.names), most, device=device)
         self._placed: dict[int, Dial] = {}  # whose λ lie in the buffer, by place
@@ -120,140 +124,142 @@ class DecodeGraphs:
             self._groups.cache.places, len(self._groups.names), 1, device=device
         )
         self._shared = torch.arange(2.0, device=device)  # λ of the endpoints
-        self._rows = {form: self._rows_of(form) for form in self._forms()}
+        self._rows = {key: self._rows_of(key) for key in self._keys()}
 
     # --- Recording -------------------------------------------------------------------------------
 
     @property
-    def forms(self) -> tuple[Form, ...]:
+    def keys(self) -> tuple[GraphKey, ...]:
         """All that are recorded, the largest first: the others then find room in its memory."""
         return tuple(self._rows)
 
     @property
-    def smallest(self) -> tuple[Form, Callable[[], Tensor]]:
+    def smallest(self) -> tuple[GraphKey, Callable[[], Tensor]]:
         """The recording of fewest rows, and what replays it on whatever lies in the buffers."""
-        form = min(self._replays, key=lambda form: (form.rows, form.way is not Way.ENDPOINT))
-        return form, self._replays[form]
+        key = min(self._replays, key=lambda key: (key.rows, key.way is not Way.ENDPOINT))
+        return key, self._replays[key]
 
     @torch.inference_mode()
-    def record(self, forms: Sequence[Form] | None = None) -> None:
-        """Records these forms, or all. The blend cache is empty afterwards; its places are made."""
-        forms = forms or self.forms
+    def record(self, keys: Sequence[GraphKey] | None = None) -> None:
+        """Records these keys, or all. The blend cache is empty afterwards; its places are made."""
+        keys = keys or self.keys
         self._build_places()
-        for form in tqdm(forms, "Recording decode steps", disable=None):
-            self._replays[form] = self._record(lambda form=form: self._run(form))  # type: ignore[misc]
+        for key in tqdm(keys, "Recording decode steps", disable=None):
+            self._replays[key] = self._record(lambda key=key: self._run(key))  # type: ignore[misc]
         self._groups.cache.forget()
 
     def _build_places(self) -> None:
         """Makes the tensors of every place in the blend cache, as no recording may build any."""
         for place in range(self._groups.cache.places):
-            form = Form(self._sizes[-1], Way.BLENDED, place)
-            self._groups.hold(self._rows[form])
-            self._attention.begin(self._plan(form.rows))
-            self._model.logits(self._ids, self._positions, self._kept, self._attention)
+            key = GraphKey(self._sizes[-1], Way.BLENDED, place)
+            self._groups.set_rows(self._rows[key])
+            self._attention.begin(self._plan(key.rows))
+            self._model.logits(self._ids, self._positions, self._logits_indices, self._attention)
 
-    def _forms(self) -> Iterator[Form]:
+    def _keys(self) -> Iterator[GraphKey]:
         for rows in reversed(self._sizes):
-            yield Form(rows, Way.PAIR)
+            yield GraphKey(rows, Way.PAIR)
             for endpoint in self._groups.endpoints.values():
-                yield Form(rows, Way.ENDPOINT, endpoint)
+                yield GraphKey(rows, Way.ENDPOINT, endpoint)
             for place in range(self._groups.cache.places):
-                yield Form(rows, Way.BLENDED, place)
+                yield GraphKey(rows, Way.BLENDED, place)
 
-    def _rows_of(self, form: Form) -> dict[str, Rows]:
+    def _rows_of(self, key: GraphKey) -> dict[str, Rows]:
         names, cache = self._groups.names, self._groups.cache
-        if form.way is Way.PAIR:
-            table = self._lambdas[:, : form.rows]
+        if key.way is Way.PAIR:
+            table = self._lambdas[:, : key.rows]
             return {
                 name: Rows(mine, None, live=True) for name, mine in zip(names, table, strict=True)
             }
-        if form.way is Way.ENDPOINT:
-            weights = self._shared[form.which : form.which + 1]
-            return dict.fromkeys(names, Rows(weights, form.which))
-        stand_in = (form.which + 0.5) / cache.places  # some λ of this place's own
+        if key.way is Way.ENDPOINT:
+            lambdas = self._shared[key.index : key.index + 1]
+            return dict.fromkeys(names, Rows(lambdas, key.index))
+        stand_in = (key.index + 0.5) / cache.places  # some λ of this place's own
         return {
             name: Rows(mine, None, cache.use((name, stand_in)), live=True)
-            for name, mine in zip(names, self._place_lambdas[form.which], strict=True)
+            for name, mine in zip(names, self._place_lambdas[key.index], strict=True)
         }
 
-    def _run(self, form: Form) -> Tensor:
-        rows = form.rows
-        self._groups.hold(self._rows[form])
+    def _run(self, key: GraphKey) -> Tensor:
+        rows = key.rows
+        self._groups.set_rows(self._rows[key])
         self._attention.begin(self._plan(rows))
         logits = self._forward(
-            self._ids[:rows], self._positions[:rows], self._kept[:rows], self._attention
+            self._ids[:rows], self._positions[:rows], self._logits_indices[:rows], self._attention
         )
         return self._logits[:rows].copy_(logits)
 
     def _plan(self, rows: int) -> AttentionPlan:
-        longest = self._tables.shape[1] * self._attention.block_size
+        longest = self._block_tables.shape[1] * self._attention.block_size
         return AttentionPlan(
-            slots=self._slots[:rows],
+            slot_mapping=self._slot_mapping[:rows],
             query_starts=self._starts[: rows + 1],
             lengths=self._lengths[:rows],
-            tables=self._tables[:rows],
+            block_tables=self._block_tables[:rows],
             longest_decode=longest,
             longest_query=1,
             longest=longest,
             prefills=(),
-            opened=self._opened,
+            partial_blocks=self._partial_blocks,
         )
 
     # --- Replaying -------------------------------------------------------------------------------
 
-    def form_for(self, part: SubBatch) -> Form | None:
-        """The recording that computes this part; None where there is none."""
-        chunks = part.chunks
+    def key_for(self, sub_batch: SubBatch) -> GraphKey | None:
+        """The recording that computes this sub_batch; None where there is none."""
+        chunks = sub_batch.chunks
         if len(chunks) > self._sizes[-1] or not all(map(_is_decode, chunks)):
             return None
         rows = self._sizes[bisect_left(self._sizes, len(chunks))]
         dials = {chunk.dial for chunk in chunks}
         first = chunks[0].dial
-        form: Form | None = Form(rows, Way.PAIR)
+        key: GraphKey | None = GraphKey(rows, Way.PAIR)
         if len(dials) == 1 and first is not None:
-            form = self._form_of_one(rows, first, part.blended)
-        return form if form in self._replays else None
+            key = self._key_of_one_dial(rows, first, sub_batch.blended)
+        return key if key in self._replays else None
 
-    def _form_of_one(self, rows: int, dial: Dial, blended: bool) -> Form | None:
+    def _key_of_one_dial(self, rows: int, dial: Dial, blended: bool) -> GraphKey | None:
         keys = [(name, dial.value_of(name)) for name in self._groups.names]
         values = {value for _, value in keys}
         endpoints = self._groups.endpoints
         if len(values) == 1 and values <= endpoints.keys():
-            return Form(rows, Way.ENDPOINT, endpoints[values.pop()])
+            return GraphKey(rows, Way.ENDPOINT, endpoints[values.pop()])
         if not blended:
-            return Form(rows, Way.PAIR)
+            return GraphKey(rows, Way.PAIR)
         place = self._groups.cache.common_place(keys)
-        return None if place is None else Form(rows, Way.BLENDED, place)
+        return None if place is None else GraphKey(rows, Way.BLENDED, place)
 
-    def replay(self, form: Form, batch: Batch) -> Tensor:
+    def replay(self, key: GraphKey, batch: Batch) -> Tensor:
         """Logits `[rows of the batch, vocabulary]`, which hold until the next replay."""
         count = len(batch.ids)
-        self._write(batch, count, form.rows)
-        self._write_lambdas(form, batch.rows)
-        logits = self._replays[form]()
-        self._groups.count(form.way)
+        self._write(batch, count, key.rows)
+        self._write_lambdas(key, batch.rows)
+        logits = self._replays[key]()
+        self._groups.count(key.way)
         return logits[:count]
 
     def _write(self, batch: Batch, count: int, rows: int) -> None:
         plan = batch.attention
         self._ids[:count].copy_(batch.ids)
         self._positions[:count].copy_(batch.positions)
-        self._slots[:count].copy_(plan.slots)
+        self._slot_mapping[:count].copy_(plan.slot_mapping)
         self._lengths[:count].copy_(plan.lengths)
-        self._tables[:count, : plan.tables.shape[1]].copy_(plan.tables)
+        self._block_tables[:count, : plan.block_tables.shape[1]].copy_(plan.block_tables)
         if count < rows:  # what is left of an earlier step may not write where others read
-            self._slots[count:rows].fill_(self._attention.null_block * self._attention.block_size)
+            self._slot_mapping[count:rows].fill_(
+                self._attention.null_block * self._attention.block_size
+            )
             self._lengths[count:rows].fill_(1)
 
-    def _write_lambdas(self, form: Form, step: StepRows) -> None:
-        if form.way is Way.BLENDED:
+    def _write_lambdas(self, key: GraphKey, step: StepRows) -> None:
+        if key.way is Way.BLENDED:
             (dial,) = step.dials
             for name in self._groups.names:
                 self._groups.cache.use((name, dial.value_of(name)))
-            if self._placed.get(form.which) != dial:
-                self._place_lambdas[form.which] = self._values(step).T  # [groups, 1]
-                self._placed[form.which] = dial
-        elif form.way is Way.PAIR and step != self._filled:
+            if self._placed.get(key.index) != dial:
+                self._place_lambdas[key.index] = self._values(step).T  # [groups, 1]
+                self._placed[key.index] = dial
+        elif key.way is Way.PAIR and step != self._filled:
             index = on_device(step.index, torch.int64, self._lambdas.device)
             self._lambdas[:, : len(index)] = self._values(step).T[:, index]
             self._filled = step

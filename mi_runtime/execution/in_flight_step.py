@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mi_runtime.device.transfer import Readback, on_device
 from mi_runtime.execution.logprobs import RowLogprobs, read_logprobs, token_logprobs
-from mi_runtime.execution.sampler import Draw, Sampler
+from mi_runtime.execution.sampler import Sampler, SamplerOutput
 from mi_runtime.request import TokenLogprobs
 from mi_runtime.scheduling.chunk import Chunk, Sampled
 from mi_runtime.scheduling.sequence import Sequence
@@ -54,7 +54,7 @@ class InFlightStep:
         self._sequences = sequences  # that sample, one a row
         self._logits = logits  # [rows, vocabulary], in one piece a part
         self._scores = scores
-        self._draw: Draw | None = None
+        self._output: SamplerOutput | None = None
         self._readback: Readback | None = None
 
     def sample(self, sampler: Sampler, device: torch.device) -> None:
@@ -65,34 +65,34 @@ class InFlightStep:
             logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
             if len(rows) < len(logits):
                 logits = logits.index_select(0, on_device(rows, torch.int64, device))
-            self._draw = sampler.sample(logits, tuple(self._sequences[row] for row in rows))
-            tensors += self._draw.tensors
+            self._output = sampler.sample(logits, tuple(self._sequences[row] for row in rows))
+            tensors += self._output.tensors
         self._logits = []
         self._readback = Readback(tensors, device)
 
     @property
-    def row_of(self) -> dict[Sequence, int]:
+    def sampled_rows(self) -> dict[Sequence, int]:
         """Where the token of each sequence stands among the drawn ones."""
-        drawn = () if self._draw is None else self._draw.sequences
+        drawn = () if self._output is None else self._output.sequences
         return {one: row for row, one in enumerate(drawn)}
 
-    def tokens_at(self, rows: Tensor) -> Tensor:
+    def sampled_tokens(self, rows: Tensor) -> Tensor:
         """Those of the drawn tokens, int64; all on the device."""
-        assert self._draw is not None
-        return self._draw.tokens.index_select(0, rows)
+        assert self._output is not None
+        return self._output.tokens.index_select(0, rows)
 
     def results(self) -> StepResults:
         """Waits for the step to be computed; once."""
         assert self._readback is not None, "not sampled"
         host = self._readback.wait()
         scores = {sequence: PromptScores.read(host) for sequence in self._scores}
-        if self._draw is None:
+        if self._output is None:
             return StepResults({}, scores)
-        sampled = zip(self._draw.sequences, self._draw.read(host), strict=True)
+        sampled = zip(self._output.sequences, self._output.read(host), strict=True)
         return StepResults(dict(sampled), scores)
 
 
-def score(logits: Tensor, chunk: Chunk) -> PromptScores:
+def score_prompt(logits: Tensor, chunk: Chunk) -> PromptScores:
     """Of the token behind each scored position."""
     sequence, scored = chunk.sequence, chunk.scored
     behind = sequence.tokens[scored.start + 1 : scored.stop + 1]

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class ReservedMemory:
     """Bytes of a CUDA device that KV and blended weights cannot have."""
 
     total: int  # of the device
@@ -52,16 +52,16 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class CacheSizes:
     num_blocks: int  # of KV
     places: int  # λ values whose blended weights are kept
 
 
-def cuda_sizes(config: EngineConfig, model: BlendedModel, needs: Needs) -> Sizes:
+def cuda_sizes(config: EngineConfig, model: BlendedModel, reserved: ReservedMemory) -> CacheSizes:
     """Raises PairError, with numbers and advice, where no KV block fits."""
-    allowed = int(needs.total * config.gpu_memory_utilization)
-    left = allowed - needs.used - needs.workspace - needs.graphs
-    a_place = blend_bytes(model) + needs.graphs_a_place
+    allowed = int(reserved.total * config.gpu_memory_utilization)
+    left = allowed - reserved.used - reserved.workspace - reserved.graphs
+    a_place = blend_bytes(model) + reserved.graphs_a_place
     if config.blend_policy == "pair" or not blend_bytes(model):
         places = 0  # nothing would ever lie there
     elif config.blend_cache_bytes is None:
@@ -70,11 +70,11 @@ def cuda_sizes(config: EngineConfig, model: BlendedModel, needs: Needs) -> Sizes
         places = config.blend_cache_bytes // a_place
     num_blocks = _blocks(config, model, left - places * a_place)
     if num_blocks < 1:
-        raise PairError([_no_room(config, needs, allowed, left)])
-    return Sizes(num_blocks, places)
+        raise PairError([_no_room(config, reserved, allowed, left)])
+    return CacheSizes(num_blocks, places)
 
 
-def cpu_sizes(config: EngineConfig, model: BlendedModel) -> Sizes:
+def cpu_sizes(config: EngineConfig, model: BlendedModel) -> CacheSizes:
     free = free_bytes(model.device)
     num_blocks = _blocks(config, model, int(free * KV_SHARE_OF_CPU))
     if num_blocks < 1:
@@ -83,7 +83,7 @@ def cpu_sizes(config: EngineConfig, model: BlendedModel) -> Sizes:
     if budget is None:
         left = max(0, free - num_blocks * block_bytes(config, model))
         budget = int(left * BLEND_SHARE_OF_CPU)
-    return Sizes(num_blocks, budget // max(1, blend_bytes(model)))
+    return CacheSizes(num_blocks, budget // max(1, blend_bytes(model)))
 
 
 def block_bytes(config: EngineConfig, model: BlendedModel) -> int:
@@ -91,7 +91,7 @@ def block_bytes(config: EngineConfig, model: BlendedModel) -> int:
     return a_token * model.dtype.itemsize * config.block_size
 
 
-def blocks_of_longest(config: EngineConfig, model: BlendedModel) -> int:
+def blocks_of_longest_sequence(config: EngineConfig, model: BlendedModel) -> int:
     """KV blocks of a sequence that fills the context."""
     return -(-(config.max_model_len or model.max_positions) // config.block_size)
 
@@ -102,19 +102,19 @@ def _blocks(config: EngineConfig, model: BlendedModel, left: int) -> int:
         return config.num_blocks
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes // block_bytes(config, model)
-    useful = blocks_of_longest(config, model) * config.max_num_seqs
+    useful = blocks_of_longest_sequence(config, model) * config.max_num_seqs
     return min(useful, left // block_bytes(config, model))
 
 
-def _no_room(config: EngineConfig, needs: Needs, allowed: int, left: int) -> str:
+def _no_room(config: EngineConfig, reserved: ReservedMemory, allowed: int, left: int) -> str:
     def told(amount: int) -> str:
         return f"{amount / GIB:.1f} GiB"
 
     return (
-        f"no memory for KV: of {told(needs.total)} on the device, --gpu-memory-utilization "
+        f"no memory for KV: of {told(reserved.total)} on the device, --gpu-memory-utilization "
         f"{config.gpu_memory_utilization:g} allows {told(allowed)}; weights and other processes "
-        f"hold {told(needs.used)}, the largest step takes {told(needs.workspace)}, recorded "
-        f"decode steps {told(needs.graphs)}: {told(left)} are left. Keep the pair smaller "
+        f"hold {told(reserved.used)}, the largest step takes {told(reserved.workspace)}, recorded "
+        f"decode steps {told(reserved.graphs)}: {told(left)} are left. Keep the pair smaller "
         "(--delta-dtype int8), make steps smaller (--max-batched-tokens, --max-num-seqs), or "
         "allow more"
     )
@@ -133,7 +133,7 @@ def steps_of_all_sizes(config: EngineConfig) -> Iterator[list[Chunk]]:
 def largest_steps(config: EngineConfig, vocab_size: int) -> Iterator[list[Chunk]]:
     """Steps that need the most memory: a prefill of all tokens that a step may have, as many scored
     positions as it may have, and draws of every sequence, with penalties, from the whole
-    vocabulary and from its best half. All in the first `blocks_of_largest` KV blocks."""
+    vocabulary and from its best half. All in the first `blocks_of_largest_step` KV blocks."""
     yield [_chunk(config, config.max_batched_tokens)]
     scored = min(config.max_batched_tokens, SCORED_ROWS)
     yield [_chunk(config, scored, SamplingParams(prompt_logprobs=1))]
@@ -142,7 +142,7 @@ def largest_steps(config: EngineConfig, vocab_size: int) -> Iterator[list[Chunk]
         yield [_chunk(config, 1, drawn) for _ in range(config.max_num_seqs)]
 
 
-def blocks_of_largest(config: EngineConfig) -> int:
+def blocks_of_largest_step(config: EngineConfig) -> int:
     return -(-config.max_batched_tokens // config.block_size)
 
 
@@ -169,15 +169,15 @@ def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     for chunks in largest_steps(config, model.vocab_size):
-        flight = runner.launch(chunks)
-        runner.sample(flight)
-        flight.results()
+        step = runner.launch(chunks)
+        runner.sample(step)
+        step.results()
     peak = torch.cuda.max_memory_allocated(model.device)
     torch.cuda.empty_cache()
     return peak - before
 
 
-def taken_by(act: Callable[[], Result]) -> tuple[int, Result]:
+def memory_taken_by(act: Callable[[], Result]) -> tuple[int, Result]:
     """Bytes of the CUDA device that are in use after `act` and were free before; what it gave."""
     before = _free_of_cuda()
     result = act()

@@ -13,7 +13,7 @@ order of equals depends on the batch. Top-p without top-k does not sort a large 
 groups of tokens, and searches them all for that probability, five bits at a time.
 
 Everything stays on the logits' device and the host waits for nothing: what it knows goes there as
-tables of a row each, and what was drawn is a `Draw`, to be read when a copy of it has arrived.
+tables with one row a sequence, and a `SamplerOutput` is read when its copy has arrived.
 Tensors are indexed by methods that take an index from the device; a list in brackets would be
 copied there by a copy that is waited for.
 """
@@ -64,7 +64,7 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SamplerOutput:
     """What was drawn for the rows of a step, on the device."""
 
     sequences: tuple[Sequence, ...]  # one a row
@@ -101,7 +101,7 @@ class Sampler:
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
-    def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> Draw:
+    def sample(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> SamplerOutput:
         """One token a row of `logits` `[rows, vocabulary]`.
 
         A row that nothing can be drawn from harms no other: nothing is computed across rows.
@@ -118,7 +118,9 @@ class Sampler:
             outcomes = _choose(changed, sequences)
         outcomes = torch.where(finite, outcomes, NOT_FINITE)
         tokens = outcomes.clamp(min=0)
-        return Draw(sequences, tokens, outcomes.int(), _logprobs(logits, tokens, sequences))
+        return SamplerOutput(
+            sequences, tokens, outcomes.int(), _logprobs(logits, tokens, sequences)
+        )
 
     def _change(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
         self._penalize(logits, sequences)
@@ -166,7 +168,7 @@ class Sampler:
 
 
 def _changes_logits(sequence: Sequence) -> bool:
-    if not sequence.has_rules and sequence.grammar is None:
+    if not sequence.has_logits_processors and sequence.grammar is None:
         return False
     return (
         sequence.request.sampling.has_penalty
@@ -222,9 +224,11 @@ def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
     masks = [_mask(state) for state in states.values()]
     forbidden = _forbidden(masks, logits)
     opens = [
-        (at, row, state.beside)
+        (at, row, state.extra_token)
         for at, (row, state) in enumerate(states.items())
-        if state.may_open and state.beside is not None and not _allows(masks[at], state.beside)
+        if state.may_open_block
+        and state.extra_token is not None
+        and not _allows(masks[at], state.extra_token)
     ]
     if opens:
         at, rows, tags = on_device(opens, torch.int64, logits.device).unbind(1)
@@ -240,11 +244,11 @@ def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
 
 def _mask(state: GrammarState) -> bytes:
     """What may come next: a grammar's mask, and a token beside it that opens no block."""
-    mask, beside = state.mask(), state.beside
-    if beside is None or state.may_open:
+    mask, extra_token = state.mask(), state.extra_token
+    if extra_token is None or state.may_open_block:
         return mask
-    longer = bytearray(mask.ljust(beside // 8 + 1, b"\0"))
-    longer[beside // 8] |= 1 << beside % 8
+    longer = bytearray(mask.ljust(extra_token // 8 + 1, b"\0"))
+    longer[extra_token // 8] |= 1 << extra_token % 8
     return bytes(longer)
 
 

@@ -24,14 +24,14 @@ from mi_runtime.execution.compiled_layers import compiled_logits
 from mi_runtime.execution.cost_measurement import choose_kernels, measure_costs, with_replays
 from mi_runtime.execution.decode_graphs import SIZES, CudaGraphs, DecodeGraphs, Forward, sizes_for
 from mi_runtime.execution.memory_sizing import (
-    Needs,
-    Sizes,
-    blocks_of_largest,
-    blocks_of_longest,
+    CacheSizes,
+    ReservedMemory,
+    blocks_of_largest_step,
+    blocks_of_longest_sequence,
     cpu_sizes,
     cuda_sizes,
     measured_workspace,
-    taken_by,
+    memory_taken_by,
 )
 from mi_runtime.execution.runner import Runner
 from mi_runtime.kernels.triton_support import launch_errors
@@ -61,8 +61,8 @@ class Recordable:
     forward: Forward
     how: str
     stream: torch.cuda.Stream
-    first: int  # bytes of the largest recording
-    each: int  # bytes of the next one
+    first_bytes: int  # bytes of the largest recording
+    next_bytes: int  # bytes of the next one
 
 
 def start_runner(config: EngineConfig, model: BlendedModel) -> Started:
@@ -93,10 +93,10 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
         runner.graphs, how = _recorded(config, model, runner.attention, recordable, failures)
         if runner.graphs is not None:
             runner.planner.costs = with_replays(costs, model, runner.graphs)
-            count = len(runner.graphs.forms)
-    graphs = _told(how, count, time.monotonic() - started, failures)
+            count = len(runner.graphs.keys)
+    graphs = _graphs_description(how, count, time.monotonic() - started, failures)
     model.groups.start_counting()
-    return Started(runner, sizes.num_blocks, attention.told, pair_kernels, graphs)
+    return Started(runner, sizes.num_blocks, attention.description, pair_kernels, graphs)
 
 
 def _runner(
@@ -118,12 +118,12 @@ def _runner(
 
 def _cuda_sizes(
     config: EngineConfig, model: BlendedModel, backend: AttentionBackend, failures: list[str]
-) -> tuple[Sizes, Recordable | None]:
+) -> tuple[CacheSizes, Recordable | None]:
     """Measured with as much KV as the largest step needs, which is given back."""
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
     # One more: of two sizes that happen to be equal, blocks here and rows of a recording, torch
     # would compile that they always are.
-    blocks = blocks_of_largest(config) + 1
+    blocks = blocks_of_largest_step(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)
     recordable = _recordable(config, model, runner.attention, failures)
@@ -133,16 +133,16 @@ def _cuda_sizes(
     # Only now: in use are also the kernels that were loaded, and the workspaces of products.
     free, total = torch.cuda.mem_get_info(model.device)
     sizes = _graph_sizes(config) if recordable else ()
-    needs = Needs(
+    reserved = ReservedMemory(
         total=total,
         used=total - free,
         workspace=workspace,
-        first_recording=recordable.first if recordable else 0,
-        next_recording=recordable.each if recordable else 0,
+        first_recording=recordable.first_bytes if recordable else 0,
+        next_recording=recordable.next_bytes if recordable else 0,
         recordings=len(sizes) * (1 + len(model.groups.endpoints)),
         recordings_a_place=len(sizes),
     )
-    return cuda_sizes(config, model, needs), recordable
+    return cuda_sizes(config, model, reserved), recordable
 
 
 # --- Recordings -----------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _recorded(
     return None, None
 
 
-def _told(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
+def _graphs_description(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
     """`none` alone is what was asked for."""
     made = "none" if how is None else f"{count} {how}, in {seconds:.0f} s"
     return f"{made} ({'; '.join(failures)})" if failures else made
@@ -212,7 +212,7 @@ def _graphs(
         attention,
         CudaGraphs(stream),
         sizes=_graph_sizes(config),
-        max_blocks=blocks_of_longest(config, model),
+        max_blocks=blocks_of_longest_sequence(config, model),
         forward=forward,
     )
 
@@ -232,11 +232,11 @@ def _tried(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
 
     def first() -> DecodeGraphs:
         graphs = make()
-        graphs.record(graphs.forms[:1])
+        graphs.record(graphs.keys[:1])
         return graphs
 
-    largest, graphs = taken_by(first)
-    return largest, taken_by(lambda: graphs.record(graphs.forms[1:2]))[0]
+    largest, graphs = memory_taken_by(first)
+    return largest, memory_taken_by(lambda: graphs.record(graphs.keys[1:2]))[0]
 
 
 def _recording_errors() -> tuple[type[Exception], ...]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mi_runtime.kernels.pair_linear import Alignment
 
 
-class KernelChoice:
+class KernelDispatch:
     """The kernels of `pair_linear`, and when to take them."""
 
     def __init__(self) -> None:
@@ -30,20 +30,20 @@ class KernelChoice:
         """Whether a dense product of `x` `[..., rows, in]` goes by a kernel."""
         return self.rows > 0 and x.numel() <= self.rows * x.shape[-1]
 
-    def pair(self, x: Tensor, instruct: Tensor, thinking: Tensor, weights: Tensor) -> Tensor:
+    def pair(self, x: Tensor, instruct: Tensor, thinking: Tensor, lambdas: Tensor) -> Tensor:
         """`x` `[..., rows, in]`, of one batch; the rest as `pair_linear` has it."""
         assert self._kernels is not None
         flat = x.reshape(-1, x.shape[-1])
-        out: Tensor = self._kernels.pair_linear(flat, instruct, thinking, weights)
+        out: Tensor = self._kernels.pair_linear(flat, instruct, thinking, lambdas)
         return out.view(*x.shape[:-1], len(instruct))
 
     def delta(
-        self, x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, weights: Tensor
+        self, x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, lambdas: Tensor
     ) -> Tensor:
         """`x` `[..., rows, in]`, of one batch; the rest as `delta_linear` has it."""
         assert self._kernels is not None
         flat = x.reshape(-1, x.shape[-1])
-        out: Tensor = self._kernels.delta_linear(flat, base, delta, scales, weights)
+        out: Tensor = self._kernels.delta_linear(flat, base, delta, scales, lambdas)
         return out.view(*x.shape[:-1], len(base))
 
     def align(self, expert_ids: Tensor, experts: int) -> "Alignment":
@@ -56,12 +56,12 @@ class KernelChoice:
         x: Tensor,
         matrices: tuple[Tensor, Tensor | None, Tensor | None],
         biases: Tensor | None,
-        weights: Tensor,
+        lambdas: Tensor,
         alignment: "Alignment",
         gather: bool,
     ) -> Tensor:
         assert self._kernels is not None
         out: Tensor = self._kernels.grouped_linear(
-            x, *matrices, biases, weights, alignment, gather=gather
+            x, *matrices, biases, lambdas, alignment, gather=gather
         )
         return out

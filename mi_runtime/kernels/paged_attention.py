@@ -81,7 +81,7 @@ def number_of_splits(programs: int, wanted: int, longest: int) -> int:
 
 @triton.jit(
     do_not_specialize=["window", "decodes", "chunks", "table_stride", "sink_stride"],
-    do_not_specialize_on_alignment=["tables", "lengths", "query_starts", "sinks"],
+    do_not_specialize_on_alignment=["block_tables", "lengths", "query_starts", "sinks"],
 )
 def attend_kernel(
     out,  # [tokens, KV_HEADS · GROUP, VALUE_DIM]
@@ -90,7 +90,7 @@ def attend_kernel(
     query,  # [tokens, heads, KEY_DIM]
     keys,  # [blocks, BLOCK_SIZE, KV_HEADS, KEY_DIM]
     values,  # [blocks, BLOCK_SIZE, KV_HEADS, VALUE_DIM]
-    tables,  # [chunks, width]
+    block_tables,  # [chunks, width]
     lengths,  # [chunks]
     query_starts,  # [chunks + 1]
     sinks,  # [·, heads] or None
@@ -181,7 +181,7 @@ def attend_kernel(
             total = tl.full([ROWS], 1.0, tl.float32)
     sums = tl.zeros([ROWS, VALUE_PAD], tl.float32)
 
-    table = tables + chunk.to(tl.int64) * table_stride
+    table = block_tables + chunk.to(tl.int64) * table_stride
     keys += kv_head * KEY_DIM
     values += kv_head * VALUE_DIM
     position = low + tl.arange(0, TILE)
@@ -255,13 +255,13 @@ def add_parts_kernel(
     tl.store(out + row * VALUE_DIM + column, sums.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def write_kernel(
     keys,  # [slots, HEADS, KEY_DIM]
     values,  # [slots, HEADS, VALUE_DIM]
     key,  # [tokens, HEADS, KEY_DIM]
     value,  # [tokens, HEADS, VALUE_DIM]
-    slots,  # [tokens] int64
+    slot_mapping,  # [tokens] int64
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -275,7 +275,7 @@ def write_kernel(
 ):
     """Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
+    slot = tl.load(slot_mapping + token)
     head = tl.arange(0, HEADS_PAD)[:, None]
     column = tl.arange(0, KEY_PAD)[None, :]
     mask = (head < HEADS) & (column < KEY_DIM)
@@ -288,14 +288,16 @@ def write_kernel(
 
 
 @torch.library.custom_op("mi::write_kv", mutates_args=("keys", "values"))
-def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+def write_kv(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor
+) -> None:
     """Puts `key` and `value` `[tokens, kv_heads, dim]` in their slots of a layer's cache."""
     assert keys.is_contiguous()
     assert values.is_contiguous()
     key, value = _dense_rows(key), _dense_rows(value)
     heads, key_dim, value_dim = key.shape[1], key.shape[2], value.shape[2]
-    write_kernel[len(slots),](
-        *(keys, values, key, value, slots),
+    write_kernel[len(slot_mapping),](
+        *(keys, values, key, value, slot_mapping),
         *(key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
         HEADS=heads,
         KEY_DIM=key_dim,
@@ -307,7 +309,7 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Te
 
 
 @write_kv.register_fake
-def _(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None: ...
+def _(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None: ...
 
 
 @torch.library.custom_op("mi::paged_attention", mutates_args=())
@@ -315,7 +317,7 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    tables: Tensor,
+    block_tables: Tensor,
     lengths: Tensor,
     query_starts: Tensor,
     sinks: Tensor | None,
@@ -338,8 +340,17 @@ def paged_attention(
     out = query.new_empty(*query.shape[:2], values.shape[3])
     sink_stride = 0 if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks.stride(0)
     arguments = (
-        *(query, keys, values, tables, lengths, query_starts, sinks, scale * math.log2(math.e)),
-        *(window or 0, decodes, len(tables), tables.stride(0), sink_stride),
+        *(
+            query,
+            keys,
+            values,
+            block_tables,
+            lengths,
+            query_starts,
+            sinks,
+            scale * math.log2(math.e),
+        ),
+        *(window or 0, decodes, len(block_tables), block_tables.stride(0), sink_stride),
         *(query.stride(0), query.stride(1)),
     )
     if decodes:
@@ -352,7 +363,7 @@ def paged_attention(
         settings = attend_settings(query, keys, values, window, decode=False)
         queries = settings["ROWS"] // settings["GROUP"]
         # Each chunk's last tile may be one that the division does not count.
-        tiles = (len(query) - decodes) // queries + len(tables) - decodes
+        tiles = (len(query) - decodes) // queries + len(block_tables) - decodes
         wanted = PREFILL_PROGRAMS * processors(query.device)
         seen = longest if window is None else min(window + queries, longest)
         own = splits or number_of_splits(tiles * keys.shape[2], wanted, seen)
@@ -390,7 +401,7 @@ def _(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    tables: Tensor,
+    block_tables: Tensor,
     lengths: Tensor,
     query_starts: Tensor,
     sinks: Tensor | None,

@@ -98,8 +98,8 @@ def _between(low, high, value):
 
 # Neither a batch's size nor where its λ lie compiles anything anew.
 @triton.jit(
-    do_not_specialize=["rows", "weight_step", "scales_expert", "scales_row"],
-    do_not_specialize_on_alignment=["scales", "weights", "order", "owners", "begins", "edges"],
+    do_not_specialize=["rows", "lambda_step", "scales_expert", "scales_row"],
+    do_not_specialize_on_alignment=["scales", "lambdas", "order", "owners", "begins", "edges"],
 )
 def _product(
     x,
@@ -107,7 +107,7 @@ def _product(
     second,  # W_T, or Q
     scales,
     biases,  # `[experts, 2, columns]`
-    weights,
+    lambdas,
     out,
     order,  # assignments of a row to an expert, sorted by expert
     owners,  # the expert of each block
@@ -117,7 +117,7 @@ def _product(
     columns,
     depth,
     split_depth,
-    weight_step,  # 0: all rows share one λ
+    lambda_step,  # 0: all rows share one λ
     x_row,
     first_expert,
     first_row,
@@ -212,7 +212,7 @@ def _product(
                 tile = tl.load(second + k[:, None] * second_column, mask=w_mask, other=0)
                 high = _dot(left, tile, high, UPCAST)
 
-    value = tl.load(weights + token * weight_step, mask=is_row, other=0)[:, None]
+    value = tl.load(lambdas + token * lambda_step, mask=is_row, other=0)[:, None]
     if KIND == SINGLE:
         result = low
     elif KIND == PAIR:
@@ -246,28 +246,28 @@ def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @torch.library.custom_op("mi::pair_linear", mutates_args=())
-def pair_linear(x: Tensor, instruct: Tensor, thinking: Tensor, weights: Tensor) -> Tensor:
-    """`[M, K]` through both `[N, K]` matrices to `[M, N]`; `weights` `[M]` or `[1]` fp32 λ."""
-    return _dense(x, _Matrices(instruct, thinking), weights)
+def pair_linear(x: Tensor, instruct: Tensor, thinking: Tensor, lambdas: Tensor) -> Tensor:
+    """`[M, K]` through both `[N, K]` matrices to `[M, N]`; `lambdas` `[M]` or `[1]` fp32 λ."""
+    return _dense(x, _Matrices(instruct, thinking), lambdas)
 
 
 @pair_linear.register_fake
-def _(x: Tensor, instruct: Tensor, thinking: Tensor, weights: Tensor) -> Tensor:
+def _(x: Tensor, instruct: Tensor, thinking: Tensor, lambdas: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], instruct.shape[0])
 
 
 @torch.library.custom_op("mi::delta_linear", mutates_args=())
-def delta_linear(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, weights: Tensor) -> Tensor:
+def delta_linear(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, lambdas: Tensor) -> Tensor:
     """`[M, K]` through `base` `[N, K]` and its quantized difference to `[M, N]`.
 
     `delta` is int8 `[N, K]` with `scales` `[N, 1]`, or int4 in uint8 `[N, groups · group / 2]` with
-    `scales` `[N, groups]`; `weights` is `[M]` or `[1]` fp32 λ.
+    `scales` `[N, groups]`; `lambdas` is `[M]` or `[1]` fp32 λ.
     """
-    return _dense(x, _Matrices(base, delta, scales), weights)
+    return _dense(x, _Matrices(base, delta, scales), lambdas)
 
 
 @delta_linear.register_fake
-def _(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, weights: Tensor) -> Tensor:
+def _(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, lambdas: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], base.shape[0])
 
 
@@ -301,7 +301,7 @@ class _Matrices:
         return found
 
 
-def _dense(x: Tensor, matrices: _Matrices, weights: Tensor) -> Tensor:
+def _dense(x: Tensor, matrices: _Matrices, lambdas: Tensor) -> Tensor:
     (rows, depth), columns = x.shape, len(matrices.first)
     out = x.new_empty(rows, columns)
     if not rows:
@@ -312,9 +312,9 @@ def _dense(x: Tensor, matrices: _Matrices, weights: Tensor) -> Tensor:
     split_depth = triton.cdiv(triton.cdiv(depth, splits), tiles.depth) * tiles.depth
     splits = triton.cdiv(depth, split_depth)
     if splits == 1:
-        return _launch(x, matrices, weights, out, tiles, blocks)
+        return _launch(x, matrices, lambdas, out, tiles, blocks)
     partial = x.new_empty(splits, rows, columns, dtype=torch.float32)
-    _launch(x, matrices, weights, partial, tiles, blocks, split_depth)
+    _launch(x, matrices, lambdas, partial, tiles, blocks, split_depth)
     grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
     _sum_splits[grid](partial, out, out.numel(), SPLITS=splits, BLOCK=SUM_BLOCK)
     return out
@@ -323,7 +323,7 @@ def _dense(x: Tensor, matrices: _Matrices, weights: Tensor) -> Tensor:
 def _launch(
     x: Tensor,
     matrices: _Matrices,
-    weights: Tensor,
+    lambdas: Tensor,
     out: Tensor,  # `[splits, rows, columns]`, or `[rows, columns]`
     tiles: Tiles,
     blocks: int,
@@ -340,13 +340,13 @@ def _launch(
         first=matrices.first,
         second=matrices.second,
         scales=matrices.scales,
-        weights=weights,
+        lambdas=lambdas,
         out=out,
         rows=rows,
         columns=columns,
         depth=depth,
         split_depth=split_depth or depth,
-        weight_step=int(len(weights) > 1),
+        lambda_step=int(len(lambdas) > 1),
         x_row=x.stride(0),
         **matrices.strides,
         **experts.arguments,
@@ -403,7 +403,7 @@ def grouped_linear(
     second: Tensor | None,
     scales: Tensor | None,
     biases: Tensor | None,
-    weights: Tensor,
+    lambdas: Tensor,
     alignment: Alignment,
     gather: bool,
 ) -> Tensor:
@@ -412,10 +412,10 @@ def grouped_linear(
     `second` is Thinking or a quantized difference, as above, or None where `first` serves all
     rows; `biases` `[experts, 2, N]` of both endpoints. With `gather`, `x` is `[rows, K]` and the
     result in the order of the alignment; without, `x` is in that order, and the result in that of
-    the assignments. `weights` is `[rows]` or `[1]` fp32 λ.
+    the assignments. `lambdas` is `[rows]` or `[1]` fp32 λ.
     """
     out: Tensor = _grouped_linear(
-        *(x, first, second, scales, biases, weights),
+        *(x, first, second, scales, biases, lambdas),
         *(alignment.order, alignment.owners, alignment.begins, alignment.edges),
         *(alignment.top_k, alignment.block, gather),
     )
@@ -429,7 +429,7 @@ def _grouped_linear(
     second: Tensor | None,
     scales: Tensor | None,
     biases: Tensor | None,
-    weights: Tensor,
+    lambdas: Tensor,
     order: Tensor,
     owners: Tensor,
     begins: Tensor,
@@ -442,7 +442,7 @@ def _grouped_linear(
     experts = _Experts(biases, order, owners, begins, edges, top_k, gather)
     out = x.new_empty(len(order), first.shape[1])
     tiles = tiles_for(block, x.dtype, matrices.group)
-    return _launch(x, matrices, weights, out, tiles, len(begins), experts=experts)
+    return _launch(x, matrices, lambdas, out, tiles, len(begins), experts=experts)
 
 
 @_grouped_linear.register_fake

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_runtime.attention.plan import LayerShape
-from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.row_lambdas import BlendGroups
 
 
@@ -22,30 +22,35 @@ class BlendedModel:
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
-    weight_bytes: int  # of both endpoints, as they are kept
+    weight_bytes: int  # of both endpoints, as they are stored
     peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
     load_seconds: float
     identity: str  # hex digest of configs and weights; of a pair that no file holds, any name
     max_positions: int  # tokens of context that both endpoints were made for
-    kernels: KernelChoice = field(default_factory=KernelChoice)
+    kernels: KernelDispatch = field(default_factory=KernelDispatch)
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
-        """Logits `[kept, vocabulary]` of a flat batch; ids and positions are `[tokens]` int64."""
-        logits = forward_logits(self.model, ids, positions, kept, attention)
+    def logits(
+        self, ids: Tensor, positions: Tensor, logits_indices: Tensor, attention: Any
+    ) -> Tensor:
+        """Returns the logits `[rows with logits, vocabulary]` of a flat batch.
+
+        `ids` and `positions` are `[tokens]` int64, `logits_indices` the rows that need logits.
+        """
+        logits = forward_logits(self.model, ids, positions, logits_indices, attention)
         self.groups.end()
         return logits
 
 
 def forward_logits(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, logits_indices: Tensor, attention: Any
 ) -> Tensor:
     """`BlendedModel.logits` of a model, as one function that can be compiled."""
     output = model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
         use_cache=False,
-        logits_to_keep=kept,
+        logits_to_keep=logits_indices,
         attention_context=attention,
     )
     logits: Tensor = output.logits[0]

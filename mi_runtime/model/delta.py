@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.row_lambdas import INSTRUCT, THINKING, Rows
-from mi_runtime.model.weights import add_expert_bias, off_the_file, stacked_biases
+from mi_runtime.model.weights import add_expert_bias, detached_from_file, stacked_biases
 
 DeltaKind = Literal["int8", "int4"]
 GROUP = 64  # inputs that share a scale of int4
@@ -163,15 +163,15 @@ def blended(instruct: Tensor, delta: Delta, value: float, out: Tensor | None = N
     return out
 
 
-def delta_product(x: Tensor, instruct: Tensor, delta: Delta, weights: Tensor) -> Tensor:
-    """`[…, rows, in]` to `[…, rows, out]`; `weights` is fp32 λ, `[rows]` or `[1]`.
+def delta_product(x: Tensor, instruct: Tensor, delta: Delta, lambdas: Tensor) -> Tensor:
+    """`[…, rows, in]` to `[…, rows, out]`; `lambdas` is fp32 λ, `[rows]` or `[1]`.
 
     Two products, put together in fp32. A row at λ = 0 is Instruct's product to the bit.
     """
     out = F.linear(x, instruct)
     for (piece,) in _pieces(instruct):
         steered = F.linear(x, delta[piece].dequantized(x.dtype))
-        out[..., piece] = out[..., piece].float() + weights.unsqueeze(-1) * steered.float()
+        out[..., piece] = out[..., piece].float() + lambdas.unsqueeze(-1) * steered.float()
     return out
 
 
@@ -185,10 +185,10 @@ class DeltaWeights:
         instruct: Tensor,
         thinking: Tensor,
         kind: DeltaKind,
-        kernels: KernelChoice | None = None,
+        kernels: KernelDispatch | None = None,
     ) -> None:
-        self.kernels = kernels or KernelChoice()
-        self.instruct = off_the_file(instruct).contiguous()
+        self.kernels = kernels or KernelDispatch()
+        self.instruct = detached_from_file(instruct).contiguous()
         self.delta = quantize(self.instruct, thinking, kind)
 
     @property
@@ -216,8 +216,8 @@ class DeltaMatrix(DeltaWeights):
             return F.linear(x, rows.blend.get(self))
         if self.kernels.takes(x):
             values, scales = self.delta.values, self.delta.scales
-            return self.kernels.delta(x, self.instruct, values, scales, rows.weights)
-        return delta_product(x, self.instruct, self.delta, rows.weights)
+            return self.kernels.delta(x, self.instruct, values, scales, rows.lambdas)
+        return delta_product(x, self.instruct, self.delta, rows.lambdas)
 
 
 class DeltaVocabulary(DeltaMatrix):
@@ -228,7 +228,7 @@ class DeltaVocabulary(DeltaMatrix):
         own = F.embedding(ids, self.instruct)
         if rows.endpoint is not None:
             return own
-        share = rows.weights.view(-1, 1, 1)
+        share = rows.lambdas.view(-1, 1, 1)
         return self.delta[ids].added_to(own, share).to(own.dtype)
 
 
@@ -242,7 +242,7 @@ class DeltaExperts(DeltaWeights):
         biases: tuple[Tensor, Tensor] | None,
         transposed: bool,
         kind: DeltaKind,
-        kernels: KernelChoice | None = None,
+        kernels: KernelDispatch | None = None,
     ) -> None:
         instruct, thinking = (weight.mT if transposed else weight for weight in weights)
         super().__init__(instruct, thinking, kind, kernels)
@@ -256,8 +256,8 @@ class DeltaExperts(DeltaWeights):
         elif rows.blend is not None:
             out = F.linear(x, rows.blend.get(self)[expert])
         else:
-            weights = mix[:, THINKING, 0]
-            out = delta_product(x, self.instruct[expert], self.delta[expert], weights)
+            lambdas = mix[:, THINKING, 0]
+            out = delta_product(x, self.instruct[expert], self.delta[expert], lambdas)
         return add_expert_bias(out, self.biases, expert, rows, mix)
 
     def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -274,7 +274,7 @@ class DeltaStorage:
     """Every large matrix as Instruct and a difference of one kind."""
 
     kind: DeltaKind
-    kernels: KernelChoice = field(default_factory=KernelChoice)
+    kernels: KernelDispatch = field(default_factory=KernelDispatch)
 
     @property
     def endpoints(self) -> Mapping[float, int]:

@@ -22,7 +22,7 @@ from mi_runtime.attention.paged import ATTENTION_NAME, attention_forward
 from mi_runtime.config import DeltaDtype, Device, Dtype
 from mi_runtime.device.memory import MemoryPeak, memory_given_back
 from mi_runtime.errors import PairError, UnsupportedModel
-from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.delta import DeltaStorage
@@ -95,7 +95,7 @@ def pair_up(
         use_paged_attention(endpoint)
     where, kind = instruct.device, instruct.dtype
     memory = memory or MemoryPeak(where)
-    kernels = KernelChoice()
+    kernels = KernelDispatch()
     storage: Storage = (
         WholeStorage(kernels) if delta_dtype == "none" else DeltaStorage(delta_dtype, kernels)
     )
@@ -153,7 +153,7 @@ def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTr
 def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     AttentionInterface.register(ATTENTION_NAME, attention_forward)  # a name must be there to be set
     try:
-        with tensors_apart():
+        with tensors_allocated_separately():
             model, report = AutoModelForCausalLM.from_pretrained(
                 endpoint.directory,
                 dtype=dtype,
@@ -187,7 +187,7 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
 
 
 @contextmanager
-def tensors_apart() -> Iterator[None]:
+def tensors_allocated_separately() -> Iterator[None]:
     """Inside, `transformers` takes a GPU's memory tensor by tensor, not a model's in one piece.
 
     The swap frees an endpoint tensor by tensor, and what is left of one large piece is lost to

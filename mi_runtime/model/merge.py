@@ -51,7 +51,7 @@ NAME_OF_DTYPE = {
 }
 
 
-class Weights:
+class CheckpointTensors:
     """The tensors of one checkpoint by name, mapped from its files while the context lasts."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -59,7 +59,7 @@ class Weights:
         self._files: dict[str, Any] = {}  # by tensor
         self.shards: dict[str, list[str]] = {}  # names of tensors by file
 
-    def __enter__(self) -> "Weights":
+    def __enter__(self) -> "CheckpointTensors":
         with ExitStack() as stack:
             for path in self._paths:
                 file = stack.enter_context(safe_open(path, framework="pt"))
@@ -90,9 +90,9 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    instruct: Weights
-    thinking: Weights
-    base: Weights | None
+    instruct: CheckpointTensors
+    thinking: CheckpointTensors
+    base: CheckpointTensors | None
 
     def sources(self, name: str) -> Sources:
         return Sources(
@@ -188,8 +188,10 @@ def write_weights(
     `untie` writes a head of its own for a model whose head is its embedding.
     """
     with ExitStack() as stack:
-        low, high = (stack.enter_context(Weights(one.files)) for one in (instruct, thinking))
-        origin = None if base is None else stack.enter_context(Weights(base.files))
+        low, high = (
+            stack.enter_context(CheckpointTensors(one.files)) for one in (instruct, thinking)
+        )
+        origin = None if base is None else stack.enter_context(CheckpointTensors(base.files))
         checkpoints = Checkpoints(low, high, origin)
         shards = {
             file: _outputs(low, names, dtype, untie=untie) for file, names in low.shards.items()
@@ -209,7 +211,7 @@ def write_weights(
 
 
 def _outputs(
-    low: Weights, names: Sequence[str], dtype: torch.dtype | None, *, untie: bool
+    low: CheckpointTensors, names: Sequence[str], dtype: torch.dtype | None, *, untie: bool
 ) -> list[Output]:
     """The tensors of one shard, the widest numbers first so that all are aligned."""
     outputs = []

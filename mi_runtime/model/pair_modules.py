@@ -39,13 +39,13 @@ class RowParameter:
 
     def value(self) -> Tensor:
         """The parameter itself at an endpoint, else `[rows or 1, 1…, *shape]`, in its dtype."""
-        rows = self.slot.now
+        rows = self.slot.rows
         if rows.endpoint is not None:
             return self.endpoints[rows.endpoint]
         return rows.derived(self, self._blend_rows)
 
-    def _blend_rows(self, weights: Tensor) -> Tensor:
-        blend = torch.lerp(*self._wide, weights.view(self._lambda_shape))
+    def _blend_rows(self, lambdas: Tensor) -> Tensor:
+        blend = torch.lerp(*self._wide, lambdas.view(self._lambda_shape))
         return blend.to(self.endpoints[INSTRUCT].dtype)
 
 
@@ -79,7 +79,7 @@ class RoutedWeight:
         return out if bias is None else out + bias
 
     def _product(self, x: Tensor) -> Tensor:
-        rows, matrix = self._slot.now, self._matrix
+        rows, matrix = self._slot.rows, self._matrix
         if rows.endpoint is not None:
             return F.linear(x, matrix.endpoints[rows.endpoint].to(self.dtype))
         if rows.blend is not None:
@@ -91,17 +91,17 @@ class PairLinear(nn.Linear):
     """`nn.Linear` over both endpoints. Made by changing a module's class, never constructed."""
 
     pair: Matrix
-    part: slice | None  # this module's rows of a matrix that it shares with others
+    columns: slice | None  # this module's rows of a matrix that it shares with others
     sharers: int  # of the matrix, this module counted
     pair_bias: RowParameter | None
     slot: RowSlot
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.slot.now
-        if self.part is None:
+        rows = self.slot.rows
+        if self.columns is None:
             out = self.pair.product(input, rows)
         else:
-            out = rows.shared(self.pair, input, self.sharers)[..., self.part]
+            out = rows.shared(self.pair, input, self.sharers)[..., self.columns]
         return out if self.pair_bias is None else out + self.pair_bias.value()
 
 
@@ -116,7 +116,7 @@ class PairEmbedding(nn.Embedding):
         return self.pair.instruct
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.pair.lookup(input, self.slot.now)
+        return self.pair.lookup(input, self.slot.rows)
 
 
 class PairLayerNorm(nn.LayerNorm):
@@ -172,21 +172,21 @@ def pair_experts_forward(
 
 def _through_experts_by_kernel(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
     """Two launches for all experts, whoever is hit: nothing waits for the device."""
-    first, second, rows = experts.pair_gate_up, experts.pair_down, experts.slot.now
+    first, second, rows = experts.pair_gate_up, experts.pair_down, experts.slot.rows
     kernels = first.kernels
     alignment = kernels.align(expert_ids, len(first.instruct))
     gate_up = kernels.grouped(
-        hidden, first.operands(rows), first.biases, rows.weights, alignment, gather=True
+        hidden, first.operands(rows), first.biases, rows.lambdas, alignment, gather=True
     )
     gated = experts._apply_gate(gate_up)
     return kernels.grouped(
-        gated, second.operands(rows), second.biases, rows.weights, alignment, gather=False
+        gated, second.operands(rows), second.biases, rows.lambdas, alignment, gather=False
     )
 
 
 def _through_experts(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
     """The same on any device, a product for each expert that is hit; the host finds them."""
-    rows = experts.slot.now
+    rows = experts.slot.rows
     order = expert_ids.flatten().argsort(stable=True)
     source = order // expert_ids.shape[1]
     sizes = torch.bincount(expert_ids.flatten()).tolist()

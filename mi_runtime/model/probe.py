@@ -43,16 +43,20 @@ class Probe:
     model equals: so each module's row axis can be read from the shape of its input.
     """
 
-    def __init__(self, tokens: int, kept: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, logits_rows: int, vocab_size: int, device: torch.device
+    ) -> None:
         lengths = (tokens // 2, tokens - tokens // 2)
         self.axes: dict[str, RowAxis] = {}
         self.attention = PackedAttention(lengths)
         self._read = WeakTensorKeyDictionary()  # a number of each tensor that modules read
         self._numbers = count()
-        self._tokens, self._kept_count = tokens, kept
+        self._tokens, self._logits_rows = tokens, logits_rows
         self._ids = torch.arange(1, tokens + 1, device=device) * 7 % vocab_size
         self._positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        self._kept = torch.linspace(0, tokens - 1, kept, device=device).round().long()
+        self._logits_indices = (
+            torch.linspace(0, tokens - 1, logits_rows, device=device).round().long()
+        )
         self._endpoints = (torch.arange(tokens, device=device) >= lengths[0]).long()
 
     @classmethod
@@ -60,11 +64,14 @@ class Probe:
         taken = {size for tensor in unique_tensors(model) for size in tensor.shape}
         taken |= {value for value in model.config.to_dict().values() if isinstance(value, int)}
         free = (prime for prime in _PRIMES if prime not in taken)
-        kept, tokens = next(free), next(free)
-        return cls(tokens, kept, model.config.vocab_size, model.device)
+        logits_rows, tokens = next(free), next(free)
+        return cls(tokens, logits_rows, model.config.vocab_size, model.device)
 
     def expected_logits(self, instruct: PreTrainedModel, thinking: PreTrainedModel) -> Tensor:
-        """`[2, kept, vocabulary]`: all rows by Instruct, and by Thinking, each where it lies."""
+        """Returns `[2, rows with logits, vocabulary]`: the logits of Instruct, then of Thinking.
+
+        Each model computes on its own device.
+        """
         with self._recording(instruct):
             first = self._logits(instruct)
         return torch.stack((first, self._logits(thinking, thinking.device).to(first.device)))
@@ -78,10 +85,13 @@ class Probe:
         delta_dtype: DeltaDtype,
     ) -> None:
         """Raises UnsupportedModel unless the mixed batch gives each endpoint's own logits."""
-        index, kept = tuple(self._endpoints.tolist()), tuple(self._kept.tolist())
-        groups.begin(StepRows((Dial(0.0), Dial(1.0)), index, kept, blended=False))
-        logits, of_row = self._logits(blended), self._endpoints[self._kept]
-        apart = (expected[0] - expected[1]).abs().amax(1)  # [kept]
+        index, logits_indices = (
+            tuple(self._endpoints.tolist()),
+            tuple(self._logits_indices.tolist()),
+        )
+        groups.begin(StepRows((Dial(0.0), Dial(1.0)), index, logits_indices, blended=False))
+        logits, of_row = self._logits(blended), self._endpoints[self._logits_indices]
+        apart = (expected[0] - expected[1]).abs().amax(1)  # [logits rows]
         rounding = SELF_CHECK_TOLERANCE[dtype] * expected.abs().max()
         for value, own in enumerate(expected):
             allowed = rounding + value * DELTA_TOLERANCE[delta_dtype] * apart
@@ -94,9 +104,9 @@ class Probe:
 
     def _logits(self, model: PreTrainedModel, device: torch.device | None = None) -> Tensor:
         """Of a model on `device`, where that is not the probe's own."""
-        inputs = self._ids, self._positions, self._kept
-        ids, positions, kept = (tensor.to(device) for tensor in inputs)
-        return forward_logits(model, ids, positions, kept, self.attention).float()
+        inputs = self._ids, self._positions, self._logits_indices
+        ids, positions, logits_indices = (tensor.to(device) for tensor in inputs)
+        return forward_logits(model, ids, positions, logits_indices, self.attention).float()
 
     @contextmanager
     def _recording(self, model: nn.Module) -> Iterator[None]:
@@ -120,11 +130,11 @@ class Probe:
         def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 shape = inputs[0].shape
-                for kept, count in ((False, self._tokens), (True, self._kept_count)):
+                for logits_only, count in ((False, self._tokens), (True, self._logits_rows)):
                     if list(shape).count(count) == 1:
                         axis = list(shape).index(count)
                         source = self._number_of(inputs[0])
-                        self.axes[name] = RowAxis(axis, len(shape), kept, source)
+                        self.axes[name] = RowAxis(axis, len(shape), logits_only, source)
 
         return record
 

@@ -41,7 +41,7 @@ class _Matrix(Protocol):
 class Rows:
     """The λ of the rows that a group's modules see, for as long as the batch keeps its shape.
 
-    `live`: `weights` is a buffer that is written between forwards, so nothing derived is kept.
+    `live`: `lambdas` is a buffer that is written between forwards, so nothing derived is kept.
     """
 
     __slots__ = (
@@ -53,32 +53,32 @@ class Rows:
         "_reads",
         "blend",
         "endpoint",
+        "lambdas",
         "live",
-        "weights",
     )
 
     def __init__(
         self,
-        weights: Tensor,
+        lambdas: Tensor,
         endpoint: int | None,
         blend: Blend | None = None,
         live: bool = False,
     ) -> None:
         self.endpoint = endpoint  # every row at this endpoint
         self.blend = blend  # every row at this blend's λ
-        self.weights = weights  # [rows] fp32 λ; [1] where all rows share it
+        self.lambdas = lambdas  # [rows] fp32; [1] where all rows share one λ
         self.live = live
-        self._mix: Tensor | None = None if live else _both(weights)
+        self._mix: Tensor | None = None if live else _both(lambdas)
         self._memo: dict[object, Tensor] = {}
         self._matrix: _Matrix | None = None
         self._input: Tensor | None = None
-        self._product = weights
+        self._product = lambdas
         self._reads = 0  # of the product
 
     @property
     def mix(self) -> Tensor:
         """`[rows or 1, 2, 1]` fp32: (1−λ) and λ."""
-        return _both(self.weights) if self._mix is None else self._mix
+        return _both(self.lambdas) if self._mix is None else self._mix
 
     @property
     def way(self) -> Way:
@@ -105,23 +105,23 @@ class Rows:
         return product
 
     def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """`make(weights)`, made once for as long as the rows stay as they are."""
+        """`make(lambdas)`, made once for as long as the rows stay as they are."""
         if self.live:
-            return make(self.weights)
+            return make(self.lambdas)
         value = self._memo.get(key)
         if value is None:
-            value = make(self.weights)
-            if len(self.weights) <= MEMO_ROWS:
+            value = make(self.lambdas)
+            if len(self.lambdas) <= MEMO_ROWS:
                 self._memo[key] = value
         return value
 
     def forget_input(self) -> None:
-        self._matrix, self._input, self._product = None, None, self.weights
+        self._matrix, self._input, self._product = None, None, self.lambdas
         self._reads = 0
 
 
-def _both(weights: Tensor) -> Tensor:
-    return torch.stack((1 - weights, weights), dim=1).unsqueeze(-1)
+def _both(lambdas: Tensor) -> Tensor:
+    return torch.stack((1 - lambdas, lambdas), dim=1).unsqueeze(-1)
 
 
 def scaled_pair(x: Tensor, mix: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def scaled_pair(x: Tensor, mix: Tensor) -> Tensor:
 class RowSlot:
     """Where a module finds the rows of the running step."""
 
-    __slots__ = ("now",)
+    __slots__ = ("rows",)
 
-    now: Rows
+    rows: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class StepRows:
 
     dials: tuple[Dial, ...]
     index: tuple[int, ...]  # of each token's dial
-    kept: tuple[int, ...]  # rows with logits
+    logits_indices: tuple[int, ...]  # rows with logits
     blended: bool  # a group whose rows share one λ takes blended weights
 
 
@@ -167,14 +167,14 @@ class BlendGroups:
         self.endpoints = endpoints  # which λ have weights of their own
         self.executions = dict.fromkeys(Way, 0)  # of groups, since `start_counting`
         self._tokens = {name: RowSlot() for name in self.names}
-        self._kept = {name: RowSlot() for name in self.names}
+        self._logits_rows = {name: RowSlot() for name in self.names}
         self._device = device
         self._last: StepRows | None = None
         self._used: dict[int, Rows] = {}
         self._ways = dict.fromkeys(Way, 0)
 
-    def slot(self, group: str, kept: bool) -> RowSlot:
-        return (self._kept if kept else self._tokens)[group]
+    def slot(self, group: str, logits_only: bool) -> RowSlot:
+        return (self._logits_rows if logits_only else self._tokens)[group]
 
     def start_counting(self) -> None:
         """What ran until now was no request's."""
@@ -191,17 +191,17 @@ class BlendGroups:
         for way, count in self._ways.items():
             self.executions[way] += count
 
-    def hold(self, rows: Mapping[str, Rows]) -> None:
+    def set_rows(self, rows: Mapping[str, Rows]) -> None:
         """Sets these rows by group until the next `begin`; those with logits are all rows."""
         for name in self.names:
-            self._tokens[name].now = self._kept[name].now = rows[name]
+            self._tokens[name].rows = self._logits_rows[name].rows = rows[name]
         self._used = {id(one): one for one in rows.values()}
         self._last = None
 
     @property
-    def held(self) -> list[Tensor]:
+    def current_lambdas(self) -> list[Tensor]:
         """λ of the rows that are set, `[rows]` or `[1]` each."""
-        return [rows.weights for rows in self._used.values()]
+        return [rows.lambdas for rows in self._used.values()]
 
     def count(self, way: Way) -> None:
         """Notes a forward that ran outside `begin`, all its groups one way."""
@@ -214,7 +214,7 @@ class BlendGroups:
 
     def _assign(self, step: StepRows) -> None:
         index = on_device(step.index, torch.int64, self._device)
-        kept = on_device(step.kept, torch.int64, self._device)
+        logits_indices = on_device(step.logits_indices, torch.int64, self._device)
         made: dict[object, tuple[Rows, Rows]] = {}
         own = [dict(dial.groups) for dial in step.dials]
         for name in self.names:
@@ -226,10 +226,10 @@ class BlendGroups:
             blend = self._blend(name, values[0]) if uniform and step.blended else None
             key = values if blend is None else (name, values)
             if key not in made:
-                made[key] = self._rows(values, index, kept, uniform, blend)
-            self._tokens[name].now, self._kept[name].now = made[key]
+                made[key] = self._rows(values, index, logits_indices, uniform, blend)
+            self._tokens[name].rows, self._logits_rows[name].rows = made[key]
         self._used = {id(rows): rows for both in made.values() for rows in both}
-        ways = [slot.now.way for slot in self._tokens.values()]
+        ways = [slot.rows.way for slot in self._tokens.values()]
         self._ways = {way: ways.count(way) for way in Way}
 
     def _blend(self, name: str, value: float) -> Blend | None:
@@ -240,13 +240,13 @@ class BlendGroups:
         self,
         values: tuple[float, ...],
         index: Tensor,
-        kept: Tensor,
+        logits_indices: Tensor,
         uniform: bool,
         blend: Blend | None,
     ) -> tuple[Rows, Rows]:
-        weights = on_device(values[:1] if uniform else values, torch.float32, self._device)
+        lambdas = on_device(values[:1] if uniform else values, torch.float32, self._device)
         if uniform:
-            rows = Rows(weights, self.endpoints.get(values[0]), blend)
+            rows = Rows(lambdas, self.endpoints.get(values[0]), blend)
             return rows, rows
-        weights = weights.index_select(0, index)
-        return Rows(weights, None), Rows(weights.index_select(0, kept), None)
+        lambdas = lambdas.index_select(0, index)
+        return Rows(lambdas, None), Rows(lambdas.index_select(0, logits_indices), None)

@@ -51,7 +51,7 @@ class RowAxis:
 
     axis: int
     dims: int
-    kept: bool  # the rows are those with logits, not all tokens
+    logits_only: bool  # the rows are those with logits, not all tokens
     source: int | None = None  # a number of the tensor that the module read, the same for all
 
 
@@ -135,7 +135,7 @@ class ModuleSwap:
             one.instruct.__class__ = PairLinear
             swapped = cast(PairLinear, one.instruct)
             swapped.pair, swapped.slot = pair, slot
-            swapped.part = slice(first, last) if len(siblings) > 1 else None
+            swapped.columns = slice(first, last) if len(siblings) > 1 else None
             swapped.sharers = len(siblings)
             swapped.pair_bias = None if bias is None else RowParameter(*bias, slot)
             first = last
@@ -149,7 +149,7 @@ class ModuleSwap:
         else:
             self._change_class(module, base=PairEmbedding)
         swapped = cast(PairEmbedding, module)
-        swapped.pair, swapped.slot = pair, self._groups.slot(group_of(name), kept=False)
+        swapped.pair, swapped.slot = pair, self._groups.slot(group_of(name), logits_only=False)
 
     def _swap_layer_norm(self, name: str, module: nn.LayerNorm, other: nn.Module) -> None:
         for parameter in ("weight", "bias"):
@@ -169,7 +169,7 @@ class ModuleSwap:
             experts = self._storage.experts(weights, biases, flags.is_transposed)
             experts.name = f"{_name_in_layer(name)}.{projection}"
             setattr(module, attribute, experts)
-        flags.slot = self._groups.slot(group_of(name), kept=False)
+        flags.slot = self._groups.slot(group_of(name), logits_only=False)
         _refuse_rest(name, module)
 
     def _swap_parameters(self, name: str, module: nn.Module, other: nn.Module) -> None:
@@ -193,7 +193,7 @@ class ModuleSwap:
         if is_router or kind.endswith("Norm"):
             return self._row_parameter(name, *taken).value
         if parameter == "sinks":
-            return RowParameter(*taken, self._groups.slot(group_of(name), kept=False)).value
+            return RowParameter(*taken, self._groups.slot(group_of(name), logits_only=False)).value
         raise UnsupportedModel(f"{name}.{parameter}: no swap covers this part of {kind}")
 
     def _row_parameter(self, name: str, instruct: Tensor, thinking: Tensor) -> RowParameter:
@@ -207,7 +207,7 @@ class ModuleSwap:
         if name not in self._axes:
             raise UnsupportedModel(f"{name}: a probe forward could not tell its rows")
         axis = self._axes[name]
-        return self._groups.slot(group_of(name), axis.kept), axis
+        return self._groups.slot(group_of(name), axis.logits_only), axis
 
     def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> Vocabulary:
         key = id(module.get_parameter("weight"))

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import Blendable
 from mi_runtime.model.row_lambdas import ENDPOINTS, INSTRUCT, THINKING, Rows, scaled_pair
 
@@ -78,7 +78,7 @@ class Vocabulary(Matrix, Protocol):
 class ExpertMatrices(Weights, Protocol):
     """What one projection of all experts computes with."""
 
-    kernels: KernelChoice
+    kernels: KernelDispatch
 
     @property
     def biases(self) -> Tensor | None:
@@ -119,9 +119,9 @@ class PairMatrix:
     name = ""
 
     def __init__(
-        self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
+        self, instruct: Tensor, thinking: Tensor, kernels: KernelDispatch | None = None
     ) -> None:
-        self.kernels = kernels or KernelChoice()
+        self.kernels = kernels or KernelDispatch()
         both = torch.stack((instruct, thinking), dim=1)
         self.concatenated = both.flatten(1)  # [out, 2·in]
         self.endpoints = (both[:, INSTRUCT], both[:, THINKING])  # strided views
@@ -136,7 +136,7 @@ class PairMatrix:
         if rows.blend is not None:
             return F.linear(x, rows.blend.get(self))
         if self.kernels.takes(x):
-            return self.kernels.pair(x, *self.endpoints, rows.weights)
+            return self.kernels.pair(x, *self.endpoints, rows.lambdas)
         return F.linear(scaled_pair(x, rows.mix), self.concatenated)
 
     @property
@@ -164,9 +164,9 @@ class VocabularyPair:
     name = ""
 
     def __init__(
-        self, instruct: Tensor, thinking: Tensor, kernels: KernelChoice | None = None
+        self, instruct: Tensor, thinking: Tensor, kernels: KernelDispatch | None = None
     ) -> None:
-        self.kernels = kernels or KernelChoice()
+        self.kernels = kernels or KernelDispatch()
         self.endpoints = (instruct, thinking)
 
     @property
@@ -193,7 +193,7 @@ class VocabularyPair:
             return F.linear(x, rows.blend.get(self))
         low, high = self.endpoints
         if self.kernels.takes(x):
-            return self.kernels.pair(x, low, high, rows.weights)
+            return self.kernels.pair(x, low, high, rows.lambdas)
         out = x.new_empty(*x.shape[:-1], len(low))
         for first in range(0, len(low), VOCABULARY_PIECE):
             piece = slice(first, first + VOCABULARY_PIECE)
@@ -214,7 +214,7 @@ class VocabularyPair:
 
 def _lerp_rows(instruct: Tensor, thinking: Tensor, rows: Rows) -> Tensor:
     """Row by row between two results `[..., rows, any]`, in fp32, rounded once."""
-    blend = torch.lerp(instruct.float(), thinking.float(), rows.weights.unsqueeze(-1))
+    blend = torch.lerp(instruct.float(), thinking.float(), rows.lambdas.unsqueeze(-1))
     return blend.to(instruct.dtype)
 
 
@@ -228,9 +228,9 @@ class PairExperts:
         weights: tuple[Tensor, Tensor],
         biases: tuple[Tensor, Tensor] | None,
         transposed: bool,
-        kernels: KernelChoice | None = None,
+        kernels: KernelDispatch | None = None,
     ) -> None:
-        self.kernels = kernels or KernelChoice()
+        self.kernels = kernels or KernelDispatch()
         axis = 1 if transposed else 2
         both = torch.stack(weights, dim=axis)
         concatenated = both.flatten(axis, axis + 1)
@@ -290,7 +290,7 @@ def add_expert_bias(
     return out + (mix * biases[expert]).sum(1).to(out.dtype)
 
 
-def off_the_file(tensor: Tensor) -> Tensor:
+def detached_from_file(tensor: Tensor) -> Tensor:
     """A view of a mapped file would keep the whole file mapped: copied, it lets go of it."""
     return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
@@ -299,7 +299,7 @@ def off_the_file(tensor: Tensor) -> Tensor:
 class WholeStorage:
     """Both endpoints whole."""
 
-    kernels: KernelChoice = field(default_factory=KernelChoice)
+    kernels: KernelDispatch = field(default_factory=KernelDispatch)
 
     @property
     def endpoints(self) -> Mapping[float, int]:
@@ -309,7 +309,9 @@ class WholeStorage:
         return PairMatrix(instruct, thinking, self.kernels)
 
     def vocabulary(self, instruct: Tensor, thinking: Tensor) -> VocabularyPair:
-        return VocabularyPair(off_the_file(instruct), off_the_file(thinking), self.kernels)
+        return VocabularyPair(
+            detached_from_file(instruct), detached_from_file(thinking), self.kernels
+        )
 
     def experts(
         self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool

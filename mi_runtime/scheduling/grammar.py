@@ -110,7 +110,7 @@ class GrammarState:
         return thinking.phase is not Phase.INSIDE and thinking.forced_token is None
 
     @property
-    def beside(self) -> int | None:
+    def extra_token(self) -> int | None:
         """A token that is allowed beside those of the grammar, and is none of the answer."""
         thinking = self._thinking
         if self._begun or thinking is None:
@@ -121,7 +121,7 @@ class GrammarState:
         return tail[self._led] if self._led < len(tail) else None
 
     @property
-    def may_open(self) -> bool:
+    def may_open_block(self) -> bool:
         """Whether the token beside the grammar's would open a think block."""
         return self._thinking is not None and self._thinking.phase is Phase.OUTSIDE
 
@@ -143,7 +143,7 @@ class GrammarState:
         thinking = self._thinking
         if not self.constrains:
             return
-        if token_id == self.beside:
+        if token_id == self.extra_token:
             assert thinking is not None
             self._led += thinking.phase is Phase.CLOSED
             return

@@ -47,7 +47,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class Workload:
     """How much a forward has to compute."""
 
     rows: int
@@ -57,8 +57,8 @@ class Load:
     def decodes_alone(self) -> bool:
         return self.rows == self.chunks
 
-    def __sub__(self, other: "Load") -> "Load":
-        return Load(self.rows - other.rows, self.chunks - other.chunks)
+    def __sub__(self, other: "Workload") -> "Workload":
+        return Workload(self.rows - other.rows, self.chunks - other.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class CostModel:
     pair: Curve
     build: float  # all blended weights of one λ
 
-    def forward(self, way: Curve, load: Load) -> float:
+    def forward(self, way: Curve, load: Workload) -> float:
         """Of one, or none where there is nothing to compute."""
         if not load.rows:
             return 0.0
@@ -99,8 +99,8 @@ class _Work:
     rows: int = 0
 
     @property
-    def load(self) -> Load:
-        return Load(self.rows, len(self.chunks))
+    def load(self) -> Workload:
+        return Workload(self.rows, len(self.chunks))
 
 
 @dataclass(slots=True)
@@ -141,7 +141,9 @@ class Planner:
         if self._policy == "blended":
             alone = works
         else:
-            alone = self._choose(works, Load(sum(chunk.length for chunk in chunks), len(chunks)))
+            alone = self._choose(
+                works, Workload(sum(chunk.length for chunk in chunks), len(chunks))
+            )
         chosen = {work.dial for work in alone}
         for dial in chosen:
             self._use(dial)
@@ -151,7 +153,7 @@ class Planner:
         parts = [SubBatch(work.chunks, blended=True) for work in alone]
         return [*parts, SubBatch(together, blended=False)] if together else parts
 
-    def _choose(self, works: list[_Work], load: Load) -> list[_Work]:
+    def _choose(self, works: list[_Work], load: Workload) -> list[_Work]:
         """The dials that run alone, with single weights, out of `load` in all."""
         works = sorted(works, key=lambda work: work.rows, reverse=True)
         ready = [work for work in works if self._is_ready(work.dial)]
@@ -160,7 +162,7 @@ class Planner:
             return best
         return self._cheapest([work for work in works if self._is_ready(work.dial)], load)[0]
 
-    def _cheapest(self, works: Sequence[_Work], load: Load) -> tuple[list[_Work], float]:
+    def _cheapest(self, works: Sequence[_Work], load: Workload) -> tuple[list[_Work], float]:
         """Which of `works`, largest first, to run alone out of `load` in all; and the seconds."""
         costs, best, spent = self.costs, 0, 0.0
         works = self._affordable(works)
@@ -186,7 +188,7 @@ class Planner:
                 break
         return chosen
 
-    def _note_savings(self, works: Sequence[_Work], load: Load, seconds: float) -> bool:
+    def _note_savings(self, works: Sequence[_Work], load: Workload, seconds: float) -> bool:
         """Credits the dials that would have run alone, had they been ready, by their rows.
 
         True when one of them has earned its weights by it.

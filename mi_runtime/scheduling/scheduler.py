@@ -3,7 +3,7 @@
 Continuous batching: a step is one flat batch of chunks, decodes first, then prefill in what is
 left of the token budget. Sequences are ranked by priority and, where that is equal, by arrival. The
 first of the waiting is admitted first and never overtaken by the others, and when blocks run out
-the last of the running goes back to its place in the line, its KV dropped (to be recomputed, or
+the last of the running goes back to its place in the queue, its KV dropped (to be recomputed, or
 found again in the prefix cache) and its tokens kept. So the first of the running always advances,
 and of equal priority every sequence becomes the first; whoever lets callers set priorities
 lets them keep others waiting. A waiting sequence of better rank takes the next place that is free;
@@ -22,7 +22,7 @@ the step is the same whichever token it is: not where the answer surely ends wit
 may close a think block behind which another dial holds. Such a sequence leaves one step out, and
 its place in the budget stays free. If the token ends the answer after all, what was computed behind
 it is dropped; nobody is preempted for that. A preempted sequence still takes the token drawn for
-it, and waits for it in the line.
+it, and waits for it in the queue.
 
 What `schedule` returns counts as computed at once, as later steps come behind it on the device; but
 the prefix cache takes a block only when its step has gone well and all its tokens are known.
@@ -111,7 +111,7 @@ class Scheduler:
             self._check_token(token_id, "logit_bias")
 
     def add(self, sequence: Sequence) -> None:
-        """Puts an admitted request's sequence in the line, behind its equals in priority."""
+        """Puts an admitted request's sequence in the queue, behind its equals in priority."""
         assert self._find(sequence.request_id) is None
         assert 0 < len(sequence) < self.max_model_len
         sequence.rank = (sequence.request.priority, next(self._arrivals))
@@ -150,8 +150,8 @@ class Scheduler:
         for chunk in chunks:
             chunk.sequence.computed += chunk.length
             chunk.sequence.in_flight += 1
-        line = self.running or self.waiting
-        assert chunks or not line or line.first.in_flight, "the scheduler is stuck"
+        queue = self.running or self.waiting
+        assert chunks or not queue or queue.first.in_flight, "the scheduler is stuck"
         return chunks
 
     def update(
@@ -191,9 +191,9 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert not sequence.block_table
             assert not sequence.computed
-        for line in (self.running, self.waiting):
-            assert line.lambdas == tuple(sorted({s.request.dial.reasoning_lambda for s in line}))
-            assert [*line] == sorted(line, key=lambda one: one.rank)
+        for queue in (self.running, self.waiting):
+            assert queue.lambdas == tuple(sorted({s.request.dial.reasoning_lambda for s in queue}))
+            assert [*queue] == sorted(queue, key=lambda one: one.rank)
 
     # --- Choosing a step ------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Scheduler:
         length = len(sequence.tokens)
         if sequence.computed < length:
             return True
-        is_last = length + 1 >= min(self.max_model_len, sequence.most_tokens)
+        is_last = length + 1 >= min(self.max_model_len, sequence.max_length)
         return not is_last and not sequence.may_switch
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -219,7 +219,7 @@ class Scheduler:
         its token before it preempts others."""
         if len(sequence.block_table) * self.blocks.block_size > sequence.computed:
             return True
-        if sequence.runs_ahead and not self.blocks.available:
+        if sequence.awaits_token and not self.blocks.available:
             return False
         while sequence.status is Status.RUNNING and not self.blocks.available:
             self._preempt(self.running.last)
@@ -258,13 +258,13 @@ class Scheduler:
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
         self.running.add(sequence)
-        if sequence.first_run is None:
-            self._note_first_run(sequence)
+        if sequence.first_scheduled is None:
+            self._note_first_scheduled(sequence)
         return True
 
-    def _note_first_run(self, sequence: Sequence) -> None:
-        sequence.first_run = time.monotonic()
-        sequence.queue_seconds = sequence.first_run - sequence.arrival
+    def _note_first_scheduled(self, sequence: Sequence) -> None:
+        sequence.first_scheduled = time.monotonic()
+        sequence.queue_seconds = sequence.first_scheduled - sequence.arrival
         sequence.cached_tokens = sequence.computed
         if self.prefix_caching and not sequence.unscored:
             self.prefix_queried_tokens += sequence.prompt_length
@@ -330,7 +330,7 @@ class Scheduler:
         if grammar is not None and grammar.complete:
             return FinishReason.COMPLETE
         length = len(sequence.tokens)
-        is_full = length == self.max_model_len or length == sequence.most_tokens
+        is_full = length == self.max_model_len or length == sequence.max_length
         return FinishReason.LENGTH if is_full else None
 
     # --- Ends -----------------------------------------------------------------------------------
@@ -343,8 +343,8 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.status is not Status.ENDED
-        line = self.running if sequence.status is Status.RUNNING else self.waiting
-        line.remove(sequence)
+        queue = self.running if sequence.status is Status.RUNNING else self.waiting
+        queue.remove(sequence)
         self._drop_blocks(sequence)
         sequence.status = Status.ENDED
         self.forced_closes += sequence.forced_close

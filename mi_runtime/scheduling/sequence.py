@@ -44,11 +44,11 @@ class Sequence:
         "computed",
         "dial",
         "ending_token_ids",
-        "first_run",
+        "first_scheduled",
         "grammar",
-        "has_rules",
+        "has_logits_processors",
         "in_flight",
-        "most_tokens",
+        "max_length",
         "prompt_length",
         "prompt_logprobs",
         "queue_seconds",
@@ -72,7 +72,7 @@ class Sequence:
         self.answer_dial = None if request.answer_dial is None else _shared(request.answer_dial)
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
-        self.most_tokens = self.prompt_length + _or_endless(request.sampling.max_tokens)
+        self.max_length = self.prompt_length + _or_endless(request.sampling.max_tokens)
         self.computed = 0  # tokens whose KV is in blocks, or will be before what comes next
         self.in_flight = 0  # steps that compute it, and whose results are not there yet
         self.block_table: MutableSequence[int] = array("i")
@@ -83,7 +83,7 @@ class Sequence:
         self.rank = (request.priority, 0)  # the least runs first; the scheduler counts arrivals
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
-        self.has_rules = _has_rules(request)
+        self.has_logits_processors = _has_rules(request)
         self.switch_at: int | None = None  # position from which on the answer's dial holds
         self.thinking = None if request.think is None else ThinkingState(request.think, marks)
         self.grammar: GrammarState | None = None
@@ -91,7 +91,7 @@ class Sequence:
             assert grammars is not None
             self.grammar = grammars.state(request.grammar, self.thinking)
         self.arrival = time.monotonic()  # seconds
-        self.first_run: float | None = None  # seconds, of the same clock
+        self.first_scheduled: float | None = None  # seconds, of the same clock
         self.queue_seconds = 0.0  # from submission to the first step that ran it; 0 where none did
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def runs_ahead(self) -> bool:
+    def awaits_token(self) -> bool:
         """Whether the next token to compute is not known: it is being drawn."""
         return self.remaining <= 0
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Final
 
+from server.routing.pareto import pareto_front
 from server.routing.profiles import Point, RoutingClass
 
 P90_PER_MEAN: Final = 1.8
@@ -68,7 +69,9 @@ class RoutingTable:
             for point in measured.points
         )
         self._curve = tuple(map(_candidate, measured.points, self.lengths))
-        self.front = pareto_front(_on_grid(self._curve, step))
+        self.front = pareto_front(
+            _on_grid(self._curve, step), tokens=lambda it: it.mean, score=lambda it: it.score
+        )
         self.candidates = tuple(_candidates(self.front, self._curve, step))
         self._scores = [candidate.score for candidate in self.candidates]
         by_p90 = sorted(self.candidates, key=lambda it: it.p90)
@@ -109,18 +112,6 @@ def published_lengths(point: Point) -> ExpectedLengths:
     if tokens.p90 is not None:
         return ExpectedLengths(tokens.mean, tokens.p90, "measured")
     return ExpectedLengths(tokens.mean, tokens.mean * P90_PER_MEAN, "estimated")
-
-
-def pareto_front(points: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Returns the points that no other dominates, by rising tokens and score.
-
-    Of equal points the one with the lowest λ stays.
-    """
-    front: list[Candidate] = []
-    for point in sorted(points, key=lambda it: (it.mean, -it.score, it.reasoning_lambda)):
-        if not front or point.score > front[-1].score:
-            front.append(point)
-    return tuple(front)
 
 
 def _candidate(point: Point, lengths: ExpectedLengths) -> Candidate:

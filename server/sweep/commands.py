@@ -9,59 +9,66 @@ from pathlib import Path
 from typing import Final
 
 from server.exit_codes import ExitCode
+from server.sweep.arguments import (
+    calibrate_parser,
+    parse_arguments,
+    sweep_parser,
+    without_api_keys,
+)
 from server.sweep.errors import BadParameters, Interrupted, SweepError, missing_library
-from server.sweep.flags import calibrate_parser, parsed, sweep_parser, told
 from server.sweep.graders import Grader, grader_named
 from server.sweep.tasks import EMBEDDED, Task, embedded_task, read_task
 
-KEPT: Final = "What is finished is kept; the same command goes on."
+RESUMABLE: Final = "Finished samples are kept; the same command continues from them."
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """Run `mi-server sweep`. Raises `SweepError`."""
-    return _ended(lambda: _sweep(arguments))
+    """Runs `mi-server sweep`, and returns the exit code. Raises `SweepError`."""
+    return _exit_code(lambda: _sweep(arguments))
 
 
 def calibrate(arguments: Sequence[str]) -> int:
-    """Run `mi-server calibrate`. Raises `SweepError`."""
-    return _ended(lambda: _calibrate(arguments))
+    """Runs `mi-server calibrate`, and returns the exit code. Raises `SweepError`."""
+    return _exit_code(lambda: _calibrate(arguments))
 
 
-def _ended(run: Callable[[], None]) -> int:
-    """Run a command; an error that ends it says what is kept."""
+def _exit_code(run: Callable[[], None]) -> int:
+    """Runs a command; adds to an error that the samples are kept."""
     try:
         run()
     except BadParameters:
         raise
-    except (SweepError, OSError) as error:  # OSError: the folder, or a full disk
-        raise SweepError(f"{error}\n{KEPT}") from error
+    except (SweepError, OSError) as error:  # OSError: no permission, or a full disk
+        raise SweepError(f"{error}\n{RESUMABLE}") from error
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped. {KEPT}") from None
+        raise Interrupted(f"stopped. {RESUMABLE}") from None
     return ExitCode.DONE
 
 
 def _sweep(arguments: Sequence[str]) -> None:
-    flags = parsed(sweep_parser(), arguments)
-    task, grader = _prepared(flags)
-    from server.sweep.run import run_sweep, server_url
+    flags = parse_arguments(sweep_parser(), arguments)
+    task, grader = _task_and_grader(flags)
+    from server.sweep.measurement import server_url
+    from server.sweep.run_sweep import run_sweep
 
     with server_url(flags, flags.out) as url:
         asyncio.run(run_sweep(url, flags, task, grader))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
-    flags = parsed(calibrate_parser(), arguments)
-    task, grader = _prepared(flags)
-    from server.sweep.run import run_calibration, server_url, work_folder
+    flags = parse_arguments(calibrate_parser(), arguments)
+    task, grader = _task_and_grader(flags)
+    from server.sweep.measurement import server_url
+    from server.sweep.run_calibration import run_calibration, work_folder
 
-    command = shlex.join(["mi-server", "calibrate", *told(arguments)])
+    command = shlex.join(["mi-server", "calibrate", *without_api_keys(arguments)])
     threshold = f"--think-threshold={flags.think_threshold}"
     with server_url(flags, work_folder(flags.out), threshold) as url:
         asyncio.run(run_calibration(url, flags, task, grader, command))
 
 
-def _prepared(flags: argparse.Namespace) -> tuple[Task, Grader]:
-    """Everything that can be refused before a server is there."""
+def _task_and_grader(flags: argparse.Namespace) -> tuple[Task, Grader]:
+    """Refuses everything that can be refused before a server starts. Raises `BadParameters`."""
     for module in ("httpx", "matplotlib"):
         if find_spec(module) is None:
             raise missing_library(module, "measure")

@@ -1,60 +1,163 @@
-"""What a curve of points shows: the three stages, and the points that no other one beats."""
+"""The points and curves that the samples make, for all questions and for each routing class.
 
-from collections.abc import Sequence
+A curve holds the points of one dial and one decoding, in order of λ.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-THINKS_RARELY: Final = 0.1
-THINKS_NEARLY_ALWAYS: Final = 0.9
-RULE: Final = (
-    f"stage 1: the first points, with a think rate below {THINKS_RARELY:g}; stage 3: the last "
-    f"points, with one of at least {THINKS_NEARLY_ALWAYS:g}; stage 2: between them. Without a "
-    "stage 1 or a stage 3 no transition was found"
-)
+from server.routing.pareto import pareto_front
+from server.routing.profiles import DEFAULT_CLASS
+from server.sweep.estimates import Estimate, estimate, least_samples
+from server.sweep.grid import ALL, Setting, settings_of
+from server.sweep.samples import Sample
+from server.sweep.stages import Stages, stages
+from server.sweep.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
-class Stages:
-    """The three stages of a curve that has them."""
+class MeasuredPoint:
+    """The numbers of one setting, over the questions of one class."""
 
-    instruct_until: float  # λ of the last point of stage 1
-    thinking_from: float  # λ of the first point of stage 3
+    setting: Setting
+    questions: int
+    samples: int  # of all questions together
+    k: int  # least samples of a question
+    numbers: Mapping[str, Estimate]
 
     @property
-    def told(self) -> dict[str, Any]:
+    def reasoning_lambda(self) -> float:
+        return self.setting.reasoning_lambda
+
+    def value(self, name: str) -> float:
+        return self.numbers[name].value
+
+    @property
+    def json(self) -> dict[str, Any]:
+        values = {name: it.value for name, it in self.numbers.items()}
         return {
-            "found": True,
-            "instruct_until": self.instruct_until,
-            "thinking_from": self.thinking_from,
+            **self.head,
+            "vote_at_k": None,  # where the readings of the grader cannot be voted on
+            **values,
+            "intervals": {name: [it.low, it.high] for name, it in self.numbers.items()},
         }
 
-    def __str__(self) -> str:
-        return (
-            f"stage 1 up to λ = {self.instruct_until:g}, stage 3 from λ = {self.thinking_from:g} on"
+    @property
+    def row(self) -> dict[str, Any]:
+        row = dict(self.head)
+        for name, it in self.numbers.items():
+            row |= {name: it.value, f"{name}_low": it.low, f"{name}_high": it.high}
+        return row
+
+    @property
+    def head(self) -> dict[str, Any]:
+        decoding = self.setting.decoding
+        return {
+            "lambda": self.setting.reasoning_lambda,
+            "dial": self.setting.dial,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k,
+            "questions": self.questions,
+            "samples": self.samples,
+            "k": self.k,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The points of one dial and one decoding, in order of λ; at least one."""
+
+    points: Sequence[MeasuredPoint]
+
+    @property
+    def name(self) -> str:
+        """Dial and decoding of its last point: λ = 0 may have another decoding."""
+        setting = self.points[-1].setting
+        dial = "" if setting.dial == ALL else f"λ in {setting.dial} only, "
+        return f"{dial}{setting.decoding}"
+
+    @property
+    def stages(self) -> Stages | None:
+        return stages([(it.reasoning_lambda, it.value("think_rate")) for it in self.points])
+
+    @property
+    def front(self) -> list[MeasuredPoint]:
+        """The Pareto front of mean tokens and Mean@k, by rising tokens."""
+        return pareto_front(
+            self.points,
+            tokens=lambda it: it.value("tokens_mean"),
+            score=lambda it: it.value("mean_at_k"),
         )
 
-
-NO_TRANSITION: Final = "no transition found"
-
-
-def stages(think_rates: Sequence[tuple[float, float]]) -> Stages | None:
-    """Of points (λ, think rate) in order of λ; None: no transition found. See `RULE`."""
-    rates = [rate for _, rate in think_rates]
-    first = next((at for at, rate in enumerate(rates) if rate >= THINKS_RARELY), len(rates))
-    last = len(rates)
-    while last and rates[last - 1] >= THINKS_NEARLY_ALWAYS:
-        last -= 1
-    if first == 0 or last == len(rates):
-        return None
-    return Stages(think_rates[first - 1][0], think_rates[last][0])
+    @property
+    def json(self) -> dict[str, Any]:
+        found = self.stages
+        return {
+            "name": self.name,
+            "lambdas": [it.reasoning_lambda for it in self.points],
+            "stages": {"found": False} if found is None else found.json,
+            "pareto_front": [it.reasoning_lambda for it in self.front],
+        }
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of points (tokens, score) such that no other one has as few tokens and as high a
-    score, and is better in one of them; by tokens. Of equal points the first stands for all."""
-    order = sorted(range(len(points)), key=lambda at: (points[at][0], -points[at][1], at))
-    front: list[int] = []
-    for at in order:
-        if not front or points[at][1] > points[front[-1]][1]:
-            front.append(at)
-    return front
+@dataclass(frozen=True, slots=True)
+class ClassReport:
+    """The curves over the questions of one class; `default` holds all questions."""
+
+    name: str
+    curves: Sequence[Curve]
+
+    @property
+    def points(self) -> list[MeasuredPoint]:
+        """The points of all curves, each once: curves may share one."""
+        unique = {point.setting: point for curve in self.curves for point in curve.points}
+        return list(unique.values())
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return {
+            "points": [point.json for point in self.points],
+            "curves": [curve.json for curve in self.curves],
+        }
+
+
+def measure(
+    samples: Iterable[Sample],
+    curves: Sequence[Sequence[Setting]],
+    task: Task,
+    *,
+    seed: int,
+    votes: bool,
+) -> list[ClassReport]:
+    """Returns the curves of all questions first, then those of each class.
+
+    Every setting must have samples of every question. Without `votes` there is no Vote@k.
+    """
+    by_setting: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_setting.setdefault(sample.setting, []).append(sample)
+    reports = []
+    for name in [DEFAULT_CLASS, *task.classes]:
+        questions = {it.id for it in task.questions if name in (DEFAULT_CLASS, it.kind)}
+        points = {
+            it: _point(
+                it, [one for one in by_setting[it.label] if one.question in questions], seed, votes
+            )
+            for it in settings_of(curves)
+        }
+        reports.append(ClassReport(name, [Curve([points[it] for it in own]) for own in curves]))
+    return reports
+
+
+def _point(setting: Setting, samples: Sequence[Sample], seed: int, votes: bool) -> MeasuredPoint:
+    # Sorted, because answers come in as they finish.
+    ordered = sorted(samples, key=lambda it: (it.question, it.sample))
+    return MeasuredPoint(
+        setting,
+        questions=len({it.question for it in ordered}),
+        samples=len(ordered),
+        k=least_samples(ordered),
+        numbers=estimate(ordered, seed=f"{seed} {setting.label}", votes=votes),
+    )

@@ -1,10 +1,10 @@
-"""What ends a measurement. Finished samples are kept whatever ended it."""
+"""The errors that end a measurement. Finished samples are kept in every case."""
 
 from server.exit_codes import CommandError, ExitCode
 
 
 class SweepError(CommandError):
-    """The measurement cannot go on. The message is for the one who started it."""
+    """The measurement cannot continue."""
 
     exit_code = ExitCode.FAILED
 

@@ -1,19 +1,20 @@
-"""What the samples of one setting say, each number with a 95 % bootstrap interval over questions.
+"""The numbers of one setting, each with a 95 % bootstrap interval over questions.
 
 With n samples of a question, c of them correct:
 
     Mean@k   c / n
     Pass@k   1 − C(n−c, k) / C(n, k): the chance that k of the n, drawn without replacement, hold a
              correct one (unbiased; Chen et al. 2021). k is the least n of all questions
-    Vote@k   whether the most frequent reading is correct; of equally frequent ones each counts with
-             its share. Samples that say nothing do not vote; where none does, it is 0
+    Vote@k   whether the most frequent reading is correct; equally frequent readings count with
+             equal shares. Samples without a reading do not vote; where none votes, it is 0
 
-and the number is the mean over the questions. Means and shares are the same mean of means.
-Quantiles are of all samples together: the least value that at least p of them do not exceed.
+and the number is the mean over the questions. Means and shares of tokens and blocks are means of
+means in the same way. Quantiles are over all samples together: the least value that at least a
+share p of them does not exceed.
 
-The bootstrap draws questions with replacement, and their samples with them: it covers the choice of
-the questions and the sampling. Where every answer was right, its interval has no width: no sample
-says otherwise. Plain Python; the same seed gives the same intervals.
+The bootstrap draws questions with replacement, together with their samples: it covers the choice of
+the questions and the sampling. Where every answer is correct, the interval has no width, because no
+sample shows anything else. Plain Python; the same seed gives the same intervals.
 """
 
 from bisect import bisect_left
@@ -36,6 +37,8 @@ _DEVIATIONS: Final = 1.96  # of a 95 % interval of a normal distribution
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
+    """A number and its 95 % interval."""
+
     value: float
     low: float
     high: float
@@ -46,23 +49,23 @@ Answers = Sequence[Sample]
 
 
 def pass_at(k: int, count: int, correct: int) -> float:
-    """Of `count` samples, `correct` of them right; 1 ≤ k ≤ count."""
+    """Returns Pass@k of `count` samples, of which `correct` are correct; 1 ≤ k ≤ count."""
     return 1.0 - comb(count - correct, k) / comb(count, k)
 
 
 def vote(answers: Answers) -> float:
-    """Share of correct readings among the most frequent ones."""
-    said = Counter(it.said for it in answers if it.said is not None)
-    if not said:
+    """Returns the share of correct readings among the most frequent ones."""
+    votes = Counter(it.said for it in answers if it.said is not None)
+    if not votes:
         return 0.0
-    most = max(said.values())
+    most = max(votes.values())
     right = {it.said for it in answers if it.correct}
-    winners = [reading for reading, count in said.items() if count == most]
+    winners = [reading for reading, count in votes.items() if count == most]
     return sum(reading in right for reading in winners) / len(winners)
 
 
 def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """By question, in the order of their first samples."""
+    """Groups samples by question, in the order of first appearance."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.question, []).append(sample)
@@ -70,10 +73,10 @@ def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
 
 
 def sampling_width(values: Sequence[Sequence[float]]) -> float:
-    """Width of the 95 % interval that more samples of the same questions would shrink.
+    """Returns the width of the 95 % interval that more samples of the same questions would shrink.
 
-    The spread of a question's own samples, without that between questions, which are the same at
-    every λ. Every question has at least 2 values.
+    `values` holds those of each question, at least 2. The spread within questions counts, and the
+    spread between questions does not: they are the same at every λ.
     """
     spread = 0.0
     for own in values:
@@ -81,8 +84,6 @@ def sampling_width(values: Sequence[Sequence[float]]) -> float:
         spread += sum((value - mean) ** 2 for value in own) / (len(own) - 1) / len(own)
     return 2 * _DEVIATIONS * sqrt(spread) / len(values)
 
-
-# --- All numbers of a setting ---------------------------------------------------------------------
 
 _PER_QUESTION: Final[Mapping[str, Callable[[Answers], float]]] = {
     "mean_at_k": lambda own: fmean(it.correct for it in own),
@@ -104,9 +105,9 @@ _QUANTILES: Final = (("p50", 0.5), ("p90", 0.9))
 def estimate(
     samples: Iterable[Sample], *, seed: str, votes: bool, resamples: int = RESAMPLES
 ) -> dict[str, Estimate]:
-    """By name: the numbers above, and `pass_at_k` and `pass_at_1`, `_2`, `_4` … below k.
+    """Returns the numbers by name, with `pass_at_k` and `pass_at_1`, `_2`, `_4` … below k.
 
-    At least one sample. Without `votes` there is no `vote_at_k`.
+    `samples` holds at least one. Without `votes` there is no `vote_at_k`.
     """
     groups = grouped(samples)
     means = _columns(groups, votes)
@@ -115,17 +116,17 @@ def estimate(
     for weights in _resampled(len(groups), Random(seed), resamples):
         for name, value in _numbers(weights, means, tokens):
             drawn.setdefault(name, []).append(value)
-    whole = _numbers([1] * len(groups), means, tokens)
-    return {name: _with_interval(value, drawn[name]) for name, value in whole}
+    measured = _numbers([1] * len(groups), means, tokens)
+    return {name: _with_interval(value, drawn[name]) for name, value in measured}
 
 
 def least_samples(samples: Iterable[Sample]) -> int:
-    """k: the least number of samples that any question has."""
+    """Returns k, the least number of samples that any question has."""
     return min(map(len, grouped(samples)))
 
 
 def _columns(groups: Sequence[Answers], votes: bool) -> dict[str, list[float]]:
-    """Every mean's value for each question."""
+    """By name, the value of each question."""
     most = min(map(len, groups))
     names = [name for name in _PER_QUESTION if votes or name != "vote_at_k"]
     columns = {name: [_PER_QUESTION[name](own) for own in groups] for name in names}
@@ -143,7 +144,7 @@ def _passes(groups: Sequence[Answers], k: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class _Pooled:
-    """Values of all samples in ascending order, and the number of each one's question."""
+    """The values of all samples in ascending order, and the index of each one's question."""
 
     values: list[int]
     owners: list[int]
@@ -154,13 +155,13 @@ class _Pooled:
         return cls([value for value, _ in pairs], [owner for _, owner in pairs])
 
     def quantiles(self, weights: Sequence[int]) -> list[int]:
-        """With every sample counted as often as its question was drawn."""
+        """Quantiles with every sample counted as often as its question was drawn."""
         ranks = list(accumulate(map(weights.__getitem__, self.owners)))
         return [self.values[bisect_left(ranks, share * ranks[-1])] for _, share in _QUANTILES]
 
 
 def _resampled(count: int, random: Random, resamples: int) -> Iterable[list[int]]:
-    """How often each question was drawn, `resamples` times."""
+    """Yields `resamples` times how often each question was drawn."""
     for _ in range(resamples):
         times = Counter(random.choices(range(count), k=count))
         yield [times[number] for number in range(count)]
@@ -181,5 +182,5 @@ def _numbers(
 def _with_interval(value: float, drawn: list[float]) -> Estimate:
     ordered = sorted(drawn)
     cut = int(_TAIL * len(ordered))
-    # A percentile interval may miss the value itself by a rounding of the mean.
+    # Rounding of the mean may put the value itself just outside its percentile interval.
     return Estimate(value, min(value, ordered[cut]), max(value, ordered[-1 - cut]))

@@ -1,7 +1,6 @@
-"""Graders by name: what an answer's text says, and whether that is right.
+"""Graders by name: each reads an answer out of a text, and decides whether it is correct.
 
-A grader reads the answer, never the reasoning. What it read (`said`) is what votes are counted by;
-None where the text holds no answer in its form.
+A grader is given the answer's text, never the reasoning. Votes are counted by what it reads.
 """
 
 import re
@@ -18,14 +17,14 @@ from server.sweep.tasks import EMBEDDED, Question
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    said: str | None
+    reading: str | None  # None: the text holds no answer in the grader's form
     correct: bool
 
 
 class Grader(Protocol):
     @property
     def votes(self) -> bool:
-        """Whether equal answers read equal, so that a majority means something."""
+        """Whether equal answers have equal readings, so that a majority is meaningful."""
 
     def check(self, question: Question) -> None:
         """Raises `BadParameters` where the question's answer is not in this grader's form."""
@@ -35,7 +34,7 @@ class Grader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ByReading:
-    """Reads one short text from an answer, in a form in which equal answers are equal texts."""
+    """Reads one short text out of an answer, in a form in which equal answers are equal texts."""
 
     read: Callable[[str], str | None]
     expected: Callable[[Any], str | None]
@@ -47,12 +46,13 @@ class ByReading:
             raise BadParameters(f"question {question.id!r}: `answer` must be {self.form}")
 
     def grade(self, question: Question, text: str) -> Grade:
-        said = self.read(text)
-        return Grade(said, said is not None and said == self.expected(question.answer))
+        reading = self.read(text)
+        correct = reading is not None and reading == self.expected(question.answer)
+        return Grade(reading, correct)
 
 
 def grader_named(name: str, pattern: str | None = None) -> Grader:
-    """Raises `BadParameters` for an unknown name, a bad pattern or a library that is not there."""
+    """Raises `BadParameters` for an unknown name, a bad pattern or a library that is missing."""
     if (pattern is not None) != (name == "regex"):
         raise BadParameters("`--pattern` belongs to `--grader regex`, which needs it")
     if name == "regex":
@@ -61,9 +61,6 @@ def grader_named(name: str, pattern: str | None = None) -> Grader:
     if name not in _GRADERS:
         raise BadParameters(f"no grader {name!r}; there are {', '.join(GRADERS)}")
     return _GRADERS[name]()
-
-
-# --- exact, numeric, choice, regex ----------------------------------------------------------------
 
 
 def _stripped(text: str) -> str | None:
@@ -78,7 +75,7 @@ _NUMBER: Final = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE
 
 
 def last_number(text: str) -> str | None:
-    """The last number, without separators of thousands or zeros that say nothing: `1,200.50` is
+    """Returns the last number, without thousands separators and trailing zeros: `1,200.50` gives
     `1200.5`."""
     numbers = _NUMBER.findall(text)
     return _plain_number(numbers[-1]) if numbers else None
@@ -106,11 +103,11 @@ _CHOICES: Final = (
     re.compile(r"\A\W*([A-Z])\b(?:[.):]|\W*\Z)"),
     re.compile(r"\b([A-Z])\W*\Z"),
 )
-"""Where the letter of a multiple choice stands, the surest place first."""
+"""Where the letter of a multiple choice is found, the most reliable place first."""
 
 
 def chosen_letter(text: str) -> str | None:
-    """The last boxed letter; else the last behind "answer"; else the first or last of the text."""
+    """Returns the last boxed letter, or the last after "answer", or the text's first or last."""
     for place in _CHOICES:
         letters = place.findall(text)
         if letters:
@@ -123,7 +120,7 @@ def _letter(answer: Any) -> str | None:
 
 
 def _by_pattern(pattern: str) -> Grader:
-    """The first group of the last match; without a group, the match."""
+    """Reads the first group of the last match; the match itself if there is no group."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -141,11 +138,8 @@ def _digit(text: str) -> str | None:
     return None if number is None else str(number)
 
 
-# --- boxed: mathematics by math-verify ------------------------------------------------------------
-
-
 class Boxed:
-    """Mathematical equality of what stands in the last `\\boxed{}`, by math-verify."""
+    """Compares the content of the last `\\boxed{}` mathematically, by math-verify."""
 
     votes = True
 
@@ -179,13 +173,10 @@ class Boxed:
         return found
 
 
-# --- instructions: Google's checks by if-verifiable -----------------------------------------------
-
-
 class Instructions:
-    """IFEval's checks, strict: every instruction of the prompt followed, by if-verifiable.
+    """Runs IFEval's strict checks, by if-verifiable: every instruction must be followed.
 
-    `answer`: {"instruction_id_list": [...], "kwargs": [{...}, ...]}, as the data set has them.
+    `answer` is {"instruction_id_list": [...], "kwargs": [{...}, ...]}, as in the data set.
     """
 
     votes = False
@@ -204,11 +195,11 @@ class Instructions:
         unknown = [name for name in answer["instruction_id_list"] if name not in known]
         if unknown:
             raise BadParameters(f"question {question.id!r}: no check named {unknown[0]!r}")
-        self._evaluate(question, "text")  # arguments that no check takes are told before the run
+        self._evaluate(question, "text")  # finds bad arguments before the run
 
     def grade(self, question: Question, text: str) -> Grade:
-        said = _stripped(text)
-        return Grade(said, said is not None and self._evaluate(question, said))
+        reading = _stripped(text)
+        return Grade(reading, reading is not None and self._evaluate(question, reading))
 
     def _evaluate(self, question: Question, text: str) -> bool:
         from if_verifiable.common import evaluate_instructions

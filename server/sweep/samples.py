@@ -1,8 +1,8 @@
-"""Finished samples: one line each in `samples.jsonl`, behind a line that pins the parameters.
+"""The file of finished samples, `samples.jsonl`: a line with the parameters, then a line a sample.
 
-Lines are only ever appended, and each is written before the next answer is counted: a killed run
-loses what was under way and nothing else. The same command goes on from what is there; another
-one is told which parameter differs.
+Lines are only appended, and each is written before the next answer is counted: a killed run loses
+only the requests in flight. The same command continues from the file; a command with other
+parameters is refused with the names of those that differ.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ class Sample:
     question: str  # its id
     sample: int
     correct: bool
-    said: str | None  # what the grader read as the answer; None: nothing
+    said: str | None  # what the grader read as the answer; None: no answer
     tokens: int  # generated, the end of the turn included
     reasoning_tokens: int
     thought: bool  # it closed a think block
@@ -44,10 +44,13 @@ class Sample:
 
 
 class SampleLog:
-    """The samples of one run, in memory and in its file, which nobody else may write."""
+    """The samples of one run, in memory and in the file, which is locked against other writers."""
 
     def __init__(self, path: Path, parameters: Mapping[str, Any]) -> None:
-        """Raises `BadParameters` where the file is another run's, damaged, or in use."""
+        """Opens or creates the file, and reads the samples in it.
+
+        Raises `BadParameters` where the file is of other parameters, damaged, or in use.
+        """
         self.samples: dict[tuple[str, str, int], Sample] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
@@ -71,6 +74,7 @@ class SampleLog:
         self._file.close()
 
     def add(self, sample: Sample) -> None:
+        """Appends a new sample to the file."""
         assert sample.key not in self.samples
         self._append(asdict(sample))
         self.samples[sample.key] = sample
@@ -87,21 +91,21 @@ class SampleLog:
 
     def _resume(self, parameters: Mapping[str, Any]) -> None:
         self._file.seek(0)
-        whole, end, torn = self._file.read().rpartition(b"\n")
+        complete, end, torn = self._file.read().rpartition(b"\n")
         if torn:  # a line that a kill cut off
-            self._file.truncate(len(whole + end))
-        if not whole:
+            self._file.truncate(len(complete + end))
+        if not complete:
             self._append({"format": FORMAT, "parameters": parameters})
             return
-        head, *lines = whole.split(b"\n")
+        head, *lines = complete.split(b"\n")
         self._check_head(head, parameters)
         for number, line in enumerate(lines, start=2):
             self._read(number, line)
 
     def _check_head(self, head: bytes, parameters: Mapping[str, Any]) -> None:
         try:
-            pinned = json.loads(head)
-            then, form = pinned["parameters"], pinned["format"]
+            header = json.loads(head)
+            then, form = header["parameters"], header["format"]
         except (ValueError, LookupError, TypeError):
             raise BadParameters(f"{self._path}: not a file of samples") from None
         if form != FORMAT:
@@ -109,13 +113,13 @@ class SampleLog:
         names = sorted({*then, *parameters})
         changed = [name for name in names if then.get(name) != parameters.get(name)]
         if changed:
-            told = "; ".join(
+            differences = "; ".join(
                 f"`{name}` was {_brief(then.get(name))} and is {_brief(parameters.get(name))}"
                 for name in changed
             )
             raise BadParameters(
-                f"{self._path} holds samples of other parameters: {told}. Give the same ones to "
-                "go on with it, or another folder"
+                f"{self._path} holds samples of other parameters: {differences}. Give the same "
+                "parameters to continue, or another folder"
             )
 
     def _read(self, number: int, line: bytes) -> None:

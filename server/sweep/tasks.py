@@ -3,7 +3,7 @@
     {"question": "2 + 2?", "answer": "4", "class": "short", "id": "sum-1"}
     {"messages": [{"role": "user", "content": "…"}], "answer": "4"}
 
-Knows what is asked and what is right, in whatever form the grader wants it; not how it is graded.
+It knows the question and the correct answer, in the form that the grader wants; it does not grade.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from server.sweep.errors import BadParameters
 EMBEDDED: Final = "embedded"
 EMBEDDED_QUESTIONS: Final = 150
 LONGEST_SHORT_CHAIN: Final = 2
-"""Variables in a chain of class `short`: the Instruct endpoint answers these without thinking."""
+"""Most variables in a chain of class `short`, which the Instruct endpoint answers without
+thinking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Question:
     id: str
     messages: tuple[Mapping[str, Any], ...]
     answer: Any  # in the grader's form
-    kind: str = DEFAULT_CLASS  # its routing class; `default` alone: of no particular one
+    kind: str = DEFAULT_CLASS  # routing class; `default`: no particular one
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +42,18 @@ class Task:
 
     @property
     def classes(self) -> list[str]:
-        """Its classes beside the default, which all questions are of."""
+        """The routing classes other than the default, to which all questions belong."""
         return sorted({question.kind for question in self.questions} - {DEFAULT_CLASS})
 
     @property
     def digest(self) -> str:
-        """Of all that is asked and expected: equal for equal questions in equal order."""
-        told = [[it.id, list(it.messages), it.answer, it.kind] for it in self.questions]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        """A digest of questions and answers: equal for equal questions in equal order."""
+        content = [[it.id, list(it.messages), it.answer, it.kind] for it in self.questions]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def embedded_task(count: int | None, seed: int) -> Task:
-    """Chains of 1 to 6 assignments, every length equally likely; class `short` or `long`."""
+    """Returns chains of 1 to 6 assignments, each length equally likely, as `short` or `long`."""
     drawn = draw_questions(Random(seed), EMBEDDED_QUESTIONS if count is None else count)
     questions = (
         Question(
@@ -77,14 +78,14 @@ class _Line(BaseModel):
 
 
 def read_task(path: Path, count: int | None) -> Task:
-    """The file's first `count` questions. Raises `BadParameters` that names the line."""
+    """Returns the file's first `count` questions. Raises `BadParameters` that names the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadParameters(f"{path}: {error}") from None
     questions = list(_questions(path, lines))
     if len(questions) < (count or 1):
-        raise BadParameters(f"{path}: {len(questions)} questions, asked for {count or 1}")
+        raise BadParameters(f"{path}: {len(questions)} questions, but {count or 1} are needed")
     _check_ids(path, questions)
     questions = questions[:count]
     return Task(path.name, tuple(questions))
@@ -104,7 +105,7 @@ def _question(where: str, number: str, text: str) -> Question:
         name = ".".join(map(str, detail["loc"]))
         raise BadParameters(f"{where}: {name + ': ' if name else ''}{detail['msg']}") from None
     if (line.question is None) == (line.messages is None):
-        raise BadParameters(f"{where}: give `question` or `messages`, one of them")
+        raise BadParameters(f"{where}: give one of `question` and `messages`")
     messages = line.messages or [{"role": "user", "content": line.question}]
     own_id = number if line.id is None else str(line.id)
     return Question(own_id, tuple(messages), line.answer, line.kind)

@@ -13,7 +13,7 @@ import pytest
 
 from server.cli import main
 from server.routing.profiles import load_profile
-from server.sweep.flags import calibrate_parser, parsed
+from server.sweep.arguments import calibrate_parser, parse_arguments
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--lambdas", "0,0.5,1", "--questions", "12", "--samples", "3", "--seed", "5"]
@@ -159,7 +159,7 @@ def test_the_built_in_profile_is_of_the_embedded_pair(real_server: Any) -> None:
     assert set(profile.classes) == {"default", "short", "long"}
     command = profile.source.command
     assert command is not None
-    parsed(calibrate_parser(), shlex.split(command)[2:])
+    parse_arguments(calibrate_parser(), shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,6 @@ def test_what_cannot_be_measured_is_told(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.sweep.asking.FIRST_TRIES", 1)
+    monkeypatch.setattr("server.sweep.http_client.FIRST_TRIES", 1)
     assert main(["sweep", *SMALL, "--out", str(tmp_path / "out"), *words]) in (1, 2)
     assert reason in capsys.readouterr().err

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from bench import three_stages
-from server.sweep.curves import stages
-from server.sweep.settings import ablation_dials
+from server.sweep.grid import ablation_dials
+from server.sweep.stages import stages
 
 PAGE = three_stages.PAGE.read_text()
 PICTURES = sorted(three_stages.PICTURES.glob("*.svg"))
@@ -56,7 +56,7 @@ def test_the_stages_are_those_of_the_rule(measured: dict[str, Any]) -> None:
     curve = measured["curve"]
     found = stages([(it["lambda"], it["think_rate"]) for it in curve["points"]])
     assert found is not None
-    assert found.told == curve["stages"][0]
+    assert found.json == curve["stages"][0]
     assert f"Stage 1 up to λ = {found.instruct_until:g}" in PAGE
     assert f"stage 3 from λ = {found.thinking_from:g}" in PAGE
 

@@ -67,21 +67,21 @@ def test_the_quickest_serves_and_all_times_are_told() -> None:
     chosen = choice(Timed("a", 1.0), Timed("b", 2.0))
     assert chosen.backend.name == "a"
     # 32 decode steps and one chunk
-    assert chosen.told.startswith("a (")
-    assert "reference 99 ms, a 33 ms, b 66 ms" in chosen.told
+    assert chosen.description.startswith("a (")
+    assert "reference 99 ms, a 33 ms, b 66 ms" in chosen.description
 
 
 @pytest.mark.parametrize("wrong", [0.1, torch.nan])
 def test_one_that_computes_something_else_is_left_out(wrong: float) -> None:
     chosen = choice(Timed("a", 1.0, wrong))
     assert chosen.backend.name == "reference"
-    assert "a not used, it disagrees with the reference" in chosen.told
+    assert "a not used, it disagrees with the reference" in chosen.description
 
 
 def test_one_that_does_not_run_is_left_out_with_its_reason() -> None:
     chosen = choice(Timed("a", 1.0, error="needs FA3\nat such a line"))
     assert chosen.backend.name == "reference"
-    assert "a does not run (needs FA3)" in chosen.told
+    assert "a does not run (needs FA3)" in chosen.description
 
 
 def test_one_that_takes_the_gpu_with_it_ends_the_start_and_is_named(
@@ -142,7 +142,7 @@ def test_what_is_measured_computes_the_same_on_every_backend() -> None:
 
 def test_on_a_cpu_the_reference_serves_and_nothing_is_measured() -> None:
     chosen = choose_attention("auto", [LAYER], torch.float32, CPU, 16)
-    assert (chosen.backend.name, chosen.told) == ("reference", "reference")
+    assert (chosen.backend.name, chosen.description) == ("reference", "reference")
 
 
 @pytest.mark.parametrize("wanted", ["triton", "torch"])
@@ -159,7 +159,7 @@ def test_a_backend_whose_library_is_missing_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(selector, "triton_installed", lambda: False)
     with pytest.raises(PairError, match="--attention-backend triton: triton is not installed"):
         choose_attention("triton", [LAYER], torch.float32, CPU, 16)
-    assert choose_attention("reference", [LAYER], torch.float32, CPU, 16).told == "reference"
+    assert choose_attention("reference", [LAYER], torch.float32, CPU, 16).description == "reference"
 
 
 @needs_triton
@@ -255,11 +255,11 @@ def test_an_attention_layer_compiles_as_one_graph() -> None:
 
     def layer(query: Tensor, key: Tensor, value: Tensor, plan_slots: Tensor) -> Tensor:
         plan = work.plan
-        backend.write(replace(plan, slots=plan_slots), work.keys, work.values, key, value)
+        backend.write(replace(plan, slot_mapping=plan_slots), work.keys, work.values, key, value)
         return backend.attend(
             plan, 2 * query, work.keys, work.values, scale=0.3, window=None, sinks=work.sinks
         )
 
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    arguments = (work.query, work.key, work.value, work.plan.slots)
+    arguments = (work.query, work.key, work.value, work.plan.slot_mapping)
     torch.testing.assert_close(compiled(*arguments), layer(*arguments))

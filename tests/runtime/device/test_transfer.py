@@ -82,8 +82,8 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crossings]:
 class Grammar:
     """In the place of a grammar: allows the tokens below 5, and a think block."""
 
-    def __init__(self, beside: int | None, may_open: bool) -> None:
-        self.beside, self.may_open = beside, may_open
+    def __init__(self, extra_token: int | None, may_open_block: bool) -> None:
+        self.extra_token, self.may_open_block = extra_token, may_open_block
         self.constrains = True
 
     def mask(self) -> bytes:
@@ -155,7 +155,7 @@ def test_a_batch_and_its_rows_are_sent_without_waiting(crossings: Crossings) -> 
         chunks.append(Chunk(one, start, length))
     drawn = {chunks[0].sequence: 2}
     batch = build_batch(SubBatch(chunks, blended=False), 4, 99, DEVICE, drawn)
-    assert batch.ahead is not None
+    assert batch.placeholders is not None
     assert crossings.sent == 1
     BlendGroups(2, DEVICE, BlendCache(0)).begin(batch.rows)
     assert crossings.fetched == 0

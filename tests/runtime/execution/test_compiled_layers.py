@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.engine import Engine
 from mi_runtime.execution.compiled_layers import compiled_logits
-from mi_runtime.execution.decode_graphs import DecodeGraphs, Form, Forward
+from mi_runtime.execution.decode_graphs import DecodeGraphs, Forward, GraphKey
 from mi_runtime.kernels import paged_attention, pair_linear
 from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.row_lambdas import Way
@@ -54,10 +54,10 @@ def graphs_of(engine: Engine, forward: Forward, blocks: int = 20) -> DecodeGraph
     return DecodeGraphs(model, attention, RunAgain(), sizes=(2, 4), max_blocks=3, forward=forward)
 
 
-def run(graphs: DecodeGraphs, forms: Sequence[Form]) -> list[Tensor]:
-    graphs.record(forms)
+def run(graphs: DecodeGraphs, keys: Sequence[GraphKey]) -> list[Tensor]:
+    graphs.record(keys)
     with torch.inference_mode():
-        return [graphs._replays[form]().clone() for form in forms]
+        return [graphs._replays[key]().clone() for key in keys]
 
 
 def nothing(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., tuple[Tensor]]:
@@ -81,33 +81,33 @@ def test_all_layers_are_compiled_once_for_each_way(pair_of: PairOf) -> None:
     engine = engine_of(pair_of("qwen3", num_hidden_layers=6))
     forward = compiled_logits(engine._runner._model, nothing)
     trial, graphs = graphs_of(engine, forward, blocks=6), graphs_of(engine, forward)
-    run(trial, trial.forms[:1])
-    run(graphs, graphs.forms)
-    assert len(graphs.forms) == 2 * 5
+    run(trial, trial.keys[:1])
+    run(graphs, graphs.keys)
+    assert len(graphs.keys) == 2 * 5
     assert counters["stats"]["unique_graphs"] == 4  # pair, two endpoints, blended
 
 
 @pytest.mark.parametrize(
-    ("family", "layers", "forms", "compiled"),
+    ("family", "layers", "keys", "compiled"),
     [
-        ("gpt_oss", 2, (Form(4, P), Form(2, P)), 2),  # layers with a window, and without
-        ("qwen3", 2, (Form(2, B, 0), Form(2, B, 1), Form(4, E, 1)), 2),
+        ("gpt_oss", 2, (GraphKey(4, P), GraphKey(2, P)), 2),  # layers with a window, and without
+        ("qwen3", 2, (GraphKey(2, B, 0), GraphKey(2, B, 1), GraphKey(4, E, 1)), 2),
     ],
 )
 def test_compiled_layers_compute_what_the_model_computes(
-    pair_of: PairOf, family: str, layers: int, forms: tuple[Form, ...], compiled: int
+    pair_of: PairOf, family: str, layers: int, keys: tuple[GraphKey, ...], compiled: int
 ) -> None:
     own = {"layer_types": SLIDING[:layers]} if family == "gpt_oss" else {}
     engine = engine_of(pair_of(family, num_hidden_layers=layers, **own))
     model = engine._runner._model
-    model.groups.cache.places = sum(form.way is B for form in forms)
+    model.groups.cache.places = sum(key.way is B for key in keys)
     plain = graphs_of(engine, model.logits)
     graphs = graphs_of(engine, compiled_logits(model, "eager"))
     for one in (plain, graphs):
         one._ids.copy_(torch.arange(4) * 7)
         one._positions.fill_(3)
         one._lambdas.copy_(torch.linspace(0, 1, 4).expand_as(one._lambdas))
-    for one, expected in zip(run(graphs, forms), run(plain, forms), strict=True):
+    for one, expected in zip(run(graphs, keys), run(plain, keys), strict=True):
         assert expected.std() > 0.1
         assert (one - expected).abs().max() < 1e-5
     assert counters["stats"]["unique_graphs"] == compiled
@@ -121,7 +121,7 @@ def test_what_one_model_has_compiled_leaves_the_next_as_much(
     for _ in range(2):
         engine = engine_of(pair_of("qwen3", num_hidden_layers=1))
         graphs = graphs_of(engine, compiled_logits(engine._runner._model, nothing))
-        run(graphs, graphs.forms[:1])
+        run(graphs, graphs.keys[:1])
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -132,9 +132,9 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is_afterwards(pair_of: PairO
     engine = engine_of(pair_of("qwen3", num_hidden_layers=1))
     model = engine._runner._model
     plain = graphs_of(engine, model.logits)
-    (expected,) = run(plain, plain.forms[-1:])
+    (expected,) = run(plain, plain.keys[-1:])
     graphs = graphs_of(engine, compiled_logits(model, fails))
     with pytest.raises(BackendCompilerFailed, match="no such instruction"):
-        run(graphs, graphs.forms[:1])
+        run(graphs, graphs.keys[:1])
     model.groups.end()
-    assert torch.equal(run(plain, plain.forms[-1:])[0], expected)
+    assert torch.equal(run(plain, plain.keys[-1:])[0], expected)

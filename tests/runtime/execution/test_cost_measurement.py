@@ -10,12 +10,12 @@ import torch
 from mi_runtime.errors import PairError
 from mi_runtime.execution import cost_measurement
 from mi_runtime.execution.cost_measurement import (
+    best_row_limit,
     choose_kernels,
     measure_kernels,
-    rows_worth,
     with_replays,
 )
-from mi_runtime.execution.decode_graphs import Form
+from mi_runtime.execution.decode_graphs import GraphKey
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.load import load_pair
 from mi_runtime.model.pair_check import check_pair
@@ -41,7 +41,7 @@ ROWS = (1, 8, 64)
 def test_the_limit_of_kernels_is_where_they_save_most(
     kernel: tuple[float, ...], vendor: tuple[float, ...], limit: int
 ) -> None:
-    assert rows_worth(ROWS, kernel, vendor) == limit
+    assert best_row_limit(ROWS, kernel, vendor) == limit
 
 
 def model_of(pair: tuple[Path, Path]) -> BlendedModel:
@@ -110,8 +110,8 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
     """Its fixed cost is what the products of as many rows do not explain."""
     engine = make_engine()
     graphs, model = record(engine), engine._runner._model
-    form, _ = graphs.smallest
-    assert form == Form(min(one.rows for one in graphs.forms), Way.ENDPOINT)
+    key, _ = graphs.smallest
+    assert key == GraphKey(min(one.rows for one in graphs.keys), Way.ENDPOINT)
     single, pair = Curve((1, 3), (2.0, 4.0)), Curve((1, 3), (7.0, 9.0))
     costs = CostModel(20.0, 20.0, single, pair, build=1.0)
     timed: list[torch.Tensor] = []
@@ -122,7 +122,7 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
 
     monkeypatch.setattr(cost_measurement, "_time", ten_seconds)
     assert with_replays(costs, model, graphs) == replace(costs, replayed=7.0)
-    assert timed[0].shape == (form.rows, model.vocab_size)
+    assert timed[0].shape == (key.rows, model.vocab_size)
 
 
 def test_a_gpu_is_timed_on_more_weights_than_its_cache_holds(

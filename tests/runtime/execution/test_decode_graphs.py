@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.engine import Engine
-from mi_runtime.execution.decode_graphs import SIZES, DecodeGraphs, Form, sizes_for
+from mi_runtime.execution.decode_graphs import SIZES, DecodeGraphs, GraphKey, sizes_for
 from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.row_lambdas import BlendGroups, StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
@@ -88,11 +88,11 @@ def test_every_way_is_replayed_and_counted(subject: Subject) -> None:
     engine, taken = subject.engine, []
     graphs = record(engine)
     engine._runner.planner = ByDial()  # type: ignore[assignment]
-    choose = graphs.form_for
-    graphs.form_for = lambda part: taken.append(choose(part)) or taken[-1]  # type: ignore[method-assign,func-returns-value]
+    choose = graphs.key_for
+    graphs.key_for = lambda sub_batch: taken.append(choose(sub_batch)) or taken[-1]  # type: ignore[method-assign,func-returns-value]
     before = dict(engine._groups.executions)
     subject.check_answers(salt="every way")
-    assert {form.way for form in taken if form is not None} == set(Way)
+    assert {key.way for key in taken if key is not None} == set(Way)
     counted = {way: count - before[way] for way, count in engine._groups.executions.items()}
     assert sum(counted.values()) == len(taken) * len(engine._groups.names)
 
@@ -148,14 +148,14 @@ def test_padding_rows_leave_the_kv_of_others_alone(pair_of: PairOf) -> None:
     before = [keys.clone() for keys in attention._keys]
     sequence = Sequence(EngineRequest("one", (4, 5), Dial(0.5), SamplingParams()))
     sequence.block_table, sequence.computed = [3], 1
-    part = SubBatch([Chunk(sequence, 1, 1)], blended=False)
+    sub_batch = SubBatch([Chunk(sequence, 1, 1)], blended=False)
     with torch.inference_mode():
-        engine._runner._forward(part, None, {})
+        engine._runner._forward(sub_batch, None, {})
     changed = [
         (keys != old).any(dim=(1, 2, 3)).nonzero().flatten().tolist()
         for keys, old in zip(attention._keys, before, strict=True)
     ]
-    assert graphs.form_for(part) == Form(2, P)
+    assert graphs.key_for(sub_batch) == GraphKey(2, P)
     assert all(3 in blocks and set(blocks) <= {3, attention.null_block} for blocks in changed)
     assert len(changed) == len(model.layers)
 
@@ -193,21 +193,21 @@ def test_rows_beyond_the_largest_recording_run_launch_by_launch(pair_of: PairOf)
     engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
     expected = answers(engine)
     graphs, taken = record(engine, sizes=(3,)), set()
-    choose = graphs.form_for
+    choose = graphs.key_for
 
-    def noted(part: SubBatch) -> Form | None:
-        taken.add(choose(part))
-        return choose(part)
+    def noted(sub_batch: SubBatch) -> GraphKey | None:
+        taken.add(choose(sub_batch))
+        return choose(sub_batch)
 
-    graphs.form_for = noted  # type: ignore[method-assign]
+    graphs.key_for = noted  # type: ignore[method-assign]
     assert answers(engine) == expected
     assert answers(engine, MIXED[:3]) == {name: expected[name] for name in "012"}
-    assert taken == {None, Form(3, P)}
+    assert taken == {None, GraphKey(3, P)}
 
 
 def test_the_λ_of_a_row_lie_where_kernels_are_compiled_for(pair_of: PairOf) -> None:
     graphs = record(make_subject(pair_of("qwen3")).engine, sizes=(2, 5))
-    held = [rows.weights for form in graphs.forms for rows in graphs._rows[form].values()]
+    held = [rows.lambdas for key in graphs.keys for rows in graphs._rows[key].values()]
     of_endpoints = graphs._shared.data_ptr()
     addresses = {one.data_ptr() for one in held} - {of_endpoints, of_endpoints + 4}  # never read
     assert addresses
@@ -227,21 +227,21 @@ def decode(dial: Dial, known: int = 5, computed: int = 4, **sampling: Any) -> Ch
 
 
 @pytest.mark.parametrize(
-    ("dials", "form"),
+    ("dials", "key"),
     [
-        ([Dial(0.0)], Form(2, E, 0)),
-        ([Dial(1.0)] * 3, Form(4, E, 1)),
-        ([Dial(0.0), Dial(1.0)], Form(2, P)),
-        ([Dial(0.5)], Form(2, P)),
-        ([Dial(0.5), Dial(0.6)] * 4, Form(8, P)),
-        ([Dial(0.0, (("head", 0.5),))], Form(2, P)),
+        ([Dial(0.0)], GraphKey(2, E, 0)),
+        ([Dial(1.0)] * 3, GraphKey(4, E, 1)),
+        ([Dial(0.0), Dial(1.0)], GraphKey(2, P)),
+        ([Dial(0.5)], GraphKey(2, P)),
+        ([Dial(0.5), Dial(0.6)] * 4, GraphKey(8, P)),
+        ([Dial(0.0, (("head", 0.5),))], GraphKey(2, P)),
         ([Dial(0.5)] * 9, None),
     ],
 )
 def test_a_step_takes_the_next_larger_recording_of_its_way(
-    graphs: DecodeGraphs, dials: list[Dial], form: Form | None
+    graphs: DecodeGraphs, dials: list[Dial], key: GraphKey | None
 ) -> None:
-    assert graphs.form_for(SubBatch([decode(dial) for dial in dials], blended=False)) == form
+    assert graphs.key_for(SubBatch([decode(dial) for dial in dials], blended=False)) == key
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_step_takes_the_next_larger_recording_of_its_way(
     ],
 )
 def test_prefills_and_scored_rows_are_not_replayed(graphs: DecodeGraphs, chunk: Chunk) -> None:
-    assert graphs.form_for(SubBatch([chunk], blended=False)) is None
+    assert graphs.key_for(SubBatch([chunk], blended=False)) is None
 
 
 def test_blended_weights_are_replayed_from_the_place_where_all_of_them_lie(
@@ -261,16 +261,16 @@ def test_blended_weights_are_replayed_from_the_place_where_all_of_them_lie(
 ) -> None:
     groups: BlendGroups = graphs._groups
     low, high = (SubBatch([decode(Dial(value))], blended=True) for value in (0.2, 0.4))
-    assert graphs.form_for(low) is None
+    assert graphs.key_for(low) is None
     for value in (0.2, 0.4):
         groups.begin(StepRows((Dial(value),), (0,), (0,), blended=True))
         zero = torch.zeros(1, dtype=torch.int64)
-        assert graphs.form_for(low if value == 0.2 else high) is None  # nothing is built yet
+        assert graphs.key_for(low if value == 0.2 else high) is None  # nothing is built yet
         graphs._attention.begin(graphs._plan(1))
         graphs._model.logits(zero, zero, zero, graphs._attention)
-    assert (graphs.form_for(low), graphs.form_for(high)) == (Form(2, B, 0), Form(2, B, 1))
+    assert (graphs.key_for(low), graphs.key_for(high)) == (GraphKey(2, B, 0), GraphKey(2, B, 1))
     groups.cache.use(("1.mlp", 0.6))  # in the place of 0.2
-    assert graphs.form_for(low) is None
+    assert graphs.key_for(low) is None
 
 
 def test_recording_leaves_the_blend_cache_empty_and_its_memory_taken(pair_of: PairOf) -> None:

@@ -16,14 +16,14 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.engine import OUT_OF_MEMORY, Engine
 from mi_runtime.errors import PairError
 from mi_runtime.execution import memory_sizing
-from mi_runtime.execution.memory_sizing import GIB, Needs, Sizes, cuda_sizes
+from mi_runtime.execution.memory_sizing import GIB, CacheSizes, ReservedMemory, cuda_sizes
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, FinishReason, SamplingParams
 from mi_runtime.scheduling.scheduler import SCORED_ROWS
 
 MakeEngine = Callable[..., Engine]
 CONFIG = EngineConfig("instruct", "thinking", max_model_len=32768)
-NEEDS = Needs(
+RESERVED = ReservedMemory(
     total=80 * GIB,
     used=17 * GIB,
     workspace=2 * GIB,
@@ -48,30 +48,32 @@ def qwen3_4b(patch: pytest.MonkeyPatch) -> BlendedModel:
     return cast(BlendedModel, shape)
 
 
-def held(config: EngineConfig, model: BlendedModel, needs: Needs, sizes: Sizes) -> int:
-    places = sizes.places * (BLEND + needs.graphs_a_place)
+def held(
+    config: EngineConfig, model: BlendedModel, reserved: ReservedMemory, sizes: CacheSizes
+) -> int:
+    places = sizes.places * (BLEND + reserved.graphs_a_place)
     kv = sizes.num_blocks * memory_sizing.block_bytes(config, model)
-    return needs.used + needs.workspace + needs.graphs + places + kv
+    return reserved.used + reserved.workspace + reserved.graphs + places + kv
 
 
 def test_kv_gets_what_is_left_and_blended_weights_a_quarter_of_it(model: BlendedModel) -> None:
-    sizes = cuda_sizes(CONFIG, model, NEEDS)
+    sizes = cuda_sizes(CONFIG, model, RESERVED)
     assert memory_sizing.block_bytes(CONFIG, model) == 16 * 36 * 8 * 256 * 2
     assert sizes.places == 1
-    spare = 72 * GIB - held(CONFIG, model, NEEDS, sizes)
+    spare = 72 * GIB - held(CONFIG, model, RESERVED, sizes)
     assert 0 <= spare < memory_sizing.block_bytes(CONFIG, model)
 
 
 def test_kv_gets_no_more_than_full_sequences_can_use(model: BlendedModel) -> None:
     config = replace(CONFIG, max_model_len=1000, max_num_seqs=4)
-    assert cuda_sizes(config, model, NEEDS).num_blocks == 4 * 63
+    assert cuda_sizes(config, model, RESERVED).num_blocks == 4 * 63
 
 
 def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
-    sizes = cuda_sizes(replace(CONFIG, num_blocks=9, blend_cache_bytes=0), model, NEEDS)
-    assert sizes == Sizes(num_blocks=9, places=0)
+    sizes = cuda_sizes(replace(CONFIG, num_blocks=9, blend_cache_bytes=0), model, RESERVED)
+    assert sizes == CacheSizes(num_blocks=9, places=0)
     by_bytes = replace(CONFIG, kv_cache_bytes=10 * GIB, blend_cache_bytes=44 * GIB)
-    sizes = cuda_sizes(by_bytes, model, NEEDS)
+    sizes = cuda_sizes(by_bytes, model, RESERVED)
     assert sizes.places == 6
     assert sizes.num_blocks == 10 * GIB // memory_sizing.block_bytes(CONFIG, model)
 
@@ -79,20 +81,20 @@ def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
 def test_blended_weights_get_no_room_where_nothing_takes_them(
     model: BlendedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cuda_sizes(replace(CONFIG, blend_policy="pair"), model, NEEDS).places == 0
+    assert cuda_sizes(replace(CONFIG, blend_policy="pair"), model, RESERVED).places == 0
     monkeypatch.setattr(memory_sizing, "blend_bytes", lambda _model: 0)  # a plain model
     for asked in (None, 44 * GIB):
-        assert cuda_sizes(replace(CONFIG, blend_cache_bytes=asked), model, NEEDS).places == 0
+        assert cuda_sizes(replace(CONFIG, blend_cache_bytes=asked), model, RESERVED).places == 0
 
 
 def test_recordings_are_counted_the_first_in_full_the_others_as_the_second() -> None:
-    assert NEEDS.graphs == GIB + 35 * 16 * 2**20
-    assert NEEDS.graphs_a_place == 12 * 16 * 2**20
+    assert RESERVED.graphs == GIB + 35 * 16 * 2**20
+    assert RESERVED.graphs_a_place == 12 * 16 * 2**20
 
 
 def test_too_little_is_told_in_numbers_with_what_to_do(model: BlendedModel) -> None:
     with pytest.raises(PairError) as caught:
-        cuda_sizes(CONFIG, model, replace(NEEDS, used=71 * GIB))
+        cuda_sizes(CONFIG, model, replace(RESERVED, used=71 * GIB))
     message = str(caught.value)
     assert "of 80.0 GiB on the device, --gpu-memory-utilization 0.9 allows 72.0 GiB" in message
     assert "hold 71.0 GiB, the largest step takes 2.0 GiB" in message
@@ -110,16 +112,16 @@ def test_nothing_is_ever_promised_beyond_what_is_allowed(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         shape = qwen3_4b(patch)
-        needs = replace(NEEDS, used=used, workspace=workspace)
+        reserved = replace(RESERVED, used=used, workspace=workspace)
         config = replace(CONFIG, gpu_memory_utilization=utilization)
         try:
-            sizes = cuda_sizes(config, shape, needs)
+            sizes = cuda_sizes(config, shape, reserved)
         except PairError:
             least = 2 * memory_sizing.block_bytes(config, shape)
-            assert used + workspace + needs.graphs > NEEDS.total * utilization - least
+            assert used + workspace + reserved.graphs > RESERVED.total * utilization - least
             return
         assert sizes.num_blocks >= 1
-        assert held(config, shape, needs, sizes) <= NEEDS.total * utilization
+        assert held(config, shape, reserved, sizes) <= RESERVED.total * utilization
 
 
 def test_steps_of_all_sizes_run_before_requests_by_both_kinds_of_product() -> None:
@@ -139,10 +141,10 @@ def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngin
         assert sum(chunk.length for chunk in chunks) in (40, 5)
         kept.append(sum(len(chunk.scored) + chunk.samples for chunk in chunks))
         for chunk in chunks:
-            assert max(chunk.sequence.block_table) < memory_sizing.blocks_of_largest(config)
-        flight = runner.launch(chunks)
-        runner.sample(flight)
-        results = flight.results()
+            assert max(chunk.sequence.block_table) < memory_sizing.blocks_of_largest_step(config)
+        step = runner.launch(chunks)
+        runner.sample(step)
+        results = step.results()
         assert len(results.sampled) == len(chunks)
         assert None not in results.sampled.values()
     assert kept == [1, 40, 5, 5]

@@ -21,13 +21,13 @@ MODEL = cast(Any, SimpleNamespace(logits="as it runs", groups=GROUPS))
 class Fake:
     """Stands for recordings of one forward, which may raise when they are made."""
 
-    forms = ("first", "second")
+    keys = ("first", "second")
 
     def __init__(self, forward: Any) -> None:
         self.forward = forward
 
-    def record(self, forms: tuple[str, ...] = forms) -> None:
-        assert forms
+    def record(self, keys: tuple[str, ...] = keys) -> None:
+        assert keys
         if isinstance(self.forward, Exception):
             raise self.forward
 
@@ -36,7 +36,7 @@ def recorded(
     monkeypatch: pytest.MonkeyPatch, forward: Any, how: str
 ) -> tuple[Any, str | None, list[str]]:
     monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
-    recordable = Recordable(forward, how, stream=UNUSED, first=0, each=0)
+    recordable = Recordable(forward, how, stream=UNUSED, first_bytes=0, next_bytes=0)
     failures: list[str] = []
     return *startup._recorded(UNUSED, MODEL, UNUSED, recordable, failures), failures
 
@@ -80,14 +80,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def told(compiled: Any, plain: Any, backend: str = "triton", **settings: Any) -> str:
         monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
         monkeypatch.setattr(startup, "compiled_logits", lambda model: compiled)
-        monkeypatch.setattr(startup, "taken_by", lambda act: (0, act()))
+        monkeypatch.setattr(startup, "memory_taken_by", lambda act: (0, act()))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
         failures: list[str] = []
         attention = cast(Any, SimpleNamespace(backend=SimpleNamespace(name=backend)))
         model = cast(Any, SimpleNamespace(logits=plain, groups=GROUPS))
         config = EngineConfig("instruct", "thinking", **settings)
         recordable = startup._recordable(config, model, attention, failures)
-        return startup._told(recordable and recordable.how, 70, 9.4, failures)
+        return startup._graphs_description(recordable and recordable.how, 70, 9.4, failures)
 
     return told
 

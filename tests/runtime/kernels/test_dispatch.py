@@ -13,7 +13,7 @@ from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.kernels import pair_linear
-from mi_runtime.kernels.dispatch import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.load import load_pair
 from mi_runtime.model.pair_check import check_pair
@@ -48,7 +48,7 @@ def logits(model: BlendedModel, dials: Dials, blended: bool = False) -> Tensor:
 
 
 @contextmanager
-def by_kernel(kernels: KernelChoice) -> Iterator[None]:
+def by_kernel(kernels: KernelDispatch) -> Iterator[None]:
     kernels.enable(rows=1000)
     yield
     kernels.enable(rows=0, experts=False)

@@ -91,8 +91,8 @@ class RecordingModel:
         return getattr(self._model, name)
 
     def _begin(self, step: StepRows) -> None:
-        self._model.groups.begin(replace(step, kept=tuple(range(len(step.index)))))
-        self.endpoints.append(self._model.groups.slot("head", kept=True).now.endpoint)
+        self._model.groups.begin(replace(step, logits_indices=tuple(range(len(step.index)))))
+        self.endpoints.append(self._model.groups.slot("head", logits_only=True).rows.endpoint)
 
     def logits(self, ids: Tensor, positions: Tensor, kept: Tensor, attention: Any) -> Tensor:
         self.rows = self._model.logits(ids, positions, torch.arange(len(ids)), attention)
@@ -145,12 +145,12 @@ def answer_together(
         request = EngineRequest(str(value), tuple(prompt), Dial(value), sampling)
         scheduler.add(Sequence(request))
     while chunks := scheduler.schedule():
-        flight = runner.launch(chunks)
-        runner.sample(flight)
+        step = runner.launch(chunks)
+        runner.sample(step)
         rows = recording.rows.split([chunk.length for chunk in chunks])
         for chunk, piece in zip(chunks, rows, strict=True):
             answers[chunk.sequence.request.dial.reasoning_lambda].pieces.append(piece)
-        scheduler.update(chunks, flight.results().sampled)
+        scheduler.update(chunks, step.results().sampled)
         for chunk in chunks:
             value = chunk.sequence.request.dial.reasoning_lambda
             answers[value].tokens = list(chunk.sequence.tokens)
@@ -350,7 +350,7 @@ def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) 
     return instruct
 
 
-ROWS_FIRST = RowAxis(axis=0, dims=2, kept=False)
+ROWS_FIRST = RowAxis(axis=0, dims=2, logits_only=False)
 
 
 class Odd(nn.Module):

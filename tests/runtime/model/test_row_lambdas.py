@@ -31,7 +31,7 @@ def step(*dials: Dial, blended: bool, tokens: int = 1) -> StepRows:
 
 
 def ways(groups: BlendGroups) -> dict[str, Way]:
-    return {name: groups.slot(name, kept=False).now.way for name in NAMES}
+    return {name: groups.slot(name, logits_only=False).rows.way for name in NAMES}
 
 
 def every(way: Way, **others: Way) -> dict[str, Way]:
@@ -100,8 +100,8 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
     for name in NAMES:
         values = [dials[one].value_of(name) for one in index]
         for is_kept, wanted in ((False, values), (True, [values[row] for row in kept])):
-            rows = groups.slot(name, is_kept).now
-            shown = rows.weights.expand(len(wanted)) if len(rows.weights) == 1 else rows.weights
+            rows = groups.slot(name, is_kept).rows
+            shown = rows.lambdas.expand(len(wanted)) if len(rows.lambdas) == 1 else rows.lambdas
             torch.testing.assert_close(shown, torch.tensor(wanted))
             assert (rows.way is E) == (len(set(values)) == 1 and values[0] in (0.0, 1.0))
             assert rows.blend is None or {rows.blend.value} == set(values)
@@ -128,14 +128,14 @@ def test_blended_groups_are_used_from_the_cache_by_group_and_λ() -> None:
     assert groups.cache.missing(used) == 0
     assert groups.cache.builds == len(used)
     for group, value in used:
-        assert groups.slot(group, kept=False).now.blend is groups.cache.use((group, value))
+        assert groups.slot(group, logits_only=False).rows.blend is groups.cache.use((group, value))
 
 
 # --- From step to step --------------------------------------------------------------------------
 
 
 def slots(groups: BlendGroups) -> list[Rows]:
-    return [groups.slot(name, kept).now for name in NAMES for kept in (False, True)]
+    return [groups.slot(name, kept).rows for name in NAMES for kept in (False, True)]
 
 
 @pytest.mark.parametrize("blended", [False, True])
@@ -166,8 +166,8 @@ def test_a_batch_of_another_shape_does_not(other: StepRows) -> None:
     groups.begin(other)
     assert not any(one is two for one, two in zip(before, slots(groups), strict=True))
     groups.begin(first)
-    assert [rows.weights.tolist() for rows in slots(groups)] == [
-        rows.weights.tolist() for rows in before
+    assert [rows.lambdas.tolist() for rows in slots(groups)] == [
+        rows.lambdas.tolist() for rows in before
     ]
 
 
@@ -192,7 +192,7 @@ def test_a_batch_whose_rows_could_not_be_set_leaves_none_to_be_kept(
         groups.begin(step(Dial(0.5, (("0.mlp", 0.6),)), blended=False))
     monkeypatch.undo()
     groups.begin(first)
-    assert [groups.slot(name, kept=False).now.weights.item() for name in NAMES] == [
+    assert [groups.slot(name, logits_only=False).rows.lambdas.item() for name in NAMES] == [
         pytest.approx(0.3)
     ] * len(NAMES)
 
@@ -211,7 +211,9 @@ def test_every_blended_execution_is_a_hit_or_a_build() -> None:
 def test_groups_of_one_λ_share_their_rows() -> None:
     groups = groups_of()
     groups.begin(step(SPLIT, Dial(0.5), blended=False))
-    embed, mlp, head = (groups.slot(name, kept=False).now for name in ("embed", "0.mlp", "head"))
+    embed, mlp, head = (
+        groups.slot(name, logits_only=False).rows for name in ("embed", "0.mlp", "head")
+    )
     assert embed is mlp
     assert embed is not head
 
@@ -228,7 +230,7 @@ def times_made(count: int) -> int:
         return weights * 2
 
     for _ in range(2):
-        assert torch.equal(rows.derived("key", make), rows.weights * 2)
+        assert torch.equal(rows.derived("key", make), rows.lambdas * 2)
     return len(made)
 
 
@@ -247,8 +249,8 @@ def test_rows_whose_λ_lie_in_a_live_buffer_keep_nothing_of_them() -> None:
 
 def test_what_is_derived_is_kept_by_its_key() -> None:
     rows = Rows(torch.tensor([0.2, 0.4]), None)
-    assert torch.equal(rows.derived("a", lambda weights: weights + 1), rows.weights + 1)
-    assert torch.equal(rows.derived("b", lambda weights: weights + 2), rows.weights + 2)
+    assert torch.equal(rows.derived("a", lambda weights: weights + 1), rows.lambdas + 1)
+    assert torch.equal(rows.derived("b", lambda weights: weights + 2), rows.lambdas + 2)
 
 
 class CountedMatrix:
@@ -265,7 +267,11 @@ class CountedMatrix:
 def test_a_shared_product_is_made_once_for_an_input_and_let_go_at_the_end() -> None:
     groups = groups_of()
     groups.begin(step(Dial(0.25), Dial(0.75), blended=False))
-    rows, matrix, other = groups.slot("0.attn", kept=False).now, CountedMatrix(), CountedMatrix()
+    rows, matrix, other = (
+        groups.slot("0.attn", logits_only=False).rows,
+        CountedMatrix(),
+        CountedMatrix(),
+    )
     x, y = torch.ones(2, 3), torch.ones(2, 3)
     product = rows.shared(matrix, x, 3)
     assert rows.shared(matrix, x, 3) is product
@@ -284,7 +290,7 @@ def test_a_shared_product_is_let_go_when_its_last_reader_has_it() -> None:
     assert rows._input is x
     assert rows.shared(matrix, x, 2) is product
     assert rows._input is None
-    assert rows._product is rows.weights
+    assert rows._product is rows.lambdas
     assert rows.shared(matrix, x, 2) is not product
 
 

@@ -93,7 +93,7 @@ def tell(state: GrammarState, block: ThinkingState | None, tokens: Sequence[int]
 def allowed(state: GrammarState) -> set[int]:
     mask = state.mask()
     ids = {index for index in range(len(mask) * 8) if mask[index // 8] >> index % 8 & 1}
-    return ids | ({state.beside} - {None})  # type: ignore[arg-type]
+    return ids | ({state.extra_token} - {None})  # type: ignore[arg-type]
 
 
 # --- the state alone ---

@@ -134,9 +134,7 @@ def test_a_contradiction_or_an_unknown_key_is_a_400_that_names_it(
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_a_pair_nobody_measured_gets_the_neutral_profile_and_is_reported(
-    client: TestClient,
-) -> None:
+def test_a_pair_that_was_not_measured_gets_the_neutral_profile(client: TestClient) -> None:
     assert routed(client, reasoning_effort="medium") == {
         "reasoning_lambda": 0.5,
         "source": "effort",

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from server.sweep.grid import Decoding, Setting
 from server.sweep.samples import Sample
-from server.sweep.settings import Decoding, Setting
 
 MakeSample = Callable[..., Sample]
 

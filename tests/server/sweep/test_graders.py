@@ -50,7 +50,7 @@ def test_a_grader_reads_its_form_and_compares(
 ) -> None:
     graded = grade(name, answer, text)
     assert graded.correct is correct
-    assert graded.said is None if said is None else graded.said in (said, "0.500000000000000")
+    assert graded.reading is None if said is None else graded.reading in (said, "0.500000000000000")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_number_reads_the_same_however_it_is_written(value: int, before: str) 
 def test_no_text_breaks_a_grader(text: str) -> None:
     for name, answer in (("embedded", "7"), ("exact", "7"), ("numeric", 7), ("choice", "A")):
         graded = grade(name, answer, text)
-        assert not (graded.correct and graded.said is None)
+        assert not (graded.correct and graded.reading is None)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from server.sweep.curves import THINKS_NEARLY_ALWAYS, THINKS_RARELY
+from server.sweep.arguments import calibrate_parser, parse_arguments, sweep_parser
 from server.sweep.estimates import RESAMPLES
-from server.sweep.flags import calibrate_parser, parsed, sweep_parser
 from server.sweep.graders import GRADERS
+from server.sweep.stages import THINKS_NEARLY_ALWAYS, THINKS_RARELY
 
 PAGE = (Path(__file__).parents[3] / "docs" / "measuring.md").read_text()
 COMMANDS = re.findall(r"^mi-server (?:sweep|calibrate) .*$", PAGE, re.MULTILINE)
@@ -19,7 +19,7 @@ PARSERS = {"sweep": sweep_parser, "calibrate": calibrate_parser}
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood(command: str) -> None:
     _, name, *words = shlex.split(command)
-    parsed(PARSERS[name](), words)
+    parse_arguments(PARSERS[name](), words)
 
 
 def test_every_flag_is_spoken_of() -> None:

@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from server.sweep.page import write_page
-from server.sweep.report import ClassReport, measure, table, write_numbers
+from server.sweep.curves import ClassReport, measure
+from server.sweep.grid import Decoding, Setting, curves_of, settings_of
+from server.sweep.html_report import write_html
+from server.sweep.report import table, write_numbers
 from server.sweep.samples import Sample
-from server.sweep.settings import Decoding, Setting, curves_of, settings_of
 from server.sweep.tasks import Task, embedded_task
 
 MakeSample = Callable[..., Sample]
@@ -70,27 +71,27 @@ def test_the_order_of_samples_changes_nothing(make_sample: MakeSample) -> None:
     one, other = (
         measure(order, curves, TASK, seed=0, votes=True) for order in (samples, samples[::-1])
     )
-    assert [it.told for it in one] == [it.told for it in other]
+    assert [it.json for it in one] == [it.json for it in other]
 
 
 def test_the_json_has_the_points_and_the_rule(reports: list[ClassReport], tmp_path: Path) -> None:
     write_numbers(tmp_path, reports, PARAMETERS)
-    told = json.loads((tmp_path / "report.json").read_text())
-    assert [point["lambda"] for point in told["points"]] == [0, 0.5, 1]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert [point["lambda"] for point in written["points"]] == [0, 0.5, 1]
     asked = (
         "lambda think_rate mean_at_k pass_at_k vote_at_k tokens_mean tokens_p50 tokens_p90 "
         "reasoning_tokens_p50 reasoning_tokens_p90 malformed unfinished"
     )
-    for point in told["points"]:
+    for point in written["points"]:
         assert set(asked.split()) <= set(point)
         low, high = point["intervals"]["mean_at_k"]
         assert low <= point["mean_at_k"] <= high
     stages = {"found": True, "instruct_until": 0.5, "thinking_from": 1}
-    assert told["curves"][0]["stages"] == stages
-    assert told["curves"][0]["pareto_front"] == [0, 0.5]
-    assert set(told["classes"]) == {"long", "short"}
-    assert told["parameters"] == PARAMETERS
-    assert "think rate" in told["stage_rule"]
+    assert written["curves"][0]["stages"] == stages
+    assert written["curves"][0]["pareto_front"] == [0, 0.5]
+    assert set(written["classes"]) == {"long", "short"}
+    assert written["parameters"] == PARAMETERS
+    assert "think rate" in written["stage_rule"]
 
 
 def test_the_csv_has_a_row_for_each_class_and_point(
@@ -123,7 +124,7 @@ def test_a_table_has_a_row_a_point_and_marks_the_front(reports: list[ClassReport
 
 def test_where_the_think_rate_never_rises_no_transition_is_found(make_sample: MakeSample) -> None:
     (report, *_) = reports_of(curves_of([0, 0.5], ["all"], [0.7], [1.0]), make_sample)
-    assert report.told["curves"][0]["stages"] == {"found": False}
+    assert report.json["curves"][0]["stages"] == {"found": False}
     assert "no transition found" in table(report)
 
 
@@ -131,14 +132,14 @@ def test_the_page_stands_alone_and_escapes_what_it_is_told(
     reports: list[ClassReport], tmp_path: Path
 ) -> None:
     path = tmp_path / "report.html"
-    write_page(path, reports, PARAMETERS)
+    write_html(path, reports, PARAMETERS)
     page = path.read_text()
     assert "<pair>" not in page
     assert page.count("<svg") == 3  # a figure a class
     assert not any(word in page for word in ("<script", "src=", "<link", "@import"))
     for part in page.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + part[: part.index("</svg>") + 6])
-    write_page(tmp_path / "again.html", reports, PARAMETERS)
+    write_html(tmp_path / "again.html", reports, PARAMETERS)
     assert (tmp_path / "again.html").read_text() == page
 
 

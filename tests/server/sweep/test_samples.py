@@ -54,7 +54,7 @@ def test_a_file_that_a_kill_left_without_its_first_line_begins_anew(path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "problem"),
     [
         ({"seed": 1}, "`seed` was 0 and is 1"),
         ({"lambdas": [0, 1]}, r"`lambdas` was \[0, 0.5\] and is \[0, 1\]"),
@@ -62,10 +62,10 @@ def test_a_file_that_a_kill_left_without_its_first_line_begins_anew(path: Path) 
     ],
 )
 def test_another_parameter_is_refused_by_name_and_nothing_is_lost(
-    path: Path, changed: dict[str, object], told: str
+    path: Path, changed: dict[str, object], problem: str
 ) -> None:
     before = path.read_bytes()
-    with pytest.raises(BadParameters, match=told):
+    with pytest.raises(BadParameters, match=problem):
         SampleLog(path, PARAMETERS | changed)
     assert path.read_bytes() == before
 

@@ -51,7 +51,7 @@ def test_a_file_holds_questions_or_whole_conversations(tmp_path: Path) -> None:
 def test_a_count_takes_the_first_questions_and_never_fewer(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", *({"question": str(n), "answer": str(n)} for n in range(5)))
     assert [it.answer for it in read_task(path, 2).questions] == ["0", "1"]
-    with pytest.raises(BadParameters, match="5 questions, asked for 6"):
+    with pytest.raises(BadParameters, match="5 questions, but 6 are needed"):
         read_task(path, 6)
 
 
@@ -60,8 +60,8 @@ def test_a_count_takes_the_first_questions_and_never_fewer(tmp_path: Path) -> No
     [
         ("{", "q.jsonl:2: Invalid JSON"),
         ({"question": "x"}, "q.jsonl:2: answer: Field required"),
-        ({"answer": "x"}, "q.jsonl:2: give `question` or `messages`"),
-        ({"question": "x", "messages": [], "answer": "x"}, "q.jsonl:2: give `question` or"),
+        ({"answer": "x"}, "q.jsonl:2: give one of `question` and `messages`"),
+        ({"question": "x", "messages": [], "answer": "x"}, "q.jsonl:2: give one of `question` and"),
         ({"question": "x", "answer": "x", "klass": "a"}, "q.jsonl:2: klass: Extra inputs"),
         ({"question": "x", "answer": "x", "class": "Not so"}, "q.jsonl:2: class: String should"),
         ({"question": "x", "answer": "x", "id": "1"}, "two questions have the id '1'"),

@@ -1,4 +1,4 @@
-"""The flags of `mi-server sweep` and `mi-server calibrate`."""
+"""Parses the command lines of `mi-server sweep` and `mi-server calibrate`."""
 
 import argparse
 import math
@@ -10,12 +10,12 @@ from typing import Final
 
 from server.sweep.errors import BadParameters
 from server.sweep.graders import GRADERS
-from server.sweep.settings import ALL, Decoding
+from server.sweep.grid import ALL, Decoding
 from server.sweep.tasks import EMBEDDED
 
 GRID: Final = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype", "delta-dtype")
-"""Of `mi-server serve`, that may stand among the command's own; all others come behind `--`."""
+"""Flags of `mi-server serve` that the commands take themselves; all others follow after `--`."""
 
 _KEY: Final = "--api-key"
 
@@ -23,49 +23,52 @@ _KEY: Final = "--api-key"
 def sweep_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "sweep",
-        "Ask many questions at every λ and report what the dial does: scores, lengths, think rate, "
-        "the three stages. Writes report.json, report.html, points.csv and samples.jsonl.",
+        "Asks many questions at every λ and reports how λ changes scores, lengths and think rate, "
+        "and where the three stages are. Writes report.json, report.html, points.csv and "
+        "samples.jsonl.",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of the report; a killed run goes on in it")
+    add("--out", type=Path, required=True, help="report folder; a killed run continues in it")
     add("--lambdas", type=_numbers(0, 1), default=GRID, help="λ values (default: %(default)s)")
     add("--samples", type=_count(1), default=8, help="samples of each question (default: 8)")
     add("--temperature", type=_numbers(0, 2), default="0.7", help="one or several (default: 0.7)")
     add("--top-p", type=_numbers(1e-6, 1), default="1", help="one or several (default: 1)")
     add("--top-k", type=_count(0), default=0, help="0: off (default)")
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
-        help="how λ = 0 is drawn, where it differs")  # fmt: skip
+        help="sampling settings of λ = 0, if they differ")  # fmt: skip
     add("--dials", type=_names, default=[ALL], metavar="NAMES",
-        help="blend groups that λ goes to, the others at 0: all, mlp, attn, 0-3, 0-3.mlp; several "
-        "make an ablation (default: all)")  # fmt: skip
-    add("--ablate", action="store_true", help="the dials of the paper's ablation")
+        help="blend groups that λ applies to, with the others at 0: all, mlp, attn, 0-3, 0-3.mlp; "
+        "several make an ablation (default: all)")  # fmt: skip
+    add("--ablate", action="store_true", help="use the dials of the paper's ablation")
     return parser
 
 
 def calibrate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "calibrate",
-        "Measure the profile that the router reads: a grid of λ, then more where the curve bends.",
+        "Measures the profile that the router reads: a grid of λ first, then more λ values and "
+        "samples where the curve bends.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True,
-        help="the profile, a JSON file; samples and report go to the folder OUT.work")  # fmt: skip
-    add("--name", help="of the profile (default: the model's)")
+        help="profile to write, a JSON file; samples and report go to OUT.work")  # fmt: skip
+    add("--name", help="name of the profile (default: the model's)")
     add("--lambdas", type=_numbers(0, 1), default=GRID, help="first grid (default: %(default)s)")
-    add("--samples", type=_count(2), default=4, help="samples of each question at a new λ (4)")
+    add("--samples", type=_count(2), default=4, help="samples of a question at a λ (default: 4)")
     add("--target-interval", type=_number(1e-3, 1), default=0.05,
-        help="width of a λ's 95 %% interval that is tight enough (default: 0.05)")  # fmt: skip
+        help="width of the 95 %% interval to reach at every λ (default: 0.05)")  # fmt: skip
     add("--least-gap", type=_number(0.01, 1), default=0.02,
-        help="of λ between two points, no finer than the server's grid (0.02)")  # fmt: skip
-    add("--budget-samples", type=_count(1), help="samples in all (default: thrice the first grid)")
-    add("--temperature", type=_number(0, 2), default=0.7, help="(default: 0.7)")
-    add("--top-p", type=_number(1e-6, 1), default=1.0, help="(default: 1)")
+        help="least distance of λ between two points, no finer than the server's grid "
+        "(default: 0.02)")  # fmt: skip
+    add("--budget-samples", type=_count(1), help="most samples (default: 3 times the first grid)")
+    add("--temperature", type=_number(0, 2), default=0.7, help="0 is greedy (default: 0.7)")
+    add("--top-p", type=_number(1e-6, 1), default=1.0, help="1: off (default)")
     add("--top-k", type=_count(0), default=0, help="0: off (default)")
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
-        help="how λ = 0 is drawn, where it differs")  # fmt: skip
+        help="sampling settings of λ = 0, if they differ")  # fmt: skip
     add("--think-threshold", type=_number(0, 1), default=0.0,
         help="highest λ that takes Instruct's chat template; a server at --url must run with the "
-        "same (0)")  # fmt: skip
+        "same value (default: 0)")  # fmt: skip
     return parser
 
 
@@ -73,16 +76,16 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"mi-server {name}",
         description=description,
-        epilog="Flags of `mi-server serve` may follow behind `--`, for the server it starts.",
+        epilog="Flags of `mi-server serve` may follow after `--`, for the server that it starts.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--task", default=EMBEDDED, help="`embedded` (default) or a JSONL file of questions")
     add("--grader", choices=GRADERS, help="how answers are graded; a file needs one")
     add("--pattern", help="regular expression of --grader regex; its first group is the answer")
-    add("--questions", type=_count(1), help="how many (default: embedded 150, a file all)")
+    add("--questions", type=_count(1), help="how many (default: 150 of embedded, all of a file)")
     add("--max-tokens", type=_count(1), help="of an answer (default: what the context holds)")
-    add("--seed", type=int, default=0, help="of questions, samples and intervals (default: 0)")
+    add("--seed", type=int, default=0, help="of questions, samples, intervals (default: 0)")
     add("--url", help="a running mi-server; without it the command starts one")
     add("--api-key", help="sent with every request")
     add("--model", help="name of the pair at --url (default: the one it serves)")
@@ -93,8 +96,10 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags; `serve` holds those for the server. Raises `BadParameters`."""
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Returns the flags; `serve` holds those for the server. Raises `BadParameters`."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:at])
@@ -111,18 +116,20 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
 
 def _check_together(flags: argparse.Namespace) -> None:
     if flags.url and flags.serve:
-        raise BadParameters(f"{flags.serve[0]} is for a server of our own; --url names another")
+        raise BadParameters(
+            f"{flags.serve[0]} is for a server that this command starts; --url names a running one"
+        )
     for word in flags.serve:
         if word.partition("=")[0] in ("--host", "--port", "--drain-timeout", "--log-format"):
-            raise BadParameters(f"{word}: the server of our own has that from this command")
+            raise BadParameters(f"{word}: this command sets that for the server it starts")
     if getattr(flags, "ablate", False) and flags.dials != [ALL]:
         raise BadParameters("--ablate names the dials; leave --dials out")
 
 
-def told(words: Sequence[str]) -> list[str]:
-    """The words of a command as they may be written down: without API keys."""
-    shown = [re.sub(rf"^({_KEY})=.*", r"\1=…", word, flags=re.DOTALL) for word in words]
-    return ["…" if before == _KEY else word for before, word in pairwise(["", *shown])]
+def without_api_keys(words: Sequence[str]) -> list[str]:
+    """Returns the words of a command with `…` in place of API keys, to be written to files."""
+    redacted = [re.sub(rf"^({_KEY})=.*", r"\1=…", word, flags=re.DOTALL) for word in words]
+    return ["…" if before == _KEY else word for before, word in pairwise(["", *redacted])]
 
 
 def _number(least: float, most: float = math.inf) -> Callable[[str], float]:

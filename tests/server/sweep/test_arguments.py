@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from server.sweep.arguments import calibrate_parser, parse_arguments, sweep_parser, without_api_keys
 from server.sweep.errors import BadParameters
-from server.sweep.flags import calibrate_parser, parsed, sweep_parser, told
-from server.sweep.settings import Decoding
+from server.sweep.grid import Decoding
 
 
 def test_a_sweep_needs_an_out_and_nothing_else() -> None:
-    flags = parsed(sweep_parser(), ["--out", "d"])
+    flags = parse_arguments(sweep_parser(), ["--out", "d"])
     assert flags.out == Path("d")
     assert flags.lambdas == [value / 10 for value in range(11)]
     assert (flags.temperature, flags.top_p, flags.top_k) == ([0.7], [1.0], 0)
@@ -18,16 +18,16 @@ def test_a_sweep_needs_an_out_and_nothing_else() -> None:
     assert (flags.dials, flags.serve) == (["all"], [])
 
 
-def test_lists_are_read_and_said_once() -> None:
+def test_lists_are_read_without_repetitions() -> None:
     words = "--out d --lambdas 0,0.5,0.50 --temperature 0.6,0.7 --dials all,mlp,all"
-    flags = parsed(sweep_parser(), words.split())
+    flags = parse_arguments(sweep_parser(), words.split())
     assert (flags.lambdas, flags.temperature) == ([0, 0.5], [0.6, 0.7])
     assert flags.dials == ["all", "mlp"]
 
 
-def test_the_pair_and_what_stands_behind_the_dashes_goes_to_the_server() -> None:
+def test_the_pair_and_what_follows_the_dashes_goes_to_the_server() -> None:
     words = "--out d --thinking B --instruct A --delta-dtype int8 -- --threads 2 --not-ours 3"
-    flags = parsed(sweep_parser(), words.split())
+    flags = parse_arguments(sweep_parser(), words.split())
     assert flags.serve == [
         "--instruct=A", "--thinking=B", "--delta-dtype=int8",
         "--threads", "2", "--not-ours", "3",
@@ -35,24 +35,24 @@ def test_the_pair_and_what_stands_behind_the_dashes_goes_to_the_server() -> None
 
 
 def test_the_decoding_of_lambda_zero_is_three_numbers() -> None:
-    flags = parsed(calibrate_parser(), ["--out", "p", "--instruct-decoding", "0.7,0.8,20"])
+    flags = parse_arguments(calibrate_parser(), ["--out", "p", "--instruct-decoding", "0.7,0.8,20"])
     assert flags.instruct_decoding == Decoding(0.7, 0.8, 20)
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--url http://x --device cpu", "--device=cpu is for a server of our own"),
-        ("--url http://x -- --threads 2", "--threads is for a server of our own"),
-        ("-- --port=1", "--port=1: the server of our own has that"),
-        ("-- --log-format json", "--log-format: the server of our own has that"),
+        ("--url http://x --device cpu", "--device=cpu is for a server that this command starts"),
+        ("--url http://x -- --threads 2", "--threads is for a server that this command starts"),
+        ("-- --port=1", "--port=1: this command sets that"),
+        ("-- --log-format json", "--log-format: this command sets that"),
         ("--ablate --dials mlp", "--ablate names the dials"),
         ("--task sums.jsonl", "--task sums.jsonl needs --grader"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(words: str, reason: str) -> None:
     with pytest.raises(BadParameters, match=reason):
-        parsed(sweep_parser(), ["--out", "d", *words.split()])
+        parse_arguments(sweep_parser(), ["--out", "d", *words.split()])
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,29 @@ def test_a_bad_value_is_refused_with_exit_code_two(
     words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        parsed(sweep_parser(), ["--out", "d", *words.split()])
+        parse_arguments(sweep_parser(), ["--out", "d", *words.split()])
     assert ended.value.code == 2
     assert "mi-server sweep: error:" in capsys.readouterr().err
 
 
 def test_a_calibration_needs_two_samples_to_know_a_spread() -> None:
     with pytest.raises(SystemExit):
-        parsed(calibrate_parser(), ["--out", "p", "--samples", "1"])
+        parse_arguments(calibrate_parser(), ["--out", "p", "--samples", "1"])
 
 
-def test_a_command_is_told_without_its_keys() -> None:
+def test_a_command_is_written_without_its_keys() -> None:
     words = ["--api-key", "s1", "--out", "p", "--api-key=s2", "--", "--api-key", "s3"]
-    assert told(words) == ["--api-key", "…", "--out", "p", "--api-key=…", "--", "--api-key", "…"]
-    assert told([]) == []
+    assert without_api_keys(words) == [
+        "--api-key",
+        "…",
+        "--out",
+        "p",
+        "--api-key=…",
+        "--",
+        "--api-key",
+        "…",
+    ]
+    assert without_api_keys([]) == []
 
 
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:

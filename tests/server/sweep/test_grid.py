@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from mi_runtime.request import Dial
 from server.routing.group_lambdas import dial_of_groups
 from server.sweep.errors import BadParameters
-from server.sweep.settings import (
+from server.sweep.grid import (
     Decoding,
     Setting,
     ablation_dials,
     curves_of,
+    planned_samples,
     settings_of,
-    units_of,
     wire_dial,
 )
 from server.sweep.tasks import embedded_task
@@ -91,7 +91,7 @@ def test_lambda_zero_may_have_a_decoding_of_its_own_on_every_curve() -> None:
 
 def test_units_cover_every_sample_once_and_neighbours_differ_in_lambda() -> None:
     curve = [Setting(value / 10, "all", Decoding(0.7, 1.0)) for value in range(11)]
-    units = list(units_of([(it, range(3)) for it in curve], QUESTIONS))
+    units = list(planned_samples([(it, range(3)) for it in curve], QUESTIONS))
     assert len({unit.key for unit in units}) == len(units) == 11 * 3 * 4
     for at in range(0, len(units), 11):
         assert len({unit.setting for unit in units[at : at + 11]}) == 11
@@ -99,14 +99,14 @@ def test_units_cover_every_sample_once_and_neighbours_differ_in_lambda() -> None
 
 def test_units_of_a_later_round_are_those_that_were_not_asked() -> None:
     curve = [Setting(value, "all", Decoding(0.7, 1.0)) for value in (0, 1)]
-    units = list(units_of([(curve[0], range(2)), (curve[1], range(2, 5))], QUESTIONS[:1]))
+    units = list(planned_samples([(curve[0], range(2)), (curve[1], range(2, 5))], QUESTIONS[:1]))
     asked = [(unit.setting.reasoning_lambda, unit.sample) for unit in units]
     assert asked == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
 
 
 def test_seeds_differ_by_question_lambda_and_sample_alone() -> None:
     curves = curves_of([0, 0.5, 1], ["all", "mlp"], [0.6, 0.7], [1.0])
-    units = list(units_of([(it, range(3)) for it in settings_of(curves)], QUESTIONS))
+    units = list(planned_samples([(it, range(3)) for it in settings_of(curves)], QUESTIONS))
     seeds = {unit.seed(0) for unit in units}
     assert len(seeds) == 3 * 3 * len(QUESTIONS)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,9 +1,9 @@
-"""What is asked: the settings of a sweep, and its units in the order they are sent.
+"""The grid of a measurement: its settings, and its planned samples in the order they are requested.
 
-A setting is one point of a curve: λ, the blend groups it goes to, and how tokens are drawn. A unit
-is one answer: a setting, a question, and the number of the sample. Units that follow each other
-differ in their settings, so that every batch holds all λ values; and the samples of one question
-come soon after each other, while its prompt is still cached.
+A setting is one point of a curve: λ, the blend groups it applies to, and how tokens are drawn. A
+planned sample is one answer: a setting, a question, and the number of the sample. Consecutive
+planned samples differ in their settings, so that every batch holds all λ values; and the samples of
+one question follow each other closely, while its prompt is still cached.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _DIAL: Final = re.compile(r"(\d{1,4})-(\d{1,4})(?:\.(attn|mlp))?|(attn|mlp)", re
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How tokens are drawn; top_k 0: off."""
+    """How tokens are drawn; a top_k of 0 is off."""
 
     temperature: float
     top_p: float
@@ -37,18 +37,18 @@ class Setting:
     """One point of a curve."""
 
     reasoning_lambda: float
-    dial: str  # which blend groups λ goes to: `all`, `mlp`, `0-11`, `0-11.attn` …
+    dial: str  # the blend groups that λ applies to: `all`, `mlp`, `0-11`, `0-11.attn` …
     decoding: Decoding
 
     @property
     def label(self) -> str:
-        """Tells it from all other settings."""
+        """Identifies the setting in the file of samples."""
         return f"λ={self.reasoning_lambda:g} {self.dial} {self.decoding}"
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """One answer to ask for."""
+class PlannedSample:
+    """One answer to request."""
 
     setting: Setting
     question: Question
@@ -59,9 +59,12 @@ class Unit:
         return self.setting.label, self.question.id, self.sample
 
     def seed(self, base: int) -> int:
-        """Of the question, λ and sample alone: dials and decodings draw the same numbers."""
-        told = (base, self.question.id, f"{self.setting.reasoning_lambda:g}", self.sample)
-        return int.from_bytes(hashlib.blake2b(repr(told).encode(), digest_size=8).digest()) >> 1
+        """Returns a seed that depends on the question, λ and the sample's number.
+
+        Dials and decodings share it, and so draw the same random numbers.
+        """
+        parts = (base, self.question.id, f"{self.setting.reasoning_lambda:g}", self.sample)
+        return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 def curves_of(
@@ -72,9 +75,9 @@ def curves_of(
     top_k: int = 0,
     instruct: Decoding | None = None,
 ) -> list[list[Setting]]:
-    """One curve for each dial, temperature and top_p, each in order of λ.
+    """Returns one curve for each dial, temperature and top_p, each in order of λ.
 
-    With `instruct`, λ = 0 is drawn by that on every curve.
+    With `instruct`, every curve draws λ = 0 by that decoding.
     """
     return [
         [
@@ -90,28 +93,30 @@ def curves_of(
 
 
 def settings_of(curves: Iterable[Sequence[Setting]]) -> list[Setting]:
-    """Each once, though several curves may share it."""
+    """Returns the settings of all curves, each once: curves may share one."""
     return list(dict.fromkeys(chain.from_iterable(curves)))
 
 
-def units_of(
+def planned_samples(
     settings: Iterable[tuple[Setting, range]], questions: Sequence[Question]
-) -> Iterator[Unit]:
-    """Every setting's samples of every question: settings change fastest, questions slowest."""
+) -> Iterator[PlannedSample]:
+    """Yields every setting's samples of every question.
+
+    Settings change fastest and questions slowest. `settings` names the samples of each.
+    """
     work = list(settings)
     last = max((samples.stop for _, samples in work), default=0)
     for question in questions:
         for sample in range(last):
             for setting, samples in work:
                 if sample in samples:
-                    yield Unit(setting, question, sample)
-
-
-# --- Dials ----------------------------------------------------------------------------------------
+                    yield PlannedSample(setting, question, sample)
 
 
 def ablation_dials(layers: int) -> list[str]:
-    """The paper's table: all, one module kind, two thirds, one third of the layers."""
+    """Returns the dials of the paper's ablation: all groups, one module kind, and two thirds or one
+    third of the layers. Raises `BadParameters` for fewer than 3 layers.
+    """
     if layers < 3:
         raise BadParameters(f"an ablation by thirds needs 3 layers; this model has {layers}")
     third, two = round(layers / 3), round(2 * layers / 3)
@@ -120,10 +125,10 @@ def ablation_dials(layers: int) -> list[str]:
 
 
 def wire_dial(dial: str, value: float, layers: int) -> float | dict[str, Any]:
-    """`reasoning_lambda` for λ in the dial's groups and 0 in all others.
+    """Returns the field `reasoning_lambda` for λ = `value` in the dial's groups and 0 elsewhere.
 
-    λ stands as the default and the others are named, so that the chat template is that of λ.
-    Raises `BadParameters` where the name is none, or names layers that do not exist.
+    λ is the default and the other groups are named, so that λ chooses the chat template. Raises
+    `BadParameters` for an unknown dial, or one that names layers the model lacks.
     """
     if dial == ALL:
         return value

@@ -1,4 +1,4 @@
-"""The report as one HTML page: tables, and plots as inline SVG; nothing is loaded from afar."""
+"""Writes the report as one HTML page: tables, and plots as inline SVG. It loads nothing else."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from server.routing.profiles import DEFAULT_CLASS
-from server.sweep.curves import NO_TRANSITION, RULE
-from server.sweep.report import COLUMNS, ClassReport, Curve, MeasuredPoint
+from server.sweep.curves import ClassReport, Curve, MeasuredPoint
+from server.sweep.report import COLUMNS, replace_file
+from server.sweep.stages import NO_TRANSITION, RULE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,20 +25,19 @@ small { color: #666; }
 """
 
 
-def write_page(path: Path, reports: Sequence[ClassReport], parameters: Mapping[str, Any]) -> None:
+def write_html(path: Path, reports: Sequence[ClassReport], parameters: Mapping[str, Any]) -> None:
+    """Writes the page to `path`, which changes only when the page is complete."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width'>",
         f"<title>λ sweep of {_text(parameters['model'])}</title><style>{_STYLE}</style>",
         f"<h1>λ sweep of {_text(parameters['model'])}</h1>",
         *(_section(report) for report in reports),
-        f"<h2>How it was measured</h2><p>{_text(RULE)}. Small print beside a number is its 95 % "
-        "bootstrap interval over questions; bold λ are on the Pareto front of mean tokens and "
+        f"<h2>How it was measured</h2><p>{_text(RULE)}. The small print next to a number is its "
+        "95 % bootstrap interval over questions; bold λ are on the Pareto front of mean tokens and "
         f"Mean@k.</p>{_parameters(parameters)}</html>",
     ]
-    draft = path.with_name(path.name + ".part")
-    draft.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    draft.replace(path)
+    replace_file(path, "\n".join(parts) + "\n")
 
 
 def _text(value: object) -> str:
@@ -80,11 +80,8 @@ def _parameters(parameters: Mapping[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-# --- Plots ----------------------------------------------------------------------------------------
-
-
 def _plots(report: ClassReport) -> str:
-    """Think rate and score, tokens, and what a score costs, side by side."""
+    """Draws three plots in a row: think rate and score, tokens, and the score over tokens."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -98,7 +95,7 @@ def _plots(report: ClassReport) -> str:
     _shade_stages(shares, report.curves)
     shares.set(xlabel="λ", ylim=(-0.03, 1.03), title="Mean@k (—) and think rate (- -)")
     lengths.set(xlabel="λ", ylabel="tokens", title="tokens: mean (—), reasoning p90 (···)")
-    costs.set(xlabel="mean tokens", ylabel="Mean@k", title="what a score costs; line: Pareto front")
+    costs.set(xlabel="mean tokens", ylabel="Mean@k", title="score over tokens; line: Pareto front")
     if len(report.curves) > 1:
         shares.legend(fontsize="x-small")
     text = StringIO()
@@ -139,7 +136,7 @@ def _draw_costs(axes: "Axes", curve: Curve, color: str) -> None:
 
 
 def _shade_stages(axes: "Axes", curves: Sequence[Curve]) -> None:
-    """The transition, where there is one curve to show it of."""
+    """Shades the transition, where there is a single curve."""
     found = curves[0].stages
     if found is not None and len(curves) == 1:
         axes.axvspan(found.instruct_until, found.thinking_from, color="0.9", zorder=0)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 
 from server.routing.profiles import Source
-from server.sweep.asking import ServedPair
-from server.sweep.calibrate import LEAST_QUESTIONS, measured_so_far, profile_of
-from server.sweep.report import measure
+from server.sweep.curves import measure
+from server.sweep.grid import Decoding, Setting, curves_of
+from server.sweep.http_client import ServedPair
+from server.sweep.run_calibration import LEAST_QUESTIONS, measured_so_far, profile_of
 from server.sweep.samples import Sample
-from server.sweep.settings import Decoding, Setting, curves_of
 from server.sweep.tasks import Question, Task
 
 MakeSample = Callable[..., Sample]

@@ -4,7 +4,7 @@
 import pytest
 
 from server.config import load_settings
-from server.sweep.child import _FLAGS
+from server.sweep.own_server import FIXED_FLAGS
 
 
 def test_whatever_the_environment_says_of_logs_the_server_says_that_it_is_ready(
@@ -12,4 +12,4 @@ def test_whatever_the_environment_says_of_logs_the_server_says_that_it_is_ready(
 ) -> None:
     """With `MI_LOG_FORMAT=json` it never said so in words, and the command waited for ever."""
     monkeypatch.setenv("MI_LOG_FORMAT", "json")
-    assert load_settings(_FLAGS).log_format == "text"
+    assert load_settings(FIXED_FLAGS).log_format == "text"

@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.sweep.adaptive import Measured, Rules, next_round
+from server.sweep.calibration_plan import Measured, Rules, next_round
 
 GRID = tuple(value / 10 for value in range(11))
 

@@ -1,4 +1,4 @@
-"""Asking a server: what is sent, what is read in an answer, and servers that are busy or wrong."""
+"""Collecting samples: requests, what is read in an answer, and servers that are busy or wrong."""
 
 import asyncio
 import json
@@ -9,26 +9,18 @@ from typing import Any
 import httpx
 import pytest
 
-from server.sweep.asking import (
-    FIRST_TRIES,
-    TRIES,
-    Asking,
-    ServedPair,
-    Server,
-    ask_all,
-    read_answer,
-    request_body,
-)
+from server.sweep.collect import RequestOptions, collect_samples, read_answer, request_body
 from server.sweep.errors import BadParameters, SweepError
 from server.sweep.graders import grader_named
+from server.sweep.grid import Decoding, PlannedSample, Setting, planned_samples
+from server.sweep.http_client import FIRST_TRIES, TRIES, ServedPair, ServerClient
 from server.sweep.samples import SampleLog
-from server.sweep.settings import Decoding, Setting, Unit, units_of
 from server.sweep.tasks import Question
 
 PAIR = ServedPair("pair", "abc", "I", "T", layers=6)
 QUESTION = Question("q", ({"role": "user", "content": "a=7. a?"},), "7")
-ASKING = Asking(seed=0, max_tokens=64, grader=grader_named("embedded"))
-UNIT = Unit(Setting(0.5, "all", Decoding(0.7, 0.9, 20)), QUESTION, 1)
+ASKING = RequestOptions(seed=0, max_tokens=64, grader=grader_named("embedded"))
+UNIT = PlannedSample(Setting(0.5, "all", Decoding(0.7, 0.9, 20)), QUESTION, 1)
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -51,9 +43,9 @@ def answered(body: Any = None, **fields: Any) -> httpx.Response:
     )
 
 
-def at(answer: Answer, concurrency: int = 1) -> Server:
+def at(answer: Answer, concurrency: int = 1) -> ServerClient:
     transport = httpx.MockTransport(answer)
-    return Server(
+    return ServerClient(
         "http://server/v1",
         api_key="secret",
         timeout=5,
@@ -62,11 +54,11 @@ def at(answer: Answer, concurrency: int = 1) -> Server:
     )
 
 
-def ask(answer: Answer, path: Path, units: list[Unit], concurrency: int = 4) -> SampleLog:
+def ask(answer: Answer, path: Path, units: list[PlannedSample], concurrency: int = 4) -> SampleLog:
     async def run() -> SampleLog:
         with SampleLog(path, {}) as log:
             async with at(answer, concurrency) as server:
-                await ask_all(
+                await collect_samples(
                     units,
                     server,
                     PAIR,
@@ -79,8 +71,8 @@ def ask(answer: Answer, path: Path, units: list[Unit], concurrency: int = 4) -> 
     return asyncio.run(run())
 
 
-def units(count: int) -> list[Unit]:
-    return list(units_of([(UNIT.setting, range(count))], [QUESTION]))
+def units(count: int) -> list[PlannedSample]:
+    return list(planned_samples([(UNIT.setting, range(count))], [QUESTION]))
 
 
 @pytest.fixture
@@ -272,13 +264,13 @@ def test_a_wrong_address_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def no_pause(seconds: float) -> None: ...
 
-    async def run(server: Server) -> None:
+    async def run(server: ServerClient) -> None:
         async with server:
             await server.pair(None)
 
-    monkeypatch.setattr("server.sweep.asking.asyncio.sleep", no_pause)
+    monkeypatch.setattr("server.sweep.http_client.asyncio.sleep", no_pause)
     with pytest.raises(SweepError, match="3 tries: refused"):
         asyncio.run(run(at(gone)))
     assert tries == FIRST_TRIES
     with pytest.raises(BadParameters, match="no URL"):
-        asyncio.run(run(Server("localhost:8000", api_key=None, timeout=1)))
+        asyncio.run(run(ServerClient("localhost:8000", api_key=None, timeout=1)))

@@ -1,0 +1,21 @@
+"""The Pareto front of points that cost tokens and have a score."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Point = TypeVar("Point")
+
+
+def pareto_front(
+    points: Iterable[Point], *, tokens: Callable[[Point], float], score: Callable[[Point], float]
+) -> list[Point]:
+    """Returns the points that no other dominates, by rising tokens and score.
+
+    A point dominates another that has no fewer tokens and no higher score. Of equal points the
+    first stays.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda it: (tokens(it), -score(it))):
+        if not front or score(point) > score(front[-1]):
+            front.append(point)
+    return front

@@ -1,0 +1,44 @@
+"""Runs a sweep: the samples of every setting, then the report."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from server.sweep.graders import Grader
+from server.sweep.grid import Setting, ablation_dials, curves_of, settings_of, wire_dial
+from server.sweep.measurement import Progress, measurement
+from server.sweep.tasks import Task
+
+
+async def run_sweep(url: str, flags: argparse.Namespace, task: Task, grader: Grader) -> None:
+    """Sweeps λ at the server of `url`, and writes the report. Raises `SweepError`."""
+    async with measurement(url, flags, task, grader, flags.out) as run:
+        curves = _curves(flags, run.pair.layers)
+        settings = settings_of(curves)
+        parameters = run.parameters(**_parameters(flags, curves))
+        total = len(settings) * flags.samples * len(task.questions)
+        with run.open_log(parameters) as log, Progress(total, len(log.samples)) as progress:
+            await run.collect([(it, range(flags.samples)) for it in settings], log, progress)
+    run.report(log.samples.values(), curves, parameters)
+
+
+def _parameters(flags: argparse.Namespace, curves: Sequence[Sequence[Setting]]) -> dict[str, Any]:
+    """The parameters that distinguish the settings of this sweep from those of another."""
+    return {
+        "samples": flags.samples,
+        "lambdas": [setting.reasoning_lambda for setting in curves[0]],
+        "dials": list(dict.fromkeys(curve[0].dial for curve in curves)),
+        "temperature": flags.temperature,
+        "top_p": flags.top_p,
+        "top_k": flags.top_k,
+        "instruct_decoding": flags.instruct_decoding and str(flags.instruct_decoding),
+    }
+
+
+def _curves(flags: argparse.Namespace, layers: int) -> list[list[Setting]]:
+    dials = ablation_dials(layers) if flags.ablate else flags.dials
+    for dial in dials:
+        wire_dial(dial, 0.0, layers)  # raises before the first request
+    return curves_of(
+        flags.lambdas, dials, flags.temperature, flags.top_p, flags.top_k, flags.instruct_decoding
+    )
