@@ -247,7 +247,7 @@ class FakeEngine:
         scores = {chunk.sequence: scores_of(chunk) for chunk in chunks if chunk.scored}
         self.report(events + self.scheduler.update(chunks, sampled, scores))
         for sequence in self.scheduler.running:
-            self.obey(self.scripts[sequence.request_id].command, sequence)
+            self.end_on_command(self.scripts[sequence.request_id].command, sequence)
 
     def fail_on_command(self) -> list[TokenEvent]:
         running = [
@@ -262,7 +262,7 @@ class FakeEngine:
         fault = sequence.grammar.failure or "the script writes what its grammar does not allow"
         return self.scheduler.fail(sequence, fault)
 
-    def obey(self, command: str, sequence: Sequence) -> None:
+    def end_on_command(self, command: str, sequence: Sequence) -> None:
         if sequence.output_length == 3 and command == "die":
             os._exit(7)
         if sequence.output_length == 3 and command == "wedge":

@@ -107,7 +107,7 @@ def test_a_body_that_comes_too_slowly_is_past_its_deadline() -> None:
         asyncio.run(scenario())
 
 
-def test_what_goes_wrong_in_time_is_told_as_it_is() -> None:
+def test_an_error_in_time_is_raised_unchanged() -> None:
     async def scenario() -> None:
         async with Deadline(60, time.perf_counter()).enforced():
             raise InvalidRequest("no")

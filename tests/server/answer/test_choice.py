@@ -1,4 +1,4 @@
-"""A choice, from token events to chunks: whatever the tokens, it says what the whole text says."""
+"""A choice, from token events to chunks: however they arrive, they give the text of all tokens."""
 
 import time
 
@@ -77,28 +77,28 @@ def chunks_of(choice: Choice, ids: list[int], *, opened: bool = False) -> list[C
 
 
 @given(TOKENS, STOPS, st.booleans())
-def test_token_by_token_it_says_what_the_whole_text_says(
+def test_chunks_give_the_text_of_all_tokens_together(
     ids: list[int], stops: list[str], opened: bool
 ) -> None:
-    whole, stop = split_whole(ids, opened), StopStrings(stops)
-    content = stop.feed(whole.content)
+    expected, stop = split_at_once(ids, opened), StopStrings(stops)
+    content = stop.feed(expected.content)
     content += "" if stop.hit else stop.finish()
 
     chunks = chunks_of(new_choice(opened, stops), ids, opened=opened)
     assert "".join(chunk.content for chunk in chunks) == content
-    if not whole.repeats_reasoning and not stop.hit:
-        assert "".join(chunk.reasoning for chunk in chunks) == whole.reasoning
+    if not expected.repeats_reasoning and not stop.hit:
+        assert "".join(chunk.reasoning for chunk in chunks) == expected.reasoning
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
 
 
-def split_whole(ids: list[int], opened: bool) -> Split:
+def split_at_once(ids: list[int], opened: bool) -> Split:
     """The split of all tokens, before anybody looks at its content."""
-    whole, text, split = splitter(opened), IncrementalDetokenizer(VOCABULARY), Split()
+    parser, text, split = splitter(opened), IncrementalDetokenizer(VOCABULARY), Split()
     *events, end = events_of(ids, opened=opened)
     for event, token_id in zip(events, ids, strict=True):
-        split = split.then(whole.feed(text.feed(token_id), event))
-    split = split.then(whole.feed(text.finish(), end))
-    return split.then(whole.finish(by_length=False))
+        split = split.then(parser.feed(text.feed(token_id), event))
+    split = split.then(parser.feed(text.finish(), end))
+    return split.then(parser.finish(by_length=False))
 
 
 def test_a_closing_tag_that_ends_the_answer_leaves_reasoning_alone() -> None:
@@ -111,7 +111,7 @@ def test_a_closing_tag_that_ends_the_answer_leaves_reasoning_alone() -> None:
     assert choice.reasoning_tokens == 2
 
 
-def test_a_forced_close_is_told_on_the_last_chunk() -> None:
+def test_a_forced_close_is_reported_on_the_last_chunk() -> None:
     choice = new_choice(opened=True)
     events = [
         event._replace(forced_close=event.phase == Phase.CLOSED)
@@ -194,12 +194,12 @@ WITH_CALLS = st.lists(st.sampled_from([CALL, "so", "\n", "<tool_call>", "é🙂"
 
 
 @given(WITH_CALLS)
-def test_token_by_token_calls_are_those_of_the_whole_text(pieces: list[str]) -> None:
+def test_calls_in_chunks_are_those_of_the_complete_text(pieces: list[str]) -> None:
     text = "".join(pieces)
     chunks = chunks_of(new_choice(tools=True), VOCABULARY.encode(text))
-    whole = ToolCallParser()
-    said = whole.feed(text).then(whole.finish())
-    assert "".join(chunk.content for chunk in chunks) == said.content
+    parser = ToolCallParser()
+    expected = parser.feed(text).then(parser.finish())
+    assert "".join(chunk.content for chunk in chunks) == expected.content
     read = join_deltas([delta for chunk in chunks for delta in chunk.calls])
-    assert [it["function"] for it in read] == [it["function"] for it in join_deltas(said.calls)]
-    assert chunks[-1].finish_reason == ("tool_calls" if said.calls else "stop")
+    assert [it["function"] for it in read] == [it["function"] for it in join_deltas(expected.calls)]
+    assert chunks[-1].finish_reason == ("tool_calls" if expected.calls else "stop")

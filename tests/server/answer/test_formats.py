@@ -98,7 +98,7 @@ def test_reasoning_that_nobody_wants_is_left_out() -> None:
     assert read(writer.write([Chunk(0, "a", "r")])) == [event({"content": "a"})]
 
 
-def test_a_call_is_written_behind_the_content_an_event_for_each_of_its_pieces() -> None:
+def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -> None:
     begun = CallDelta(1, name="f", id="call_0")
     chunk = Chunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
     head_of_call = {"index": 1, "id": "call_0", "type": "function"}
@@ -131,7 +131,7 @@ def test_logprobs_travel_with_their_chunk() -> None:
     assert written["choices"][0]["logprobs"] == {"content": [entry]}
 
 
-def test_a_forced_close_is_told_with_the_last_chunk_and_the_usage() -> None:
+def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
     writer = chat_writer(include_usage=True)
     forced = {"routing": ROUTING["routing"] | {"forced_close": True}}
     (last,) = read(writer.write([Chunk(0, finish_reason="stop", forced_close=True)]))

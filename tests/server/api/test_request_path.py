@@ -3,15 +3,18 @@
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from mi_runtime.request import Submit
+from server.api import chat
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -63,3 +66,25 @@ def test_nothing_stands_between_the_functions_that_the_page_lists(
     assert response.status_code == 200
     steps = ("admission", "prepare_chat", "EngineClient._write")  # done before, or in a thread
     assert stack == [entry for entry in LISTED if entry[0] not in steps]
+
+
+def test_admission_is_checked_before_the_body_and_before_the_engine(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, steps = client.app_state["service"], list[str]()
+    admit, read, submit = service.admit, chat.read_body, service.engine.submit
+
+    def noting(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            steps.append(step)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(service, "admit", noting("admit", admit))
+    monkeypatch.setattr(chat, "read_body", noting("read", read))
+    monkeypatch.setattr(service.engine, "submit", noting("submit", submit))
+    messages = [{"role": "user", "content": "say hi"}]
+    response = client.post("/v1/chat/completions", json={"model": "pair", "messages": messages})
+    assert response.status_code == 200
+    assert steps == ["admit", "read", "admit", "submit"]

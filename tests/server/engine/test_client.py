@@ -63,12 +63,12 @@ def play(instruct_directory: Path, vocabulary: Vocabulary) -> Callable[..., None
     """Run a scenario on a fresh engine."""
 
     def run(scenario: Scenario, max_waiting: int = 8, **limits: Any) -> None:
-        async def whole() -> None:
+        async def scenario_and_stop() -> None:
             limits["max_waiting"] = max_waiting
             async with Bench(instruct_directory, vocabulary, **limits).running() as bench:
                 await asyncio.wait_for(scenario(bench), 20)
 
-        asyncio.run(whole())
+        asyncio.run(scenario_and_stop())
 
     return run
 
@@ -290,7 +290,7 @@ def test_a_full_queue_is_overloaded_and_an_empty_one_is_not(play: Callable[..., 
     play(scenario, max_waiting=1)
 
 
-def test_a_burst_is_bounded_before_the_engine_has_said_anything(
+def test_a_burst_is_bounded_before_the_engine_has_reported_anything(
     play: Callable[..., None],
 ) -> None:
     async def scenario(bench: Bench) -> None:
@@ -303,7 +303,7 @@ def test_a_burst_is_bounded_before_the_engine_has_said_anything(
     play(scenario, max_waiting=1)
 
 
-def test_at_the_end_of_the_drain_time_open_answers_are_told(play: Callable[..., None]) -> None:
+def test_at_the_end_of_the_drain_time_open_answers_fail(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         with bench.submit("wait") as generation:
             bench.client.end_open_requests()

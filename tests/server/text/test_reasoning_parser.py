@@ -95,7 +95,7 @@ def test_blanks_alone_are_content() -> None:
     assert split(" \n", opened=False) == Parts("", " \n")
 
 
-def test_tags_behind_the_beginning_are_plain_text() -> None:
+def test_tags_after_the_beginning_are_plain_text() -> None:
     text = "Use <think> and </think> so."
     assert split(text, opened=False) == Parts("", text)
 
@@ -107,8 +107,8 @@ def test_a_second_closing_tag_is_plain_text() -> None:
 @pytest.mark.parametrize("between", ["", "\n\n", " \n \n"])
 def test_a_closing_tag_written_once_more_belongs_to_the_end_of_the_block(between: str) -> None:
     """As a model does whose block the engine closed: the tag stood in the answer's text."""
-    said = f"a</think>{between}</think>\n\nb"
-    assert split(said, opened=True) == split_text([said]) == Parts("a", "b")
+    text = f"a</think>{between}</think>\n\nb"
+    assert split(text, opened=True) == split_text([text]) == Parts("a", "b")
 
 
 def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
@@ -135,14 +135,14 @@ def test_an_event_without_a_token_changes_nothing() -> None:
 
 
 def test_only_one_closing_tag_more_belongs_to_the_end_of_the_block() -> None:
-    said = "a</think>\n</think></think>b"
-    assert split(said, opened=True) == split_text([said]) == Parts("a", "</think>b")
+    text = "a</think>\n</think></think>b"
+    assert split(text, opened=True) == split_text([text]) == Parts("a", "</think>b")
 
 
-def test_blanks_behind_the_block_are_content_but_for_the_line_breaks_at_the_tag() -> None:
+def test_blanks_after_the_block_are_content_but_for_the_line_breaks_at_the_tag() -> None:
     for end in ("", "b"):
-        said = f"a</think>\n \n{end}"
-        assert split(said, opened=True) == split_text([said]) == Parts("a", f" \n{end}")
+        text = f"a</think>\n \n{end}"
+        assert split(text, opened=True) == split_text([text]) == Parts("a", f" \n{end}")
 
 
 def test_an_opening_tag_inside_the_block_is_plain_text() -> None:
@@ -170,7 +170,7 @@ def test_a_block_never_closed_by_an_answer_that_ended_itself_was_the_answer() ->
 
 
 def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
-    """The slow twin: looks at the whole answer."""
+    """The slow twin: looks at the complete answer."""
     decode = VOCABULARY.tokenizer.decode
     tag_of = [VOCABULARY.tags.get(token_id) for token_id in ids]
     start = 0
@@ -195,7 +195,7 @@ def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
 
 
 @given(ANY_TOKENS, st.booleans(), st.booleans())
-def test_token_by_token_it_says_what_the_whole_answer_says(
+def test_token_by_token_the_split_is_that_of_the_complete_answer(
     ids: list[int], opened: bool, by_length: bool
 ) -> None:
     parts = split_tokens(ids, opened=opened, by_length=by_length)
@@ -278,26 +278,26 @@ def test_a_model_without_tags_has_content_only() -> None:
 
 
 @given(CUT_TEXTS, st.booleans())
-def test_any_cutting_gives_the_same_as_the_whole(pieces: list[str], by_length: bool) -> None:
-    whole = split_text(["".join(pieces)], by_length=by_length)
+def test_any_cutting_gives_the_same_split(pieces: list[str], by_length: bool) -> None:
+    uncut = split_text(["".join(pieces)], by_length=by_length)
     cut = split_text(pieces, by_length=by_length)
     letters = split_text(list("".join(pieces)), by_length=by_length)
     # What was streamed as reasoning before the end is the one thing cutting may change, where
     # the block turned out to be the answer: there it does not count.
-    if whole.repeated:
-        whole.reasoning = cut.reasoning = letters.reasoning = ""
-    assert cut == letters == whole
+    if uncut.repeated:
+        uncut.reasoning = cut.reasoning = letters.reasoning = ""
+    assert cut == letters == uncut
 
 
 @given(TEXTS, st.booleans())
-def test_nothing_is_lost_and_nothing_said_twice(text: str, by_length: bool) -> None:
+def test_nothing_is_lost_and_nothing_repeated(text: str, by_length: bool) -> None:
     parts = split_text([text], by_length=by_length)
-    said = parts.content if parts.repeated else parts.reasoning + parts.content
-    assert without_tags_and_breaks(said) == without_tags_and_breaks(text)
+    shown = parts.content if parts.repeated else parts.reasoning + parts.content
+    assert without_tags_and_breaks(shown) == without_tags_and_breaks(text)
 
 
 @given(CUT_TEXTS, st.booleans())
-def test_piece_by_piece_it_says_what_the_whole_text_says(
+def test_piece_by_piece_the_split_is_that_of_the_complete_text(
     pieces: list[str], by_length: bool
 ) -> None:
     parts, text = split_text(pieces, by_length=by_length), "".join(pieces)
@@ -307,7 +307,7 @@ def test_piece_by_piece_it_says_what_the_whole_text_says(
 
 
 def slow_split_text(text: str, *, by_length: bool) -> Parts:
-    """The slow twin: looks at the whole text of a block that the prompt opened."""
+    """The slow twin: looks at the complete text of a block that the prompt opened."""
     end = re.search(f"{THINK_CLOSE}|{TOOL_CALL}", text)
     if end is not None:
         content = re.sub(rf"^\s*{THINK_CLOSE}", "", text[end.end() :])

@@ -25,7 +25,7 @@ def test_a_policy_has_the_tags_the_cap_and_the_closing_sequence() -> None:
     assert VOCABULARY.token_text(policy.open_id) == "<think>"
     assert VOCABULARY.token_text(policy.close_id) == "</think>"
     assert list(policy.closing) == VOCABULARY.encode(CLOSING)
-    assert not policy.soft_ends  # thousands of ids: the engine was told them once
+    assert not policy.soft_ends  # thousands of ids: the engine got them once, at start
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,7 @@ def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
     ("closing", "tail"),
     [(CLOSING, "\n\n"), ("</think>", ""), ("\n</think>\n\nAnswer: ", ""), ("</think> \n", "")],
 )
-def test_a_block_that_a_grammar_waits_behind_must_close_and_without_text(
-    closing: str, tail: str
-) -> None:
+def test_a_block_before_a_grammar_must_close_without_text(closing: str, tail: str) -> None:
     policy = blocks(closing).policy(opened_by_prompt=True, cap=7, constrained=True)
     assert policy is not None
     assert policy.forbid_eos
