@@ -29,7 +29,7 @@ from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
 from server.text.checkpoint import Endpoint
-from server.text.prompt import Prompts
+from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
 LAMBDAS = [index / (STREAMS - 1) for index in range(STREAMS)]
@@ -79,7 +79,7 @@ class EngineAlone:
         self._engine = engine
         self.info = engine.info
         endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
-        self._prompts = Prompts(*endpoints)
+        self._prompts = PromptBuilder(*endpoints)
         self._ends = frozenset().union(*(endpoint.eos_token_ids for endpoint in endpoints))
 
     def answer(self, requests: Sequence[StreamRequest]) -> Answered:

@@ -19,8 +19,8 @@ from server.routing.profiles import Profile, load_profile, profile_of
 from server.routing.requested_lambda import LambdaReader
 from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import Endpoint
-from server.text.grammar_builder import Constraint
-from server.text.prompt import Prompts
+from server.text.grammar_builder import GrammarBuilder
+from server.text.prompt import PromptBuilder
 from server.text.think_policy import ThinkBlocks
 from server.wire.errors import ApiError, Draining, EngineDead, Loading
 
@@ -55,7 +55,7 @@ class Service:
         self.lambda_reader = LambdaReader(
             settings.model_name, settings.lambda_step, settings.default_lambda
         )
-        self.prompts = Prompts(
+        self.prompts = PromptBuilder(
             instruct,
             thinking,
             template=settings.reasoning_template,
@@ -66,12 +66,12 @@ class Service:
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        self.constraint = Constraint(self.prompts.vocabulary)
+        self.constraint = GrammarBuilder(self.prompts.vocabulary)
         vocabulary = self.prompts.vocabulary
         self.sampling = SamplingPolicy.of(instruct, thinking, vocabulary)
         engine.add_vocabulary(
             vocabulary.marks,
-            vocabulary.for_grammars(thinking.directory, self.sampling.eos_token_ids),
+            vocabulary.grammar_vocabulary(thinking.directory, self.sampling.eos_token_ids),
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)

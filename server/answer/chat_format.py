@@ -7,7 +7,7 @@ from server.answer.answer import AnswerHead
 from server.answer.choice import Chunk
 from server.answer.format import CompleteChoice, Format, json_text
 from server.answer.logprobs import WriteLogprobs, chat_logprobs
-from server.text.tool_parser import joined
+from server.text.tool_parser import join_deltas
 from server.text.vocabulary import Vocabulary
 
 
@@ -43,7 +43,10 @@ class ChatFormat(Format):
         if reasoning and head.include_reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if choice.calls:
-            message |= {"content": message["content"] or None, "tool_calls": joined(choice.calls)}
+            message |= {
+                "content": message["content"] or None,
+                "tool_calls": join_deltas(choice.calls),
+            }
         return {"message": message}
 
 

@@ -14,8 +14,8 @@ from server.answer.logprobs import WriteLogprobs
 from server.ops.metrics import RequestMeter
 from server.text.reasoning_parser import Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.tool_parser import CallDelta, ToolCalls
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.tool_parser import CallDelta, ToolCallParser
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
 
 ObserveReasoning = Callable[[int, bool], None]
@@ -68,10 +68,10 @@ class Choice:
         self._cut_in_block = False
         self._observe = observe
         self._vocabulary = vocabulary
-        self._text = TokenText(vocabulary)
+        self._text = IncrementalDetokenizer(vocabulary)
         self._splitter = splitter
         self._stop = StopStrings(stop)
-        self._calls = ToolCalls() if tools else None
+        self._calls = ToolCallParser() if tools else None
         self._write_logprobs = write_logprobs
         self._echo = echo  # None once it was written
         self._characters = 0 if echo is None else len(echo.text)  # before the next token
@@ -156,7 +156,7 @@ class Choice:
             calls=calls,
         )
 
-    def _split_calls(self, text: str, parser: ToolCalls) -> tuple[str, list[CallDelta]]:
+    def _split_calls(self, text: str, parser: ToolCallParser) -> tuple[str, list[CallDelta]]:
         """Returns the content and the tool calls in `text`."""
         split = parser.feed(text)
         if self.finish_reason is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mi_runtime.request import TokenLogprobs
 from server.answer.logprobs import WriteLogprobs, row_without_logprobs
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Echo:
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], vocabulary: Vocabulary) -> "Echo":
         """Decodes token ids, including special ones."""
-        stream, text, offsets = TokenText(vocabulary, hide_special=False), "", []
+        stream, text, offsets = IncrementalDetokenizer(vocabulary, hide_special=False), "", []
         for token_id in token_ids:
             offsets.append(len(text))
             text += stream.feed(token_id)

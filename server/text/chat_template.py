@@ -1,16 +1,17 @@
-"""Chat templates: the jinja dialect that checkpoints are written in, sandboxed.
+"""Renders chat templates, in a sandbox, in the jinja dialect that checkpoints are written for.
 
-The dialect is the one `transformers` gives them: trimmed blocks, loop controls, `tojson` without
-escapes, `raise_exception`, `strftime_now`, and a `generation` block that marks text for training
-and means nothing here.
+The dialect is that of `transformers`: trimmed blocks, loop controls, `tojson` without escapes,
+`raise_exception`, `strftime_now`, and a `generation` block, which marks text for training and has
+no effect here.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -21,13 +22,11 @@ from server.wire.errors import InvalidRequest
 
 
 class ChatTemplate:
-    """One endpoint's template, compiled."""
+    """One endpoint's template, compiled. Raises `CheckpointError` where it does not parse."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        environment = _environment()
         try:
-            variables = meta.find_undeclared_variables(environment.parse(endpoint.chat_template))
-            self._template = environment.from_string(endpoint.chat_template)
+            self._template, variables = _compiled(endpoint.chat_template)
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"{endpoint.directory}: the chat template does not parse: {error}"
@@ -42,7 +41,10 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt; with `add_generation_prompt` up to the assistant's first token."""
+        """Returns the prompt; with `add_generation_prompt`, up to the assistant's first token.
+
+        Raises `InvalidRequest` where the template refuses the messages.
+        """
         try:
             return self._template.render(
                 messages=messages,
@@ -57,13 +59,23 @@ class ChatTemplate:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}` renders what is between."""
+    """`{% generation %}…{% endgeneration %}` renders its content."""
 
-    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _compiled(source: str) -> tuple[Template, set[str]]:
+    """Compiles a template once, for endpoints often share theirs; returns its variables as well."""
+    environment = _environment()
+    return (
+        environment.from_string(source),
+        meta.find_undeclared_variables(environment.parse(source)),
+    )
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -6,6 +6,7 @@ by the web framework. A new route is one more `Operation`; a test finds routes w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -132,8 +133,9 @@ OPERATIONS: Final = (
 )
 
 
+@cache
 def document(version: str) -> dict[str, Any]:
-    """The whole document, as OpenAPI 3.1 has it."""
+    """The whole document, as OpenAPI 3.1 has it. It is built once: nobody may change it."""
     refs, definitions = models_json_schema(
         [(model, "validation") for model in _models()],
         ref_template="#/components/schemas/{model}",

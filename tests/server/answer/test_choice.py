@@ -16,8 +16,8 @@ from server.ops.metrics import Metrics
 from server.text.reasoning_parser import PlainText, Split, Splitter
 from server.text.stop_strings import StopStrings
 from server.text.think_policy import ThinkBlocks
-from server.text.tool_parser import ToolCalls, joined
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.tool_parser import ToolCallParser, join_deltas
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
 
 VOCABULARY = Vocabulary(build_tokenizer())
@@ -93,7 +93,7 @@ def test_token_by_token_it_says_what_the_whole_text_says(
 
 def split_whole(ids: list[int], opened: bool) -> Split:
     """The split of all tokens, before anybody looks at its content."""
-    whole, text, split = splitter(opened), TokenText(VOCABULARY), Split()
+    whole, text, split = splitter(opened), IncrementalDetokenizer(VOCABULARY), Split()
     *events, end = events_of(ids, opened=opened)
     for event, token_id in zip(events, ids, strict=True):
         split = split.then(whole.feed(text.feed(token_id), event))
@@ -197,9 +197,9 @@ WITH_CALLS = st.lists(st.sampled_from([CALL, "so", "\n", "<tool_call>", "é🙂"
 def test_token_by_token_calls_are_those_of_the_whole_text(pieces: list[str]) -> None:
     text = "".join(pieces)
     chunks = chunks_of(new_choice(tools=True), VOCABULARY.encode(text))
-    whole = ToolCalls()
+    whole = ToolCallParser()
     said = whole.feed(text).then(whole.finish())
     assert "".join(chunk.content for chunk in chunks) == said.content
-    read = joined([delta for chunk in chunks for delta in chunk.calls])
-    assert [it["function"] for it in read] == [it["function"] for it in joined(said.calls)]
+    read = join_deltas([delta for chunk in chunks for delta in chunk.calls])
+    assert [it["function"] for it in read] == [it["function"] for it in join_deltas(said.calls)]
     assert chunks[-1].finish_reason == ("tool_calls" if said.calls else "stop")

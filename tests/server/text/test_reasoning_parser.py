@@ -13,7 +13,7 @@ from mi_runtime.request import FinishReason, Phase, TokenEvent
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
 from server.text.think_policy import ThinkBlocks
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 CLOSING = (THINK_CLOSE, TOOL_CALL)
 PIECES = [THINK_OPEN, THINK_CLOSE, TOOL_CALL, "<think", "</", ">", "\n", " ", "\n\n", "a", "é", "."]
@@ -58,7 +58,7 @@ def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
 
 def split_tokens(ids: list[int], *, opened: bool, by_length: bool = False) -> Parts:
     """Token by token, as an answer comes."""
-    splitter, text = BLOCKS.splitter(opened_by_prompt=opened), TokenText(VOCABULARY)
+    splitter, text = BLOCKS.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split = Split()
     for event in events_of(ids, opened=opened):
         assert event.token_id is not None
@@ -213,7 +213,7 @@ def test_the_splitter_follows_the_engine_through_a_forced_close(
     policy = blocks.policy(opened_by_prompt=opened, cap=cap)
     assert policy is not None
     engine = ThinkingState(policy, VOCABULARY.marks)
-    splitter, text = blocks.splitter(opened_by_prompt=opened), TokenText(VOCABULARY)
+    splitter, text = blocks.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split, forced = Split(), list[int]()
     for token_id in written(engine, wanted, forced):
         event = TokenEvent("r", token_id, phase=int(engine.phase))
