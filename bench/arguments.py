@@ -28,7 +28,7 @@ def names(text: str, known: Collection[str]) -> list[str]:
     found = [name.strip() for name in text.split(",")]
     if unknown := sorted(set(found) - set(known)):
         listed = ", ".join(map(repr, unknown))
-        raise argparse.ArgumentTypeError(f"there are {', '.join(known)}, not {listed}")
+        raise argparse.ArgumentTypeError(f"unknown: {listed}; choose from {', '.join(known)}")
     return found
 
 
