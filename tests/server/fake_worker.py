@@ -83,7 +83,7 @@ class Script:
 
 def is_allowed(token_id: int, sequence: Sequence) -> bool:
     grammar = sequence.constrained_by
-    if grammar is None or token_id == grammar.beside:
+    if grammar is None or token_id == grammar.extra_token:
         return True
     mask = grammar.mask()
     return bool(mask) and bool(mask[token_id // 8] >> token_id % 8 & 1)
