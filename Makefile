@@ -7,7 +7,7 @@ PORT ?= 8000
 # torch's CPU build, where there is no NVIDIA driver; the plain package brings gigabytes of CUDA.
 CPU_TORCH ?= torch==2.13.0 --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types pytest format bench pair clean kernel-code \
+.PHONY: serve test test-long lint types pytest format bench pair clean kernel-code \
 	gpu-first-contact gpu-test gpu-bench gpu-wheels gpu-kernels gpu-environment gpu-rehearsal
 
 serve: $(VENV)/.installed
@@ -22,8 +22,16 @@ lint: $(VENV)/.tested
 types: $(VENV)/.tested
 	$(BIN)/mypy
 
+# As many tests at a time as there are cores. A worker that is done takes tests from the end of
+# another's list, so neighbours stay together and share their servers.
 pytest: $(VENV)/.tested
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+# Property tests alone, with ten times the examples and new ones each time, and what `make test`
+# leaves out; takes half an hour.
+test-long: $(VENV)/.tested
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
+		--hypothesis-profile long -m "hypothesis or long"
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""What benches check of their command's arguments before they start any work."""
+"""Types for the arguments of the benchmarks' commands: bad ones are refused before any work."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """The type of an argument."""
+    """Returns an argument type: an integer that is at least `least`."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -19,21 +19,23 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def numbers(text: str) -> list[int]:
-    """The type of an argument: positive numbers with commas between."""
+    """An argument type: positive integers separated by commas."""
     return [at_least(1)(part) for part in text.split(",")]
 
 
 def names(text: str, known: Collection[str]) -> list[str]:
-    """Names with commas between."""
+    """Returns an argument type: names separated by commas."""
     found = [name.strip() for name in text.split(",")]
     if unknown := sorted(set(found) - set(known)):
-        told = ", ".join(map(repr, unknown))
-        raise argparse.ArgumentTypeError(f"there are {', '.join(known)}, not {told}")
+        listed = ", ".join(map(repr, unknown))
+        raise argparse.ArgumentTypeError(f"there are {', '.join(known)}, not {listed}")
     return found
 
 
 def made_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
-    """A folder to write to, made if it is not there; an error of the command where it cannot be."""
+    """Creates the output folder if it does not exist. Ends the command with an error if it
+    cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

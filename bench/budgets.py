@@ -1,18 +1,19 @@
-"""What a budget of reasoning tokens buys: routed, or all of them spent at λ = 1 and cut there.
+"""What a budget of reasoning tokens buys: with routing, and with a fixed λ that is cut at the
+budget.
 
     python -m bench.budgets [--budgets 0,5,10] [--questions 150] [--samples 8] [--seed 1]
 
-The embedded pair's task at T = 0.7 over HTTP, every policy asked the same questions, all of them
-mixed in every batch. Policies, each with the budget as a hard cap:
+Runs the embedded pair's task at T = 0.7 over HTTP. Every policy gets the same questions, and all
+requests share the batches. The policies, each with the budget as a hard cap:
 
-    routed          the budget alone: λ by the curve of all questions
-    routed, class   the budget and the question's class: λ by that class's own curve
+    routed          only the budget: λ from the curve of all questions
+    routed, class   the budget and the question's class: λ from the curve of that class
     λ = 0.7         the first λ of stage 3 in the built-in profile, and the budget
-    λ = 1           λ = 1 and the budget: the think block is closed where the budget ends
+    λ = 1           λ = 1 and the budget: the think block is closed when the budget is used up
 
-Without a budget λ = 0 and λ = 1, for both ends. The default seed is not the one by whose questions
-the built-in profile was measured. Keeps `bench/results/budgets.json`; `bench.three_stages` makes
-the tables and the picture of it.
+λ = 0 and λ = 1 without a budget are measured too. The default seed differs from the seed of the
+questions that the built-in profile was measured on. Writes `bench/results/budgets.json`, from which
+`bench.three_stages` makes the tables and the picture.
 """
 
 import argparse
@@ -49,7 +50,7 @@ _SETTING = Setting(1.0, ALL, Decoding(0.7, 1.0))
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One way to spend a budget; None: no budget."""
+    """One way to spend a budget. A budget of None means no budget."""
 
     name: str
     budget: int | None
@@ -89,7 +90,7 @@ def main() -> None:
     policies = list(policies_of([int(part) for part in given.budgets.split(",")]))
     task = embedded_task(given.questions, given.seed)
     with tempfile.TemporaryDirectory() as folder, own_server([], Path(folder, "server")) as url:
-        answers = asyncio.run(asked(url, policies, task, given.samples, given.seed))
+        answers = asyncio.run(ask_all(url, policies, task, given.samples, given.seed))
     record = {
         "bench": "budgets",
         "machine": machine(),
@@ -115,7 +116,7 @@ def policies_of(budgets: Sequence[int]) -> Iterator[Policy]:
 # --- Requests -------------------------------------------------------------------------------------
 
 
-async def asked(
+async def ask_all(
     url: str, policies: Sequence[Policy], task: Task, samples: int, seed: int
 ) -> Answers:
     answers: Answers = {policy: [] for policy in policies}
@@ -152,11 +153,11 @@ def _answer(
 
 
 def rows(answers: Answers, task: Task, kind: str) -> list[dict[str, Any]]:
-    """One a policy, over the questions of a class."""
-    asked = {it.id for it in task.questions if kind in (DEFAULT_CLASS, it.kind)}
+    """Returns one row for each policy, over the questions of one class."""
+    questions = {it.id for it in task.questions if kind in (DEFAULT_CLASS, it.kind)}
     own = {
         policy: sorted(
-            (it for it in given if it.sample.question in asked),
+            (it for it in given if it.sample.question in questions),
             key=lambda it: (int(it.sample.question), it.sample.sample),
         )
         for policy, given in answers.items()
@@ -192,7 +193,9 @@ def _share_correct(answers: Iterable[Answer]) -> float | None:
 
 
 def _gain(own: Sequence[Sample], cut: Sequence[Sample]) -> dict[str, float]:
-    """In Mean@k, with the 95 % bootstrap interval of the difference on the same questions."""
+    """The difference in Mean@k, with the 95 % bootstrap interval of the difference on the same
+    questions.
+    """
     pairs = zip(grouped(own), grouped(cut), strict=True)
     gains = [
         fmean(it.correct for it in one) - fmean(it.correct for it in two) for one, two in pairs

@@ -1,10 +1,11 @@
-"""How many graphs the decode steps of a model are compiled to, and how long that takes: by layers.
+"""How many graphs the decode steps of a model compile to, and how long that takes, by number of
+layers.
 
     TORCHINDUCTOR_CACHE_DIR=DIR python -m bench.compiled --layers 36
 
-A random pair of tiny width, by inductor's backend for the CPU: no GPU is needed. Its seconds
-are no GPU's; how they go with the number of layers, and what a second start finds in the directory
-of the first, is the same there. Kernels are interpreted.
+Uses a random pair of tiny width and inductor's CPU backend, so no GPU is needed. The seconds are
+not those of a GPU. How they grow with the number of layers, and what a second start finds in the
+cache directory of the first, is the same there. Triton kernels are interpreted.
 """
 
 import argparse
@@ -19,12 +20,12 @@ from torch._dynamo.utils import calculate_time_spent, counters
 
 from bench.gpu_bounds import Shape
 from bench.gpu_pairs import Place, random_pair
-from mi_runtime.attention.backends import make_backend
 from mi_runtime.attention.paged import PagedAttention
-from mi_runtime.execution.compiled import compiled_logits
-from mi_runtime.execution.graphs import DecodeGraphs
+from mi_runtime.attention.selector import make_backend
+from mi_runtime.execution.compiled_layers import compiled_logits
+from mi_runtime.execution.decode_graphs import DecodeGraphs
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.blended_model import BlendedModel
 
 TINY = Shape(1, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, vocabulary=64, tied=True)
 PLACE = Place(torch.device("cpu"), torch.float32, positions=64)
@@ -39,7 +40,7 @@ def main() -> None:
     model.groups.cache = BlendCache(places=2)
     run_all(model)
     hits, misses = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
-    told = {
+    summary = {
         "layers": layers,
         "graphs": counters["stats"]["unique_graphs"],
         "seconds": round(calculate_time_spent()["total_wall_time"], 1),
@@ -47,11 +48,11 @@ def main() -> None:
         "not found": misses,
         "torch": torch.__version__,
     }
-    print(json.dumps(told))
+    print(json.dumps(summary))
 
 
 def run_all(model: BlendedModel) -> None:
-    """Every way, for two numbers of rows."""
+    """Runs every way, for two numbers of rows."""
     attention = PagedAttention(
         *(model.layers, 16, 4, model.dtype, model.device, make_backend("triton"))
     )
@@ -63,8 +64,8 @@ def run_all(model: BlendedModel) -> None:
     )
     with torch.inference_mode():
         graphs.record()
-        for form in graphs.forms:
-            graphs._replays[form]()
+        for key in graphs.keys:
+            graphs._replays[key]()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What is carried to a GPU machine without network: packages it lacks, and compiled kernels.
+"""What is copied to a GPU machine without network: packages that it lacks, and compiled kernels.
 
-Wheels of distributions that are missing here are unpacked into a folder that steps have on their
-path; nothing is installed. Plain standard library.
+Wheels of distributions that are missing are unpacked into a folder, which is put on the path of the
+steps; nothing is installed. Uses only the standard library.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ KERNELS: Final = WHEELS / "kernels.tar.xz"
 
 
 def unpack_missing(wheels: Path, site: Path) -> list[str]:
-    """Names of the wheels that were unpacked into `site`."""
+    """Unpacks the wheels of missing distributions into `site`, and returns their names."""
     unpacked = []
     for wheel in sorted(wheels.glob("*.whl")):
         if not is_installed(wheel.name.split("-")[0]):
@@ -34,7 +34,7 @@ def is_installed(name: str) -> bool:
 
 
 def installed() -> dict[str, str]:
-    """Normalized names of all distributions on the path, with their versions."""
+    """Returns the version of every distribution on the path, by normalized name."""
     return {
         normalized(found.metadata["Name"]): found.version
         for found in importlib.metadata.distributions()

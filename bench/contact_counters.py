@@ -1,6 +1,6 @@
-"""Counters of the pair kernel, which `ncu` reads where it is there; the clocks are left alone.
+"""Reads counters of the pair kernel with `ncu`, if it is installed. It does not change the clocks.
 
-python -m bench.contact_counters        the launches that are profiled: this is what ncu runs
+python -m bench.contact_counters        makes the launches that ncu profiles
 """
 
 import csv
@@ -20,7 +20,7 @@ COUNTERS: Final = (
     "launch__registers_per_thread",
     "launch__grid_size",
 )
-LAUNCHES: Final = 3  # of the pair product; the last one is read
+LAUNCHES: Final = 3  # launches of the pair product, of which the last is read
 NCU_SECONDS: Final = 45
 FLAGS: Final = (
     "--clock-control=none",
@@ -35,7 +35,7 @@ Facts = dict[str, Any]
 
 
 def launch_pair_product(smoke: bool) -> None:
-    """Gate and up of Qwen3-4B, 32 rows, each of another λ."""
+    """Launches gate and up of Qwen3-4B for 32 rows, each with another λ."""
     import torch
 
     from mi_runtime.kernels.pair_linear import pair_linear
@@ -53,7 +53,7 @@ def launch_pair_product(smoke: bool) -> None:
 
 
 def counters(smoke: bool) -> Facts:
-    """What ncu reads of the last launch; rehearsed, the launches alone."""
+    """Returns what ncu reads of the last launch. In a rehearsal it only makes the launches."""
     if smoke:
         launch_pair_product(smoke)
         raise Skipped("rehearsed without a GPU")
@@ -69,7 +69,7 @@ def counters(smoke: bool) -> Facts:
 
 
 def counted(output: str) -> Facts:
-    """What ncu printed as CSV: a line of names, one of units, and one a launch."""
+    """Parses the CSV that ncu prints: one line of names, one of units, and one for each launch."""
     lines = output.splitlines()
     begin = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
     if begin is None:

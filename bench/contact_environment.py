@@ -1,8 +1,8 @@
-"""First contact with the environment: what is there, what imports, and one kernel that runs.
+"""The first step of first contact: what the machine has, what imports, and whether one kernel runs.
 
     python -m bench.contact_environment [--smoke]
 
-Reads and tries, and changes nothing: `nvidia-smi` is only queried.
+It reads and tries, and changes nothing: `nvidia-smi` is only queried.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bench.gpu_cases import Skipped
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("mi_runtime", "server", "bench")
 OPTIONAL: Final = {"triton", "opentelemetry", "math_verify", "if_verifiable", "matplotlib"}
-"""What a module may need that a server need not have: measuring, and kernels on a CPU."""
+"""Optional packages that a module may need: those for measuring, and for kernels on a CPU."""
 TOLD: Final = ("torch", "triton", "transformers", "accelerate", "numpy", "tokenizers", "fastapi")
 QUERIED: Final = (
     "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,"
@@ -70,20 +70,20 @@ def nvidia_facts() -> Facts:
     if shutil.which("nvidia-smi") is None:
         raise Skipped("there is no nvidia-smi")
     query = ["nvidia-smi", f"--query-gpu={QUERIED}", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    values = told.splitlines()[0].split(", ")
+    output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    values = output.splitlines()[0].split(", ")
     return {"figure": values[0], **dict(zip(QUERIED.split(","), values, strict=True))}
 
 
 def room_facts() -> Facts:
-    """Bytes that are free on disk and in memory."""
+    """Returns the free bytes on disk and in memory."""
     folders = [path for path in (".", "/tmp", "/dev/shm") if Path(path).is_dir()]
     free = {path: shutil.disk_usage(path).free for path in folders}
     return {**free, "memory": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
 def compiler_facts() -> Facts:
-    """Triton builds its launchers with a C compiler and Python's headers."""
+    """Reports the C compiler and Python's headers: Triton builds its launchers with them."""
     found = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
     compiler = next(filter(None, found), None)
     headers = Path(sysconfig.get_path("include"), "Python.h")
@@ -128,7 +128,7 @@ def device_facts(smoke: bool) -> Facts:
 
 
 def carried_facts(smoke: bool) -> Facts:
-    """Kernels that were compiled elsewhere go where Triton looks for its own."""
+    """Copies kernels that were compiled elsewhere to where Triton looks for its own."""
     if smoke or not KERNELS.exists():
         raise Skipped("kernels are interpreted" if smoke else f"there is no {KERNELS}")
     from triton import knobs
@@ -150,8 +150,9 @@ def kernel_facts() -> Facts:
 
 
 def import_facts() -> Facts:
-    """Imports every module of the engine, the server and the benches. One that lacks an optional
-    package is told; one that fails otherwise is an error."""
+    """Imports every module of the engine, the server and the benchmarks. A module that lacks an
+    optional package is reported; a module that fails in another way is an error.
+    """
     lacking, failed, count = {}, [], 0
     for name in modules():
         count += 1
@@ -162,7 +163,7 @@ def import_facts() -> Facts:
                 lacking[name] = error.name
             else:
                 failed.append(f"{name}: {error}")
-        except Exception as error:  # all of them are wanted
+        except Exception as error:  # the other modules are tried all the same
             failed.append(f"{name}: {type(error).__name__}: {error}")
     imported = count - len(failed) - len(lacking)
     optional = f", {len(lacking)} lack an optional package" if lacking else ""

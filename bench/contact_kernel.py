@@ -1,4 +1,4 @@
-"""The smallest Triton kernel that shows whether one compiles, launches and writes."""
+"""The smallest Triton kernel that shows whether kernels compile, launch and write."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs, allow-untyped-decorators
 

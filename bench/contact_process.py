@@ -1,7 +1,8 @@
-"""A step of first contact as a process group: it is ended as a whole, and its rows are read live.
+"""Runs a step of first contact as a process group: it ends as one, and its rows are read live.
 
-Plain standard library: whatever is broken on a machine, this runs. A row is a line of standard
-output that begins with `{"subject"`; all else, standard error too, goes to the log as it comes.
+Uses only the standard library, so that it works whatever is broken on a machine. A row is a line of
+standard output that begins with `{"subject"`. Everything else, including standard error, goes to
+the log as it arrives.
 """
 
 import contextlib
@@ -19,18 +20,18 @@ from typing import IO, Any, Final, Literal
 Row = dict[str, Any]
 Status = Literal["ok", "partial", "failed", "timed out", "not run"]
 ROW: Final = b'{"subject"'
-PATIENCE: Final = 2.0  # seconds between asking a group to end and ending it
-READING: Final = 5.0  # seconds at most for what a group that has ended left to read
-LONGEST_END: Final = 2 * PATIENCE + READING  # seconds that ending a group takes at most
+PATIENCE: Final = 2.0  # seconds between SIGTERM and SIGKILL
+READING: Final = 5.0  # seconds at most to read the remaining output of a group that ended
+LONGEST_END: Final = 2 * PATIENCE + READING  # seconds, at most, to end a group
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a process group."""
+    """How a process group ended."""
 
     status: Status
     seconds: float
-    why: str = ""  # where it is not ok
+    why: str = ""  # if it is not ok
 
 
 def run_group(
@@ -40,8 +41,9 @@ def run_group(
     log: Path,
     on_row: Callable[[Row], None],
 ) -> Ended:
-    """Runs `command` for `limit` seconds at most, and then ends its group, in `LONGEST_END` seconds
-    at most; no process of the group is left behind."""
+    """Runs `command` for at most `limit` seconds. Then ends its process group, within at most
+    `LONGEST_END` seconds; no process of the group stays.
+    """
     started = time.monotonic()
     with log.open("ab", buffering=0) as file:
         try:
@@ -56,7 +58,7 @@ def run_group(
         except OSError as error:
             return Ended("failed", time.monotonic() - started, str(error))
         assert child.stdout is not None
-        # A grandchild may hold the pipe open for ever: so it is read beside, and not waited for.
+        # A grandchild may hold the pipe open forever, so a thread reads it, and is not waited for.
         reader = threading.Thread(target=_read, args=(child.stdout, file, on_row), daemon=True)
         reader.start()
         try:
@@ -71,8 +73,7 @@ def run_group(
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:
-    """Ends what is left of the group that `child` leads, by SIGTERM, and what that leaves by
-    SIGKILL."""
+    """Ends what is left of the group that `child` leads: first with SIGTERM, then with SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
@@ -102,7 +103,7 @@ def _read(source: IO[bytes], log: IO[bytes], on_row: Callable[[Row], None]) -> N
 
 
 def row_of(line: bytes) -> Row | None:
-    """None where the line is no row, or not a whole one."""
+    """Returns the row that a line contains, or None if it is not a row, or not a complete one."""
     if not line.startswith(ROW):
         return None
     try:

@@ -1,11 +1,12 @@
-"""First contact by profile: the kernels of one decode step, and what the pair kernel is bound by.
+"""The profiling step of first contact: the kernels of a decode step, and what limits the pair
+kernel.
 
     python -m bench.contact_profile [--smoke]
 
-A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, all λ different and then
-all at an endpoint; torch's profiler counts what runs on the device in a few steps. Where `ncu` is
-there, it then reads a few counters of the pair kernel (`bench/contact_counters.py`). No trace is
-kept: rows are.
+A random pair of Qwen3-4B's shapes decodes 32 sequences of 1,024 tokens, first with all λ different,
+then with all at an endpoint. torch's profiler counts what runs on the device in a few steps. If
+`ncu` is installed, it then reads a few counters of the pair kernel (`bench/contact_counters.py`).
+Only rows are kept, no trace.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 
-STEPS: Final = 4  # that are profiled together
-MOST_KERNELS: Final = 30  # of a step, in rows
+STEPS: Final = 4  # steps that are profiled together
+MOST_KERNELS: Final = 30  # kernels of a step that get rows
 CASES: Final = {"different λ": lambda index, rows: (index + 0.5) / rows, "λ = 0": lambda *_: 0.0}
 Facts = dict[str, Any]
 
@@ -62,7 +63,7 @@ def profiled(smoke: bool, rows: Rows) -> Facts:
 
 
 class Decoding:
-    """An engine, and sequences that decode for as long as they are wanted."""
+    """An engine, and sequences that decode for as long as they are needed."""
 
     def __init__(self, smoke: bool) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,7 +79,7 @@ class Decoding:
                 num_blocks=blocks,
                 max_num_seqs=self._rows,
                 max_model_len=2 * self._tokens,
-                blend_cache_bytes=1 << 20,  # no hot λ: its weights are read like an endpoint's
+                blend_cache_bytes=1 << 20,  # no hot λ: its weights are read as an endpoint's are
                 torch_compile=False,
             ),
             model,
@@ -135,7 +136,7 @@ class Decoding:
             yield ProfilerActivity.CUDA
 
     def _kernels(self, profiler: Any) -> Iterator[Facts]:
-        """By name: how often a step has it, and its microseconds of a step."""
+        """Returns, for each kernel by name, its launches and its microseconds in one step."""
         on_device = self.device.type == "cuda"
         for event in profiler.key_averages():
             if (event.device_type.name == "CUDA") != on_device:

@@ -1,7 +1,8 @@
-"""What first contact keeps: one JSON that is whole at any moment, and one table at its end.
+"""The results of first contact: one JSON file that is complete at any moment, and one table at the
+end.
 
-A step is `ok` where its process ended with code 0, no row tells of an error, and none was skipped
-for lack of time; with such rows it is `partial`.
+A step is `ok` if its process ended with code 0, no row reports an error, and none was skipped for
+lack of time. If only the last of these fails, the step is `partial`.
 """
 
 import json
@@ -15,18 +16,18 @@ from bench import gpu_report
 from bench.contact_process import Ended, Row
 from bench.gpu_cases import OUT_OF_TIME
 
-MOST_FIGURES: Final = 4  # of a step, in the table
-LONGEST_REASON: Final = 110  # characters, in the table
+MOST_FIGURES: Final = 4  # figures of a step in the table
+LONGEST_REASON: Final = 110  # characters in the table
 StepRecord = dict[str, Any]  # a step as it is written
 
 
 class Record:
-    """The steps of one run, or of several where it was resumed."""
+    """The steps of one run, or of several if it was resumed."""
 
     def __init__(self, path: Path, earlier: dict[str, StepRecord] | None = None) -> None:
-        """`earlier` has the steps of the run that is resumed."""
+        """`earlier` contains the steps of the run that is resumed."""
         self._path = path
-        self._lock = threading.Lock()  # rows come from a thread of their own
+        self._lock = threading.Lock()  # rows come from another thread
         self.steps = {} if earlier is None else earlier
 
     def is_ok(self, name: str) -> bool:
@@ -36,7 +37,7 @@ class Record:
         return self.steps[name]["status"] if name in self.steps else None
 
     def begin(self, name: str, command: Sequence[str]) -> None:
-        """Forgets what an earlier run told of this step."""
+        """Forgets what an earlier run recorded of this step."""
         step = {"status": "running", "seconds": 0.0, "command": list(command), "rows": []}
         with self._lock:
             self.steps[name] = step
@@ -61,14 +62,14 @@ class Record:
         self.write()
 
     def leave_out(self, name: str, why: str) -> None:
-        """A step that is not run keeps what an earlier run told of it."""
+        """Marks a step that does not run; it keeps what an earlier run recorded."""
         with self._lock:
             if name not in self.steps:
                 self.steps[name] = {"status": "not run", "seconds": 0.0, "why": why, "rows": []}
         self.write()
 
     def write(self) -> None:
-        """Whole or not at all: a run may be ended at any moment."""
+        """Replaces the file in one operation, because a run may be ended at any moment."""
         unfinished = self._path.with_suffix(".part")
         with self._lock:
             text = json.dumps({"bench": "first contact", "steps": self.steps})
@@ -83,18 +84,18 @@ class Record:
                 continue
             why = _cell(step.get("why", ""))[:LONGEST_REASON]
             figures = _cell("; ".join(list(figures_of(step["rows"]))[:MOST_FIGURES]))
-            told = " — ".join(filter(None, [why, figures]))
-            lines.append(f"| {name} | {step['status']} | {step['seconds']:.0f} | {told} |")
+            cell = " — ".join(filter(None, [why, figures]))
+            lines.append(f"| {name} | {step['status']} | {step['seconds']:.0f} | {cell} |")
         return "\n".join(lines)
 
     def ratios(self, smoke: bool) -> list[str]:
-        """Those that are aimed at, of whatever steps their rows are in."""
+        """Returns the ratios that have targets, from the rows of all steps."""
         rows = [row for step in self.steps.values() for row in step["rows"] if "model" in row]
         return [str(ratio) for ratio in gpu_report.ratios(rows, smoke)]
 
 
 def steps_of(file: Path) -> dict[str, StepRecord]:
-    """Those of an earlier run; a ValueError or an OSError where `file` has none."""
+    """Returns the steps of an earlier run. Raises ValueError or OSError if `file` has none."""
     found = json.loads(file.read_text())
     steps = found.get("steps") if isinstance(found, dict) else None
     if not isinstance(steps, dict) or not all(map(_is_step, steps.values())):
@@ -113,12 +114,14 @@ def _is_step(found: Any) -> bool:
 
 
 def _cell(text: str) -> str:
-    """One line without the sign that ends a cell: errors of CUDA have several."""
+    """Returns the text as one line without `|`: CUDA's errors have several lines."""
     return " ".join(text.split()).replace("|", "/")
 
 
 def figures_of(rows: Sequence[Row]) -> Iterator[str]:
-    """The most telling ones first: those that a step names itself, then its first measured rows."""
+    """Returns the most important figures first: those that a step names, then its first measured
+    rows.
+    """
     outcomes = Counter(row["outcome"] for row in rows if "outcome" in row)
     if outcomes:
         yield ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())

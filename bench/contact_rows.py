@@ -1,4 +1,6 @@
-"""Rows of a step of first contact, as it prints them; what fails is a row that says so."""
+"""Prints the rows of a step of first contact. A measurement that fails becomes a row with the
+error.
+"""
 
 import json
 import sys
@@ -22,12 +24,12 @@ class Rows:
         print(json.dumps(row, default=str), file=self._out, flush=True)
 
     def attempt(self, what: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """A row of the values that `measure` returns, and the seconds that it took."""
+        """Prints a row with the values that `measure` returns, and the seconds that it took."""
         started = time.perf_counter()
         try:
             values = measure()
         except Skipped as reason:
             values = {"skipped": str(reason)}
-        except Exception as error:  # whatever it is, the other rows are wanted
+        except Exception as error:  # whatever fails, the other rows are wanted
             values = {"error": message_of(error)}
         self.row(what, took=round(time.perf_counter() - started, 3), **values)

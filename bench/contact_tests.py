@@ -1,10 +1,10 @@
-"""First contact by tests: those that need a GPU, each a row.
+"""The test steps of first contact: runs the tests that need a GPU, and prints a row for each.
 
     python -m bench.contact_tests kernels|engine [--smoke]
 
-Kernels compile for a second each on one core, so tests are spread over processes where pytest-xdist
-is there; files and their tests are ordered by what is to be known first. With `--smoke` they run on
-the CPU at tiny shapes, Triton interpreted, and what needs a GPU is skipped.
+A kernel takes a second of one core to compile, so the tests run in several processes if
+pytest-xdist is installed. Files and tests are ordered by importance. With `--smoke` they run on the
+CPU at tiny shapes with Triton interpreted, and tests that need a GPU are skipped.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from bench.contact_rows import Rows
 from bench.gpu_cases import LONGEST_ERROR
 
 ROOT: Final = Path(__file__).parents[1]
-FILES: Final = {  # of tests/gpu; test_bench.py is left to the steps that run the bench
+FILES: Final = {  # of tests/gpu; the steps that run the bench cover test_bench.py
     "kernels": ("test_pair_linear.py", "test_attention.py", "test_blend.py"),
     "engine": ("test_engine.py", "test_sampler.py"),
 }
@@ -34,26 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("subject", choices=FILES)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     chosen = parser.parse_args(arguments)
-    # The CPU's references are small: threads of several processes would only wait for each other.
+    # The CPU references are small; threads of several processes would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if chosen.smoke:
         os.environ |= {"GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
-    with os.fdopen(os.dup(1), "w") as out:  # for rows alone: pytest writes parts of lines
+    with os.fdopen(os.dup(1), "w") as out:  # only for rows, because pytest writes parts of lines
         os.dup2(2, 1)
         outcomes = Outcomes(Rows(chosen.subject, out))
         return outcomes.run([str(ROOT / "tests/gpu" / name) for name in FILES[chosen.subject]])
 
 
 class Outcomes:
-    """A pytest plugin that prints a row for each test as it ends."""
+    """A pytest plugin that prints a row for each test when it ends."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._passed = 0
 
     def run(self, files: Sequence[str]) -> int:
-        """Runs the tests of `files` and returns an exit code, which is not 0 where no test passed:
-        without a GPU all of them are skipped."""
+        """Runs the tests of `files` and returns an exit code. It is not 0 if no test passed:
+        without a GPU all of them are skipped.
+        """
         import pytest
 
         flags = ["--rootdir", str(ROOT), "-W", "default", "-p", "no:cacheprovider", *_spread()]
@@ -73,7 +74,8 @@ class Outcomes:
         values = {"outcome": report.outcome, "took": round(report.duration, 2)}
         if report.failed:
             values["error"] = _last_line(report)
-            print(report.longreprtext, file=sys.__stderr__, flush=True)  # a killed run tells it too
+            # At once, so that a run that is killed reports it too.
+            print(report.longreprtext, file=sys.__stderr__, flush=True)
         elif report.skipped:
             values["skipped"] = _last_line(report)
         self._rows.row(report.nodeid.rpartition("/")[2], **values)

@@ -1,17 +1,19 @@
-"""Pictures of the built-in profiles for docs/routing.md.
+"""Draws the pictures of the built-in profiles for docs/routing.md.
 
     python -m bench.curves [--out docs/curves]
 
-One SVG a profile, one panel a routing class: score against mean reasoning tokens, each point with
-its λ. Filled points lie on the front, which the line follows; it is solid where the router may
-choose a λ between two points, dotted where it may not. A picture names the profile's digest, by
-which a test sees that it is not older than its profile.
+There is one SVG for each profile, with one panel for each routing class: score against mean
+reasoning tokens, each point labelled with its λ. Filled points are on the front, and the line
+follows the front; it is solid where the router may choose a λ between two points, and dotted where
+it may not. Each picture contains the digest of its profile, so that a test can find a picture that
+is older than its profile.
 """
 
 import argparse
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -24,7 +26,7 @@ from server.routing.routing_table import Candidate, RoutingTable
 
 STEP = 0.01  # the default grid
 LEAST_SPAN = 0.1  # of score, so that noise does not look like a curve
-STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def _panel(axes: Axes, title: str, measured: RoutingClass) -> None:
 
 
 def _is_line(table: RoutingTable, low: Candidate, high: Candidate) -> bool:
-    """Whether the router may choose between the two."""
+    """Whether the router may choose a λ between the two."""
     at = table.candidates.index(low)
     return table.candidates[at + 1] != high
 

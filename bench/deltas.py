@@ -2,15 +2,16 @@
 
     python -m bench.deltas [--questions 100] [--samples 8] [--seed 1] [--kept]
 
-For both endpoints whole (`none`), and for differences in int8 and int4:
+Compares two full endpoints (`none`) with deltas in int8 and int4:
 
-    sweep    `mi-server sweep` at T = 0.7 with the same questions and seeds. Each point is told
-             beside the exact one, and whether it lies within the exact one's 95 % interval
-    greedy   the exact way's greedy answers to the same questions, read again token by token: share
-             of tokens that stay the most likely one, and the error of the logits as a share of how
-             far the endpoints' own lie apart (median over tokens)
+    sweep    `mi-server sweep` at T = 0.7 with the same questions and seeds. Each point is compared
+             with the exact one: is it within the exact one's 95 % interval?
+    greedy   the greedy answers of the exact computation, scored again token by token: the share of
+             tokens that are still the most likely one, and the error of the logits as a share of
+             the distance between the endpoints' logits (median over tokens)
 
-A quality, no timing. Keeps `bench/results/deltas.json` and writes the tables of docs/deltas.md.
+It measures quality, not time. Writes `bench/results/deltas.json` and the tables of docs/deltas.md;
+with `--kept` only the tables, from the results of an earlier run.
 """
 
 import argparse
@@ -28,13 +29,14 @@ import torch
 from torch import Tensor
 
 from bench.report import RESULTS, machine, rounded
-from mi_runtime.attention.paged import PackedAttention
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
-from mi_runtime.model.load import BlendedModel, load_pair
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import StepRows
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
@@ -47,8 +49,8 @@ EXACT: DeltaDtype = "none"
 KINDS: Sequence[DeltaDtype] = get_args(DeltaDtype)
 LAMBDAS = [value / 10 for value in range(11)]
 MEASURES = {"mean_at_k": "Mean@k", "think_rate": "think rate", "tokens_mean": "tokens"}
-MAX_TOKENS = 256  # of a greedy answer
-TOGETHER = 32  # sequences a forward
+MAX_TOKENS = 256  # tokens of a greedy answer
+TOGETHER = 32  # sequences in a forward
 
 Points = dict[float, dict[str, Any]]
 
@@ -60,7 +62,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kept", action="store_true", help="measure nothing, write the page anew")
+    parser.add_argument(
+        "--kept",
+        action="store_true",
+        help="measure nothing, only write the page from the kept results",
+    )
     given = vars(parser.parse_args())
     if not given.pop("kept"):
         record = rounded(measured(given))
@@ -91,7 +97,7 @@ def kept() -> dict[str, Any]:
 
 
 def sweep(kind: DeltaDtype, given: Mapping[str, int]) -> Points:
-    """By λ, as `mi-server sweep` reports it."""
+    """Returns the points of a sweep by λ, as `mi-server sweep` reports them."""
     flags = [f"--{name}={value}" for name, value in given.items()]
     grid = f"--lambdas={','.join(map(str, LAMBDAS))}"
     with tempfile.TemporaryDirectory() as folder:
@@ -121,8 +127,8 @@ def _compared(point: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    tokens: tuple[int, ...]  # of the prompt, and of the answer
-    prompt: int  # how many are the prompt's
+    tokens: tuple[int, ...]  # token ids of the prompt, and of the answer
+    prompt: int  # how many of them are the prompt
 
     @property
     def kept(self) -> range:
@@ -131,7 +137,7 @@ class Answer:
 
 
 def greedy(questions: int, seed: int) -> dict[str, list[dict[str, float]]]:
-    """By kind, for each λ."""
+    """Returns the comparison of the greedy answers by kind of delta, for each λ."""
     models = {kind: load(kind) for kind in KINDS}
     exact = models.pop(EXACT)
     rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in models}
@@ -151,7 +157,7 @@ def load(kind: DeltaDtype) -> BlendedModel:
 
 
 def exact_answers(questions: int, seed: int) -> dict[float, list[Answer]]:
-    """By λ, in the order of the questions."""
+    """Returns the answers by λ, in the order of the questions."""
     texts = PromptBuilder(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
     messages = [one.messages for one in embedded_task(questions, seed).questions]
     ends = frozenset(texts.vocabulary.encode("<|im_end|>"))
@@ -179,7 +185,7 @@ def _read(
 
 
 def logits(model: BlendedModel, answers: Sequence[Answer], value: float) -> Tensor:
-    """`[tokens of all answers, vocabulary]`, all rows at λ."""
+    """Returns the logits `[tokens of all answers, vocabulary]`, with all rows at λ."""
     pieces = [answers[first : first + TOGETHER] for first in range(0, len(answers), TOGETHER)]
     return torch.cat([_logits(model, piece, value) for piece in pieces])
 
@@ -201,7 +207,7 @@ def _logits(model: BlendedModel, answers: Sequence[Answer], value: float) -> Ten
 
 
 def filled(page: str, record: Mapping[str, Any]) -> str:
-    """The page with every table between its marks, `<!-- name -->` and `<!-- end -->`, anew."""
+    """Returns the page with new tables between its marks, `<!-- name -->` and `<!-- end -->`."""
     for name, table in tables(record).items():
         head, mark, rest = page.partition(f"<!-- {name} -->")
         _, end, rest = rest.partition("<!-- end -->")
@@ -218,7 +224,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sweep_table(record: Mapping[str, Any]) -> Iterator[str]:
-    """A value outside the exact one's interval is bold."""
+    """Returns the table of the sweep; a value outside the exact one's interval is bold."""
     yield f"| λ | {' | '.join(f'{name}: exact | int8 | int4' for name in MEASURES.values())} |"
     yield "|---" * (1 + 3 * len(MEASURES)) + "|"
     for at, value in enumerate(LAMBDAS):

@@ -1,4 +1,4 @@
-"""What torch dispatches, operator by operator: for benches that count launches."""
+"""Intercepts every operator that torch dispatches; for benchmarks that count launches."""
 
 from abc import abstractmethod
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class EachDispatch(TorchDispatchMode):
-    """While it is entered, `run` stands for every operator; composites come as their parts."""
+class EachDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, calls `run` instead of every operator. Composite operators arrive as
+    their parts.
+    """
 
     @abstractmethod
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

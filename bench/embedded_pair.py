@@ -1,15 +1,15 @@
-"""The λ sweep of the embedded pair, by plain `transformers` on merged weights.
+"""The λ sweep of the embedded pair, with plain `transformers` on merged weights.
 
     python -m bench.embedded_pair [--pair DIR] [--questions 150] [--samples 8]
 
-Merges Θ(λ) = λ·Θ_Thinking + (1−λ)·Θ_Instruct in fp32 from the bf16 checkpoints, asks every
-question `samples` times, and prints a table: think rate (share of answers with `</think>`), mean
-generated tokens (the end of the turn counts), Mean@k, Pass@k (any of the k right) and the share of
-answers that stopped by themselves. Nothing of the server runs here, so the table is also what the
-server's own sweep has to agree with.
+Merges Θ(λ) = λ·Θ_Thinking + (1−λ)·Θ_Instruct in fp32 from the bf16 checkpoints, asks every question
+`samples` times, and prints a table: think rate (share of answers with `</think>`), mean generated
+tokens (including the end of the turn), Mean@k, Pass@k (any of the k is correct) and the share of
+answers that stopped by themselves. It uses nothing of the server, so the server's sweep must agree
+with this table.
 
-Sizes: batches of 150 rows with questions of similar length, because a batch runs as long as its
-longest answer; at most `longest` new tokens each. A λ takes up to a minute on one CPU thread.
+A batch runs as long as its longest answer, so questions of similar length share batches of 150
+rows. Answers have at most `longest` new tokens. A λ takes up to a minute on one CPU thread.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BATCH = 150
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer: its text, and how many tokens the model generated for it."""
+    """One sampled answer: its text, and the number of tokens that the model generated for it."""
 
     text: str
     tokens: int
@@ -57,7 +57,7 @@ class Row:
 
 
 def merged(instruct: Path, thinking: Path, weight: float) -> PreTrainedModel:
-    """Θ(λ) in fp32."""
+    """Returns a model with the weights Θ(λ) in fp32."""
     model = Qwen3ForCausalLM.from_pretrained(instruct, dtype=torch.float32)
     other = Qwen3ForCausalLM.from_pretrained(thinking, dtype=torch.float32).state_dict()
     blend = {
@@ -69,7 +69,7 @@ def merged(instruct: Path, thinking: Path, weight: float) -> PreTrainedModel:
 
 
 def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both [rows, longest]."""
+    """Returns token ids and attention mask, both [rows, longest]."""
     longest = max(map(len, rows))
     tokens = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -83,7 +83,7 @@ def ask(
     temperature: float,
     longest: int,
 ) -> list[Answer]:
-    """One answer to each prompt, in order; temperature 0 is greedy."""
+    """Returns one answer to each prompt, in order. Temperature 0 is greedy."""
     sampling: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -107,7 +107,7 @@ def _answer(tokenizer: Tokenizer, generated: list[int], eos: int) -> Answer:
 
 
 def measure(questions: list[Question], answers: list[Answer]) -> Row:
-    """Summarise answers that come question by question, equally many for each."""
+    """Summarizes answers, which are ordered by question, with the same number for each."""
     samples = len(answers) // len(questions)
     right = [
         is_correct(question, answer.text)

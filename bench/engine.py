@@ -1,22 +1,22 @@
-"""The engine's ways to Θ(λ), each against a checkpoint merged offline, on two pairs.
+"""The engine's ways to compute Θ(λ), compared with a checkpoint merged offline, on two pairs.
 
     python -m bench.engine [--pairs embedded,midsize] [--threads N] [--rounds N]
 
-Everything runs in turn in one process; medians over the rounds after a warm-up round. Prefill is
-from the submission of 32 prompts to the last one's first token, decode from there on; tokens a
-second of each. Rows:
+All rows run in turn in one process; results are medians over the rounds after a warm-up round.
+Prefill is the time from submitting 32 prompts to the last one's first token; decode is the time
+after that. Both are reported in tokens a second. Rows:
 
-    a   our engine on a checkpoint merged at λ = 0.5, without any blend module
-    b   one hot λ (0.5)
-    c   32 λ values, one a request
+    a   our engine on a checkpoint merged at λ = 0.5, without any pair module
+    b   one λ that is in use ("hot"): 0.5
+    c   32 λ values, one for each request
     d   8 λ values, four requests each
     e   λ = 0, and λ = 1
-    f   a λ never seen before, one request: time to first token, against a hot one
-    g   `transformers` on the merged checkpoint: continuous batching at its best page size
-        (started once), and `generate` on the 32 prompts as one batch
-    h   8 λ values, four requests each, as eight merged engines in turn
+    f   one request at a λ never used before: time to first token, compared with a hot λ
+    g   `transformers` on the merged checkpoint: continuous batching at its best page size (started
+        once), and `generate` on the 32 prompts as one batch
+    h   8 λ values, four requests each, in eight merged engines in turn
 
-The pairs: the embedded one in fp32, and a random one of Qwen3-0.6B's shapes in bf16.
+The pairs are the embedded one in fp32, and a random one of Qwen3-0.6B's shapes in bf16.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Speed:
 
     prefill: float
     decode: float
-    both: float  # new tokens over the whole time
+    both: float  # new tokens divided by the complete time
 
 
 def main() -> None:
@@ -106,17 +106,17 @@ def measure(
     rounds: int,
     seeds: Iterator[int],
 ) -> tuple[dict[str, list[Speed]], dict[str, list[float]]]:
-    """Every row in turn, `rounds` times, the warm-up round left out."""
+    """Runs every row in turn, `rounds` times after a warm-up round."""
     speeds: dict[str, list[Speed]] = {name: [] for name in rows}
     first: dict[str, list[float]] = {"f never-seen λ": [], "f hot λ": []}
     for index in range(rounds + 1):
         for name, row in rows.items():
-            value = row()
-            print(f"{pair.name} {index}/{rounds} {name:<34} prefill {value.prefill:>8,.0f}  "
-                  f"decode {value.decode:>8,.0f}  tokens/s", flush=True)  # fmt: skip
-            speeds[name] += [value] if index else []
+            speed = row()
+            print(f"{pair.name} {index}/{rounds} {name:<34} prefill {speed.prefill:>8,.0f}  "
+                  f"decode {speed.decode:>8,.0f}  tokens/s", flush=True)  # fmt: skip
+            speeds[name] += [speed] if index else []
         for number in range(5):
-            unseen = HOT + 1e-4 * (1 + 5 * index + number)  # off the grid of every other row
+            unseen = HOT + 1e-4 * (1 + 5 * index + number)  # not on the grid of any other row
             pairs = (("f never-seen λ", unseen), ("f hot λ", HOT))
             for name, value in pairs if number % 2 else pairs[::-1]:
                 seconds = first_token_seconds(engine, pair, value, next(seeds))
@@ -191,7 +191,7 @@ def first_token_seconds(engine: Engine, pair: Pair, value: float, seed: int) -> 
 
 
 def in_turn(static: StaticEngine, pair: Pair, seed: int) -> Speed:
-    """Eight engines with a λ each would run one after another: eight runs of one do the same."""
+    """Runs one engine eight times: eight engines with one λ each would run one after another."""
     parts = [
         speed(static, pair, [HOT] * (REQUESTS // len(EIGHT)), seed * 100 + index)
         for index in range(len(EIGHT))
@@ -210,7 +210,7 @@ def merged_model(pair: Pair, directory: Path) -> Any:
 
 
 class Peer:
-    """`transformers` on a plain model; its continuous batching kept running."""
+    """`transformers` on a plain model. Its continuous batching keeps running between rounds."""
 
     def __init__(self, pair: Pair, model: Any, page_sizes: tuple[int, ...] = PAGE_SIZES) -> None:
         self._pair, self._model = pair, model
@@ -221,7 +221,7 @@ class Peer:
         self._open(self.page_size)
 
     def batch(self, seed: int) -> Speed:
-        """Continuous batching; it does not tell prefill from decode."""
+        """Runs continuous batching, which does not separate prefill from decode."""
         work = prompts(self._pair, seed)
         started = time.perf_counter()
         self._manager.add_requests(work)

@@ -1,36 +1,37 @@
-"""The first fifteen minutes on a GPU: everything to be known of it, in order of value, in one call.
+"""First contact with a GPU: runs every check and measurement on it, the most valuable first.
 
     python -m bench.first_contact --out DIR                       9 minutes at most
     python -m bench.first_contact --out DIR --resume DIR/first_contact.json     what is left
     python -m bench.first_contact --smoke                         rehearsed on a CPU, tiny shapes
 
-Each step is a process group of its own with its own limit: one that fails, hangs or breaks its CUDA
-context costs no other. A step starts only if `least` seconds are left, and what it may take is cut
-to what is left. DIR gets two files, whole at any moment: `first_contact.json` with every row of
-every step, `first_contact.log` with all else that they said; the JSON of an earlier run is kept as
-`first_contact-1.json`, and so on. Last come the ratios that are aimed at, and one table.
+Each step is a separate process group with a time limit: a step that fails, hangs or breaks its CUDA
+context does not affect the others. A step starts only if at least `least` seconds are left, and its
+limit is cut to what is left. DIR gets two files, which are complete at any moment:
+`first_contact.json` with every row of every step, and `first_contact.log` with all other output.
+The JSON of an earlier run is kept as `first_contact-1.json`, and so on. At the end it prints the
+ratios that have targets, and one table.
 
-The exit code is 0 only if every step that was to run is ok. A row that tells of an error is a
-failure of its step, and an engine on a GPU without recorded decode steps, or without kernels, is
-such an error. A step that skipped rows for lack of time is `partial`; when resumed, it runs again
-after all others. A step that takes more memory than the card has was not to run.
+The exit code is 0 only if every step that should run is ok. A row that reports an error makes its
+step fail; so does an engine that runs on a GPU without recorded decode steps or without kernels. A
+step that skipped rows for lack of time is `partial`, and runs again after all others when the run
+is resumed. A step that needs more memory than the card has is left out.
 
-It needs Python's standard library alone, so that a torch that does not import is told like any
-other failure. What the GPU machine lacks comes from `.wheels/`, where that folder is there:
+This module uses only the standard library, so that a torch that does not import is reported like
+any other failure. Files that the GPU machine lacks come from `.wheels/`, if that folder exists:
 packages as wheels (`make gpu-wheels`), which are unpacked for the steps and not installed, and
 compiled kernels (`make gpu-kernels`).
 
-What cannot be rehearsed without a GPU, and runs for the first time where there is one:
+The following cannot be rehearsed without a GPU, and runs there for the first time:
 
-- a launch of compiled Triton code: here kernels are interpreted, and `bench.kernel_code` compiles
-  them for sm_90 without running them; a read out of bounds shows on a GPU only;
+- launches of compiled Triton code: on a CPU kernels are interpreted, and `bench.kernel_code`
+  compiles them for sm_90 without running them; a read out of bounds shows only on a GPU;
 - kernels in bf16 and fp16 with the arithmetic of the matrix units (interpreted: in fp32);
-- recording and replaying CUDA graphs, and compiling what is recorded by inductor for CUDA;
-- copies from pinned memory, streams and events, and what overlaps: on a CPU the device is the host;
-- the choice of attention backend and of pair kernels by time, sizing by the memory that is free,
-  and running out of it;
+- recording and replaying CUDA graphs, and compiling what is recorded with inductor for CUDA;
+- copies from pinned memory, streams, events and their overlap: on a CPU the device is the host;
+- choosing the attention backend and the pair kernels by time, sizing by free memory, and running
+  out of memory;
 - the shapes of real models: 4B and 30B-A3B pairs, contexts of 8k, batches of 128;
-- the GPU machine's own packages where `bench/gpu_machine.txt` has no version, its numpy, with which
+- the GPU machine's packages for which `bench/gpu_machine.txt` has no version, its numpy, with which
   Triton 3.6 does not interpret, and its C compiler;
 - `nvidia-smi`, the profiler's view of the device, and `ncu`.
 """
@@ -61,21 +62,21 @@ ROOT: Final = Path(__file__).parents[1]
 NAME: Final = "first_contact"
 SECONDS: Final = 540
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-REHEARSING: Final = 3  # times as long a step may take, on a machine that does other work beside
-TIME, FOLDER = "{seconds}", "{folder}"  # in a command: what it may take, and where it may write
+REHEARSING: Final = 3  # factor on the time of a step, for a machine that does other work too
+TIME, FOLDER = "{seconds}", "{folder}"  # in a command: its time limit, and its output folder
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One process: `python -m …`, and what it is given."""
+    """One process, `python -m …`, with its arguments and limits."""
 
     letter: str
     name: str
     command: tuple[str, ...]
     limit: int  # seconds
-    least: int  # seconds with which it is still worth starting
-    memory: int = 0  # GiB that the card must have
-    margin: int = 10  # seconds that it is ended later than it is told to be done
+    least: int  # seconds left that make a start worthwhile
+    memory: int = 0  # GiB of memory that the card must have
+    margin: int = 10  # seconds between the deadline it gets and its end by force
     smoke: tuple[str, ...] = ("--smoke",)  # what a rehearsal adds
 
 
@@ -89,7 +90,7 @@ STEPS: Final = (
     Step("b", "kernels", ("bench.contact_tests", "kernels"), 75, 20),
     Step("c", "engine", ("bench.contact_tests", "engine"), 90, 30),
     Step("d", "pair", gpu("--only", "card,static,pair"), 150, 60),
-    Step("e", "http", SERVED, 150, 80, margin=95),  # its seconds are those after its start
+    Step("e", "http", SERVED, 150, 80, margin=95),  # limit in seconds, counted from its start
     Step("f", "deltas", gpu("--only", "int8,int4"), 80, 40),
     Step("g", "batching", gpu("--only", "batching"), 60, 30),
     Step("h", "experts", gpu("--only", "card,static,pair", model="30b-a3b"), 150, 80, memory=130),
@@ -135,10 +136,13 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=SECONDS, help=f"for all steps together ({SECONDS})"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="an earlier JSON: what was ok there is not run"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="JSON of an earlier run: steps that were ok there do not run",
     )
-    parser.add_argument("--only", metavar="STEPS", help="letters or names, with commas between")
-    parser.add_argument("--list", action="store_true", help="name the steps, and end")
+    parser.add_argument("--only", metavar="STEPS", help="letters or names, separated by commas")
+    parser.add_argument("--list", action="store_true", help="list the steps, and exit")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     return parser
 
@@ -150,10 +154,10 @@ def _wanted(
         return steps
     known = [name for step in steps for name in (step.letter, step.name)]
     try:
-        asked = set(names(only, known))
+        wanted = set(names(only, known))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --only: {error}")
-    return [step for step in steps if {step.letter, step.name} & asked]
+    return [step for step in steps if {step.letter, step.name} & wanted]
 
 
 def _earlier(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, StepRecord]:
@@ -166,7 +170,7 @@ def _earlier(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, St
 
 
 def _keep_earlier(path: Path) -> None:
-    """Gives the file of an earlier run the next name that is free."""
+    """Renames the file of an earlier run to the next free name."""
     if path.exists():
         others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
         shutil.copy(path, next(other for other in others if not other.exists()))
@@ -174,10 +178,12 @@ def _keep_earlier(path: Path) -> None:
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """A process that is asked to end takes its step's group along, and prints its table."""
+    """When this process is asked to end, ends the running step's group too, and prints the
+    table.
+    """
 
     def end(number: int, frame: object) -> None:
-        for other in SIGNALS:  # a second one would cut off the ending
+        for other in SIGNALS:  # a second signal would interrupt the ending
             signal.signal(other, signal.SIG_IGN)
         sys.exit(128 + number)
 
@@ -190,7 +196,9 @@ def ended_in_order() -> Iterator[None]:
 
 
 def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
-    """What steps see: this checkout, what was carried for them, and no network."""
+    """Returns the environment of the steps: this checkout, the files that were copied, and no
+    network.
+    """
     site = folder / "site"
     print(f"{len(unpack_missing(WHEELS, site))} packages unpacked from {WHEELS}", flush=True)
     path = [str(ROOT), str(site)]
@@ -200,29 +208,30 @@ def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # as the server has it: threads that spin take cores
+        "OMP_WAIT_POLICY": "PASSIVE",  # as in the server: threads that spin occupy cores
         "TRITON_INTERPRET": "1" if smoke else "0",
     }
     if smoke:
-        # Threads that wait for each other lose their time to whatever else runs here.
+        # Threads that wait for each other lose time to anything else that runs here.
         changed |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **changed}
 
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """Steps one after another, until the time is over."""
+    """Runs steps one after another until the time is used up."""
 
     record: Record
     log: Path
     environment: Mapping[str, str]
     deadline: float
     smoke: bool
-    folder: Path  # of files that nobody keeps
+    folder: Path  # for files that nobody keeps
 
     def run_all(self, steps: Iterable[Step]) -> list[str]:
-        """Those that are partial come last: the others tell more. Returns the names of those that
-        were to run: all but those that this card cannot run."""
+        """Runs the steps, partial ones last, because the others give more information. Returns the
+        names of the steps that should run: all but those that this card cannot run.
+        """
         self.log.touch()
         to_run = []
         for step in sorted(steps, key=lambda step: self.record.status(step.name) == "partial"):
@@ -234,7 +243,7 @@ class Contact:
         return to_run
 
     def reason_against(self, step: Step) -> str | None:
-        """Why this card cannot run the step, if it is known that it cannot."""
+        """Returns why this card cannot run the step, if that is known in advance."""
         if self.smoke or not step.memory:
             return None
         has = card_memory()
@@ -243,7 +252,7 @@ class Contact:
         return f"takes {step.memory} GiB, the card has {has}"
 
     def run(self, step: Step) -> None:
-        """Unless it was ok already, or there is no time left for it."""
+        """Runs the step, unless it was ok already or no time is left for it."""
         if self.record.is_ok(step.name):
             return
         limit = step.limit * (REHEARSING if self.smoke else 1)
@@ -264,8 +273,8 @@ class Contact:
         finally:
             interrupted = Ended("failed", time.monotonic() - started, "interrupted")
             self.record.end(step.name, ended or interrupted)
-            kept = self.record.steps[step.name]
-            self._say(f"{step.letter} {step.name}: {kept['status']} {kept['seconds']} s")
+            earlier = self.record.steps[step.name]
+            self._say(f"{step.letter} {step.name}: {earlier['status']} {earlier['seconds']} s")
 
     def _command(self, step: Step, seconds: float) -> Iterator[str]:
         yield from (sys.executable, "-m")
@@ -280,11 +289,13 @@ class Contact:
 
 
 def card_memory() -> int | None:
-    """GiB of the first GPU; None where nvidia-smi does not say."""
+    """Returns the GiB of the first GPU, or None if nvidia-smi does not report it."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return round(int(told.split()[0]) / 1024)
+        output = subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        return round(int(output.split()[0]) / 1024)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

@@ -1,30 +1,30 @@
-"""The engine on a GPU against the card's own limits, on random pairs of real shapes.
+"""Measures the engine on a GPU against the card's own limits, on random pairs of real shapes.
 
     python -m bench.gpu [--model NAME] [--only static,pair,…] [--seconds 360] [--out DIR]
     python -m bench.gpu --compile --only card,static,pair      recorded steps compiled
-    python -m bench.gpu --smoke       every row on tiny shapes, on whatever device there is
+    python -m bench.gpu --smoke       every row on tiny shapes, on any device
 
-Rows: a decode step at 1, 32 and 128 sequences and contexts of 1k and 8k, prefill, 32 whole answers,
-and the first token of a λ never seen before. Subjects, in this order:
+Rows: a decode step at 1, 32 and 128 sequences and contexts of 1k and 8k, prefill, 32 complete
+answers, and the first token at a λ never used before. Subjects, in this order:
 
-    card       bandwidth and matrix rate, measured: what the others' bounds are taken from; without
-               it these are taken from what the maker says, and say so
+    card       bandwidth and matrix rate, measured; the bounds of the other subjects are computed
+               from them, or from the maker's figures if this was not measured (the rows say which)
     static     the engine on a merged model, without any pair module
     pair       both endpoints in bf16: λ all different, one hot λ, and each endpoint
-    int8, int4 the difference kept small: λ all different
+    int8, int4 rounded deltas: λ all different
     batching   continuous batching of `transformers`, one λ
     generate   its `generate` with static cache and compilation, one λ
 
-`--seconds` is one deadline for all of it: no subject and no start has a clock of its own. Rows come
-in order of importance (`bench/gpu_cases.py`), and the JSON is written after each. Subjects that
-share a process have it one after another; where it dies, the row in progress is an error and a new
-process has the rest. A row that fails says so and the next one runs; one without room or time says
-that it was skipped. An engine that runs without recorded steps or without kernels is an error,
-though its rows are measured. The exit code is 1 where there was any error, and where every row was
-skipped.
+`--seconds` is one deadline for everything; subjects and starts have no limits of their own. Rows
+come in order of importance (`bench/gpu_cases.py`), and the JSON is written after each. Subjects
+that share a process run one after another. If the process dies, the row in progress becomes an
+error and a new process runs the rest. A row that fails reports the error, and the next one runs; a
+row without room or time reports that it was skipped. An engine that runs without recorded steps or
+without kernels is an error, though its rows are measured. The exit code is 1 if there was any
+error, or if every row was skipped.
 
-On stdout each row is a line of JSON that begins with `{"subject"`, and a line to read. Bounds are
-told in `bench/gpu_bounds.py`, how rows are timed in `bench/gpu_rows.py`.
+Each row is printed as a line of JSON that begins with `{"subject"`, and as a line to read.
+`bench/gpu_bounds.py` explains the bounds, `bench/gpu_rows.py` how rows are timed.
 """
 
 import argparse
@@ -58,8 +58,8 @@ from bench.gpu_cases import (
 from bench.gpu_report import Report
 
 BUILD, RESULTS = Path("build/bench"), Path(__file__).parent / "results"
-GRACE: Final = 5  # seconds after the deadline that a row in progress may still take
-PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
+GRACE: Final = 5  # seconds that a row in progress may still take after the deadline
+PR_SET_PDEATHSIG: Final = 1  # option of Linux's prctl
 COMMAND: Final = (sys.executable, "-m", "bench.gpu_subjects")
 
 
@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         type=_subjects,
         default=list(SUBJECTS),
         metavar="SUBJECTS",
-        help="with commas between (all)",
+        help="separated by commas (all)",
     )
-    parser.add_argument("--seconds", type=float, default=360, help="for all of it (360)")
+    parser.add_argument("--seconds", type=float, default=360, help="for the complete run (360)")
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
@@ -95,16 +95,18 @@ def _subjects(text: str) -> list[str]:
     return names(text, SUBJECTS)
 
 
-def rows_of_all(asked: Sequence[str], run: Run, deadline: float) -> Iterator[Row]:
-    """One row for each job, group after group."""
+def rows_of_all(wanted: Sequence[str], run: Run, deadline: float) -> Iterator[Row]:
+    """Yields one row for each job, group after group."""
     for group in GROUPS:
-        subjects = [subject for subject in group if subject in asked]
+        subjects = [subject for subject in group if subject in wanted]
         if subjects:
             yield from rows_of_group(jobs_of(subjects, run.scale), run, deadline)
 
 
 def rows_of_group(jobs: list[Job], run: Run, deadline: float) -> Iterator[Row]:
-    """One row for each job; where a process ends early, another one has what it left."""
+    """Yields one row for each job. If a process ends early, another one does the jobs that are
+    left.
+    """
     while jobs and time.monotonic() < deadline:
         child = Child(jobs, run, deadline)
         last = jobs[0]
@@ -126,12 +128,12 @@ def rows_of_group(jobs: list[Job], run: Run, deadline: float) -> Iterator[Row]:
 
 
 class Child:
-    """A process that does jobs; nothing may outlive the deadline by more than `GRACE`."""
+    """A process that does jobs. It does not outlive the deadline by more than `GRACE`."""
 
     def __init__(self, jobs: list[Job], run: Run, deadline: float) -> None:
-        told = json.dumps([(job.subject, asdict(job.case)) for job in jobs])
-        self._command = [*COMMAND, "--jobs", told, "--model", run.model]
-        self._command += ["--deadline", str(deadline)]  # the clock is the machine's
+        listed = json.dumps([(job.subject, asdict(job.case)) for job in jobs])
+        self._command = [*COMMAND, "--jobs", listed, "--model", run.model]
+        self._command += ["--deadline", str(deadline)]  # processes of a machine share the clock
         self._command += ["--smoke"] * run.smoke + ["--compile"] * run.compiled
         self._deadline = deadline
         self.code: int | None = None
@@ -142,7 +144,7 @@ class Child:
             self._command,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            errors="replace",  # of what others print
+            errors="replace",  # lines that others print
             env=offline,
             preexec_fn=_end_with_parent,
         ) as child:
@@ -151,18 +153,20 @@ class Child:
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
-                    if line.startswith('{"subject"') and line.endswith("}\n"):  # whole
+                    if line.startswith('{"subject"') and line.endswith("}\n"):  # complete
                         yield json.loads(line)
                     else:
                         print(line, end="", flush=True)
                 self.code = child.wait()
             finally:
                 clock.cancel()
-                child.kill()  # nothing, where it has ended
+                child.kill()  # no effect if it has ended
 
 
 def _end_with_parent() -> None:
-    """In a process that is about to become a child: nobody else would free the device."""
+    """Runs in a child process before it starts, and has it end with its parent: nothing else would
+    free the device.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

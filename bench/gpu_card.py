@@ -1,9 +1,9 @@
-"""What the card does at best, measured in the run whose rows are held against it.
+"""Measures what the card does at best, in the same run as the rows that are compared with it.
 
-Bandwidth is a copy's, bytes read and written; the rate is that of one large product. Numbers are
-random, as zeros run faster; copies go round among buffers that are larger than the cache. Each
-figure is the median of a few repeats after a warm-up that lets the card find its clocks, by a
-synchronized wall clock: a repeat takes milliseconds, the clock adds microseconds.
+Bandwidth is that of a copy, counting bytes read and written; the rate is that of one large product.
+The numbers are random, because zeros run faster. Copies rotate among buffers that are larger than
+the cache. Each figure is the median of a few repeats after a warm-up, in which the card reaches its
+clocks. Time is a synchronized wall clock: a repeat takes milliseconds, the clock adds microseconds.
 """
 
 import time
@@ -17,12 +17,12 @@ from bench.gpu_bounds import Card
 
 REPEATS = 9
 WARM_UP = 100
-PRODUCTS = 4  # in one repeat
+PRODUCTS = 4  # products in one repeat
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much is moved, in bytes, and how wide the multiplied matrices are."""
+    """How many bytes are moved, and how wide the multiplied matrices are."""
 
     bytes: int  # of each buffer
     buffers: int

@@ -1,10 +1,12 @@
-"""What the GPU bench measures, how large, and in which order. No torch, no numbers of a device.
+"""What the GPU bench measures, at which sizes, and in which order. No torch, and no figures of
+devices.
 
-A *subject* is one thing that is measured, a *case* one row of it, and a *job* a case of a subject.
-Subjects of one group share a process, one after another. The jobs of a group begin with the first
-row of each subject: a run that is cut short has all that is compared. The others follow, those of
-the last subject first, as it lies in memory already; a subject that comes back is started again and
-measures its first row again, and the two tell how much the card itself drifts.
+A *subject* is a thing that is measured, a *case* one row of it, and a *job* a case of a subject.
+Subjects of one group share a process and run one after another. The jobs of a group begin with the
+first row of each subject, so a run that is cut short can compare all of them. Then the other jobs
+follow, those of the last subject first, because it is in memory already. A subject that comes back
+is started again and measures its first row again; the two rows show how much the card itself
+drifts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,10 +29,10 @@ GROUPS: Final[tuple[tuple[Subject, ...], ...]] = (
 STORES: Final[tuple[Store, ...]] = get_args(Store)
 OUT_OF_TIME: Final = "out of time"
 NOT_STARTED: Final = "its subject did not start"
-DEVICE_LOST: Final = 75  # exit code of a process that can do no more, its last row printed
+DEVICE_LOST: Final = 75  # exit code of a process that lost its device, after its last row
 
 
-LONGEST_ERROR: Final = 500  # characters of an error that a row keeps
+LONGEST_ERROR: Final = 500  # characters of an error in a row
 
 
 class Skipped(Exception):
@@ -38,13 +40,13 @@ class Skipped(Exception):
 
 
 def message_of(error: Exception) -> str:
-    """As a row keeps it."""
+    """Returns the message of an error, as a row stores it."""
     return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one row measures; `tokens` of context or prompt, each sequence."""
+    """What one row measures. `tokens` is the length of each sequence's context or prompt."""
 
     what: What
     lambdas: Lambdas = "one"
@@ -61,32 +63,32 @@ class Job:
     case: Case = START
 
     def row(self, **values: Any) -> Row:
-        """The row with these values."""
+        """Returns the row with these values."""
         return {"subject": self.subject, **asdict(self.case), **values}
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large the rows are; of several the first is the most important."""
+    """How large the rows are. Where there are several sizes, the first is the most important."""
 
-    decodes: tuple[tuple[int, int], ...] = (  # sequences, tokens of context each
+    decodes: tuple[tuple[int, int], ...] = (  # sequences, and tokens of context of each
         (32, 1024),
         (1, 1024),
         (128, 1024),
         (32, 8192),
         (1, 8192),
     )
-    prefill: tuple[int, int] = (8, 2048)  # sequences, tokens each
-    prompts: tuple[int, ...] = (1024, 64)  # whose first token is waited for
+    prefill: tuple[int, int] = (8, 2048)  # sequences, and tokens of each
+    prompts: tuple[int, ...] = (1024, 64)  # tokens of the prompt whose first token is timed
     answers: tuple[int, int, int] = (32, 1024, 128)  # sequences, tokens of prompt and of answer
     warm: int = 12  # steps before the rounds of a decode row
     rounds: int = 5
-    steps: int = 32  # at most, of a round
-    seconds: float = 1.0  # that the rounds of a decode row may take together
+    steps: int = 32  # at most, in a round
+    seconds: float = 1.0  # seconds for all rounds of a decode row
 
     @property
     def batch(self) -> int:
-        """Most sequences of a decode row."""
+        """Largest number of sequences of a decode row."""
         return max(sequences for sequences, _ in self.decodes)
 
     @property
@@ -125,15 +127,17 @@ class Run:
 
 
 def off(engine: Mapping[str, Any], run: Run, device: str) -> Row:
-    """The error of an engine's row: what it runs without on a GPU, though a server's speed is made
-    of it. Empty where nothing is off, and on a CPU, which has none of it."""
+    """Returns the error of an engine's row if the engine lacks, on a GPU, something that a server's
+    speed depends on. Empty if it lacks nothing, and on a CPU, which has none of it.
+    """
     found = what_is_off(engine, run) if device == "cuda" else []
     return {"error": "; ".join(found)} if found else {}
 
 
 def what_is_off(engine: Mapping[str, Any], run: Run) -> list[str]:
-    """`engine` has the facts that an engine tells of its attention, its recorded decode steps and
-    its pair products, in words."""
+    """Returns what the engine lacks. `engine` is what it reports of its attention, its recorded
+    decode steps and its pair products.
+    """
     attention, graphs, kernels = (
         str(engine[fact]) for fact in ("attention", "graphs", "pair_kernels")
     )
@@ -151,7 +155,7 @@ def what_is_off(engine: Mapping[str, Any], run: Run) -> list[str]:
 
 
 def jobs_of(subjects: Sequence[Subject], scale: Scale) -> list[Job]:
-    """Of subjects that share a process."""
+    """Returns the jobs of subjects that share a process."""
     *others, last = subjects
     jobs = [job for subject in others for job in _jobs(subject, scale)[:2]]
     jobs += _jobs(last, scale)
@@ -166,7 +170,7 @@ def _jobs(subject: Subject, scale: Scale) -> list[Job]:
 
 
 def cases_of(subject: Subject, scale: Scale) -> list[Case]:
-    """In order of importance."""
+    """Returns the cases of a subject in order of importance."""
     sequences, prompt, _ = scale.answers
     decodes = [Case("decode", "one", *size) for size in scale.decodes]
     answers, prefill = (
@@ -199,7 +203,7 @@ def _pair_cases(scale: Scale, decodes: list[Case], answers: Case, prefill: Case)
 
 
 def _each(cases: Iterable[Case], kinds: list[Lambdas]) -> list[Case]:
-    """Each case with each kind of λ; one sequence has no different ones."""
+    """Returns each case with each kind of λ. A single sequence cannot have different ones."""
     return [
         Case(case.what, kind, case.sequences, case.tokens)
         for case in cases

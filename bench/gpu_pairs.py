@@ -1,6 +1,7 @@
-"""Random Qwen3 endpoints, made where they are to lie: no file, and no copy in another dtype.
+"""Makes random Qwen3 endpoints directly on a device: without files, and without a copy in another
+dtype.
 
-A model is constructed without memory, materialized on its device in its dtype, and every parameter
+A model is constructed without memory and materialized on its device in its dtype. Every parameter
 is drawn there, which takes a GPU a second. Thinking is Instruct plus noise of a tenth of its scale.
 """
 
@@ -11,15 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from bench.gpu_bounds import Shape, Store
-from mi_runtime.model.load import BlendedModel, pair_up
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import pair_up
 
-SCALE = 0.02  # of the weights
-DIFFERENCE = 0.1  # of the endpoints, as a share of that
+SCALE = 0.02  # standard deviation of the weights
+DIFFERENCE = 0.1  # difference of the endpoints, as a share of that
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where models lie, and in what numbers."""
+    """The device and dtype of models."""
 
     device: torch.device
     dtype: torch.dtype
@@ -63,7 +65,9 @@ def random_endpoint(shape: Shape, place: Place, seed: int = 0) -> PreTrainedMode
 
 @torch.no_grad()
 def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> PreTrainedModel:
-    """On `place`, which may be another device than that of `instruct`."""
+    """Makes the Thinking endpoint on `place`, which may be another device than that of
+    `instruct`.
+    """
     model = _empty(shape, place)
     generator = torch.Generator(instruct.device).manual_seed(1)
     own = dict(instruct.named_parameters())
@@ -74,8 +78,9 @@ def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> Pr
 
 
 def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
-    """Both endpoints whole (`pair`), or the difference as int8 or int4: then both endpoints lie on
-    the device too, until they are paired."""
+    """Makes a pair: both endpoints in full (`pair`), or the delta in int8 or int4. In that case,
+    too, both endpoints are on the device until they are paired.
+    """
     instruct = random_endpoint(shape, place)
     thinking = random_thinking(shape, instruct, place)
     if store in ("int8", "int4"):
@@ -84,7 +89,9 @@ def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
 
 
 def _empty(shape: Shape, place: Place) -> PreTrainedModel:
-    """Parameters of any content; what a model computes from its config is as it must be."""
+    """Makes a model whose parameters have any content; what it computes from its config is
+    correct.
+    """
     config = config_of(shape, place.positions)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=place.dtype)

@@ -1,10 +1,9 @@
-"""What `transformers` itself does on the same card with the same random model, at one λ.
+"""What `transformers` does on the same card with the same random model, at one λ.
 
-Continuous batching at its own page size, its cache sized for the workload, with as many tokens a
-step as ours, and what it chooses itself for the attention that it finds: `flash_attn` where that is
-installed, and else torch's, for which it records no CUDA graphs and runs a step after the other.
-And `generate` with a static cache and the compilation that this brings on a GPU, which takes it
-minutes.
+Continuous batching runs with its default page size, a cache sized for the workload, and as many
+tokens a step as our engine. It chooses its attention itself: `flash_attn` if that is installed, and
+otherwise torch's, for which it records no CUDA graphs and runs its steps synchronously. `generate`
+runs with a static cache and with the compilation that it does on a GPU, which takes minutes.
 """
 
 import time
@@ -22,7 +21,7 @@ from bench.gpu_pairs import Place, random_endpoint
 from bench.gpu_rows import Measured, workload
 
 PAGE = 256  # tokens: its default, and what its decoding by flash attention needs
-LONG = 5.0  # seconds: a round of so many is measured once
+LONG = 5.0  # seconds: a round this long is measured once
 MERGED = way_of("static", one_lambda=True)
 
 
@@ -31,7 +30,7 @@ class Batching:
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()
-        # Torch 2.11 takes cuDNN first, which plans for each shape anew: each step has a new one.
+        # Torch 2.11 prefers cuDNN, which plans for each shape, and each step has a new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
         _, prompt, self._answer = scale.answers
         self._shape = shape
@@ -53,7 +52,7 @@ class Batching:
 
 
 class Generate:
-    """One batch of equal prompts; the prefill alone is timed too, and taken off."""
+    """One batch of equal prompts. The prefill is timed separately, and subtracted."""
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()
@@ -65,11 +64,12 @@ class Generate:
         started = time.perf_counter()
         self._seconds(case, self._answer)
         compiling = time.perf_counter() - started
-        whole = [self._seconds(case, self._answer) for _ in range(3)]
-        prefill = median(self._seconds(case, 1) for _ in range(3))  # last: its cache is another
+        complete = [self._seconds(case, self._answer) for _ in range(3)]
+        # Last, because it uses another cache.
+        prefill = median(self._seconds(case, 1) for _ in range(3))
         work = decode_work(self._shape, MERGED, case.sequences, case.tokens + self._answer / 2)
         return Measured(
-            tuple((one - prefill) / (self._answer - 1) for one in whole),
+            tuple((one - prefill) / (self._answer - 1) for one in complete),
             case.sequences,
             work,
             {"first_run_seconds": compiling, "prefill_seconds": prefill},

@@ -1,6 +1,7 @@
-"""What the GPU bench keeps: a JSON that is whole after every row, and the ratios that are aimed at.
+"""The results of the GPU bench: a JSON file that is complete after every row, and ratios with
+targets.
 
-No torch: `ratios` also takes the rows of several runs together.
+No torch. `ratios` also accepts the rows of several runs together.
 """
 
 import json
@@ -23,7 +24,7 @@ SPOKEN: Final[dict[Lambdas, str]] = {
 
 
 class Report:
-    """The rows of one run, as they come; those after the card's are held against its bounds."""
+    """The rows of one run as they arrive. Rows after the card's are compared with its bounds."""
 
     def __init__(self, run: Run, subjects: Sequence[str], folder: Path) -> None:
         self._run = run
@@ -35,13 +36,13 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Also where all rows were skipped: nothing is known then."""
+        """Whether there was an error, or all rows were skipped: then nothing is known."""
         return any("error" in row for row in self.rows) or all(
             "skipped" in row for row in self.rows
         )
 
     def add(self, row: Row) -> None:
-        """Keeps it and prints it, as JSON and to read."""
+        """Stores a row and prints it, as JSON and as a line to read."""
         if "card" in row:
             self._card = Card(**row["card"])
         elif "machine" in row and self._card is None:
@@ -54,8 +55,8 @@ class Report:
 
     def finish(self, seconds: float) -> None:
         found = ratios(self.rows, self._run.smoke)
-        told = {ratio.name: {**asdict(ratio), "met": ratio.met} for ratio in found}
-        self._write({"ratios": told, "seconds": seconds})
+        listed = {ratio.name: {**asdict(ratio), "met": ratio.met} for ratio in found}
+        self._write({"ratios": listed, "seconds": seconds})
         for ratio in found:
             print(ratio)
         print(f"{seconds:.0f} s; {self._path}")
@@ -74,7 +75,7 @@ class Report:
         }
 
     def _write(self, ended: Row) -> None:
-        """Whole or not at all: a run may be ended at any moment."""
+        """Replaces the file in one operation, because a run may be ended at any moment."""
         unfinished = self._path.with_suffix(".part")
         record = {"bench": self._path.stem, "rows": self.rows, **ended}
         unfinished.write_text(json.dumps(record, ensure_ascii=False) + "\n")
@@ -108,7 +109,7 @@ def line_of(row: Row) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A figure and what it shall be: at least, or at most, so much."""
+    """A figure and its target, which is a minimum or a maximum."""
 
     name: str
     value: float
@@ -161,15 +162,16 @@ FIRST_TOKEN: Final[Key] = ("pair", "first token", "never seen")
 
 
 def ratios(rows: Iterable[Row], smoke: bool = False) -> list[Ratio]:
-    """Those whose rows there are, of one run or of several together; apart for each model, and for
-    what ran compiled. Rates are in tokens a second, at the sizes that matter most."""
+    """Returns the ratios whose rows exist, of one run or of several together, separately for each
+    model and for compiled rows. Rates are tokens a second, at the most important sizes.
+    """
     measured = [row for row in rows if "seconds" in row and _is_main(row, Run("", smoke).scale)]
     found: list[Ratio] = []
     for kind in dict.fromkeys((row["model"], row["compiled"]) for row in measured):
         model, compiled = kind
         own = [row for row in measured if (row["model"], row["compiled"]) == kind]
         own += [
-            row for row in measured  # which ran as it does anyway
+            row for row in measured  # which was compiled in any case
             if compiled and row["model"] == model and row["subject"] == "batching"
         ]  # fmt: skip
         found += _ratios_of(own, f"{model}{' compiled' * compiled}: ")
@@ -207,7 +209,7 @@ def _is_main(row: Row, scale: Scale) -> bool:
 
 
 def _means(rows: list[Row], figure: str) -> dict[Key, float]:
-    """Of rows that were measured twice too."""
+    """Averages rows that were measured twice."""
     found: dict[Key, list[float]] = {}
     for row in rows:
         found.setdefault(_key(row), []).append(row[figure])

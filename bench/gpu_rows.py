@@ -1,16 +1,16 @@
-"""Rows of the GPU bench on one engine: decode, prefill, first tokens, and whole answers.
+"""The rows of the GPU bench on one engine: decode, prefill, first tokens, and complete answers.
 
-A decode row's contexts are not computed. The KV is filled with random numbers once, and the blocks
-of a prompt are put into the prefix cache under their keys, as if a request had left them there: the
-engine then finds all of the prompt but its last token, and decodes from the first step on. Every
-sequence has a salt, so that none shares its blocks. What attention reads is as large and as
-scattered as it would be, and prefilling a million tokens is left out.
+The contexts of decode rows are not computed. The KV is filled with random numbers once, and the
+blocks of a prompt are put into the prefix cache under their keys, as if a request had left them
+there. So the engine finds all of the prompt but its last token, and decodes from the first step on.
+Every sequence has a salt, so no two share blocks. What attention reads is as large and as scattered
+as it would be, without a prefill of a million tokens.
 
-The engine chooses its ways as a server's does (`blend_policy` auto); each row tells which it took.
-Timed is `Engine.step`, on the wall clock, from one return to a later one: with asynchronous
-scheduling a step returns when the one before it has been computed, so that between returns lie
-whole steps of the device, with the host's work beside them as in a server. A row is the median of
-its rounds, and warm-up is outside.
+The engine chooses its ways as a server's does (`blend_policy` auto), and each row names the ways it
+took. The timing is that of `Engine.step` on the wall clock, from one return to a later one. With
+asynchronous scheduling a step returns when the step before it is computed, so between two returns
+there are complete steps of the device, with the host's work at the same time, as in a server. A row
+is the median of its rounds, without the warm-up.
 """
 
 import itertools
@@ -41,17 +41,17 @@ from bench.static import static_model
 from bench.workload import Pair
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.model.load import BlendedModel
+from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.sequence import Sequence
 
 VALUES: Final[dict[Lambdas, float]] = {"one": HOT, "instruct": 0.0, "thinking": 1.0}
-MEMORY_OF_CPU: Final = 1e12  # bytes: never the bound
+MEMORY_OF_CPU: Final = 1e12  # bytes; more than any row needs
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`tokens` computed in each of `seconds`, one a round, for `work`."""
+    """`tokens` were computed in each of `seconds`, one for each round, for `work`."""
 
     seconds: tuple[float, ...]
     tokens: float
@@ -60,12 +60,12 @@ class Measured:
 
 
 class Rows:
-    """One engine's rows."""
+    """Measures the rows of one engine."""
 
     def __init__(
         self, shape: Shape, store: Store, place: Place, scale: Scale, compiled: bool = False
     ) -> None:
-        """Raises Skipped where the device has no room, and whatever pairing and starting raise."""
+        """Raises Skipped if the device has no room, and whatever pairing and starting raise."""
         started = time.perf_counter()
         self._shape, self._store, self._scale, self._device = shape, store, scale, place.device
         room = room_for(shape, store, scale, _free(place.device), place.dtype.itemsize)
@@ -80,7 +80,7 @@ class Rows:
         self._seeds = itertools.count()
 
     def facts(self) -> dict[str, Any]:
-        """Of the engine; memory in bytes."""
+        """Returns facts of the engine; memory is in bytes."""
         blocks = self.engine.info.num_blocks * self.engine.info.block_size
         on_gpu = self._device.type == "cuda"
         return {
@@ -93,7 +93,7 @@ class Rows:
         }
 
     def measure(self, case: Case) -> Measured:
-        """Raises Skipped, and whatever the engine raises."""
+        """Measures a case. Raises Skipped, and whatever the engine raises."""
         measures: dict[What, Callable[[Case], Measured]] = {
             "decode": self._decode,
             "prefill": self._prefill,
@@ -139,7 +139,7 @@ class Rows:
         return Measured(seconds, tokens, work)
 
     def _answers(self, case: Case) -> Measured:
-        """Prompts and answers; both the engine's rows and those of other servers have it."""
+        """Measures prompts with their answers: the row that other servers have too."""
         length = self._scale.answers[2]
         self._check_room(case.sequences * (case.tokens + length))
         pair, values = workload(case.tokens, length), self._values(case)
@@ -152,7 +152,7 @@ class Rows:
         )
 
     def _first_token(self, case: Case) -> Measured:
-        """Of a λ that nobody asked for before, in turn with a hot one's."""
+        """Measures the first token at a λ never used before, in turn with that at a hot λ."""
         pair = workload(case.tokens, 1)
         times: dict[str, list[float]] = {"never seen": [], "hot": []}
         for index in range(2 * self._scale.rounds + 1):
@@ -169,7 +169,7 @@ class Rows:
 
     @contextmanager
     def _running(self, case: Case) -> Iterator[list[EngineRequest]]:
-        """Sequences of the case with their contexts, until it is left."""
+        """Runs the sequences of the case with their contexts until the block is left."""
         seed = next(self._seeds)
         prompt = tuple(16 + index * 7919 % 256 for index in range(case.tokens + 1))
         sampling = SamplingParams(temperature=0.0)
@@ -208,7 +208,7 @@ class Rows:
         return (time.perf_counter() - started) / steps
 
     def _drain(self) -> None:
-        """Ends what runs. A step may be left in flight, whose results the next one drops."""
+        """Ends what is running. A step may stay in flight; the next step drops its results."""
         for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
             self.engine.abort(sequence.request_id)
 
@@ -237,7 +237,7 @@ class Rows:
         }
 
     def _ways_since(self, before: dict[str, int]) -> dict[str, int]:
-        """How many groups went which way; ways that none went are left out."""
+        """Returns how many groups went each way since then, without the ways that no group went."""
         ways = {way: count - before[way] for way, count in self._ways().items()}
         return {way: count for way, count in ways.items() if count}
 
@@ -246,7 +246,9 @@ class Rows:
         return self._model.groups.cache.places
 
     def _check_places(self, case: Case) -> None:
-        """A λ that is new may push out the hot one where there is room for one alone."""
+        """Raises Skipped if the cache has too few places: a new λ would replace the hot one if
+        there is one.
+        """
         needed = {"one": 1, "never seen": PLACES}.get(case.lambdas, 0)
         if self._store != "static" and self._places < needed:
             raise Skipped(f"blended weights of {needed} λ do not fit: {self._places} do")
@@ -286,7 +288,9 @@ def _free(device: torch.device) -> float:
 
 
 def _config(store: Store, scale: Scale, room: Room, positions: int, compiled: bool) -> EngineConfig:
-    """A server's defaults, but for the room that the rows need."""
+    """Returns a server's default configuration, except for the memory, which is what the rows
+    need.
+    """
     settings: dict[str, Any] = {
         "block_size": BLOCK,
         "num_blocks": room.tokens // BLOCK,

@@ -1,28 +1,28 @@
-"""The whole server over HTTP on a random pair of real shapes, against the engine alone.
+"""Measures the complete server over HTTP on a random pair of real shapes, against the engine alone.
 
     python -m bench.gpu_served [--model NAME] [--seconds 90] [--compile] [--out DIR]
-    python -m bench.gpu_served --smoke      tiny shapes, in fp32 where there is no GPU
+    python -m bench.gpu_served --smoke      tiny shapes, in fp32 if there is no GPU
 
-In this order, and told as a line of JSON each when it is known:
+Prints a line of JSON for each of these, in this order:
 
-    start           the pair made and written as checkpoints (into memory, where it has room), and
-                    `mi-server serve` on them, a process of its own, up to its `/ready`
+    start           makes the pair and writes it as checkpoints (into memory, if they fit), and
+                    starts `mi-server serve` on them as a process, up to its `/ready`
     HTTP            64 greedy streams of exactly 256 tokens, read by this process: at 64 different
-                    λ, and at one; with seconds to the first token and between tokens, the rate once
-                    all streams run, and how many cores each process took
-    start, engine   an engine in this process with the same settings, on the pair in its memory
-    … in turn       rounds of both, HTTP and the engine alone, at the same token ids, whose ratio is
-                    aimed at; and how many answers are the same, to the last token
+                    λ, and at one; with the seconds to the first token and between tokens, the rate
+                    once all streams run, and the cores that each process used
+    start, engine   starts an engine in this process with the same settings, on the pair in memory
+    … in turn       rounds of both, HTTP and the engine alone, at the same token ids; their ratio
+                    has a target; and how many answers are equal to the last token
 
-Both are resident at once, with as much KV and blended weights as they need and no more. `--seconds`
-bounds the rounds; starting takes what it takes, and of each kind two rounds are run whatever is
-left: a warm-up, which is not counted, and one. Steps are recorded as they run; `--compile` compiles
-them, which makes both starts longer. A pair whose files have no room anywhere is skipped;
+Server and engine are in memory at once, each with the KV and blended weights that it needs and no
+more. `--seconds` limits the rounds. Starting is not limited, and each kind runs at least two
+rounds: a warm-up, which is not counted, and one more. Steps are recorded as they run; `--compile`
+compiles them, which makes both starts longer. A pair whose files do not fit anywhere is skipped;
 `--layers` cuts it.
 
-The exit code is 1 where anything failed or the pair was skipped, and where on a GPU an engine, the
-server's or the one here, runs without recorded steps or without kernels: it is measured all the
-same.
+The exit code is 1 if anything failed or the pair was skipped. It is also 1 if, on a GPU, the
+server's engine or the one here runs without recorded steps or without kernels; it is measured all
+the same.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from bench.gpu_cases import Row, Run, message_of, off
 from bench.gpu_pairs import Place
 from bench.gpu_report import Report
 from bench.report import RESULTS
-from bench.served import Asked, Server, Streamed, workload
+from bench.served import Server, Streamed, StreamRequest, workload
 from bench.served_pair import (
     WrittenPair,
     bytes_of_pair,
@@ -65,12 +65,12 @@ from mi_runtime.request import EngineInfo
 from mi_runtime.worker import default_threads
 from server.config import load_settings
 
-NAME: Final = "random"  # of the model on the wire
-ROUNDS: Final = 5  # of both in turn, at most
-FIRST_ROUNDS: Final = 2  # of HTTP by itself
-LONGEST_ROUND: Final = 120.0  # seconds: streams that take longer hang
-START_LIMIT: Final = 600.0  # seconds, compiled steps included
-BLEND_ROOM: Final = 1.5  # models: room for one, and for its recordings
+NAME: Final = "random"  # name of the model in requests
+ROUNDS: Final = 5  # rounds of both in turn, at most
+FIRST_ROUNDS: Final = 2  # rounds of HTTP alone
+LONGEST_ROUND: Final = 120.0  # seconds after which streams count as hung
+START_LIMIT: Final = 600.0  # seconds, including compiled steps
+BLEND_ROOM: Final = 1.5  # copies of the model: room for one λ and its recordings
 
 Lambdas = Literal["different", "one"]
 KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
@@ -78,10 +78,10 @@ KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """How much is asked of both in a round."""
+    """The size of one round, which is the same for both."""
 
     count: int = 64
-    new_tokens: int = 256  # some seconds: reading 64 requests is a part that no answer has again
+    new_tokens: int = 256  # several seconds, so that the reading of 64 requests is a small part
     context: int = 384  # tokens of a prompt and its answer, at most
     rounds: int = ROUNDS
 
@@ -111,7 +111,7 @@ class ServedRun(Run):
         return Place(device, dtype, positions=self.streams.context)
 
     def flags(self, pair: WrittenPair) -> list[str]:
-        """Of `mi-server serve`: no more memory than the streams need."""
+        """Returns flags of `mi-server serve` that give it no more memory than the streams need."""
         streams, (instruct, thinking) = self.streams, pair.directories
         settings = {
             "instruct": instruct,
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SHAPES, default="4b", help="its shapes (4b)")
-    parser.add_argument("--layers", type=at_least(1), help="of the model, as many (all)")
+    parser.add_argument("--layers", type=at_least(1), help="number of layers of the model (all)")
     parser.add_argument("--seconds", type=float, default=90, help="for the rounds (90)")
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def rows_of(run: ServedRun, seconds: float) -> Iterator[Row]:
-    """What fails is a row that says so, and the last one."""
+    """Yields the rows. A failure becomes a row that reports it, and is the last one."""
     try:
         size = bytes_of_pair(run.shape, run.place.dtype)
         folder = folder_with_room(size)
@@ -186,7 +186,7 @@ def measured_rows(run: ServedRun, pair: WrittenPair, seconds: float) -> Iterator
             yield rounds.over_http(kind)
         started = time.perf_counter()
         alone = engine_alone(run, pair, flags)
-        engine = said_by(alone.info)
+        engine = engine_facts(alone.info)
         facts = {"seconds": time.perf_counter() - started, "engine": engine}
         yield row("start, engine alone", facts=facts, **off(engine, run, run.place.device.type))
         yield from rounds.in_turn("different", alone, share=1 / 2)
@@ -194,7 +194,7 @@ def measured_rows(run: ServedRun, pair: WrittenPair, seconds: float) -> Iterator
 
 
 def started_row(run: ServedRun, pair: WrittenPair, server: Server, device_bytes: int) -> Row:
-    engine = engine_said(server.ready_line)
+    engine = engine_facts_of(server.ready_line)
     facts = {
         "folder": str(Path(pair.directories[0]).parent),
         "bytes": pair.bytes,
@@ -209,7 +209,7 @@ def started_row(run: ServedRun, pair: WrittenPair, server: Server, device_bytes:
 
 
 def row(what: str, run: ServedRun | None = None, kind: Lambdas = "one", **values: Any) -> Row:
-    """As the report takes it; one that was measured has the sizes of `run`."""
+    """Returns a row as the report takes it. A measured row has the sizes of `run`."""
     sizes = {"sequences": 0, "tokens": 0}
     if run is not None:
         sizes = {"sequences": run.streams.count, "tokens": run.streams.new_tokens}
@@ -220,27 +220,27 @@ def row(what: str, run: ServedRun | None = None, kind: Lambdas = "one", **values
 
 
 def engine_alone(run: ServedRun, pair: WrittenPair, flags: list[str]) -> EngineAlone:
-    """Set as the server's is, by the same flags. Takes the pair's models."""
+    """Makes an engine with the same flags as the server's. It takes over the pair's models."""
     instruct, thinking = pair.directories
     config = load_settings(flags).engine_config(instruct=instruct, thinking=thinking)
     model = pair_up(pair.instruct, pair.thinking, NAME)
     return EngineAlone(Engine(config, model), *pair.directories)
 
 
-def engine_said(ready_line: str) -> dict[str, str]:
-    """What the server's line of its start tells of the engine's choices."""
+def engine_facts_of(ready_line: str) -> dict[str, str]:
+    """Returns what the server's start message reports of the engine's choices."""
     patterns = {"attention": "attention", "pair_kernels": "pair kernels", "graphs": "decode steps:"}
     found = {name: re.search(rf"; {word} (.*?); ", ready_line) for name, word in patterns.items()}
     return {name: match[1] if match else "none" for name, match in found.items()}
 
 
-def said_by(info: EngineInfo) -> dict[str, str]:
+def engine_facts(info: EngineInfo) -> dict[str, str]:
     kernels = info.pair_kernels or "none"
     return {"attention": info.attention, "pair_kernels": kernels, "graphs": info.graphs}
 
 
 def free_memory(run: ServedRun) -> int:
-    """Bytes that are free on the GPU; 0 where there is none."""
+    """Returns the free bytes of the GPU, or 0 without one."""
     device = run.place.device
     synchronize(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -250,14 +250,14 @@ def free_memory(run: ServedRun) -> int:
 
 
 class Rounds:
-    """Every round asks what none before it did."""
+    """Runs the rounds; no two of them have the same requests."""
 
     def __init__(self, run: ServedRun, server: Server, seconds: float) -> None:
         self._run, self._server, self._left = run, server, seconds
         self._seeds = itertools.count()
 
     def over_http(self, kind: Lambdas) -> Row:
-        """A row with few rounds, so that it is early."""
+        """Measures HTTP alone with few rounds, so that there is a row early."""
         executions, cpu = self._server.ways(), self._cpu_seconds()
         ways = {"HTTP": self._streamed}
         served = self._measured(kind, ways, FIRST_ROUNDS, self._left)["HTTP"]
@@ -270,36 +270,37 @@ class Rounds:
         return self._row("HTTP", kind, served, **facts)
 
     def in_turn(self, kind: Lambdas, alone: EngineAlone, share: float) -> Iterator[Row]:
-        """Rows of both, in a share of the time that is left."""
+        """Measures rows of both, in a share of the time that is left."""
         ways = {"HTTP": self._streamed, "engine alone": alone.answer}
         most, seconds = self._run.streams.rounds, self._left * share
         served, by_itself = self._measured(kind, ways, most, seconds).values()
-        said = [
+        equal = [
             one == other
             for over_http, directly in zip(served, by_itself, strict=True)
             for one, other in zip(over_http.texts, directly.texts, strict=True)
         ]
-        facts = {"answers": len(said), "same_answers": sum(said), **rate_of(served)}
+        facts = {"answers": len(equal), "same_answers": sum(equal), **rate_of(served)}
         yield self._row("HTTP in turn", kind, served, **facts)
         yield self._row("engine in turn", kind, by_itself)
 
     def _measured(
         self,
         kind: Lambdas,
-        ways: Mapping[str, Callable[[list[Asked]], Answered]],
+        ways: Mapping[str, Callable[[list[StreamRequest]], Answered]],
         most: int,
         seconds: float,
     ) -> dict[str, list[Answered]]:
-        """Rounds in which all ways are asked the same, one after the other. After a warm-up as many
-        as there is time for, and at least one."""
+        """Runs rounds in which all ways get the same requests, one after the other: after a
+        warm-up, as many as there is time for, and at least one.
+        """
         began = time.monotonic()
         measured: dict[str, list[Answered]] = {name: [] for name in ways}
         for index in range(most + 1):
             if index > 1 and time.monotonic() - began > seconds:
                 break
-            asked = self._asked(kind)
+            requests = self._requests(kind)
             for name, answer in ways.items():
-                answered = answer(asked)
+                answered = answer(requests)
                 measured[name] += [answered] if index else []
                 rate = self._tokens / answered.seconds
                 print(f"round {index}  {kind} λ  {name:<13} {rate:>9,.1f} tokens/s", flush=True)
@@ -307,11 +308,11 @@ class Rounds:
         return measured
 
     def _cpu_seconds(self) -> dict[str, float]:
-        """Of each process, and of the clock."""
+        """Returns the CPU seconds of each process, and those of the clock."""
         own = {"client": time.process_time(), "wall": time.monotonic()}
         return self._server.cpu_seconds() | own
 
-    def _asked(self, kind: Lambdas) -> list[Asked]:
+    def _requests(self, kind: Lambdas) -> list[StreamRequest]:
         return workload(
             next(self._seeds),
             lambdas=self._run.lambdas(kind),
@@ -319,8 +320,8 @@ class Rounds:
             new_tokens=self._run.streams.new_tokens,
         )
 
-    def _streamed(self, asked: list[Asked]) -> Answered:
-        return over_http(self._server, asked, limit=LONGEST_ROUND)
+    def _streamed(self, requests: list[StreamRequest]) -> Answered:
+        return over_http(self._server, requests, limit=LONGEST_ROUND)
 
     def _row(self, what: str, kind: Lambdas, rounds: list[Answered], **facts: Any) -> Row:
         seconds = [answered.seconds for answered in rounds]
@@ -338,13 +339,14 @@ class Rounds:
 
     @property
     def _tokens(self) -> int:
-        """Of a round."""
+        """Tokens of a round."""
         return self._run.streams.count * self._run.streams.new_tokens
 
 
 def latencies(streams: list[Streamed]) -> dict[str, Any]:
-    """Seconds at this client: to the first token, and between two; and how many tokens were one
-    event each, as all should be."""
+    """Returns the seconds that this client saw to the first token and between two tokens, and the
+    number of tokens that came as one event each, as all should.
+    """
     moments = [stream.moments for stream in streams]
     first = [one[0] - stream.sent for one, stream in zip(moments, streams, strict=True)]
     between = [later - at for one in moments for at, later in itertools.pairwise(one)]
@@ -352,7 +354,7 @@ def latencies(streams: list[Streamed]) -> dict[str, Any]:
         "first_token": middle_and_tail(first),
         "between_tokens": middle_and_tail(between),
         "events": sum(map(len, moments)),
-        "tokens": sum(stream.asked.new_tokens for stream in streams),
+        "tokens": sum(stream.request.new_tokens for stream in streams),
     }
 
 
@@ -361,8 +363,9 @@ def rate_of(served: list[Answered]) -> dict[str, float]:
 
 
 def steady(streams: Sequence[Streamed]) -> float:
-    """Tokens a second from when all streams have their first token until one has its last: what is
-    left out is reading so many requests at once."""
+    """Returns the tokens a second between the first token of the last stream to start and the last
+    token of the first stream to end. This leaves out the reading of so many requests at once.
+    """
     moments = [stream.moments for stream in streams]
     start, end = max(one[0] for one in moments), min(one[-1] for one in moments)
     read = sum(start < at <= end for one in moments for at in one)
@@ -375,7 +378,7 @@ def middle_and_tail(seconds: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    # Whoever ends this process has its files gone, and its server.
+    # Whatever ends this process also removes its files and ends its server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(default_threads())
     sys.exit(main())

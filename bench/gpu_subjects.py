@@ -1,9 +1,9 @@
-"""The process of the GPU bench that has the device: does jobs in order, and prints a row for each.
+"""The process of the GPU bench that uses the device: does jobs in order, and prints a row for each.
 
     python -m bench.gpu_subjects --jobs JSON --model NAME --deadline SECONDS [--smoke] [--compile]
 
-Every job has exactly one row, whatever becomes of it: what it measured, an error, or why it was
-skipped. So `bench/gpu.py`, which started it, knows from the rows that came which job it died of.
+Every job has exactly one row, whatever happens: what it measured, an error, or why it was skipped.
+So `bench/gpu.py`, which starts this process, knows from the rows in which job the process died.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from bench.gpu_peers import Batching, Generate
 from bench.gpu_room import growth
 from bench.gpu_rows import Measured, Rows
 from bench.report import machine
-from mi_runtime.kernels import is_lost
+from mi_runtime.kernels.triton_support import is_lost
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def main() -> int:
     run = Run(chosen.model, chosen.smoke, chosen.compile)
     for row in rows_of(jobs, run, chosen.deadline):
         print(json.dumps(row), flush=True)
-        if "error" in row and is_lost(run.place.device):
+        if "error" in row and is_lost(place_of(run).device):
             return DEVICE_LOST
     return 0
 
@@ -71,27 +71,27 @@ def rows_of(jobs: Iterable[Job], run: Run, deadline: float) -> Iterator[Row]:
 
 
 class Subjects:
-    """One subject at a time, which is gone before the next one begins."""
+    """Holds one subject at a time, which is freed before the next one begins."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._now: Rows | Batching | Generate | None = None
 
     def row(self, job: Job) -> Row:
-        """Of one job; whatever fails, the other rows are wanted."""
+        """Returns the row of one job. It never raises, because the other rows are wanted."""
         try:
             return job.row(**self._values(job))
         except Skipped as reason:
             return job.row(skipped=str(reason))
         except Exception as error:
             message = message_of(error)
-        give_memory_back()  # the error held the frames, and they tensors
+        give_memory_back()  # the error referenced frames, which referenced tensors
         return job.row(error=message)
 
     def end(self) -> None:
         self._now = None
         if dynamo := sys.modules.get("torch._dynamo"):
-            dynamo.reset()  # compiled code holds the model that it was compiled for
+            dynamo.reset()  # compiled code keeps the model it was compiled for in memory
         give_memory_back()
 
     def _values(self, job: Job) -> Row:

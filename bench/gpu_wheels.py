@@ -1,12 +1,12 @@
-"""Wheels of what the server needs and the GPU machine without network lacks.
+"""Downloads the wheels that the server needs and a GPU machine without network lacks.
 
     python -m bench.gpu_wheels              downloads them into .wheels: 7.4 MB, for CPython 3.12
-    python -m bench.gpu_wheels --machine    prints what is needed of what the GPU machine has
+    python -m bench.gpu_wheels --machine    prints the needed packages that the GPU machine has
 
-`bench/gpu_machine.txt` is what the GPU machine has: replace it by that machine's `pip freeze`. pip
-resolves all that the project depends on for its Python and system, held to the versions known to be
-there, and only what is missing there is downloaded. Runs where there is a network, by the same
-Python (3.12): pip resolves for the one that it runs on.
+`bench/gpu_machine.txt` lists the packages of the GPU machine: replace it by that machine's `pip
+freeze`. pip resolves everything that the project depends on, constrained to the versions known to
+be on the machine; only missing packages are downloaded. Run it where there is a network, with the
+same Python version (3.12) on the same system, because pip resolves for the Python it runs on.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bench.contact_carried import WHEELS, normalized
 ROOT: Final = Path(__file__).parents[1]
 MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")
 PYTHON: Final = "3.12"
-PLATFORMS: Final = (  # by the glibc that a wheel needs; pip matches each exactly
+PLATFORMS: Final = (  # named after the glibc that a wheel needs; pip matches each exactly
     *(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)),
     "manylinux2014_x86_64",
     "manylinux2010_x86_64",
@@ -33,14 +33,16 @@ PLATFORMS: Final = (  # by the glibc that a wheel needs; pip matches each exactl
     "linux_x86_64",
 )
 TESTS: Final = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx")
-"""What first contact runs beside the server; a GPU machine must have it already."""
+"""Packages that first contact needs in addition to the server; a GPU machine must have them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machine", action="store_true", help="print, and download nothing")
+    parser.add_argument(
+        "--machine", action="store_true", help="print the list, and download nothing"
+    )
     chosen = parser.parse_args(arguments)
     if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
         parser.error(f"needs Python {PYTHON}, for which pip is to resolve")
@@ -52,25 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             missing = {name: needed[name] for name in needed if name not in present}
             download(missing, WHEELS)
-    except subprocess.CalledProcessError as error:  # pip has said why
+    except subprocess.CalledProcessError as error:  # pip has printed why
         return error.returncode
     return 0
 
 
 def machine_packages(text: str) -> dict[str, str | None]:
-    """Normalized names, and versions where they are known, as a package index has them."""
+    """Returns the machine's packages by normalized name, with their versions where a package index
+    has them.
+    """
     named = re.finditer(r"^(\w[\w.-]*)(?:==([\w.]+))?", text, re.MULTILINE)
     return {normalized(found[1]): found[2] for found in named}
 
 
 def requirements() -> Iterator[str]:
-    """Of the server, as `pyproject.toml` has them, and of first contact's tests."""
+    """Returns the requirements of the server, from `pyproject.toml`, and of first contact's
+    tests.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     yield from (*project["dependencies"], *TESTS)
 
 
 def resolved(present: dict[str, str | None]) -> dict[str, str]:
-    """Names and versions of all that is needed there, with those that are known to be there."""
+    """Returns names and versions of all packages that are needed there, including those it has."""
     with tempfile.TemporaryDirectory() as folder:
         report, pins = Path(folder, "report.json"), Path(folder, "pins.txt")
         known = (f"{name}=={version}\n" for name, version in present.items() if version)
@@ -83,7 +89,9 @@ def resolved(present: dict[str, str | None]) -> dict[str, str]:
 
 
 def download(wanted: dict[str, str], folder: Path) -> None:
-    """Puts exactly these into `folder`, in place of its wheels; not if any cannot be had."""
+    """Downloads exactly these wheels into `folder`, replacing its wheels. Changes nothing if one is
+    missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         pins = [f"{name}=={version}" for name, version in wanted.items()]

@@ -1,10 +1,10 @@
-"""What a grammar costs: masks of a step, compiling, and reading the vocabulary.
+"""What a grammar costs: the masks of a step, compilation, and reading the vocabulary.
 
     python -m bench.grammar [--answers 8]
 
-On the embedded pair's tokenizer and on a made-up one of 151,936 tokens (byte level, random words).
-Answers are drawn uniformly from what the grammar allows, so that masks are asked for at every kind
-of place. Microseconds; `mask` is one row's mask at one step, `apply` the changing of that row's
+Uses the embedded pair's tokenizer, and a made-up one of 151,936 tokens (byte level, random words).
+Answers are drawn uniformly from what the grammar allows, so that masks are computed at every kind
+of position. Microseconds: `mask` is one row's mask at one step, `apply` is changing that row's
 logits.
 """
 
@@ -72,7 +72,9 @@ def main() -> None:
 
 
 def made_up() -> Tokenizer:
-    """Bytes, random words of one to ten letters with or without a space, and the end."""
+    """Makes a tokenizer of bytes, random words of one to ten letters with or without a space, and
+    the end.
+    """
     generator = random.Random(0)
     symbols = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
     while len(symbols) < LARGE - 1:
@@ -87,6 +89,7 @@ def made_up() -> Tokenizer:
 
 def rows(name: str, tokenizer: Tokenizer, path: Path, answers: int) -> dict[str, list[float]]:
     end = tokenizer.token_to_id(END)
+    assert end is not None
     started = time.perf_counter()
     grammars = Grammars(GrammarVocabulary(str(path), (end,)))
     grammars.state("start: /a/", None).mask()
@@ -110,7 +113,7 @@ def rows(name: str, tokenizer: Tokenizer, path: Path, answers: int) -> dict[str,
 
 
 def drawn(state: GrammarState, end: int, generator: random.Random) -> Iterator[float]:
-    """Draws an answer and gives the time of each mask."""
+    """Draws an answer, and returns the time of each mask."""
     for _ in range(LONGEST):
         started = time.perf_counter()
         mask = state.mask()
@@ -127,14 +130,16 @@ def drawn(state: GrammarState, end: int, generator: random.Random) -> Iterator[f
 
 
 def applied(grammars: Grammars, source: str, vocabulary: int, rounds: int) -> list[float]:
-    """Of a row of a greedy step under the grammar, less that of a step without one."""
+    """Returns the time of a row of a greedy step with the grammar, minus that of a step without
+    one.
+    """
     times: dict[str | None, list[float]] = {source: [], None: []}
     for _ in range(rounds + 1):
         for grammar, measured in times.items():
             sequences = tuple(sequence(grammars, grammar) for _ in range(ROWS))
             for one in sequences:
                 if one.grammar is not None:
-                    one.grammar.mask()  # as the first one is dearer
+                    one.grammar.mask()  # the first one takes longer
             logits = torch.randn(ROWS, vocabulary)
             started = time.perf_counter()
             Sampler().sample(logits, sequences)

@@ -1,24 +1,24 @@
-"""What the host does in a decode step, and how much of it a device hides that works on its own.
+"""The host's work in a decode step, and how much of it a device that works in parallel hides.
 
     python -m bench.host [--rows 1,32,256] [--device-ms 5] [--context 1024] [--steps 100]
 
-The engine is the real one with asynchronous scheduling, over a model of 36 layers that computes
-nothing: a fake device has a queue, and a forward adds its milliseconds to the device's clock, from
-when all before it is done. Results are there when that clock has passed them; until then the
-thread spins, as it does on CUDA's events. Decode steps go by the recorded path, as on a GPU. The
-vocabulary is tiny, so that the tensor work of a draw, which a GPU does, is little beside what it
-takes to have it done. All clocks are the CPU time of the engine's thread: what else runs on the
-machine is not counted, though it slows the cores and their caches.
+The engine is the real one with asynchronous scheduling, on a model of 36 layers that computes
+nothing. A fake device has a queue: a forward adds its milliseconds to the device's clock, from when
+everything before it is done. Results are ready when that clock has passed them; until then the
+thread spins, as it does on CUDA's events. Decode steps use the recorded path, as on a GPU. The
+vocabulary is tiny, so that the tensor work of a draw, which a GPU would do, is small compared with
+the host's work of launching it. All times are CPU time of the engine's thread, so that other work
+on the machine is not counted, though it slows cores and caches.
 
 Milliseconds, medians over the steps of a run:
 
-    not hidden      a step's length without the device's own time
+    not hidden      the length of a step minus the device's own time
     device idle     between the end of what was queued and the next launch (mean)
-    host            what the engine's thread does in a step, waiting left out, and its parts
+    host            the work of the engine's thread in a step, without waiting, and its parts
 
-Each for greedy and sampled answers, at one hot λ and at a λ of its own for every row, and for rows
-that end one a step. `dispatches` counts what a step launches outside the forward, on a device whose
-tensors have no values.
+Each is measured for greedy and sampled answers, at one hot λ and at a different λ for every row,
+and with one answer ending in each step. `dispatches` counts what a step launches outside the
+forward, on a device whose tensors have no values.
 """
 
 import argparse
@@ -39,27 +39,28 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import mi_runtime.execution.in_flight_step
 import mi_runtime.execution.runner
 from bench.arguments import at_least, numbers
 from bench.dispatches import EachDispatch
 from bench.report import publish
-from mi_runtime.attention.paged import LayerShape
+from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.device.transfer import Readback
 from mi_runtime.engine import Engine
-from mi_runtime.execution.graphs import DecodeGraphs, Recorder, sizes_for
+from mi_runtime.execution.decode_graphs import DecodeGraphs, Recorder, sizes_for
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
 from mi_runtime.scheduling.planner import CostModel, Curve, Planner
 from mi_runtime.worker import receive
 
-LAYERS: Final = 36  # of a 4B model
+LAYERS: Final = 36  # layers of a 4B model
 VOCABULARY: Final = 8
 WARM_UP: Final = 20  # steps
-LAST: Final = 5  # steps at the end, in which rows end, that are not counted
-FLAT = (1, 256)  # rows: decoding costs what the weights' bytes cost
+LAST: Final = 5  # steps at the end, in which rows end; they are not counted
+FLAT = (1, 256)  # rows between which decoding costs what reading the weights does
 COSTS = CostModel(0.03, 0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, top_k=20, seed=1)
@@ -71,7 +72,7 @@ class Case:
     rows: int
     sampling: SamplingParams
     lambdas: int  # 1: a hot one
-    ending: bool = False  # a row ends in every step
+    ending: bool = False  # one row ends in every step
 
     @property
     def name(self) -> str:
@@ -85,8 +86,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=numbers, default=[1, 32, 256], metavar="ROWS",
-                        help="sequences that decode, with commas between (1,32,256)")  # fmt: skip
-    parser.add_argument("--device-ms", type=float, default=5.0, help="of a forward (5)")
+                        help="numbers of sequences, separated by commas (1,32,256)")  # fmt: skip
+    parser.add_argument("--device-ms", type=float, default=5.0, help="length of a forward (5)")
     parser.add_argument(
         "--context", type=at_least(1), default=1024, help="tokens of a prompt (1024)"
     )
@@ -96,8 +97,8 @@ def main() -> None:
     values: dict[str, list[float]] = {}
     for case in cases(arguments.rows):
         found = run(case, arguments.device_ms / 1e3, arguments.context, arguments.steps)
-        told = ", ".join(f"{part} {median(ms):.3f}" for part, ms in found.items())
-        print(f"{case.name}: {told}", flush=True)
+        parts = ", ".join(f"{part} {median(ms):.3f}" for part, ms in found.items())
+        print(f"{case.name}: {parts}", flush=True)
         values |= {f"{case.name}: {part}": ms for part, ms in found.items()}
     ends = ("not hidden", "host")
     publish(
@@ -118,20 +119,20 @@ def cases(rows: Sequence[int]) -> Iterator[Case]:
             yield Case(count, SAMPLED, count, ending=True)
 
 
-# --- The device that is none -------------------------------------------------------------------
+# --- The fake device ---------------------------------------------------------------------------
 
 
 class FakeDevice:
-    """A queue of work; what is launched begins when all before it is done."""
+    """A queue of work; what is launched begins when everything before it is done."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds  # of a forward
+        self._seconds = seconds  # length of a forward
         self._free_at = 0.0
         self.idle = 0.0  # seconds since start
         self.waited = 0.0
 
     def launch(self, seconds: float) -> float:
-        """When it will be done."""
+        """Returns the time at which the launched work will be done."""
         now = time.thread_time()
         self.idle += max(0.0, now - self._free_at)
         self._free_at = max(now, self._free_at) + seconds
@@ -147,7 +148,7 @@ class FakeDevice:
         self.waited += time.thread_time() - started
 
     def readback(self) -> type[Readback]:
-        """What stands in the place of results on their way to the host."""
+        """Replaces the readback of results, so that it waits for the fake device."""
         fake = self
 
         class Queued(Readback):
@@ -164,7 +165,7 @@ class FakeDevice:
 
 @dataclass(frozen=True, slots=True)
 class InstantModel(BlendedModel):
-    """One whose forward is the device's to wait for, and whose logits are always the same."""
+    """A model whose forward only occupies the fake device, and whose logits are always the same."""
 
     forward: Callable[[], None] = lambda: None
 
@@ -195,7 +196,9 @@ def instant_model(forward: Callable[[], None], device: torch.device) -> InstantM
 def engine_of(
     case: Case, context: int, forward: Callable[[], None], device: torch.device
 ) -> Engine:
-    """The engine with recorded decode steps, the planner told what a GPU's forwards cost."""
+    """Makes an engine with recorded decode steps, whose planner assumes the costs of a GPU's
+    forwards.
+    """
     blocks = (context + 1024) // 16
     config = EngineConfig(
         "",
@@ -221,7 +224,7 @@ def engine_of(
 
 
 def recorder(forward: Callable[[], None]) -> Recorder:
-    """What replays gives the logits that the recording left."""
+    """Makes recordings whose replay returns the logits of the recording."""
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         logits = run()
@@ -248,7 +251,7 @@ def submit(engine: Engine, case: Case, context: int, steps: int) -> None:
 
 
 def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds of every step, by part."""
+    """Returns the milliseconds of every step, by part."""
     device = FakeDevice(seconds)
     engine = engine_of(case, context, device.forward, torch.device("cpu"))
     submit(engine, case, context, steps)
@@ -277,7 +280,7 @@ def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[
 
 
 def _step(engine: Engine, pipe: "Connection[object, object]", clock: "Clock") -> None:
-    """As the worker does."""
+    """Runs one step as the worker does."""
     clock.begin()
     events = clock.timed("receive", receive)(pipe, engine)
     events += engine.step()
@@ -287,7 +290,7 @@ def _step(engine: Engine, pipe: "Connection[object, object]", clock: "Clock") ->
 
 @contextmanager
 def reader() -> Iterator["Connection[object, object]"]:
-    """A pipe to a process that reads all that comes."""
+    """Opens a pipe to a process that reads everything it gets."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         fd = theirs.fileno()
@@ -300,14 +303,16 @@ def reader() -> Iterator["Connection[object, object]"]:
 
 @contextmanager
 def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None]:
-    """Times the parts of every step; results are there when the device's clock says so."""
+    """Times the parts of every step. Results are ready when the fake device's clock has passed
+    them.
+    """
     runner = engine._runner
     module, graphs = mi_runtime.execution.runner, runner.graphs
     parts: list[tuple[object, str, str]] = [
         (engine.scheduler, "schedule", "schedule"),
         (runner.planner, "plan", "plan"),
         (module, "build_batch", "build batch"),
-        (graphs, "form_for", "form"),
+        (graphs, "key_for", "form"),
         (graphs, "_write", "write buffers"),
         (graphs, "_write_lambdas", "write λ"),
         (engine.scheduler, "update", "update"),
@@ -317,7 +322,7 @@ def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None
         patch.object(owner, name, clock.timed(part, getattr(owner, name)))
         for owner, name, part in parts
     ]
-    patches.append(patch.object(module, "Readback", device.readback()))
+    patches.append(patch.object(mi_runtime.execution.in_flight_step, "Readback", device.readback()))
     for one in patches:
         one.start()
     try:
@@ -328,7 +333,7 @@ def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None
 
 
 class Clock:
-    """Seconds of the parts of each step."""
+    """Measures the seconds of the parts of each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -355,11 +360,11 @@ class Clock:
 # --- Counts ------------------------------------------------------------------------------------
 
 
-class Dispatches(EachDispatch):
-    """Counts what is dispatched for a device whose tensors have no values; results are zeros."""
+class Dispatches(EachDispatch):  # type: ignore[no-untyped-call]
+    """Counts dispatches for a device whose tensors have no values. Results are zeros."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -381,7 +386,7 @@ class Dispatches(EachDispatch):
 
 
 def dispatches(case: Case, context: int = 64, steps: int = 10) -> dict[str, float]:
-    """Of a step, outside the forward."""
+    """Returns the dispatches of a step outside the forward."""
     device = torch.device("meta")
     counting = Dispatches()
     with patch.object(Tensor, "pin_memory", lambda tensor: tensor), counting:

@@ -1,9 +1,9 @@
-"""A cache of compiled kernels, packed into a file and unpacked on another machine.
+"""Packs a cache of compiled kernels into a file, and unpacks it on another machine.
 
-It holds the binaries, and the launchers that Triton has the C compiler build. Triton finds them by
-a hash of the kernel's source and line, of its arguments' types and divisibility, of its options,
-and of Triton's own files: another version of any finds nothing there, and compiles. What ties a
-cache to its place are absolute paths in an index, which unpacking writes anew.
+The cache contains the binaries, and the launchers that Triton has the C compiler build. Triton
+finds them by a hash of the kernel's source and line, the types and divisibility of its arguments,
+its options, and Triton's own files. If any of these differs, it finds nothing and compiles. Only
+the absolute paths in an index bind a cache to its folder; unpacking rewrites them.
 """
 
 import json
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Final, TypeVar
 from unittest.mock import patch
 
-KEPT: Final = {".cubin", ".json", ".so"}  # the other stages of a compilation are never read again
-INDEX: Final = "__grp__"  # of the files of a kernel, by Triton's name
-Launcher = Callable[..., object]  # called with a kernel's source and metadata, builds its launcher
+KEPT: Final = {".cubin", ".json", ".so"}  # nothing reads the other stages of a compilation again
+INDEX: Final = "__grp__"  # files of a kernel, by Triton's name
+Launcher = Callable[..., object]  # builds the launcher of a kernel, from its source and metadata
 Compiled = TypeVar("Compiled")
 
 
 def pack(file: Path, compile_all: Callable[[Launcher], Compiled]) -> Compiled:
-    """Has `compile_all` compile into a cache of its own, of which `file` keeps what running the
-    kernels needs."""
+    """Runs `compile_all` with a separate cache, and writes to `file` what running the kernels needs
+    of it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.part")
     with (
-        tarfile.open(unfinished, "w:xz") as archive,  # before minutes of compiling: it may fail
+        tarfile.open(unfinished, "w:xz") as archive,  # may fail, so before minutes of compiling
         tempfile.TemporaryDirectory() as directory,
     ):
         with (
@@ -45,7 +46,7 @@ def pack(file: Path, compile_all: Callable[[Launcher], Compiled]) -> Compiled:
 
 
 def unpack(file: Path, into: Path) -> int:
-    """Gives the number of kernels; needs no Triton."""
+    """Unpacks a cache and returns its number of kernels. Does not need Triton."""
     with tarfile.open(file) as archive:
         archive.extractall(into, filter="data")
     kernels = [path.absolute() for path in into.glob("*/*.json") if INDEX not in path.name]
@@ -57,8 +58,9 @@ def unpack(file: Path, into: Path) -> int:
 
 @contextmanager
 def _building_launchers(stub: Path) -> Iterator[Launcher]:
-    """Triton's C code, compiled for every kernel's arguments, against a library with nothing in it
-    in the place of the driver's, and not loaded."""
+    """Compiles Triton's C code for the arguments of every kernel, against an empty library in place
+    of the driver's, and does not load it.
+    """
     from triton.backends.nvidia import driver
     from triton.runtime import build
 
@@ -76,7 +78,7 @@ def _building_launchers(stub: Path) -> Iterator[Launcher]:
 
 
 class _Unloaded:
-    """Stands for a module of which nothing is called."""
+    """Replaces a module of which nothing is called."""
 
     def __getattr__(self, name: str) -> None:
         return None

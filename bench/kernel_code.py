@@ -1,18 +1,18 @@
-"""What Triton's compiler makes of the kernels, for a GPU that need not be there.
+"""Compiles the kernels for a GPU that need not be there, and shows what the compiler makes of them.
 
     python -m bench.kernel_code                       a table, for compute capability 9.0
-    python -m bench.kernel_code --model 4b --json     one JSON line a compiled kernel
+    python -m bench.kernel_code --model 4b --json     one JSON line for each compiled kernel
     python -m bench.kernel_code --pack FILE           a cache for a machine with the same Triton
     python -m bench.kernel_code --unpack FILE --into DIR
 
 The host code of `mi_runtime.kernels` runs at the shapes of real models, on tensors whose memory is
-never touched, and its launches go all the way through Triton, whose driver is replaced: it loads
-no binary and runs none. So what is compiled is what serving launches, whatever that comes to.
+never touched. Its launches go all the way through Triton, with a driver that loads and runs no
+binary. So exactly the kernels that serving launches are compiled.
 
-With TRITON_CACHE_DIR naming an unpacked cache, this command says how many kernels it did not find
-there; `bench/kernel_cache.py` says what a cache holds and when it is of use.
+If TRITON_CACHE_DIR names an unpacked cache, the command reports how many kernels it did not find
+there. `bench/kernel_cache.py` describes what a cache contains and where it is valid.
 
-Knows no speed. Needs Triton, and cannot run where TRITON_INTERPRET is set.
+It measures no speed. It needs Triton, and cannot run with TRITON_INTERPRET set.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from torch import Tensor
 
 from bench.gpu_bounds import SHAPES, Shape
 from bench.kernel_cache import pack, unpack
-from mi_runtime.kernels import triton_installed, triton_interpreted
+from mi_runtime.kernels.triton_support import triton_installed, triton_interpreted
 
 PROCESSORS: Final = 132
 SHARED: Final = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-"""KiB that a program may have, by 10 times the compute capability."""
+"""KiB of shared memory that a program may have, by 10 times the compute capability."""
 GROUP: Final = 64  # inputs that share a scale of int4
 BLOCK_SIZE: Final = 16  # tokens of a KV block
 CONTEXTS: Final = (1024, 8192, 262_144)  # bounds of the lengths; the last is the longest context
@@ -67,15 +67,15 @@ class Case:
 
 @dataclass(slots=True)
 class Variant:
-    """A compiled kernel, and who launches it."""
+    """A compiled kernel, and the cases that launch it."""
 
     kernel: str
     shared: int  # bytes
     registers: int  # of a thread
     spilled: int  # bytes of a thread
-    in_flight: int | None  # groups of loads that are not waited for; None: not told
+    in_flight: int | None  # groups of loads that are in progress; None: unknown
     tensor_cores: str | None  # the instruction that multiplies, if any
-    seconds: float  # to compile; 0 where it was found
+    seconds: float  # seconds of compilation; 0 if it was found
     found: bool  # in the cache
     cases: list[str] = field(default_factory=list)
 
@@ -84,7 +84,7 @@ class Variant:
 
 
 class Driver:
-    """What Triton asks a driver for, with every launch noted and none run."""
+    """Replaces Triton's driver: records every launch, and runs none."""
 
     def __init__(self, capability: int, launcher: Callable[..., object] | None = None) -> None:
         from triton.backends.compiler import GPUTarget
@@ -109,7 +109,9 @@ class Driver:
     def unload_module(self, module: str) -> None: ...
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Module, function, registers, spills, and most threads of a program."""
+        """Returns module, function, registers, spills, and the largest number of threads of a
+        program.
+        """
         return "module", "function", 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -126,13 +128,13 @@ class Driver:
 def compiled(
     cases: Iterable[Case], capability: int = 90, launcher: Callable[..., object] | None = None
 ) -> list[Variant]:
-    """Everything that the cases launch, each compiled or found once."""
+    """Returns all kernels that the cases launch, each compiled or found once."""
     from triton import knobs
 
     variants: dict[str, Variant] = {}
 
-    def listen(*, metadata: dict[str, Any], metadata_group: Any, times: Any, **told: Any) -> None:
-        variants[metadata["hash"]] = _variant(metadata, metadata_group, times, told["cache_hit"])
+    def listen(*, metadata: dict[str, Any], metadata_group: Any, times: Any, **others: Any) -> None:
+        variants[metadata["hash"]] = _variant(metadata, metadata_group, times, others["cache_hit"])
 
     with _on(Driver(capability, launcher)) as driver, knobs.compilation.scope():
         knobs.compilation.listener = listen
@@ -145,8 +147,9 @@ def compiled(
 
 
 def distinct(cases: Iterable[Case], capability: int = 90) -> dict[tuple[str, str], list[str]]:
-    """The kernels that the cases launch, told apart as Triton does, by name and key; with those
-    that launch them. Nothing is compiled."""
+    """Returns the kernels that the cases launch, with the cases that launch them. Kernels are
+    distinguished as Triton does, by name and key. Nothing is compiled.
+    """
     from triton import knobs
 
     found: dict[tuple[str, str], list[str]] = {}
@@ -199,7 +202,7 @@ def _variant(metadata: dict[str, Any], files: dict[str, str], times: Any, found:
 
 
 def _in_flight(ptx: str) -> int:
-    """The loads of the next tiles that are still on their way while one is computed."""
+    """Counts the loads of next tiles that are still in progress while a tile is computed."""
     waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)
     return max(map(int, waits), default=0)
 
@@ -220,9 +223,9 @@ def _resource_usage(binary: Path) -> str:
 
 
 def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Of every number of rows that is recorded or measured, and of prefill chunks."""
-    from mi_runtime.execution.graphs import SIZES
-    from mi_runtime.execution.measure import KERNEL_ROWS
+    """Cases for every number of rows that is recorded or measured, and for prefill chunks."""
+    from mi_runtime.execution.cost_measurement import KERNEL_ROWS
+    from mi_runtime.execution.decode_graphs import SIZES
 
     decodes = sorted({1, *SIZES})
     for rows in sorted({*SIZES, *KERNEL_ROWS}):
@@ -236,13 +239,15 @@ def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> It
             call = partial(attend, shape, rows, rows, context, dtype)
             yield Case(model, f"decode over {context}", rows, call)
     for rows in PREFILLS:
-        for behind in (0, *CONTEXTS[:2]):
-            call = partial(attend, shape, rows, 0, behind + rows, dtype)
-            yield Case(model, f"prefill behind {behind}", rows, call)
+        for before in (0, *CONTEXTS[:2]):
+            call = partial(attend, shape, rows, 0, before + rows, dtype)
+            yield Case(model, f"prefill after {before}", rows, call)
 
 
 def tested() -> Iterator[Case]:
-    """What `tests/gpu` launches beside: the embedded pair, products and attention of all kinds."""
+    """Cases that only `tests/gpu` launches: the embedded pair, and products and attention of all
+    kinds.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         yield from serving("embedded", EMBEDDED, dtype)
     down = matrices(SHAPES["4b"])["down"]
@@ -270,14 +275,14 @@ LAUNCHED: Final[dict[str, Callable[[], Iterator[Case]]]] = {
 
 
 def products(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Of the dense matrices, by what is kept of Thinking."""
+    """Cases of the dense matrices, by how Thinking is stored."""
     for what, (columns, depth) in matrices(shape).items():
         for kind, call in (("pair", _pair), ("int8", _int8), ("int4", _int4)):
             yield Case(model, f"{what} {kind}", rows, partial(call, rows, columns, depth, dtype))
 
 
 def matrices(shape: Shape) -> dict[str, tuple[int, int]]:
-    """`[out, in]` of those that modules share, and of the head."""
+    """Returns the shapes `[out, in]` of the matrices that modules share, and of the head."""
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     found = {
         "q, k and v": (query + 2 * kv, shape.hidden),
@@ -299,7 +304,7 @@ def experts(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory that is asked for, and never touched."""
+    """Returns a tensor whose memory is reserved and never touched."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -326,7 +331,7 @@ def _delta(rows: int, base: Tensor, delta: Tensor, scales: Tensor) -> None:
 
 
 def _rounded(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
-    """The difference and its scales, as `mi_runtime/model/delta.py` lays them out."""
+    """Returns a delta and its scales, in the layout of `mi_runtime/model/delta.py`."""
     *outer, inputs = shape
     if kind == "int8":
         return empty(*shape, dtype=torch.int8), empty(*outer, 1, dtype=torch.float32)
@@ -336,7 +341,7 @@ def _rounded(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
 
 
 def _experts(shape: Shape, rows: int, kind: str, dtype: torch.dtype) -> None:
-    """Both projections: the first takes tokens, the second what the first gives."""
+    """Cases of both projections: the first takes tokens, the second the results of the first."""
     from mi_runtime.kernels.pair_linear import align, grouped_linear
 
     alignment = align(torch.zeros(rows, shape.chosen, dtype=torch.int64), shape.experts)
@@ -362,7 +367,7 @@ def _expert_matrices(
 
 
 def write(shape: Shape, rows: int, dtype: torch.dtype) -> None:
-    """Keys come from a norm or a rotation, values as they lie in the shared product."""
+    """Writes KV: keys come from a norm or a rotation, values from the shared product."""
     from mi_runtime.kernels.paged_attention import write_kv
 
     kv_heads, dim = shape.kv_heads, shape.head_dim
@@ -381,8 +386,9 @@ def attend(
     window: int | None = None,
     sinks: bool = False,
 ) -> None:
-    """Attention of `decodes` rows, each a sequence of up to `longest` tokens; or, where `decodes`
-    is 0, of one sequence's chunk of `rows` tokens."""
+    """Attention of `decodes` rows, each a sequence of up to `longest` tokens. If `decodes` is 0,
+    attention of a chunk of `rows` tokens of one sequence.
+    """
     from mi_runtime.kernels.paged_attention import paged_attention
 
     dim, chunks = shape.head_dim, decodes or 1
@@ -394,7 +400,7 @@ def attend(
         query=empty(rows, shape.heads, dim, dtype=dtype),
         keys=cache,
         values=cache,
-        tables=tables,
+        block_tables=tables,
         lengths=numbers[:-1],
         query_starts=numbers,
         sinks=own,
@@ -453,14 +459,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=LAUNCHED, action="append", help="all, if not given")
+    parser.add_argument("--model", choices=LAUNCHED, action="append", help="default: all")
     parser.add_argument(
         "--capability", type=int, choices=sorted(SHARED), default=90, help="10 times the GPU's (90)"
     )
-    parser.add_argument("--json", action="store_true", help="one line a kernel")
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="what is compiled, as a .tar.xz")
-    parser.add_argument("--unpack", type=Path, metavar="FILE", help="compiles nothing")
-    parser.add_argument("--into", type=Path, metavar="DIR", help="where, for TRITON_CACHE_DIR")
+    parser.add_argument("--json", action="store_true", help="print one line for each kernel")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write the compiled kernels to this .tar.xz"
+    )
+    parser.add_argument(
+        "--unpack", type=Path, metavar="FILE", help="unpack this .tar.xz, and compile nothing"
+    )
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder to unpack to, for TRITON_CACHE_DIR"
+    )
     return parser
 
 

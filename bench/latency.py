@@ -2,11 +2,11 @@
 
     python -m bench.latency [--rounds N]
 
-- A token: from the moment the engine hands it to the pipe until this process has read it from its
-  socket, with 64 streams at λ = 0, where every token is one event. Pipe, HTTP process, loopback and
-  this client's own loop are all in it, on the cores that the engine computes on.
-- A refusal: from sending a request on an open connection to having read the answer, on an idle
-  server and with 64 streams running.
+- A token: the time from the engine writing it to the pipe until this process has read it from its
+  socket, with 64 streams at λ = 0, where every token is one event. It includes the pipe, the HTTP
+  process, loopback and this client's loop, on the same cores that the engine computes on.
+- A refusal: the time from sending a request on an open connection to having read the answer, on an
+  idle server and with 64 streams running.
 """
 
 import argparse
@@ -25,7 +25,7 @@ REFUSED: dict[str, tuple[int, dict[str, str], Any]] = {
     "unknown field": (400, {}, {"model": "mi-embedded", "messages": [], "lambda": 1}),
     "unknown model": (404, {}, {"model": "x", "messages": [{"role": "user", "content": "x"}]}),
     "body too long": (413, {}, {"model": "x" * 20_000}),
-}  # by why: status, headers, body
+}  # by reason: status, headers, body
 KEY = "right"
 
 
@@ -38,16 +38,16 @@ def main() -> None:
 
 
 def added_to_a_token(rounds: int) -> dict[str, list[float]]:
-    """Quantiles over the tokens of each round, in milliseconds."""
+    """Returns quantiles over the tokens of each round, in milliseconds."""
     measured: dict[str, list[float]] = {"p50": [], "p90": [], "p99": []}
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as directory:
             stamps = Path(directory) / "stamps"
             with Server(stamps=stamps) as server:
                 asyncio.run(server.stream_all(workload(0, lambdas=[0.0] * STREAMS)))  # warm
-                asked = workload(number + 1, lambdas=[0.0] * STREAMS)
-                streamed = asyncio.run(server.stream_all(asked))
-            arrivals = {one.asked.seed: one.moments for one in streamed}
+                requests = workload(number + 1, lambdas=[0.0] * STREAMS)
+                streamed = asyncio.run(server.stream_all(requests))
+            arrivals = {one.request.seed: one.moments for one in streamed}
             cuts = quantiles(seconds_added(stamps, arrivals), n=100)
         for name, row in measured.items():
             row.append(cuts[int(name[1:]) - 1] * 1000)
@@ -56,7 +56,9 @@ def added_to_a_token(rounds: int) -> dict[str, list[float]]:
 
 
 def seconds_added(stamps: Path, arrivals: dict[int, list[float]]) -> list[float]:
-    """From the engine's hand to the client's, of every token of streams whose events match."""
+    """Returns the seconds from the engine to the client, for every token of streams whose events
+    match.
+    """
     handed: dict[int, list[float]] = defaultdict(list)
     for line in stamps.read_text().splitlines():
         seed, _, seconds = line.split()
@@ -71,14 +73,14 @@ def seconds_added(stamps: Path, arrivals: dict[int, list[float]]) -> list[float]
 
 
 def of_refusals() -> dict[str, list[float]]:
-    """Milliseconds of every refused request, by why it was and what else went on."""
+    """Returns the milliseconds of every refused request, by the reason and the load."""
     flags = ("--api-key", KEY, "--max-body-bytes", "10000")
     with Server(*flags) as server:
         rows = {f"{why}, idle": milliseconds(server, why) for why in REFUSED}
 
         async def under_load() -> None:
-            asked = workload(1, lambdas=[0.0] * STREAMS)
-            streams = asyncio.create_task(server.stream_all(asked, key=KEY))
+            requests = workload(1, lambdas=[0.0] * STREAMS)
+            streams = asyncio.create_task(server.stream_all(requests, key=KEY))
             for why in REFUSED:
                 rows[f"{why}, {STREAMS} streams"] = await asyncio.to_thread(
                     milliseconds, server, why

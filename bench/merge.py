@@ -1,11 +1,11 @@
-"""`mi-server merge` of the mid-size pair against copying its two checkpoints.
+"""Compares `mi-server merge` of the mid-size pair with copying its two checkpoints.
 
     python -m bench.merge [--rounds N]
 
-Both read the same files from the page cache and end when what they wrote is on the disk. The merge
-row is the whole command, start-up of two Python processes included; the row below it is the writing
-of the weights alone, in this process. Also prints the most memory that a process which writes
-holds, torch included, pages of mapped files not.
+Both read the same files from the page cache, and end when their output is on the disk. The merge
+row is the complete command, including the start of two Python processes; the row below it is only
+the writing of the weights, in this process. It also prints the most memory that a process that
+writes needs, with torch and without pages of mapped files.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from bench.report import interleaved, publish
 from bench.workload import BUILD, midsize_pair
 from mi_runtime.model.merge import Interpolation, write_weights
-from mi_runtime.model.pair import check_pair
+from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import Dial
 
 OUT = BUILD / "merged"
@@ -82,14 +82,14 @@ def weights(instruct: Path, thinking: Path) -> None:
 
 
 def memory_of_writing(*endpoints: Path) -> int:
-    """Most bytes that a process which writes holds for itself, looked at all the time."""
+    """Returns the most bytes of private memory of a process that writes, sampled all the time."""
     shutil.rmtree(OUT, ignore_errors=True)
     context = multiprocessing.get_context("spawn")
     writer = context.Process(target=weights, args=endpoints)
     writer.start()
     process, peak = psutil.Process(writer.pid), 0
     while writer.is_alive():
-        with suppress(psutil.Error):  # it ends while it is looked at
+        with suppress(psutil.Error):  # it ended between two samples
             memory = process.memory_info()
             peak = max(peak, memory.rss - memory.shared)
         time.sleep(0.005)

@@ -1,8 +1,8 @@
-"""A random pair of Qwen3-0.6B's shapes in bf16, written to disk: what a real small pair weighs.
+"""Writes a random pair of Qwen3-0.6B's shapes in bf16 to disk: the weights of a real small pair.
 
     python -m bench.midsize DIR
 
-The vocabulary is cut to 32,768, so that layers and head weigh as they do in larger models.
+The vocabulary is cut to 32,768, so that layers and head have the proportions of larger models.
 """
 
 import json
@@ -23,11 +23,11 @@ CONFIG = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-SCALE = 0.02  # of the weights; the endpoints differ by a tenth of it
+SCALE = 0.02  # standard deviation of the weights; the endpoints differ by a tenth of it
 
 
 def write_midsize_pair(directory: Path) -> tuple[Path, Path]:
-    """The two endpoints' directories; what is there already is kept."""
+    """Returns the directories of the two endpoints; one that exists is kept."""
     endpoints = (directory / "instruct", directory / "thinking")
     if all((endpoint / "tokenizer.json").is_file() for endpoint in endpoints):
         return endpoints

@@ -1,4 +1,4 @@
-"""What every bench prints and keeps: the machine, a table of medians, one JSON line."""
+"""What every bench prints and writes: the machine, a table of medians, and one JSON line."""
 
 import json
 import os
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Facts that a number means nothing without."""
+    """Returns the facts of the machine that a number needs to mean something."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(rows: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Calls every row in turn, `rounds` times; the first round is a warm-up and not counted."""
+    """Calls every row in turn, `rounds` times after a warm-up round that is not counted."""
     values: dict[str, list[float]] = {name: [] for name in rows}
     for index in range(rounds + 1):
         for name, measure in rows.items():
@@ -42,7 +42,7 @@ def interleaved(rows: dict[str, Any], rounds: int) -> dict[str, list[float]]:
 
 
 def publish(name: str, unit: str, values: dict[str, list[float]], ratios: dict[str, float]) -> None:
-    """Prints the table and the JSON line, and keeps the latter in bench/results/."""
+    """Prints the table and the JSON line, and writes the line to bench/results/."""
     facts = machine()
     print(
         f"\n{name} on {facts['cpu']} ({facts['cores']} cores), torch {facts['torch']}, "
@@ -65,7 +65,7 @@ def publish(name: str, unit: str, values: dict[str, list[float]], ratios: dict[s
 
 
 def rounded(value: Any) -> Any:
-    """With every number in it to four decimals."""
+    """Returns the value with every number in it rounded to four decimals."""
     match value:
         case float():
             return round(value, 4)
@@ -84,7 +84,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    # A copy of the checkout may have another owner.
+    # git refuses a checkout that has another owner
     command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

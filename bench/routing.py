@@ -1,9 +1,9 @@
-"""What choosing λ costs a request: everything that its inputs say, read, checked and routed.
+"""What choosing λ costs a request: reading, checking and routing all of its inputs.
 
     python -m bench.routing
 
-Per built-in profile and way of asking, the median of many decisions, each of a request that is
-parsed already: `read_reasoning_options`, then `RoutingPolicy.route`.
+For each built-in profile and each kind of input, the median of many decisions. The request is
+parsed already; a decision is `read_reasoning_options` and then `RoutingPolicy.route`.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""`mi-server serve` as a process, on the embedded pair or another, and clients of it here."""
+"""Runs `mi-server serve` as a process, on the embedded pair or another, with clients in this
+process.
+"""
 
 import asyncio
 import http.client
@@ -26,17 +28,17 @@ from server.config import EMBEDDED_NAME
 
 HOST = "127.0.0.1"
 STREAMS = 64
-STOP_SECONDS = 60.0  # that an idle server may take to end
+STOP_SECONDS = 60.0  # seconds in which an idle server must end
 _SERVE = "import sys; from server.cli import main; sys.exit(main(sys.argv[2:], {worker!r}))"
 
 
 class ServerFailed(Exception):
-    """The server did not start, did not answer as asked, or did not end."""
+    """The server did not start, did not answer as it should, or did not end."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One stream: what it asks, and the seed that names it."""
+class StreamRequest:
+    """One stream: its request, and the seed that identifies it."""
 
     text: str
     reasoning_lambda: float
@@ -46,7 +48,7 @@ class Asked:
 
     @property
     def body(self) -> bytes:
-        """A greedy answer of exactly `new_tokens` tokens, streamed."""
+        """The body: a streamed greedy answer of exactly `new_tokens` tokens."""
         fields = {
             "model": self.model,
             "messages": [{"role": "user", "content": self.text}],
@@ -63,35 +65,35 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """An answer as it was read: bytes, and on the monotonic clock when they came."""
+    """An answer as it was read: its bytes, and when they arrived on the monotonic clock."""
 
-    asked: Asked
+    request: StreamRequest
     sent: float
     pieces: tuple[tuple[float, bytes], ...]
 
     def check(self) -> None:
-        """Raises `ServerFailed` unless all tokens that were asked for came."""
-        whole = self.whole
-        usage: list[bytes] = re.findall(rb'"completion_tokens": ?(\d+)', whole)
-        if b"[DONE]" not in whole or not usage or int(usage[-1]) != self.asked.new_tokens:
-            end = whole[-500:].decode(errors="replace")
-            raise ServerFailed(f"stream {self.asked.seed} is not complete; it ends: {end!r}")
+        """Raises `ServerFailed` unless all requested tokens arrived."""
+        received = self.received
+        usage: list[bytes] = re.findall(rb'"completion_tokens": ?(\d+)', received)
+        if b"[DONE]" not in received or not usage or int(usage[-1]) != self.request.new_tokens:
+            end = received[-500:].decode(errors="replace")
+            raise ServerFailed(f"stream {self.request.seed} is not complete; it ends: {end!r}")
 
     @property
-    def whole(self) -> bytes:
+    def received(self) -> bytes:
         return b"".join(piece for _, piece in self.pieces)
 
     @property
     def moments(self) -> list[float]:
-        """When each event of content was read to its end; each token is one, where all are text."""
+        """When each event of content was completely read: one event for each token of text."""
         ends = list(accumulate(len(piece) for _, piece in self.pieces))
-        events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.whole)
+        events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.received)
         return [self.pieces[bisect_left(ends, event.end())][0] for event in events]
 
     @property
     def text(self) -> str:
         """The content of all events."""
-        events = re.findall(rb"^data: (\{.*\})", self.whole, re.MULTILINE)
+        events = re.findall(rb"^data: (\{.*\})", self.received, re.MULTILINE)
         choices = [choice for event in events for choice in json.loads(event)["choices"]]
         return "".join(choice["delta"].get("content", "") for choice in choices)
 
@@ -102,20 +104,22 @@ def workload(
     lambdas: Sequence[float],
     model: str = EMBEDDED_NAME,
     new_tokens: int = NEW_TOKENS,
-) -> list[Asked]:
-    """Questions of the embedded pair's task, each with its λ."""
+) -> list[StreamRequest]:
+    """Returns questions of the embedded pair's task, each with its λ."""
     questions = draw_questions(random.Random(seed), len(lambdas))
     return [
-        Asked(question.text, round(value, 2), seed * len(lambdas) + index, model, new_tokens)
+        StreamRequest(
+            question.text, round(value, 2), seed * len(lambdas) + index, model, new_tokens
+        )
         for index, (question, value) in enumerate(zip(questions, lambdas, strict=True))
     ]
 
 
 class Server:
-    """Listens on a free port of the loopback for as long as the context lasts.
+    """A server on a free port of the loopback interface, for as long as the context lasts.
 
-    `start_limit`: seconds until it must be ready, else it is killed. What it and its engine say is
-    said by this process too.
+    It is killed if it is not ready after `start_limit` seconds. This process prints the output of
+    the server and its engine.
     """
 
     def __init__(self, *flags: str, stamps: Path | None = None, start_limit: float = 600) -> None:
@@ -140,7 +144,7 @@ class Server:
             self._process.stdout.close()
             raise
         self.start_seconds = time.perf_counter() - started
-        # A full pipe would hold up what writes into it.
+        # A full pipe would block the process that writes to it.
         self._rest = threading.Thread(target=self._pass_on, daemon=True)
         self._rest.start()
         return self
@@ -152,7 +156,7 @@ class Server:
             raise ServerFailed(f"the server ended with exit code {code}")
 
     def _line_when_ready(self) -> str:
-        """What the server says when it is ready: where it listens, and what its engine is."""
+        """Returns the server's message when it is ready: its address, and facts of its engine."""
         assert self._process.stdout is not None
         clock = threading.Timer(self._start_limit, self._process.kill)
         clock.start()
@@ -185,35 +189,37 @@ class Server:
         return response.status, text
 
     def _end(self) -> int:
-        """Has it end, or ends it; its exit code."""
+        """Asks it to end, or kills it, and returns its exit code."""
         self._process.terminate()
         try:
             return self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
         finally:
-            self._process.kill()  # nothing, where it has ended
+            self._process.kill()  # no effect if it has ended
             self._process.wait()
 
     def ways(self) -> dict[str, int]:
-        """How many blend groups forwards have run by each way, so far."""
+        """Returns how many blend groups forwards have computed by each way so far."""
         _, text = self._get("/metrics")
         found = re.findall(r'^mi_layer_executions_total\{.*way="(\w+)"\} (\S+)', text, re.MULTILINE)
         return {way: int(float(count)) for way, count in found}
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Of the cores, so far, by its two processes."""
+        """Returns the CPU seconds of its two processes so far."""
         http_process = psutil.Process(self._process.pid)
         (engine,) = http_process.children()
         times = {"http": http_process.cpu_times(), "engine": engine.cpu_times()}
         return {name: one.user + one.system for name, one in times.items()}
 
-    async def stream_all(self, asked: Sequence[Asked], key: str = "-") -> list[Streamed]:
-        """All of them at once, in the order of `asked`. Raises `ServerFailed`."""
-        return await asyncio.gather(*(self._stream(one, key) for one in asked))
+    async def stream_all(self, requests: Sequence[StreamRequest], key: str = "-") -> list[Streamed]:
+        """Streams all requests at once; the answers are in the order of `requests`. Raises
+        `ServerFailed`.
+        """
+        return await asyncio.gather(*(self._stream(one, key) for one in requests))
 
-    async def _stream(self, asked: Asked, key: str) -> Streamed:
-        body = asked.body
+    async def _stream(self, request: StreamRequest, key: str) -> Streamed:
+        body = request.body
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
             f"Authorization: Bearer {key}\r\n"
@@ -226,7 +232,7 @@ class Server:
         while piece := await reader.read(1 << 16):
             pieces.append((time.monotonic(), piece))
         writer.close()
-        streamed = Streamed(asked, sent, tuple(pieces))
+        streamed = Streamed(request, sent, tuple(pieces))
         streamed.check()
         return streamed
 
@@ -239,7 +245,7 @@ class Server:
 
 
 def refused_seconds(server: Server, headers: dict[str, str], body: Any, status: int) -> list[float]:
-    """Seconds from sending to having read the refusal, over one open connection."""
+    """Returns the seconds from sending to having read the refusal, over one open connection."""
     connection = http.client.HTTPConnection(HOST, server.port)
     content = json.dumps(body).encode()
     seconds = []

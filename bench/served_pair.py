@@ -1,13 +1,15 @@
-"""A random pair of real shapes on disk, as a user's: weights, configs, tokenizer, chat template.
+"""Writes a random pair of real shapes to disk as a user has it: weights, configs, tokenizer,
+template.
 
-Weights are drawn on their device and go into shards of safetensors, one thread a shard, through one
-small buffer a thread: the only new pages are the file's, which are what writing into memory costs.
-The models stay, so that an engine in this process need not load what it wrote.
+Weights are drawn on their device and written to safetensors shards, one thread for each shard,
+through one small buffer for each thread. So the only new pages are those of the files, which is
+what writing into memory costs. The models stay in memory: an engine in this process need not load
+what was written.
 
-The tokenizer is the embedded pair's, with made-up words for all other ids: four letters behind a
-blank, each one token both ways. The head's rows of all tokens that are no such word are made small,
-so that greedy answers are of words alone: no end of an answer, no think block, no half of a
-character, and each token is text of its own.
+The tokenizer is the embedded pair's, with made-up words for all other ids: a blank and four
+letters, each one token in both directions. The rows of the head for all tokens that are not such
+words are made small, so that greedy answers consist of words: they do not end early, open no think
+block, and split no character, and each token is text by itself.
 """
 
 import json
@@ -35,10 +37,10 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.embedded_pair.tokenizer import TURN_END
 
 MEMORY: Final = Path("/dev/shm")
-SHARDS: Final = 8  # of an endpoint, at most
-PIECE: Final = 64 << 20  # bytes that go from the device to the file at once
-QUIET: Final = 0.1  # scale of the head's rows whose tokens shall not be said
-LETTERS: Final = 4  # of a made-up word: 456,976 words
+SHARDS: Final = 8  # shards of an endpoint, at most
+PIECE: Final = 64 << 20  # bytes copied from the device to the file at once
+QUIET: Final = 0.1  # scale of the head's rows for tokens that must not be generated
+LETTERS: Final = 4  # letters of a made-up word: 456,976 words
 DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -49,13 +51,15 @@ class WrittenPair:
     instruct: PreTrainedModel
     thinking: PreTrainedModel
     directories: tuple[Path, Path]
-    bytes: int  # of all weights
+    bytes: int  # bytes of all weights
     seconds_made: float
     seconds_written: float
 
 
 def folder_with_room(size: int) -> Path | None:
-    """Where files of so many bytes fit: in memory, and as much must be left; else on disk."""
+    """Returns a folder with room for so many bytes: in memory, if as much stays free, and otherwise
+    on disk.
+    """
     if MEMORY.is_dir() and min(_room(MEMORY), free_bytes(torch.device("cpu")) // 2) > size:
         return MEMORY
     disk = Path(tempfile.gettempdir())
@@ -63,7 +67,7 @@ def folder_with_room(size: int) -> Path | None:
 
 
 def bytes_of_pair(shape: Shape, dtype: torch.dtype) -> int:
-    """Of its matrices and a little more, for norms and tokenizers."""
+    """Returns the bytes of its matrices, and a little more for norms and tokenizers."""
     return 2 * shape.weights * dtype.itemsize + (64 << 20)
 
 
@@ -98,7 +102,9 @@ def write_pair(shape: Shape, place: Place, folder: Path) -> WrittenPair:
 
 
 def plan_shards(model: PreTrainedModel, directory: Path) -> list[tuple[Path, dict[str, Tensor]]]:
-    """Files and what goes into each, with the index that names them; a tied matrix comes once."""
+    """Returns the files with their tensors, and the index that names them. A tied matrix is written
+    once.
+    """
     tensors = dict(model.named_parameters())
     count = min(SHARDS, len(tensors))
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -114,16 +120,16 @@ def plan_shards(model: PreTrainedModel, directory: Path) -> list[tuple[Path, dic
 
 @torch.no_grad()
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file: length of the header, header, numbers."""
+    """Writes one safetensors file: length of the header, header, numbers."""
     header = _header(tensors)
     device = next(iter(tensors.values())).device
     buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
-            for piece in tensor.flatten().view(torch.uint8).split(PIECE):
+            for piece in tensor.flatten().view(torch.uint8).split(PIECE):  # type: ignore[no-untyped-call]
                 part = buffer[: len(piece)].copy_(piece)
-                file.write(memoryview(part.numpy()))
+                file.write(part.numpy().data)
 
 
 def _header(tensors: dict[str, Tensor]) -> bytes:
@@ -142,14 +148,18 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
 
 @torch.no_grad()
 def say_only(model: PreTrainedModel, words: range) -> None:
-    """Makes the logits of all other tokens small; where the head is tied, their embeddings too."""
+    """Makes the logits of all other tokens small. If the head is tied, their embeddings become
+    small too.
+    """
     head = model.get_output_embeddings().weight
     head[: words.start].mul_(QUIET)
     head[words.stop :].mul_(QUIET)
 
 
 def drop_weights(pair: WrittenPair) -> None:
-    """Removes the files that a server which is ready has no more use for; they lie in memory."""
+    """Removes the files that a server does not need once it is ready, because they are in
+    memory.
+    """
     for directory in pair.directories:
         for path in directory.glob("*.safetensors"):
             path.unlink()
@@ -159,9 +169,11 @@ def drop_weights(pair: WrittenPair) -> None:
 
 
 def made_up_tokenizer(size: int) -> dict[str, Any]:
-    """A `tokenizer.json` of so many ids: the embedded pair's, words, and its added tokens last.
+    """Returns a `tokenizer.json` of so many ids: the embedded pair's, words, and its added tokens
+    last.
 
-    No merge spells a word; encoding finds it whole, as it is split off before (`ignore_merges`).
+    No merge spells a word. Encoding finds a word as one token, because it is split off before
+    (`ignore_merges`).
     """
     content: dict[str, Any] = json.loads((INSTRUCT_DIRECTORY / "tokenizer.json").read_text())
     vocabulary, added = content["model"]["vocab"], content["added_tokens"]
@@ -186,7 +198,7 @@ def _ids_of_words(tokenizer: dict[str, Any]) -> tuple[int, int]:
 def _write_texts(
     model: PreTrainedModel, embedded: Path, tokenizer: dict[str, Any], directory: Path
 ) -> None:
-    """All that is no weight."""
+    """Writes all files that are not weights."""
     model.config.save_pretrained(directory)
     (end,) = (token["id"] for token in tokenizer["added_tokens"] if token["content"] == TURN_END)
     GenerationConfig(eos_token_id=end).save_pretrained(directory)

@@ -1,9 +1,10 @@
-"""The engine process, which also notes when it handed each token to the pipe.
+"""The engine process, which also records when it wrote each token to the pipe.
 
     python bench/stamped_worker.py --stamps FILE --fd N
 
-FILE gets one line a token, `seed index seconds`: the request's seed, which names it to the bench;
-the token's place in the answer; and the monotonic clock, which all processes of a machine share.
+FILE gets one line for each token, `seed index seconds`: the request's seed, by which the bench
+identifies it; the token's position in the answer; and the monotonic clock, which all processes of a
+machine share.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from mi_runtime.worker import run
 
 
 class StampedPipe:
-    """The pipe, and what went through it."""
+    """The pipe, which records what passes through it."""
 
     def __init__(self, pipe: "Connection[object, object]") -> None:
         self._pipe = pipe

@@ -1,4 +1,6 @@
-"""Our engine on plain checkpoints, without any blend module: what blending is measured against."""
+"""Our engine on plain checkpoints, without any pair module: the baseline that blending is measured
+by.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from bench.workload import Pair
-from mi_runtime.attention.paged import LayerShape
+from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from mi_runtime.kernels.choice import KernelChoice
+from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.load import DTYPES, BlendedModel, load_static, use_paged_attention
-from mi_runtime.model.pair import check_pair
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.load import DTYPES, load_static, use_paged_attention
+from mi_runtime.model.pair_check import check_pair
+from mi_runtime.model.row_lambdas import BlendGroups
 
 NUM_BLOCKS = 2048
 
 
 def write_merged(pair: Pair, value: float, directory: Path) -> Path:
-    """A checkpoint merged at λ in fp32 and rounded once; kept where it is there already."""
+    """Writes a checkpoint merged at λ in fp32 and rounded once; one that exists is kept."""
     if (directory / "model.safetensors").is_file():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -40,7 +43,9 @@ def write_merged(pair: Pair, value: float, directory: Path) -> Path:
 
 
 class StaticEngine(Engine):
-    """The engine over an unswapped model: all of a server's but the blending."""
+    """The engine on a model whose modules are not swapped: everything of a server's engine but
+    blending.
+    """
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         endpoint = check_pair(directory, directory).instruct
@@ -50,9 +55,9 @@ class StaticEngine(Engine):
 
 
 def static_model(plain: PreTrainedModel) -> BlendedModel:
-    """A plain model, on the engine's attention, as one that has no blend groups.
+    """Returns a plain model with the engine's attention, as a model that has no blend groups.
 
-    Its engine must be told a `blend_policy` other than `auto`: there is no choice to measure.
+    Its engine needs a `blend_policy` other than `auto`, because there is no choice to measure.
     """
     use_paged_attention(plain)
     shape, device = plain.config, plain.device
@@ -62,7 +67,7 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
     return BlendedModel(
         model=plain,
         groups=NoGroups(0, device, BlendCache(), endpoints={}),
-        kernels=KernelChoice(),
+        kernels=KernelDispatch(),
         layers=(layer,) * shape.num_hidden_layers,
         device=device,
         dtype=plain.dtype,
@@ -76,7 +81,7 @@ def static_model(plain: PreTrainedModel) -> BlendedModel:
 
 
 class NoGroups(BlendGroups):
-    """In the place of blend groups, where no module has one: a step costs nothing for them."""
+    """Replaces blend groups in a model whose modules have none; they cost a step nothing."""
 
     def begin(self, *_: Any, **__: Any) -> None: ...
 

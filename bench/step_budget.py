@@ -1,12 +1,12 @@
-"""Where the time of a decode step should go on a GPU, by count: the tables of docs/performance.md.
+"""Counts where the time of a decode step should go on a GPU: the tables of docs/performance.md.
 
     python -m bench.step_budget            prints them
     python -m bench.step_budget --write    writes them into the page
 
-Bytes and the bound follow from the shapes (`bench.gpu_bounds`). Launches are counted: the real
-model code, of tiny width and a few layers, runs a decode step on the CPU as it is recorded on a
-GPU, and every dispatch but views and empty tensors counts as one launch. Triton kernels, which a
-CPU lacks, are stood in for by as many dispatches as they are launches. Nothing here is timed.
+Bytes and bounds follow from the shapes (`bench.gpu_bounds`). Launches are counted: the real model
+code, with tiny width and a few layers, runs a decode step on the CPU in the form that is recorded
+on a GPU, and every dispatch except views and empty tensors counts as one launch. Triton kernels,
+which a CPU cannot run, are replaced by as many dispatches as they need launches. Nothing is timed.
 """
 
 import argparse
@@ -25,10 +25,11 @@ from bench.gpu_bounds import SHAPES, TINY, Shape, Store, decode_work, way_of
 from bench.gpu_pairs import Place, random_endpoint, random_pair
 from bench.host import GREEDY, SAMPLED, Case, dispatches
 from bench.static import static_model
-from mi_runtime.attention.paged import AttentionPlan, PagedAttention
-from mi_runtime.execution.graphs import DecodeGraphs, Form
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import Way
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionPlan
+from mi_runtime.execution.decode_graphs import DecodeGraphs, GraphKey
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import Way
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- bench.step_budget: from here -->\n", "<!-- bench.step_budget: to here -->\n"
@@ -37,7 +38,7 @@ ROWS: Final = (1, 32, 128)
 CONTEXT: Final = 1024  # tokens
 BANDWIDTHS: Final = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, as copied
 NODE: Final = (1.5e-6, 2.3e-6)  # seconds of a node of a recorded graph on Hopper
-LAUNCH: Final = 4e-6  # seconds of the host for each launch or copy, as others have measured
+LAUNCH: Final = 4e-6  # seconds of the host for each launch or copy, by published measurements
 NO_LAUNCH: Final = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view")
 
 
@@ -62,11 +63,11 @@ SUBJECTS: Final = (
 # --- Counting launches ---------------------------------------------------------------------------
 
 
-class Launches(EachDispatch):
-    """Counts what would be a kernel on a GPU, and everything that is dispatched."""
+class Launches(EachDispatch):  # type: ignore[no-untyped-call]
+    """Counts what would be a kernel on a GPU, and all dispatches."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = 0
         self.dispatched = 0
 
@@ -78,7 +79,7 @@ class Launches(EachDispatch):
 
 
 class StandInAttention:
-    """In the place of the Triton backend: one launch writes, one attends, one adds up parts."""
+    """Replaces the Triton backend: one launch writes, one attends, one adds up parts."""
 
     name = "stand-in"
 
@@ -94,12 +95,12 @@ class StandInAttention:
 
 
 def _product(x: Tensor, instruct: Tensor, *_: Tensor) -> Tensor:
-    """In the place of the pair product's kernels."""
+    """Replaces the kernels of the pair product."""
     return x.new_zeros(len(x), len(instruct))
 
 
 def _recorded(model: BlendedModel, way: Way) -> Launches:
-    """A decode step of two rows, as it is recorded."""
+    """Runs a decode step of two rows in the form that is recorded."""
     model.kernels._kernels = SimpleNamespace(pair_linear=_product, delta_linear=_product)  # type: ignore[assignment]
     model.kernels.rows = 512
     model.groups.cache.places = int(way is Way.BLENDED)
@@ -112,7 +113,7 @@ def _recorded(model: BlendedModel, way: Way) -> Launches:
             run()
         return run
 
-    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([Form(2, way)])
+    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([GraphKey(2, way)])
     return counted
 
 
@@ -127,7 +128,7 @@ def _model(store: Store, layers: int) -> BlendedModel:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Of one forward: kernels as recorded, and what is dispatched when it is not."""
+    """Counts of one forward: its kernels when recorded, and its dispatches when not."""
 
     a_layer: int
     kernels: int
@@ -158,7 +159,9 @@ def _steps(shape: Shape) -> str:
 
 
 def _step(shape: Shape, rows: int, subject: Subject) -> str:
-    """A row; at one row there is one λ, which takes the pair product until it is hot."""
+    """Returns a row of the table. At one row there is one λ, which takes the pair product until it
+    is hot.
+    """
     work = decode_work(shape, way_of(subject.store, subject.one_lambda), rows, CONTEXT)
     nodes = counts_of(subject).kernels
     gaps = [1e3 * nodes * one for one in NODE]
@@ -179,7 +182,7 @@ def _forwards(shape: Shape) -> str:
 
 
 def _host() -> str:
-    """What a step of two rows dispatches beside its forward."""
+    """Returns what a step of two rows dispatches outside its forward."""
     head = "| answers | launches | copies to the device | back | host, at least |\n"
     rows = ["|---|---|---|---|---|\n"]
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -195,14 +198,16 @@ def _row(*cells: str) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with its tables; what was measured is written by hand and kept."""
+    """Returns the page with new tables; measured figures, which are written by hand, are kept."""
     before, rest = page.split(BEGIN)
     old, after = rest.split(END)
     return before + BEGIN + with_measured(tables(), old) + END + after
 
 
 def with_measured(new: str, old: str) -> str:
-    """The new tables with the last cells of the old one's rows, where a figure stands."""
+    """Returns the new tables, with the figures in the last cells of the same rows of the old
+    ones.
+    """
     kept = {_key(line): line.split("|")[-2].strip() for line in old.splitlines() if _key(line)}
     lines = [
         f"{line[:-2]}{figure} |"
@@ -214,7 +219,7 @@ def with_measured(new: str, old: str) -> str:
 
 
 def _key(line: str) -> tuple[str, ...]:
-    """Rows and weights of a line of the first table."""
+    """Returns rows and weights of a line of the first table."""
     cells = [cell.strip() for cell in line.split("|")]
     return tuple(cells[1:3]) if len(cells) == 11 else ()
 

@@ -1,22 +1,23 @@
-"""A sweep of 11 λ values against mixed decoding, and against eleven merged checkpoints in turn.
+"""Compares a sweep of 11 λ values with mixed decoding, and with eleven merged checkpoints in turn.
 
     python -m bench.sweep [--questions 30] [--samples 4] [--rounds N]
 
-Everything on the embedded pair in fp32, T = 0.7, the same questions and seeds in every row of a
-round. Rows, in new tokens a second:
+Everything runs on the embedded pair in fp32, at T = 0.7, with the same questions and seeds in every
+row of a round. Rows, in new tokens a second:
 
     engine, 32 λ    row c of bench.engine: 32 requests, 32 λ values, 128 new tokens, no HTTP
-    sweep           `mi-server sweep`'s own way: all λ values at once, over HTTP, from the first
+    sweep           what `mi-server sweep` does: all λ values at once, over HTTP, from the first
                     question to the last answer; server and client share the cores
-    merges in turn  eleven merged checkpoints one after another, each in an engine of its own that
-                    is there already; in this process, no HTTP
+    merges in turn  eleven merged checkpoints one after another, each in an engine that is already
+                    loaded; in this process, no HTTP
 
-How far one sweep is ahead depends on the answers that each λ asks for: few of them make small
-batches, and every run has its own last long answer. The last two rows are seconds, as one who
-starts the commands waits for them:
+How far a sweep is ahead depends on the number of answers for each λ: few answers make small
+batches, and every run waits for its longest answer. The last two rows are the seconds that a user
+of the commands would wait:
 
-    sweep, from start   start a server, ask everything, end it
-    servers in turn     eleven times: merge a checkpoint, start a server on it, ask, end it
+    sweep, from start   start a server, run all requests, stop it
+    servers in turn     eleven times: merge a checkpoint, start a server on it, run the requests,
+                        stop it
 """
 
 import argparse
@@ -129,7 +130,7 @@ async def _swept(url: str, work: Iterable[PlannedSample]) -> float:
 
 
 def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
-    """Seconds."""
+    """Returns the seconds."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, own_server(flags, Path(folder, "server")) as url:
         swept(url, work)
@@ -137,7 +138,9 @@ def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
 
 
 def servers_in_turn(work: list[PlannedSample]) -> float:
-    """Seconds, merging included. Both endpoints are the merge, and the one at λ = 0 is asked."""
+    """Returns the seconds, including the merging. Each server has the merge as both endpoints, and
+    requests have λ = 0.
+    """
     started = time.perf_counter()
     for value in LAMBDAS:
         own = [
@@ -180,8 +183,8 @@ def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine
 
 def engine_request(unit: PlannedSample, prompts: PromptBuilder) -> EngineRequest:
     dial = Dial(unit.setting.reasoning_lambda)
-    (said,) = unit.question.messages
-    prompt = prompts.build([Message(**said)], dial)
+    (message,) = unit.question.messages
+    prompt = prompts.build([Message(**message)], dial)
     sampling = SamplingParams(
         max_tokens=MAX_TOKENS,
         temperature=unit.setting.decoding.temperature,

@@ -1,12 +1,13 @@
-"""The tables and pictures of docs/three-stages.md, from what the commands measured.
+"""Makes the tables and pictures of docs/three-stages.md from measured results.
 
     python -m bench.three_stages --sweeps DIR   keep what the page needs of DIR/*/report.json
-    python -m bench.three_stages                write tables and pictures from what is kept
+    python -m bench.three_stages                write tables and pictures from what was kept
 
-Under DIR lie five sweeps: `curve` and `ablation` of the shipped pair; `trio-mi`,
-`trio-task-arithmetic` and `trio-ties` of a freshly trained base with its two endpoints. The page
-says with which commands they were made. Kept are `bench/results/three-stages.json` and, from
-`bench.budgets`, `bench/results/budgets.json`. A picture names the digest of what it was drawn from.
+DIR contains five sweeps: `curve` and `ablation` of the shipped pair; `trio-mi`,
+`trio-task-arithmetic` and `trio-ties` of a newly trained base with its two endpoints. The page
+lists the commands that made them. The kept results are `bench/results/three-stages.json` and, from
+`bench.budgets`, `bench/results/budgets.json`. A picture contains the digest of the results it
+shows.
 """
 
 import argparse
@@ -48,14 +49,14 @@ ABLATION = {
     "mlp": ("FFN only", "71.5 | – | 99.9"),
     "attn": ("attention only", "51.9 | – | 0.7"),
 }
-"""Dials of six layers by what they are, with the paper's Mean@64, tokens and think rate in %."""
+"""Descriptions of the dials of six layers, with the paper's Mean@64, tokens and think rate in %."""
 POLICIES = {
     "routed": "routed",
-    "routed, class": "routed, class told",
+    "routed, class": "routed, class given",
     "λ = 0.7": "λ = 0.7, cut",
     "λ = 1": "λ = 1, cut",
 }
-STYLE = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "mi-server", "svg.fonttype": "none", "font.size": 9}
 
 Point = Mapping[str, Any]
 
@@ -113,7 +114,7 @@ def budgets() -> dict[str, Any]:
 
 
 def digest() -> str:
-    """Of all that the pictures are drawn from."""
+    """Returns the digest of everything that the pictures are drawn from."""
     both = SWEEPS_KEPT.read_bytes() + BUDGETS_KEPT.read_bytes()
     return hashlib.sha256(both).hexdigest()[:16]
 
@@ -122,7 +123,7 @@ def digest() -> str:
 
 
 def filled(page: str) -> str:
-    """The page with every table between its marks, `<!-- name -->` and `<!-- end -->`, anew."""
+    """Returns the page with new tables between its marks, `<!-- name -->` and `<!-- end -->`."""
     for name, table in tables().items():
         head, mark, rest = page.partition(f"<!-- {name} -->")
         _, end, rest = rest.partition("<!-- end -->")
@@ -159,7 +160,9 @@ def curve_table(curve: Mapping[str, Any]) -> str:
 
 
 def methods_table(measured: Mapping[str, Any]) -> str:
-    """The paper's choice of each method, its best point, and the cheapest two good ones."""
+    """Returns the paper's choice for each method, its best point, and its cheapest points of two
+    scores.
+    """
     rows = []
     for name, method in METHODS.items():
         points = measured[name]["points"]
@@ -180,7 +183,7 @@ def _method_row(method: str, what: str, point: Point | None) -> str:
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The highest score; of equal ones the cheapest."""
+    """Returns the point with the highest score; of equal ones, the cheapest."""
     return max(points, key=lambda it: (it["mean_at_k"], -it["tokens_mean"]))
 
 
@@ -242,7 +245,9 @@ def _gain(row: Point) -> str:
 
 
 def forced_table(rows: Sequence[Point]) -> str:
-    """λ = 1 under a budget: how many blocks were closed by force, and which answers are right."""
+    """Returns the table of λ = 1 with a budget: the share of blocks closed by force, and correct
+    answers.
+    """
     own = [it for it in rows if it["policy"] == "λ = 1" and it["budget"] is not None]
     head = "budget | closed by force | of these correct | of the others correct | malformed"
     return _table(
@@ -278,7 +283,7 @@ def _save(target: Path) -> None:
 
 
 def draw_curve(target: Path) -> None:
-    """Score and think rate over λ, tokens over λ; the transition is shaded."""
+    """Draws score and think rate over λ, and tokens over λ; the transition is shaded."""
     curve = sweeps()["curve"]
     with plt.rc_context(STYLE):
         _, (shares, lengths) = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
@@ -308,7 +313,7 @@ def _over_lambda(
 
 
 def draw_methods(target: Path) -> None:
-    """What a score costs, by method; ringed is the paper's choice."""
+    """Draws score against tokens by method; a ring marks the paper's choice."""
     measured = sweeps()
     with plt.rc_context(STYLE):
         _, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -323,7 +328,7 @@ def draw_methods(target: Path) -> None:
 
 
 def draw_budgets(target: Path) -> None:
-    """Score over the tokens really spent, by policy, for all questions and the long ones."""
+    """Draws the score over the tokens spent, by policy, for all questions and for the long ones."""
     with plt.rc_context(STYLE):
         _, panels = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
         for axes, kind in zip(panels, ("default", "long"), strict=True):

@@ -1,4 +1,4 @@
-"""What the benches run: two pairs, and 32 requests on each."""
+"""The requests that the benches run: 32 on each of two pairs."""
 
 import random
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BUILD = Path("build/bench")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair, and how much of it a round runs."""
+    """A pair, and the size of a round on it."""
 
     name: str
     instruct: str
@@ -41,7 +41,7 @@ def midsize_pair() -> Pair:
 
 
 def prompts(pair: Pair, seed: int, count: int = REQUESTS) -> list[list[int]]:
-    """Random token ids that are no special tokens."""
+    """Returns prompts of random token ids without special tokens."""
     draw = random.Random(seed)
     return [draw.choices(range(16, 300), k=pair.prompt_tokens) for _ in range(count)]
 

@@ -6,7 +6,7 @@ and reports at the end are the messages of the pipe between the HTTP and the eng
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 
@@ -143,10 +143,18 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
+class Phase(IntEnum):
+    """Where a sequence is with respect to its think block."""
+
+    OUTSIDE = 0  # no block was opened yet
+    INSIDE = 1
+    CLOSED = 2  # none can be opened any more
+
+
 class TokenEvent(NamedTuple):
     """One new token of one request, or its end without a token (abort, error, max_tokens 0).
 
-    A tuple, as every token of every step makes one and sends it through the pipe.
+    It is a tuple because every token of every step makes one and sends it through the pipe.
     """
 
     request_id: str
@@ -156,6 +164,7 @@ class TokenEvent(NamedTuple):
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     reasoning_tokens: int = 0  # tokens inside the think block so far
     forced_close: bool = False  # the engine closed the think block
+    phase: int = Phase.OUTSIDE.value  # after this token; a plain int, which is pickled faster
     queue_seconds: float = 0.0  # from submission to the first step that ran it
     error: str | None = None  # for FinishReason.ERROR: what happened
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

@@ -32,7 +32,7 @@ def main(flags: Sequence[str], worker_command: Sequence[str] = WORKER_COMMAND) -
     )
     engine.start()  # it loads the pair while this process imports and reads files
     try:
-        from server.api.process import run
+        from server.api.uvicorn_server import run
         from server.service import Service
 
         endpoints = Endpoint.read(instruct), Endpoint.read(thinking)

@@ -1,7 +1,8 @@
-"""For all tests: the same examples every time, one thread for torch, and Triton interpreted.
+"""What all tests share: the same examples every time, one thread for torch, interpreted Triton.
 
-Both must be said before torch or triton load; tests share few cores, are not judged by the clock,
-and run kernels on a CPU.
+The environment must be set before torch or triton load, and engine processes inherit it. Several
+pytest workers share few cores; with more than one thread each, torch's threads would wait for one
+another.
 """
 
 import os
@@ -12,4 +13,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("long", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("same")

@@ -1,7 +1,7 @@
-"""One step's chunks as the tensors of one flat batch.
+"""Builds the flat batch of a sub-batch: the tensors that one forward pass reads.
 
-Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks. All
-tensors are made as arrays of the host and sent in one copy.
+Rows of decodes come first, as the scheduler orders them, then prefill chunks. All tensors are made
+as NumPy arrays on the host and sent in one copy.
 """
 
 from array import array
@@ -15,38 +15,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import AttentionPlan, Prefill
-from mi_runtime.device.transfer import Array, together_on_device
-from mi_runtime.model.rows import StepRows
+from mi_runtime.attention.plan import AttentionPlan, Prefill
+from mi_runtime.device.transfer import Array, arrays_on_device
+from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
-NOTHING_DRAWN: Final[Mapping[Sequence, int]] = MappingProxyType({})
+NOTHING_SAMPLED: Final[Mapping[Sequence, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
-    """Rows whose token is still being drawn, and where it will stand among the drawn ones."""
+class PlaceholderTokens:
+    """Rows whose token id is not known yet: the step in flight is sampling it."""
 
-    rows: Tensor  # int64; their id is 0 until the token is there
-    drawn: Tensor  # int64
+    rows: Tensor  # [any] int64: rows of this batch, whose id is 0 until then
+    sampled_rows: Tensor  # [any] int64: the row of each among the tokens of the step in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`tokens` rows; `kept` of them have logits: those that are scored, and one a sequence that
-    samples, both in chunk order."""
+    """The tensors of one forward pass over `tokens` rows.
+
+    Rows with logits are the scored prompt positions, in chunk order, then the last row of each
+    chunk that samples, in chunk order.
+    """
 
     ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
-    kept: Tensor  # [kept] int64, rows
+    logits_indices: Tensor  # [rows with logits] int64
     rows: StepRows
     attention: AttentionPlan
-    ahead: Ahead | None
+    placeholders: PlaceholderTokens | None
     sampling: tuple[Sequence, ...]
-    scored: tuple[Chunk, ...]  # their scored rows stand before all others in `kept`
+    scored: tuple[Chunk, ...]  # chunks with scored positions, which come first in logits_indices
 
 
 def build_batch(
@@ -54,13 +57,16 @@ def build_batch(
     block_size: int,
     null_block: int,
     device: torch.device,
-    drawn: Mapping[Sequence, int] = NOTHING_DRAWN,
+    sampled_rows: Mapping[Sequence, int] = NOTHING_SAMPLED,
 ) -> Batch:
-    """`drawn`: whose tokens are being drawn by the step before, and the row of each there."""
+    """Returns the batch of one sub-batch, on `device`.
+
+    `sampled_rows` maps each sequence that the step in flight samples to its row there.
+    """
     ids: list[int] = []
-    kept: list[int] = []
+    logits_indices: list[int] = []
     scored: list[int] = []
-    ahead: dict[int, int] = {}
+    placeholders: dict[int, int] = {}
     for chunk in sub_batch.chunks:
         sequence, start = chunk.sequence, chunk.start
         if chunk.scored:
@@ -68,13 +74,13 @@ def build_batch(
         if start < len(sequence.tokens):
             ids += sequence.tokens[start : start + chunk.length]
         else:
-            ahead[len(ids)] = drawn[sequence]
+            placeholders[len(ids)] = sampled_rows[sequence]
             ids.append(0)
         if chunk.samples:
-            kept.append(len(ids) - 1)
-    kept = scored + kept
-    lists = (ids, kept, [*ahead], [*ahead.values()])
-    moved = together_on_device(
+            logits_indices.append(len(ids) - 1)
+    logits_indices = scored + logits_indices
+    lists = (ids, logits_indices, [*placeholders], [*placeholders.values()])
+    moved = arrays_on_device(
         [
             *(np.array(one, dtype=np.int64) for one in lists),
             *_layout(sub_batch.chunks, block_size, null_block),
@@ -84,10 +90,10 @@ def build_batch(
     return Batch(
         ids=moved[0],
         positions=moved[4],
-        kept=moved[1],
-        rows=_step_rows(sub_batch, kept),
+        logits_indices=moved[1],
+        rows=_step_rows(sub_batch, logits_indices),
         attention=_plan(sub_batch.chunks, moved[5:]),
-        ahead=Ahead(moved[2], moved[3]) if ahead else None,
+        placeholders=PlaceholderTokens(moved[2], moved[3]) if placeholders else None,
         sampling=tuple([chunk.sequence for chunk in sub_batch.chunks if chunk.samples]),
         scored=tuple([chunk for chunk in sub_batch.chunks if chunk.scored]),
     )
@@ -96,36 +102,37 @@ def build_batch(
 def attention_plan(
     chunks: list[Chunk], block_size: int, null_block: int, device: torch.device
 ) -> AttentionPlan:
+    """Returns how the rows of these chunks attend, with its tensors on `device`."""
     _, *arrays = _layout(chunks, block_size, null_block)
-    return _plan(chunks, together_on_device(arrays, device))
+    return _plan(chunks, arrays_on_device(arrays, device))
 
 
 def _layout(
     chunks: list[Chunk], block_size: int, null_block: int
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """Positions of rows, then what an attention plan has on the device."""
+    """Returns the positions of all rows, then the arrays of the attention plan."""
     begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     counts = np.array([chunk.length for chunk in chunks], dtype=np.int64)
     ends = begins + counts
     starts = np.zeros(len(chunks) + 1, dtype=np.int64)
     counts.cumsum(out=starts[1:])
-    owners = np.arange(len(chunks)).repeat(counts)  # the chunk of each row
+    owners = np.arange(len(chunks)).repeat(counts)  # the chunk that each row belongs to
     positions = np.arange(starts[-1]) + (begins - starts[:-1])[owners]
     tables = _tables(chunks, -(-ends // block_size), null_block)
     slots = tables[owners, positions // block_size].astype(np.int64) * block_size
-    (opened,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
+    (partial,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
     return (
         positions,
         slots + positions % block_size,
         starts.astype(np.int32),
         ends.astype(np.int32),
         tables,
-        tables[opened, ends[opened] // block_size].astype(np.int64),
+        tables[partial, ends[partial] // block_size].astype(np.int64),
     )
 
 
 def _tables(chunks: list[Chunk], widths: Array, null_block: int) -> Array:
-    """The blocks of every chunk's KV, none that its sequence has for later."""
+    """Returns the block tables, as wide as the KV after the step needs."""
     held = array("i")
     for chunk, width in zip(chunks, widths.tolist(), strict=True):
         held.extend(chunk.sequence.block_table[:width])
@@ -135,28 +142,29 @@ def _tables(chunks: list[Chunk], widths: Array, null_block: int) -> Array:
 
 
 def _plan(chunks: list[Chunk], tensors: list[Tensor]) -> AttentionPlan:
-    slots, query_starts, lengths, tables, opened = tensors
+    slot_mapping, query_starts, lengths, block_tables, partial_blocks = tensors
     ends = [chunk.start + chunk.length for chunk in chunks]
     decodes = _leading_decodes(chunks)
-    behind = chunks[decodes:]
-    starts = accumulate([chunk.length for chunk in behind], initial=decodes)
+    prefills = chunks[decodes:]
+    starts = accumulate([chunk.length for chunk in prefills], initial=decodes)
     return AttentionPlan(
-        slots=slots,
+        slot_mapping=slot_mapping,
         query_starts=query_starts,
         lengths=lengths,
-        tables=tables,
+        block_tables=block_tables,
         longest_decode=max(ends[:decodes], default=0),
         longest_query=max(chunk.length for chunk in chunks),
         longest=max(ends),
         prefills=tuple(
             Prefill(first, chunk.length, chunk.start)
-            for first, chunk in zip(starts, behind, strict=False)
+            for first, chunk in zip(starts, prefills, strict=False)
         ),
-        opened=opened,
+        partial_blocks=partial_blocks,
     )
 
 
-def _step_rows(sub_batch: SubBatch, kept: list[int]) -> StepRows:
+def _step_rows(sub_batch: SubBatch, logits_indices: list[int]) -> StepRows:
+    """Returns the dial of every row."""
     dials: dict[Dial, int] = {}
     index: list[int] = []
     for chunk in sub_batch.chunks:
@@ -165,10 +173,11 @@ def _step_rows(sub_batch: SubBatch, kept: list[int]) -> StepRows:
             continue
         for position in range(chunk.start, chunk.start + chunk.length):
             index.append(dials.setdefault(chunk.sequence.dial_at(position), len(dials)))
-    return StepRows(tuple(dials), tuple(index), tuple(kept), sub_batch.blended)
+    return StepRows(tuple(dials), tuple(index), tuple(logits_indices), sub_batch.blended)
 
 
 def _leading_decodes(chunks: list[Chunk]) -> int:
+    """Returns how many chunks there are before the first of several tokens."""
     for index, chunk in enumerate(chunks):
         if chunk.length > 1:
             return index

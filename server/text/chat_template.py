@@ -8,9 +8,10 @@ no effect here.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -24,10 +25,8 @@ class ChatTemplate:
     """One endpoint's template, compiled. Raises `CheckpointError` where it does not parse."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        environment = _environment()
         try:
-            variables = meta.find_undeclared_variables(environment.parse(endpoint.chat_template))
-            self._template = environment.from_string(endpoint.chat_template)
+            self._template, variables = _compiled(endpoint.chat_template)
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"{endpoint.directory}: the chat template does not parse: {error}"
@@ -67,6 +66,16 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _compiled(source: str) -> tuple[Template, set[str]]:
+    """Compiles a template once, for endpoints often share theirs; returns its variables as well."""
+    environment = _environment()
+    return (
+        environment.from_string(source),
+        meta.find_undeclared_variables(environment.parse(source)),
+    )
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

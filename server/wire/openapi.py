@@ -6,6 +6,7 @@ the web framework. A new route needs an `Operation`; a test finds routes without
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -132,8 +133,12 @@ OPERATIONS: Final = (
 )
 
 
+@cache
 def document(version: str) -> dict[str, Any]:
-    """Returns the OpenAPI 3.1 document of the server's `version`."""
+    """Returns the OpenAPI 3.1 document of the server's `version`.
+
+    It is built once, so callers must not change it.
+    """
     refs, definitions = models_json_schema(
         [(model, "validation") for model in _models()],
         ref_template="#/components/schemas/{model}",

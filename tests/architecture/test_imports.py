@@ -28,7 +28,7 @@ HTTP = {"fastapi", "starlette", "uvicorn", "asyncio"}
 FILES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("server", "mi_runtime")}
 ALL = [*FILES["server"], *FILES["mi_runtime"]]
 NEEDING_TRITON = {"mi_runtime.kernels.pair_linear", "mi_runtime.kernels.paged_attention"}
-NEEDING_TRITON |= {"mi_runtime.attention.triton", "mi_runtime.attention.varlen"}
+NEEDING_TRITON |= {"mi_runtime.attention.triton_backend", "mi_runtime.attention.torch_backend"}
 
 
 def imports_of(path: Path, *, on_import: bool = False) -> Iterator[str]:

@@ -16,6 +16,7 @@ import torch
 
 import bench.gpu
 import bench.gpu_rows
+import bench.gpu_subjects
 from bench.gpu import main, rows_of_group
 from bench.gpu_bounds import TINY
 from bench.gpu_cases import (
@@ -156,6 +157,17 @@ def test_a_failing_row_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyP
     assert failed["what"] == "prefill"
     assert failed["error"] == "RuntimeError: no kernel image is available"
     assert "seconds" in rows[-1]
+
+
+def test_a_process_whose_rows_fail_still_ends_in_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an error the process checks that its device still works, whatever the device is."""
+    jobs = json.dumps([["card", {"what": "start"}]])
+    arguments = ["--jobs", jobs, "--model", "4b", "--deadline", str(time.monotonic() + 60)]
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_subjects", *arguments])
+    assert bench.gpu_subjects.main() == 0
+    assert "no CUDA device" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_rows_of_a_subject_that_does_not_start_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from bench import kernel_cache, kernel_code
 from bench.gpu_bounds import SHAPES, TINY, Shape, Store
 from bench.gpu_pairs import Place, random_pair
 from bench.kernel_code import Case
-from mi_runtime.attention.backends import uniform_plan
 from mi_runtime.attention.paged import PagedAttention
-from mi_runtime.attention.triton import TritonAttention
-from mi_runtime.model.load import BlendedModel
-from mi_runtime.model.rows import StepRows
+from mi_runtime.attention.selector import uniform_plan
+from mi_runtime.attention.triton_backend import TritonAttention
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial
 
 CPU = torch.device("cpu")

@@ -80,6 +80,10 @@ class ServerProcess:
         assert match is not None
         return float(match[1])
 
+    def is_idle(self) -> bool:
+        gauges = ("mi_num_requests_running", "mi_num_requests_waiting", "mi_kv_cache_usage_ratio")
+        return all(self.gauge(name) == 0 for name in gauges)
+
     def chat_body(self, content: str, **fields: Any) -> dict[str, Any]:
         return {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
 
@@ -139,18 +143,37 @@ def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[Callable[..., S
 
     yield start
     for server in started:
-        server.text.stop_strings()
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_fake_server(
+    pair_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("fake") / "server.log"
+    server = ServerProcess.of_fake_engine(log, pair_directory, "--keep-alive", "0.1")
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def fake_server(shared_fake_server: ServerProcess) -> Iterator[ServerProcess]:
+    """A running server on the fake engine, which every test gets and leaves idle."""
+    yield shared_fake_server
+    wait_until(shared_fake_server.is_idle)
 
 
 @pytest.fixture(scope="session")
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The command as it is shipped, on the embedded pair."""
+    """The command as it is shipped, on the embedded pair, for tests that need no flags."""
     log = tmp_path_factory.mktemp("real") / "server.log"
     server = ServerProcess.of_embedded_pair(log)
     try:
         yield server.wait_ready()
     finally:
-        server.text.stop_strings()
+        server.stop()
 
 
 @pytest.fixture

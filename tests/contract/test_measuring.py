@@ -16,7 +16,7 @@ from server.routing.profiles import load_profile
 from server.sweep.arguments import calibrate_parser, parse_arguments
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--lambdas", "0,0.5,1", "--questions", "12", "--samples", "3", "--seed", "5"]
+SMALL = ["--lambdas", "0,0.5,1", "--questions", "6", "--samples", "2", "--seed", "5"]
 
 
 def sweep(out: Path, *more: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def test_a_sweep_of_a_running_server_reports_every_lambda(swept: tuple[Path, Any
     out, told = swept
     instruct, _, thinking = told["points"]
     assert [point["lambda"] for point in told["points"]] == [0, 0.5, 1]
-    assert all((point["questions"], point["samples"]) == (12, 36) for point in told["points"])
+    assert all((point["questions"], point["samples"]) == (6, 12) for point in told["points"])
     assert (instruct["think_rate"], thinking["think_rate"]) == (0, 1)
     assert instruct["mean_at_k"] < thinking["mean_at_k"]
     assert instruct["reasoning_tokens_p90"] == 0 < thinking["reasoning_tokens_p50"]
@@ -95,13 +95,13 @@ def test_a_killed_sweep_takes_its_server_along_and_goes_on_where_it_was(
     process = subprocess.Popen(
         [sys.executable, "-m", "server.cli", "sweep", *words], cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 20, 60)
+    wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 6, 60)
     below = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     finished = samples.read_bytes()
     assert len(below) == 2
-    assert finished.count(b"\n") < 1 + 3 * 12 * 3, "it was not killed on its way"
+    assert finished.count(b"\n") < 1 + 3 * 6 * 2, "it was not killed on its way"
     wait_until(lambda: not any(it.is_running() for it in below))
 
     told = sweep(tmp_path)
@@ -111,7 +111,7 @@ def test_a_killed_sweep_takes_its_server_along_and_goes_on_where_it_was(
 
 def test_an_ablation_and_a_file_of_questions(real_server: Any, tmp_path: Path) -> None:
     task = tmp_path / "digits.jsonl"
-    lines = [{"question": f"a={n},b=a+1. b?", "answer": str(n + 1)} for n in range(4)]
+    lines = [{"question": f"a={n},b=a+1. b?", "answer": str(n + 1)} for n in range(2)]
     task.write_text("\n".join(map(json.dumps, lines)))
     words = ["--task", str(task), "--grader", "numeric", "--samples", "1", "--lambdas", "0.8"]
     words += ["--ablate", "--url", real_server.url, "--temperature", "0", "--out", str(tmp_path)]
@@ -126,8 +126,8 @@ def test_an_ablation_and_a_file_of_questions(real_server: Any, tmp_path: Path) -
 
 def test_a_calibration_writes_a_profile_with_its_command(real_server: Any, tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
-    words = ["--url", real_server.url, "--lambdas", "0,0.4,0.6,1", "--questions", "10"]
-    words += ["--samples", "2", "--budget-samples", "160", "--target-interval", "0.2"]
+    words = ["--url", real_server.url, "--lambdas", "0,0.4,0.6,1", "--questions", "5"]
+    words += ["--samples", "2", "--budget-samples", "80", "--target-interval", "0.2"]
     words += ["--api-key", "secret", "--out", str(out)]
     assert main(["calibrate", *words]) == 0
     profile = load_profile(out)
@@ -135,7 +135,7 @@ def test_a_calibration_writes_a_profile_with_its_command(real_server: Any, tmp_p
     lambdas = [point.reasoning_lambda for point in points]
     assert {0, 0.4, 0.6, 1} < set(lambdas)
     assert any(0.4 < value < 0.6 for value in lambdas), "the bend was not looked at"
-    assert sum(point.samples or 0 for point in points) <= 160
+    assert sum(point.samples or 0 for point in points) <= 80
     assert points[0].think_rate == 0 < points[-1].reasoning_tokens.mean
     assert profile.name == "pair"
     command = profile.source.command
@@ -151,7 +151,7 @@ def test_a_calibration_writes_a_profile_with_its_command(real_server: Any, tmp_p
 
 def test_the_built_in_profile_is_of_the_embedded_pair(real_server: Any) -> None:
     """Whoever changes the pair measures it again, with the command in the file."""
-    profile = load_profile(ROOT / "server" / "builtin_profiles" / "embedded.json")
+    profile = load_profile(ROOT / "server" / "routing" / "builtin_profiles" / "embedded.json")
     card = real_server.get("/v1/models").json()["data"][0]
     assert profile.pair.model_dump() == {
         name: card["pair"][name] for name in ("identity", "instruct", "thinking")

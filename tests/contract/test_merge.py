@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from server.cli import main
 from tests.contract.conftest import ROOT, ServerProcess
 
-QUESTIONS = ("a=6,b=a-2,c=b+6,d=c-3. d?", "a=5,b=a+2. b?", "a=1,b=a+9,c=b-4. c?", "Hello?")
+QUESTIONS = ("a=6,b=a-2,c=b+6,d=c-3. d?", "Hello?")
+LAYERS = {"default": 0.6, "attn": 0.8, "layers": {"0-1": 0.2, "3": {"mlp": 1.0}}}
 DIALS: dict[str, Any] = {
     "one λ": 0.5,
-    "by layer": {"default": 0.6, "attn": 0.8, "layers": {"0-1": 0.2, "3": {"mlp": 1.0}}},
-    "an untied head": {"default": 0.55, "embed": 0.2, "head": 0.7},
+    "λ by layer and an untied head": LAYERS | {"embed": 0.2, "head": 0.7},
 }
 
 
@@ -66,8 +67,15 @@ def test_greedy_answers_of_the_export_are_the_servers(
         assert message.get("reasoning", "") in text
 
 
-def test_the_export_says_what_it_is(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_says_what_it_is(
+    tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
     out = tmp_path / "merged"
+    process = subprocess.Popen(command("--lambda", "0.6", "--out", str(out)), cwd=ROOT)
+    wait_until(lambda: any(tmp_path.iterdir()))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
     assert run("--lambda", "0.6", "--out", str(out)).returncode == 0
     card = (out / "README.md").read_text()
     assert "λ = 0.6" in card
@@ -89,19 +97,6 @@ def test_a_baseline_is_written_as_well(tmp_path: Path) -> None:
         assert f"--method {method} --base instruct --scale" in (out / "README.md").read_text()
 
 
-def test_a_killed_run_leaves_no_checkpoint_and_does_not_stop_the_next(
-    tmp_path: Path, wait_until: Callable[..., None]
-) -> None:
-    out = tmp_path / "merged"
-    process = subprocess.Popen(command("--lambda", "0.6", "--out", str(out)), cwd=ROOT)
-    wait_until(lambda: any(tmp_path.iterdir()))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    assert run("--lambda", "0.6", "--out", str(out)).returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-
-
 REFUSED = {
     "no λ": ([], "--lambda is missing"),
     "λ above 1": (["--lambda", "1.5"], "λ must be a number in [0, 1]"),
@@ -113,25 +108,25 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("flags", "said"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("flags", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_merged_is_exit_code_2_and_writes_nothing(
-    tmp_path: Path, flags: list[str], said: str
+    tmp_path: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(*flags, "--out", str(tmp_path / "merged"))
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main(["merge", *flags, "--out", str(tmp_path / "merged")]) == 2
+    assert reason in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
-def test_a_directory_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_directory_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine").write_text("precious")
-    done = run("--lambda", "0.6", "--out", str(tmp_path))
-    assert (done.returncode, (tmp_path / "mine").read_text()) == (2, "precious")
-    assert "exists already" in done.stderr
+    assert main(["merge", "--lambda", "0.6", "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert "exists already" in capsys.readouterr().err
 
 
-def test_endpoints_that_do_not_match_are_told_by_name(tmp_path: Path) -> None:
+def test_endpoints_that_do_not_match_are_refused_by_name(tmp_path: Path) -> None:
     instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
     other = tmp_path / "other"
     other.mkdir()
@@ -142,4 +137,5 @@ def test_endpoints_that_do_not_match_are_told_by_name(tmp_path: Path) -> None:
     done = run("--lambda", "0.6", "--thinking", str(other), "--out", str(tmp_path / "merged"))
     assert done.returncode == 2
     assert "rms_norm_eps" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "merged").exists()

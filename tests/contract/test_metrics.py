@@ -171,7 +171,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         )
         yield Story(server, first, busy, Scrape(server), caller.answers, statuses)
     finally:
-        server.text.stop_strings()
+        server.stop()
 
 
 def test_every_documented_metric_is_there_and_no_other_one(story: Story) -> None:

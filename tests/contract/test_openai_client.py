@@ -9,7 +9,7 @@ import pytest
 
 QUESTION = "a=6,b=a-2,c=b+6,d=c-3. d?"
 LAMBDAS = [round(0.03 * index, 2) for index in range(32)]
-LONGEST = 40
+LONGEST = 24
 
 
 def ask(client: Any, content: str = QUESTION, **fields: Any) -> Any:

@@ -37,57 +37,60 @@ def data(line: str) -> Any:
     return json.loads(line.removeprefix("data: "))
 
 
+def aborted(process: Any) -> float:
+    """Returns how many requests ended because their client left."""
+    text = process.get("/metrics").text
+    pattern = r'^mi_request_success_total\{finished_reason="abort",.*\} (\S+)$'
+    return sum(float(it) for it in re.findall(pattern, text, re.MULTILINE))
+
+
 # --- clients that leave ---
 
 
 def test_a_client_that_leaves_its_stream_frees_the_engine(
-    start_fake: Start, wait_until: WaitUntil
+    fake_server: Any, wait_until: WaitUntil
 ) -> None:
-    process = start_fake()
-    with stream(process, "forever") as lines:
+    before = aborted(fake_server)
+    with stream(fake_server, "forever") as lines:
         next(lines)
-        wait_until(lambda: process.gauge("mi_num_requests_running") == 1)
-    wait_until(lambda: process.gauge("mi_num_requests_running") == 0)
-    aborted = r'mi_request_success_total{finished_reason="abort",model_name="pair"} 1.0'
-    wait_until(lambda: aborted in process.get("/metrics").text)
+        wait_until(lambda: fake_server.gauge("mi_num_requests_running") == 1)
+    wait_until(lambda: fake_server.gauge("mi_num_requests_running") == 0)
+    wait_until(lambda: aborted(fake_server) == before + 1)
 
 
 def test_a_client_that_leaves_a_plain_answer_frees_the_engine(
-    start_fake: Start, wait_until: WaitUntil
+    fake_server: Any, wait_until: WaitUntil
 ) -> None:
-    process = start_fake()
-    address = urlsplit(process.url)
-    body = json.dumps(process.chat_body("forever")).encode()
+    address = urlsplit(fake_server.url)
+    body = json.dumps(fake_server.chat_body("forever")).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(head.encode() + body)
-        wait_until(lambda: process.gauge("mi_num_requests_running") == 1)
-    wait_until(lambda: process.gauge("mi_num_requests_running") == 0)
+        wait_until(lambda: fake_server.gauge("mi_num_requests_running") == 1)
+    wait_until(lambda: fake_server.gauge("mi_num_requests_running") == 0)
 
 
-def test_a_request_that_waits_is_freed_as_well(start_fake: Start, wait_until: WaitUntil) -> None:
-    process = start_fake()
-    with stream(process, "wait"):
-        wait_until(lambda: process.gauge("mi_num_requests_waiting") == 1)
-    wait_until(lambda: process.gauge("mi_num_requests_waiting") == 0)
+def test_a_request_that_waits_is_freed_as_well(fake_server: Any, wait_until: WaitUntil) -> None:
+    with stream(fake_server, "wait"):
+        wait_until(lambda: fake_server.gauge("mi_num_requests_waiting") == 1)
+    wait_until(lambda: fake_server.gauge("mi_num_requests_waiting") == 0)
 
 
 def test_a_client_that_leaves_while_sending_is_no_error(
-    start_fake: Start, wait_until: WaitUntil
+    fake_server: Any, wait_until: WaitUntil
 ) -> None:
-    process = start_fake()
-    address = urlsplit(process.url)
+    address, line = urlsplit(fake_server.url), "POST /v1/chat/completions 499"
+    before = fake_server.output.count(line)
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(
             b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"mo'
         )
-    wait_until(lambda: "POST /v1/chat/completions 499" in process.output)
-    assert "Traceback" not in process.output
+    wait_until(lambda: fake_server.output.count(line) == before + 1)
+    assert "Traceback" not in fake_server.output
 
 
-def test_a_silent_stream_is_kept_alive_by_comments(start_fake: Start) -> None:
-    process = start_fake("--keep-alive", "0.1")
-    with stream(process, "wait") as lines:
+def test_a_silent_stream_is_kept_alive_by_comments(fake_server: Any) -> None:
+    with stream(fake_server, "wait") as lines:
         said = [line for line, _ in zip((it for it in lines if it), range(3), strict=False)]
     assert said[1:] == [": keep-alive", ": keep-alive"]
 
@@ -147,7 +150,7 @@ def test_a_checkpoint_without_tokenizer_json_is_exit_code_2(
 def test_a_closing_sequence_that_closes_nothing_is_exit_code_2(start_fake: Start) -> None:
     process = start_fake("--think-closing", "The end.", wait=False)
     assert process.exit_code() == 2
-    assert "think_closing: 'The end.' must hold the closing tag" in process.output
+    assert "think_closing: 'The end.' must contain the closing tag" in process.output
     assert "Traceback" not in process.output
 
 
@@ -229,24 +232,22 @@ def test_settings_that_cannot_be_used_are_exit_code_2_without_a_traceback() -> N
         assert "Traceback" not in ended.stderr
 
 
-def test_the_http_process_loads_no_torch(start_fake: Start) -> None:
-    process = start_fake()
-    httpx.post(f"{process.url}/v1/chat/completions", json=process.chat_body("say x"))
-    maps = Path(f"/proc/{process.process.pid}/maps").read_text()
+def test_the_http_process_loads_no_torch(fake_server: Any) -> None:
+    httpx.post(f"{fake_server.url}/v1/chat/completions", json=fake_server.chat_body("say x"))
+    maps = Path(f"/proc/{fake_server.process.pid}/maps").read_text()
     assert not re.search(r"libtorch|transformers", maps)
-    modules = [sys.executable, "-c", "import sys, server.api.process; print(*sys.modules)"]
+    modules = [sys.executable, "-c", "import sys, server.api.uvicorn_server; print(*sys.modules)"]
     loaded = subprocess.run(modules, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
 
 
-def test_when_ready_it_tells_what_the_pair_and_its_loading_took(start_fake: Start) -> None:
+def test_when_ready_it_tells_what_the_pair_and_its_loading_took(fake_server: Any) -> None:
     told = "weights 4.82 MB, 9 GB at the peak of loading; attention reference; profile neutral) at "
-    assert told in start_fake().output
+    assert told in fake_server.output
 
 
-def test_when_ready_it_prints_what_to_try_and_that_works(start_fake: Start) -> None:
-    process = start_fake()
-    line = re.search(r"^  curl (.*)$", process.output, re.MULTILINE)
+def test_when_ready_it_prints_what_to_try_and_that_works(fake_server: Any) -> None:
+    line = re.search(r"^  curl (.*)$", fake_server.output, re.MULTILINE)
     assert line is not None
     answer = subprocess.run(
         ["bash", "-c", f"curl -s {line[1]}"], capture_output=True, text=True, check=True

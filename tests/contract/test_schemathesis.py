@@ -1,9 +1,9 @@
-"""Thousands of requests made from the OpenAPI document: every answer is one that it describes.
+"""Requests made from the OpenAPI document: every answer is one that it describes.
 
 Three sources of them: the document as it is, with data that obeys it and data that does not; the
 same document narrowed to what the server accepts, so that most requests are answered; and bodies
 and headers that no schema would make. A 5xx, a status, type, header or body that the document does
-not tell is a failure wherever it appears.
+not tell is a failure wherever it appears. `make test-long` sends ten times as many.
 """
 
 import copy
@@ -30,7 +30,9 @@ from schemathesis.specs.openapi.checks import (
 
 from server.wire.openapi import document
 from tests.contract.conftest import ServerProcess
+from tests.examples import examples
 
+pytestmark = pytest.mark.hypothesis
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -38,7 +40,7 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-GENERATED = settings(max_examples=200, suppress_health_check=list(HealthCheck))
+GENERATED = settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -61,7 +63,7 @@ def server(
 
 def described() -> dict[str, Any]:
     """The document, with the served names: any other is a 404, and nothing more would be tried."""
-    it = document("1")
+    it = copy.deepcopy(document("1"))
     for schema in it["components"]["schemas"].values():
         if schema["title"].endswith("Request"):
             may_be_left_out = "model" not in schema.get("required", ())
@@ -209,12 +211,12 @@ def ends_as_a_stream_does(text: str) -> bool:
     return text.endswith("}\n\ndata: [DONE]\n\n") and text.count("[DONE]") == 1
 
 
-def ask_what_fits(server: ServerProcess, path: str, examples: int) -> tuple[set[str], float]:
+def ask_what_fits(server: ServerProcess, path: str, requests: int) -> tuple[set[str], float]:
     """The fields that were sent, and the share of requests that got an answer."""
     fields: set[str] = set()
     statuses: list[int] = []
 
-    @settings(GENERATED, max_examples=examples)
+    @settings(GENERATED, max_examples=requests)
     @given(case=ACCEPTED[path]["POST"].as_strategy())
     def ask(case: schemathesis.Case) -> None:
         case.body = consistent(case.body)
@@ -234,7 +236,7 @@ def ask_what_fits(server: ServerProcess, path: str, examples: int) -> tuple[set[
 def test_most_of_what_fits_is_answered_as_described(
     path: str, model: str, server: ServerProcess
 ) -> None:
-    fields, answered = ask_what_fits(server, path, examples=800)
+    fields, answered = ask_what_fits(server, path, examples(160))
     possible = narrowed_document()["components"]["schemas"][model]["properties"]
     assert fields == set(possible) - {"last"}
     assert answered > 0.7
@@ -242,7 +244,7 @@ def test_most_of_what_fits_is_answered_as_described(
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_the_real_engine_answers_as_described(path: str, real_server: ServerProcess) -> None:
-    _, answered = ask_what_fits(real_server, path, examples=120)
+    _, answered = ask_what_fits(real_server, path, examples(30))
     assert answered > 0.7
     assert real_server.get("/ready").status_code == 200
     assert "Traceback" not in real_server.output
@@ -278,7 +280,7 @@ REFUSAL = jsonschema.Draft202012Validator(
 def test_odd_bytes_and_headers_get_a_described_answer(server: ServerProcess) -> None:
     statuses: set[int] = set()
 
-    @settings(GENERATED, max_examples=800)
+    @settings(GENERATED, max_examples=examples(200))
     @given(path=PATHS, body=CUT_AND_PASTED | st.binary(max_size=40), headers=HEADERS)
     def ask(path: str, body: bytes, headers: dict[str, str]) -> None:
         raw = [(name, value.encode("latin-1")) for name, value in headers.items()]

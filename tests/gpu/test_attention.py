@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.backends import (
+from mi_runtime.attention.plan import LayerShape
+from mi_runtime.attention.reference import ReferenceAttention
+from mi_runtime.attention.selector import (
     AttentionWorkload,
     make_backend,
     measured_workloads,
     obstacle,
 )
-from mi_runtime.attention.paged import LayerShape, ReferenceAttention
 from tests.gpu.conftest import DEVICE, REHEARSED, on_a_gpu_only
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mi_runtime.model.blend import PairExperts, PairMatrix, VocabularyPair
 from mi_runtime.model.delta import DeltaExperts
+from mi_runtime.model.weights import PairExperts, PairMatrix, VocabularyPair
 from tests.gpu.conftest import DEVICE
 
 Pair = tuple[Tensor, Tensor]

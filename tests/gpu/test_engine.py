@@ -46,7 +46,9 @@ KERNEL_ROWS = 256
 def _kernels_compute_what_they_can() -> Iterator[None]:
     """As a server has them up to the rows at which they were measured to be faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mi_runtime.execution.measure.rows_worth", lambda *_: KERNEL_ROWS)
+        patch.setattr(
+            "mi_runtime.execution.cost_measurement.best_row_limit", lambda *_: KERNEL_ROWS
+        )
         yield
 
 

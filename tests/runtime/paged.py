@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_runtime.attention.paged import AttentionBackend, LayerShape, PackedAttention, PagedAttention
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionBackend, LayerShape
+from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mi_runtime.engine import Engine
-from mi_runtime.model.blend import PairEmbedding
+from mi_runtime.model.pair_modules import PairEmbedding
 from mi_runtime.request import (
     Dial,
     EngineRequest,

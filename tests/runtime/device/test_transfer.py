@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mi_runtime.device.transfer import Readback, on_device, send
-from mi_runtime.execution import sampler
+from mi_runtime.execution import topk_topp
 from mi_runtime.execution.batch import build_batch
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.model.blend_cache import BlendCache
-from mi_runtime.model.rows import BlendGroups
+from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, ThinkPolicy
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch
@@ -82,8 +82,8 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crossings]:
 class Grammar:
     """In the place of a grammar: allows the tokens below 5, and a think block."""
 
-    def __init__(self, beside: int | None, may_open: bool) -> None:
-        self.beside, self.may_open = beside, may_open
+    def __init__(self, extra_token: int | None, may_open_block: bool) -> None:
+        self.extra_token, self.may_open_block = extra_token, may_open_block
         self.constrains = True
 
     def mask(self) -> bytes:
@@ -125,7 +125,7 @@ def everything() -> list[Sequence]:
 def test_sampling_waits_for_nothing_and_its_results_are_one_copy(
     dtype: torch.dtype, crossings: Crossings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "GROUP", VOCAB // 3)  # as in a large vocabulary
+    monkeypatch.setattr(topk_topp, "GROUP", VOCAB // 3)  # as in a large vocabulary
     sequences = everything()
     assert sequences[6].forced_token == CLOSE
     logits = torch.randn(len(sequences), VOCAB, dtype=dtype, device=DEVICE)
@@ -155,7 +155,7 @@ def test_a_batch_and_its_rows_are_sent_without_waiting(crossings: Crossings) -> 
         chunks.append(Chunk(one, start, length))
     drawn = {chunks[0].sequence: 2}
     batch = build_batch(SubBatch(chunks, blended=False), 4, 99, DEVICE, drawn)
-    assert batch.ahead is not None
+    assert batch.placeholders is not None
     assert crossings.sent == 1
     BlendGroups(2, DEVICE, BlendCache(0)).begin(batch.rows)
     assert crossings.fetched == 0

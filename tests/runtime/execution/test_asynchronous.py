@@ -14,7 +14,7 @@ import torch
 from mi_runtime.config import EngineConfig, GrammarVocabulary
 from mi_runtime.embedded_pair.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from mi_runtime.engine import Engine
-from mi_runtime.model.blend import PairEmbedding
+from mi_runtime.model.pair_modules import PairEmbedding
 from mi_runtime.request import (
     Dial,
     EngineRequest,
@@ -24,6 +24,7 @@ from mi_runtime.request import (
     TokenEvent,
 )
 from tests.runtime.conftest import PairOf
+from tests.runtime.shared_models import engine_of
 
 Directories = tuple[Path, Path]
 Build = Callable[..., Engine]
@@ -63,7 +64,7 @@ def build(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> Build:
     }
 
     def make(**settings: Any) -> Engine:
-        return Engine(EngineConfig(*map(str, directories), **small | settings))
+        return engine_of(EngineConfig(*map(str, directories), **small | settings))
 
     return make
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mi_runtime.attention.paged import AttentionPlan, LayerShape, PagedAttention, ReferenceAttention
+from mi_runtime.attention.paged import PagedAttention
+from mi_runtime.attention.plan import AttentionPlan, LayerShape
+from mi_runtime.attention.reference import ReferenceAttention
 from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
@@ -76,7 +78,7 @@ class Case:
     def _cache(self, dim: int, unwritten: float, seed: int) -> Tensor:
         plan = self.plan()
         cache = torch.full((NUM_BLOCKS + 1, self.block_size, self.kv_heads, dim), unwritten)
-        for table, length in zip(plan.tables, plan.lengths.tolist(), strict=True):
+        for table, length in zip(plan.block_tables, plan.lengths.tolist(), strict=True):
             position = torch.arange(length)
             block, offset = table[position // self.block_size], position % self.block_size
             seed += 2
@@ -109,7 +111,7 @@ class Case:
         plan = self.plan()
         keys, values = self.caches(torch.nan)
         out: Tensor = kernels.paged_attention(
-            *(self.query(), keys, values, plan.tables, plan.lengths, plan.query_starts),
+            *(self.query(), keys, values, plan.block_tables, plan.lengths, plan.query_starts),
             *(self.sink_values(), self.scale, self.window, plan.decodes),
             *(plan.longest_decode, plan.longest, self.splits),
         )
@@ -182,13 +184,13 @@ def test_rows_that_pad_a_batch_change_nothing() -> None:
     """As in a captured graph: a row of padding is one token in the null block."""
     case = Case(LONG, splits=2)
     plan, padding = case.plan(), 3
-    spare = torch.full((padding, plan.tables.shape[1]), NUM_BLOCKS, dtype=torch.int32)
+    spare = torch.full((padding, plan.block_tables.shape[1]), NUM_BLOCKS, dtype=torch.int32)
     query = torch.cat((case.query(), case.random(padding, *case.query().shape[1:])))
     keys, values = case.caches(torch.nan)
     keys[NUM_BLOCKS], values[NUM_BLOCKS] = 1.0, 1.0  # what padding wrote
     out = kernels.paged_attention(
         *(query, keys, values),
-        torch.cat((plan.tables, spare)),
+        torch.cat((plan.block_tables, spare)),
         torch.cat((plan.lengths, torch.ones(padding, dtype=torch.int32))),
         torch.arange(len(query) + 1, dtype=torch.int32),
         *(None, case.scale, None, len(query), 200, 200, case.splits),
@@ -205,7 +207,7 @@ def test_queries_need_not_be_dense() -> None:
     apart = query.transpose(1, 2).contiguous().transpose(1, 2)
     for view in (across, apart):
         out = kernels.paged_attention(
-            *(view, keys, values, plan.tables, plan.lengths, plan.query_starts),
+            *(view, keys, values, plan.block_tables, plan.lengths, plan.query_starts),
             *(None, case.scale, None, plan.decodes, 1, 1),
         )
         torch.testing.assert_close(out, case.expected(), atol=3e-6, rtol=3e-6)
@@ -240,7 +242,7 @@ def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_rightly() -> No
     backend.write(plan, keys, values, key, value)
     out = backend.attend(plan, query, keys, values, scale=0.1, window=None, sinks=None)
     assert torch.equal(keys[blocks], key[:16])
-    small = replace(plan, tables=torch.tensor([[1, 0]], dtype=torch.int32))
+    small = replace(plan, block_tables=torch.tensor([[1, 0]], dtype=torch.int32))
     ends = [cache[[0, blocks]].float() for cache in (keys, values)]
     expected = ReferenceAttention().attend(
         small, query.float(), *ends, scale=0.1, window=None, sinks=None
@@ -313,7 +315,7 @@ def test_the_operators_are_described_rightly_for_tracing() -> None:
     case = Case(((20, 1), (3, 5)), sinks="rows", splits=2)
     plan, (keys, values) = case.plan(), case.caches(0.0)
     tests = ("test_schema", "test_faketensor")
-    arguments = (case.query(), keys, values, plan.tables, plan.lengths, plan.query_starts)
+    arguments = (case.query(), keys, values, plan.block_tables, plan.lengths, plan.query_starts)
     torch.library.opcheck(
         kernels.paged_attention,
         (*arguments, case.sink_values(), case.scale, 7, plan.decodes, 24, 24, 2),
@@ -321,7 +323,7 @@ def test_the_operators_are_described_rightly_for_tracing() -> None:
     )
     new = case.random(6, 2, 64)
     torch.library.opcheck(
-        kernels.write_kv, (keys, values, new, new.clone(), plan.slots), test_utils=tests
+        kernels.write_kv, (keys, values, new, new.clone(), plan.slot_mapping), test_utils=tests
     )
 
 
@@ -341,12 +343,12 @@ def test_a_layer_is_traced_with_tensors_of_a_gpu_that_is_not_there() -> None:
         )
         over.begin(fake)
         query, key, value = (
-            torch.empty(len(plan.slots), heads, dim, dtype=torch.bfloat16, device=cuda)
+            torch.empty(len(plan.slot_mapping), heads, dim, dtype=torch.bfloat16, device=cuda)
             for heads, dim in ((8, 64), (2, 64), (2, 32))
         )
         out = over.attend(0, query, key, value, scale=0.1, window=9, sinks=None)
     assert (out.shape, out.dtype, out.device.type) == (
-        (len(plan.slots), 8, 32),
+        (len(plan.slot_mapping), 8, 32),
         torch.bfloat16,
         "cuda",
     )

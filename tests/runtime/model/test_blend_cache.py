@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mi_runtime.model.blend import PairExperts, PairMatrix, VocabularyPair
 from mi_runtime.model.blend_cache import BlendCache, Key
-from mi_runtime.model.rows import BlendGroups, StepRows, Way
+from mi_runtime.model.row_lambdas import BlendGroups, StepRows, Way
+from mi_runtime.model.weights import PairExperts, PairMatrix, VocabularyPair
 from mi_runtime.request import Dial
 
 VALUES = (0.01, 0.25, 0.3, 0.5, 0.77, 0.99)
@@ -221,7 +221,7 @@ def test_a_cold_group_is_built_and_never_an_endpoint() -> None:
     groups = BlendGroups(1, torch.device("cpu"), BlendCache())
     pair = PairMatrix(*random_pair(8, 6))
     groups.begin(StepRows((Dial(0.3),), (0, 0), (1,), blended=True))
-    rows = groups.slot("0.attn", kept=False).now
+    rows = groups.slot("0.attn", logits_only=False).rows
     assert rows.way is Way.BLENDED
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pair.product(x, rows), x @ pair.blend(0.3).T)

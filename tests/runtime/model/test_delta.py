@@ -18,7 +18,7 @@ from mi_runtime.model.delta import (
     DeltaVocabulary,
     quantize,
 )
-from mi_runtime.model.rows import INSTRUCT, Rows
+from mi_runtime.model.row_lambdas import INSTRUCT, Rows
 
 KINDS = get_args(DeltaKind)
 WIDTHS = (1, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP + 7)
@@ -226,7 +226,7 @@ def test_each_expert_is_a_matrix_of_its_own(
         assert_same(experts.blend(0.3)[expert], alone.blend(0.3))
         expected = alone.product(x, rows)
         if biases is not None:
-            expected += torch.lerp(*(one[expert] for one in biases), rows.weights.unsqueeze(1))
+            expected += torch.lerp(*(one[expert] for one in biases), rows.lambdas.unsqueeze(1))
         found = experts.product(expert, x, rows, rows.mix)
         torch.testing.assert_close(found, expected)
 

@@ -11,7 +11,7 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.errors import PairError
 from mi_runtime.model.load import load_pair, pair_up
-from mi_runtime.model.pair import check_pair
+from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from tests.runtime import oracle
 from tests.runtime.conftest import MakeEngine, PairOf

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mi_runtime.errors import PairError
 from mi_runtime.model import merge
 from mi_runtime.model.merge import Interpolation, Method, TaskArithmetic, Ties, write_weights
-from mi_runtime.model.pair import Pair, check_base, check_pair
+from mi_runtime.model.pair_check import Pair, check_base, check_pair
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial
 from tests.runtime import oracle

@@ -85,7 +85,7 @@ def test_callers_that_have_all_their_tokens_are_forgotten(clock: Clock) -> None:
         limits.spend(Caller(str(number)), 1)
     clock.now += 60
     limits.spend(BOB, 1)
-    assert len(limits._whole_at) == 2
+    assert len(limits._full_at) == 2
     assert refused(limits) is not None
 
 

@@ -105,7 +105,10 @@ def test_a_stream_with_usage_ends_with_the_plain_answers_usage(client: TestClien
     events = streamed(client, THOUGHT, stream_options={"include_usage": True})
     assert all(event["usage"] is None for event in events[:-1])
     assert events[-1]["choices"] == []
-    assert events[-1]["usage"] == said(client, THOUGHT)["usage"]
+    usage = said(client, THOUGHT)["usage"]
+    cached = usage.pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 < cached < usage["prompt_tokens"]  # the second answer finds the first one's prompt
+    assert events[-1]["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_reasoning_can_be_left_out(client: TestClient) -> None:
@@ -286,7 +289,18 @@ def test_a_failure_inside_a_stream_is_its_last_event(client: TestClient) -> None
     response = chat(client, "fail", stream=True)
     assert response.status_code == 200
     last = response.text.split("\n\n")[-2]
-    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "told to"
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the prompt says so"
+
+
+def test_a_request_that_the_engine_rejects_is_an_error_and_the_others_go_on(
+    client: TestClient,
+) -> None:
+    response = chat(client, "reject")
+    check_error(response, 500, "internal_error")
+    assert response.json()["error"]["message"] == "the prompt says so"
+    *_, last, _ = chat(client, "reject", stream=True, n=2).text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert message(client, "say ok")["content"] == "ok"
 
 
 # --- life ---

@@ -56,6 +56,22 @@ def test_a_required_call_reaches_the_engine_as_a_grammar(client: TestClient) -> 
     assert "add" in (grammar(client, tools=[ADD], tool_choice="required") or "")
 
 
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('{"a": 1}', {"response_format": SCHEMA}),
+        (f"<think>so</think>{CALL}", {"tools": [ADD], "tool_choice": "required"}),
+    ],
+)
+def test_an_answer_that_follows_its_grammar_is_complete_and_another_one_fails(
+    client: TestClient, text: str, fields: dict[str, Any]
+) -> None:
+    assert choice(client, f"say {text}", **fields)["finish_reason"] in ("stop", "tool_calls")
+    response = chat(client, "say something else", **fields)
+    assert response.status_code == 500
+    assert "grammar" in response.json()["error"]["message"]
+
+
 def test_every_choice_obeys(client: TestClient) -> None:
     for fields in ({"n": 3}, {"reasoning_lambda": [0, 0.6, 1]}):
         answer = chat(client, "request", response_format=SCHEMA, **fields).json()

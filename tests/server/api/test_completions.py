@@ -227,7 +227,7 @@ def test_a_stream_adds_up_to_the_plain_answer(client: TestClient) -> None:
 def test_a_failure_in_a_stream_is_its_last_event(client: TestClient) -> None:
     response = ask(client, "fail", stream=True)
     *_, last, rest = response.text.split("\n\n")
-    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "told to"
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the prompt says so"
     assert rest == ""
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.request import FinishReason, Phase, TokenEvent
+from mi_runtime.scheduling.thinking import ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
 from server.text.think_policy import ThinkBlocks
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
@@ -44,12 +45,24 @@ def parts_of(split: Split) -> Parts:
     return Parts(split.reasoning, split.content, split.repeats_reasoning)
 
 
+def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
+    """The engine's events of an answer of these tokens."""
+    policy = BLOCKS.policy(opened_by_prompt=opened, cap=None)
+    assert policy is not None
+    engine, events = ThinkingState(policy, VOCABULARY.marks), []
+    for token_id in ids:
+        engine.observe(token_id)
+        events.append(TokenEvent("r", token_id, phase=int(engine.phase)))
+    return events
+
+
 def split_tokens(ids: list[int], *, opened: bool, by_length: bool = False) -> Parts:
     """Token by token, as an answer comes."""
     splitter, text = BLOCKS.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split = Split()
-    for token_id in ids:
-        split = split.then(splitter.feed(text.feed(token_id), token_id))
+    for event in events_of(ids, opened=opened):
+        assert event.token_id is not None
+        split = split.then(splitter.feed(text.feed(event.token_id), event))
     split = split.then(splitter.feed(text.finish()))
     return parts_of(split.then(splitter.finish(by_length=by_length)))
 
@@ -101,10 +114,24 @@ def test_a_closing_tag_written_once_more_belongs_to_the_end_of_the_block(between
 def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
     """As a stop token, it comes without text."""
     splitter = BLOCKS.splitter(opened_by_prompt=True)
-    close = IDS[THINK_CLOSE][0]
+    close, letter, end = events_of([*IDS[THINK_CLOSE], *IDS["a"], *IDS[THINK_CLOSE]], opened=True)
     splitter.feed("</think>", close)
-    assert splitter.feed("b", IDS["a"][0]) == Split(content="b")
-    assert splitter.feed("", close) == Split()
+    assert splitter.feed("b", letter) == Split(content="b")
+    assert splitter.feed("", end) == Split()
+
+
+def test_text_that_is_left_over_belongs_to_the_phase_that_the_last_event_reported() -> None:
+    splitter = BLOCKS.splitter(opened_by_prompt=True)
+    assert splitter.feed("a") == Split(reasoning="a")
+    splitter.feed("</think>", TokenEvent("r", *IDS[THINK_CLOSE], phase=Phase.CLOSED))
+    assert splitter.feed("b") == Split(content="b")
+
+
+def test_an_event_without_a_token_changes_nothing() -> None:
+    splitter = BLOCKS.splitter(opened_by_prompt=True)
+    end = TokenEvent("r", None, FinishReason.LENGTH, phase=Phase.INSIDE)
+    assert splitter.feed("a", end) == Split(reasoning="a")
+    assert splitter.inside_block
 
 
 def test_only_one_closing_tag_more_belongs_to_the_end_of_the_block() -> None:
@@ -178,7 +205,7 @@ def test_token_by_token_it_says_what_the_whole_answer_says(
 
 
 @given(ANY_TOKENS, st.booleans(), st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))
-def test_engine_and_splitter_agree_about_every_token(
+def test_the_splitter_follows_the_engine_through_a_forced_close(
     wanted: list[int], opened: bool, cap: int | None, window: int | None
 ) -> None:
     """Whatever the model writes, and whatever the engine forces on it."""
@@ -187,14 +214,15 @@ def test_engine_and_splitter_agree_about_every_token(
     assert policy is not None
     engine = ThinkingState(policy, VOCABULARY.marks)
     splitter, text = blocks.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
-    said, forced = Split(), list[int]()
+    split, forced = Split(), list[int]()
     for token_id in written(engine, wanted, forced):
-        said = said.then(splitter.feed(text.feed(token_id), token_id))
+        event = TokenEvent("r", token_id, phase=int(engine.phase))
+        split = split.then(splitter.feed(text.feed(token_id), event))
         assert splitter.inside_block == (engine.phase is Phase.INSIDE)
     if forced:
         assert forced == list(policy.closing)
         own_tags = sum(token_id == policy.close_id for token_id in wanted)
-        assert (said.reasoning + said.content).count(THINK_CLOSE) <= own_tags
+        assert (split.reasoning + split.content).count(THINK_CLOSE) <= own_tags
     if cap is not None:
         assert engine.reasoning_tokens <= cap
 

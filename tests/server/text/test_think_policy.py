@@ -4,8 +4,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+from mi_runtime.request import Phase, TokenEvent
 from server.config import ConfigError
-from server.text.reasoning_parser import TextSplitter
+from server.text.reasoning_parser import Split, TextSplitter
 from server.text.think_policy import ThinkBlocks
 from server.text.vocabulary import Vocabulary
 
@@ -80,7 +81,8 @@ def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
     assert policy is not None
     assert not policy.close_aliases
     splitter = rules.splitter(opened_by_prompt=True, tools=True)
-    assert splitter.feed("<tool_call>", tokenizer.token_to_id("<tool_call>")).content == ""
+    tag = TokenEvent("r", tokenizer.token_to_id("<tool_call>"), phase=Phase.INSIDE)
+    assert splitter.feed("<tool_call>", tag) == Split(reasoning="<tool_call>")
     assert splitter.inside_block
 
 

@@ -1,0 +1,74 @@
+"""Checks the key and the quota of every request by its headers alone, and charges the quota.
+
+A request that is refused here costs no body, no JSON and no tokenizer. One that is let through has
+its `Caller` and its `Deadline` in the state of its scope.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.access.callers import Caller, KeyRing
+from server.access.deadline import Deadline
+from server.access.rate_limits import RateLimits
+from server.ops.request_log import QUIET_PATHS, Trace, path_of
+from server.wire.error_response import error_response
+from server.wire.errors import ApiError
+
+OPEN_PATHS: Final = QUIET_PATHS | {"/version", "/"}
+
+
+class AccessMiddleware:
+    """ASGI middleware. It stands inside the request log, which records the refusals."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        limits: RateLimits,
+        request_timeout: float | None,
+        count_refusal: Callable[[str], None],
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self._request_timeout = request_timeout
+        self._count_refusal = count_refusal  # receives the code of the error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        trace: Trace = scope["state"]["trace"]
+        try:
+            caller = self._check(scope, trace)
+        except ApiError as error:
+            self._count_refusal(error.code)
+            trace.notes["error"] = error.code
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._limits.spend(caller, trace.completion_tokens)
+
+    def _check(self, scope: Scope, trace: Trace) -> Caller:
+        """Returns the caller. Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad
+        timeout."""
+        headers = dict(scope["headers"])
+        caller = self._caller(scope, headers.get(b"authorization", b""))
+        if caller.name is not None:
+            trace.notes["key"] = caller.name
+        scope["state"]["deadline"] = Deadline.of(headers, self._request_timeout, trace.arrived)
+        if scope["method"] == "POST":
+            self._limits.take_request(caller)
+        scope["state"]["caller"] = caller
+        return caller
+
+    def _caller(self, scope: Scope, authorization: bytes) -> Caller:
+        if self._keys:
+            return self._keys.caller(authorization)
+        client = scope.get("client")
+        return Caller(identity=client[0] if client else "")

@@ -1,0 +1,105 @@
+"""A request for an answer that was read and checked: `chat` and `completions` prepare it, and
+`submission` hands it to the engine. What both endpoints share in preparing it is defined here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mi_runtime.request import Dial, EngineInfo, SamplingParams
+from server.access.callers import Caller
+from server.access.deadline import Deadline
+from server.answer.echo import Echo
+from server.answer.format import Format
+from server.engine.sampling import seed_of_choice
+from server.ops.request_log import Trace
+from server.routing.reasoning_options import budgets, read_reasoning_options
+from server.routing.routing_decision import RoutingDecision
+from server.service import Service
+from server.text.prompt import Prompt
+from server.wire.errors import InvalidRequest
+from server.wire.generation_request import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChoice:
+    """What one choice starts from."""
+
+    dial: Dial
+    prompt: Prompt
+    sampling: SamplingParams
+    echo: Echo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that can be submitted to the engine."""
+
+    wire: GenerationRequest
+    routing: RoutingDecision
+    choices: Sequence[PreparedChoice]
+    engine: EngineInfo
+    trace: Trace
+    caller: Caller
+    deadline: Deadline
+    format: Format
+    prompts: int = 1  # each has the same number of choices
+    include_reasoning: bool = True
+    tools: bool = False  # the model may call some
+    grammar: str | None = None  # that the answer of every choice follows
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
+        lengths = [len(choice.prompt.token_ids) for choice in self.choices]
+        each = len(lengths) // self.prompts
+        return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))
+
+
+def choose_dials(
+    wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
+) -> RoutingDecision:
+    """Returns the dials of a request, with the answer's dial and the cap.
+
+    Raises `InvalidRequest` or `ModelNotFound`.
+    """
+    named = service.lambda_reader.read(
+        model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
+    )
+    if not service.prompts.vocabulary.has_think_tags:
+        refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
+    named = service.lambda_reader.with_answer(named, wire.answer_lambda)
+    return service.routing.route(
+        named, read_reasoning_options(wire), under_load=service.under_load()
+    )
+
+
+def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
+    """Raises `InvalidRequest` for a field that needs the engine to follow a think block."""
+    fields = {"answer_lambda": wire.answer_lambda, **budgets(wire)}
+    for param, value in fields.items():
+        if value is not None and value >= 0:
+            raise InvalidRequest(f"`{param}` {why}", param=param)
+
+
+def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
+    """Returns the `n` choices of one dial, which differ in their seeds."""
+    sampling = choice.sampling
+    return [
+        replace(choice, sampling=replace(sampling, seed=seed_of_choice(sampling.seed, index)))
+        for index in range(count)
+    ]
+
+
+def note_request(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
+    """Adds the request to its line in the log."""
+    trace.notes |= {
+        "model": wire.model,
+        "lambda": routing.header,
+        "source": routing.source,
+        "stream": int(wire.stream),
+        **({} if routing.answer is None else {"answer_lambda": wire.answer_lambda}),
+        **({} if routing.cap is None else {"cap": routing.cap}),
+        **({"elastic": 1} if routing.elastic else {}),
+        **({"user": wire.user} if wire.user else {}),
+        **({"metadata": wire.metadata} if wire.metadata else {}),
+    }

@@ -1,0 +1,12 @@
+"""How many examples a property test tries that does not try as many as most."""
+
+from typing import Final
+
+from hypothesis import settings
+
+MORE_WHEN_LONG: Final = 10
+
+
+def examples(few: int) -> int:
+    """Returns `few`, or ten times as many in `make test-long`."""
+    return few * (MORE_WHEN_LONG if settings.get_current_profile_name() == "long" else 1)
