@@ -146,8 +146,8 @@ class Service:
         return self.elastic.update(Pressure(self.engine.waiting, self.engine.kv_usage))
 
     def _routing_state(self) -> RoutingState:
-        observations = None if self.engine.info is None else self.routing.observed_lengths
-        return RoutingState(observations, elastic=self.under_load())
+        lengths = None if self.engine.info is None else self.routing.observed_lengths
+        return RoutingState(lengths, elastic=self.under_load())
 
     def _engine_state(self) -> EngineState:
         engine = self.engine

@@ -1,7 +1,7 @@
-"""One pipeline for every log line of this process, uvicorn's included: text to read, or JSON.
+"""Formats every log line of this process, uvicorn's included, as readable text or as JSON.
 
-A record may carry facts of its own: `logger.info("…", extra={"fields": {...}})`. Libraries' records
-carry none. The engine process writes to the same stream by itself.
+A record may have fields: `logger.info("…", extra={"fields": {...}})`. Records of libraries have
+none. The engine process writes to the same stream by itself.
 """
 
 import logging
@@ -12,11 +12,11 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 SHOWN_FIRST: Final = ("timestamp", "level", "logger", "event")
 IN_EVENT: Final = frozenset({"method", "path", "status"})
-"""Fields that the text of a request's line says already."""
+"""Fields that the text of a request's line contains already."""
 
 
 def configure(level: str, format: Literal["text", "json"]) -> None:
-    """Set up the root logger, once, before anything is logged."""
+    """Sets up the root logger; called once, before anything is logged."""
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(format))
     logging.basicConfig(level=level.upper(), handlers=[handler])
@@ -24,6 +24,7 @@ def configure(level: str, format: Literal["text", "json"]) -> None:
 
 
 def formatter(format: Literal["text", "json"]) -> logging.Formatter:
+    """Returns the formatter of readable lines, or of JSON lines."""
     as_text = format == "text"
     renderer: Processor = _text if as_text else structlog.processors.JSONRenderer(default=str)
     return structlog.stdlib.ProcessorFormatter(
@@ -42,7 +43,7 @@ def formatter(format: Literal["text", "json"]) -> logging.Formatter:
 
 
 def loggable(value: Any) -> str:
-    """One word on one line, whatever a client sent."""
+    """Returns `value` as one printable word, escaped where it is not one."""
     text = str(value)
     return text if text.isprintable() and " " not in text else ascii(text)
 
@@ -52,7 +53,7 @@ def _with_fields(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _text(_: WrappedLogger, __: str, event: EventDict) -> str:
-    trouble = event.pop("exception", None)
+    traceback = event.pop("exception", None)
     fields = [
         f"{name}={loggable(value)}"
         for name, value in event.items()
@@ -60,4 +61,4 @@ def _text(_: WrappedLogger, __: str, event: EventDict) -> str:
     ]
     start = f"{event['timestamp']} {event['level'].upper()} {event['logger']}: {event['event']}"
     line = " ".join([start, *fields])
-    return line if trouble is None else f"{line}\n{trouble}"
+    return line if traceback is None else f"{line}\n{traceback}"

@@ -1,8 +1,7 @@
-"""What Prometheus reads: names and buckets as vLLM's where it has them, prefixed `mi_`.
+"""The metrics that Prometheus scrapes, prefixed `mi_`; names and buckets are vLLM's if it has them.
 
-Gauges and the engine's counters are read from its last report when they are scraped and cost
-nothing between. Requests are followed by a `RequestMeter` each. Every server has a registry of its
-own.
+Gauges and the engine's counters are read from the engine's last report at each scrape, and cost
+nothing in between. A `RequestMeter` follows each request. Every server has its own registry.
 """
 
 import time
@@ -35,11 +34,11 @@ TOKENS: Final = tuple(
 )
 SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 FINISHED: Final = frozenset({"stop", "length", "tool_calls"})
-"""Ends of answers that are there."""
+"""Reasons of answers that were completed."""
 
 
 class Metrics:
-    """The registry of one server."""
+    """The metrics of one server."""
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
@@ -54,7 +53,7 @@ class Metrics:
         )
         self._answer_ttft = self._histogram(
             "time_to_first_answer_token_seconds",
-            "From arrival to the first text of the answer itself.",
+            "From arrival to the first text after the reasoning.",
             TTFT_SECONDS,
         )
         self._inter_token = self._histogram(
@@ -66,29 +65,32 @@ class Metrics:
         self._queue = self._histogram(
             "request_queue_time_seconds", "From submission to the first step.", REQUEST_SECONDS
         )
-        self._request_prompt = self._histogram("request_prompt_tokens", "Of a prompt.", TOKENS)
+        self._request_prompt = self._histogram(
+            "request_prompt_tokens", "Tokens of a prompt.", TOKENS
+        )
         self._request_generation = self._histogram(
-            "request_generation_tokens", "Of an answer.", TOKENS
+            "request_generation_tokens", "Tokens of an answer.", TOKENS
         )
         self._request_reasoning = self._histogram(
-            "request_reasoning_tokens", "Of a think block.", TOKENS
+            "request_reasoning_tokens", "Tokens of a think block.", TOKENS
         )
         self._decisions = self._counter(
-            "router_decisions", "λ values chosen, by what chose them.", "source", "lambda_bucket"
+            "router_decisions", "λ values chosen, by their source.", "source", "lambda_bucket"
         )
         self._budget_used = self._histogram(
-            "budget_used_ratio", "Reasoning tokens of an answer by its budget.", SHARES
+            "budget_used_ratio", "Reasoning tokens of an answer divided by its budget.", SHARES
         )
 
     def follow_engine(self, read: "Callable[[], EngineState]") -> None:
-        """Add the engine's gauges and counters, read at each scrape."""
+        """Adds the engine's gauges and counters; `read` is called at each scrape."""
         self.registry.register(_EngineCollector(self.model_name, read))
 
     def rejected(self, reason: str) -> None:
+        """Counts a request that was refused with the error code `reason`."""
         self._rejections.labels(self.model_name, reason).inc()
 
     def routed(self, routing: RoutingDecision) -> None:
-        """Count the λ of an accepted request; in a fan-out each."""
+        """Counts the λ of an accepted request; in a fan-out each λ."""
         source = "elastic" if routing.elastic else routing.source
         for dial in routing.dials:
             bucket = lambda_bucket(dial.reasoning_lambda)
@@ -102,12 +104,13 @@ class Metrics:
         *,
         cap: int | None = None,
     ) -> "RequestMeter":
-        """Follow one request of the engine, which arrived at `arrived` (`time.perf_counter`)."""
+        """Returns a meter for one engine request; `arrived` is by `time.perf_counter`."""
         self._prompt_tokens.labels(self.model_name).inc(prompt_tokens)
         bucket = lambda_bucket(reasoning_lambda)
         return RequestMeter(self, bucket, prompt_tokens, arrived, cap=cap)
 
     def exposition(self) -> bytes:
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -119,7 +122,7 @@ class Metrics:
 
 
 class RequestMeter:
-    """One request's way through the histograms, at each token and at the end."""
+    """Adds one engine request to the histograms, at each token and at the end."""
 
     def __init__(
         self,
@@ -144,7 +147,10 @@ class RequestMeter:
         self._queue_seconds = 0.0
 
     def token(self, at: float, *, queue_seconds: float, answers: bool) -> None:
-        """A token came at `at`; `answers`: with it came text of the answer itself."""
+        """Counts a token that came at `at`.
+
+        `answers` says whether text after the reasoning came with it.
+        """
         self._generated.inc()
         if self._last_token is None:
             self._first(at, queue_seconds)
@@ -156,14 +162,17 @@ class RequestMeter:
             self._metrics._answer_ttft.labels(*self._labels).observe(at - self._arrived)
 
     def close(self, reason: str, *, generation_tokens: int, reasoning_tokens: int) -> None:
-        """The request ended, once: as its finish reason says, or abort, error or deadline."""
+        """Counts the end of the request, once.
+
+        `reason` is its finish reason, or `abort`, `error` or `deadline`.
+        """
         if self._closed:
             return
         self._closed = True
         metrics, name = self._metrics, self._metrics.model_name
         metrics._success.labels(name, reason).inc()
         metrics._reasoning_tokens.labels(name).inc(reasoning_tokens)
-        ended = self._last_token or time.perf_counter()  # not when a slow reader took it
+        ended = self._last_token or time.perf_counter()  # not when a slow client read it
         metrics._e2e.labels(*self._labels).observe(ended - self._arrived)
         metrics._request_prompt.labels(*self._labels).observe(self._prompt_tokens)
         metrics._request_generation.labels(*self._labels).observe(generation_tokens)
@@ -172,8 +181,10 @@ class RequestMeter:
             metrics._budget_used.labels(*self._labels).observe(reasoning_tokens / self._cap)
 
     def stages(self, *, prepared: float) -> dict[str, float]:
-        """Seconds of each stage of a request that was submitted `prepared` seconds after its
-        arrival; empty before its first token."""
+        """Returns the seconds of each stage; empty before the first token.
+
+        The request was submitted to the engine `prepared` seconds after its arrival.
+        """
         if self._first_token is None or self._last_token is None:
             return {}
         first = self._first_token - self._arrived
@@ -194,11 +205,11 @@ class RequestMeter:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What a scrape sees of the engine."""
+    """The engine's state at a scrape."""
 
     stats: EngineStats = field(default_factory=EngineStats)
     info: EngineInfo | None = None  # None: loading
-    max_lambdas: int = 0  # different λ values that can run at once
+    max_lambdas: int = 0  # most different λ values that can run at once
 
 
 class _EngineCollector(Collector):
@@ -220,14 +231,18 @@ class _EngineCollector(Collector):
             "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queried_tokens
         )
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hit_tokens)
-        yield self._counter("num_preemptions", "Sequences sent back.", stats.preemptions)
+        yield self._counter("num_preemptions", "Sequences preempted.", stats.preemptions)
         yield self._executions(stats)
-        yield self._counter("blend_cache_hits", "Blended weights found.", stats.blend_hits)
+        yield self._counter(
+            "blend_cache_hits", "Blended weights found in the cache.", stats.blend_hits
+        )
         yield self._counter("blend_cache_builds", "Blended weights built.", stats.blend_builds)
         yield self._counter(
-            "blend_cache_evictions", "Blended weights dropped for others.", stats.blend_evictions
+            "blend_cache_evictions", "Blended weights replaced by others.", stats.blend_evictions
         )
-        yield self._gauge("blend_cache_bytes", "Of blended weights held.", stats.blend_bytes)
+        yield self._gauge(
+            "blend_cache_bytes", "Bytes of blended weights in the cache.", stats.blend_bytes
+        )
         yield self._counter(
             "forced_close", "Think blocks that the engine closed.", stats.forced_closes
         )
@@ -243,10 +258,10 @@ class _EngineCollector(Collector):
         return family
 
     def _lambdas(self, state: EngineState) -> Metric:
-        """Shaped like vLLM's `lora_requests_info`: lists in labels, the time as the value."""
+        """Has the form of vLLM's `lora_requests_info`: lists in labels, the time as the value."""
         family = GaugeMetricFamily(
             "mi_lambda_blends_info",
-            "Aliases of the λ values that run and wait.",
+            "Aliases of the λ values of running and waiting requests.",
             labels=["model_name", "max", "running", "waiting"],
         )
         running, waiting = (
@@ -271,7 +286,7 @@ class _EngineCollector(Collector):
         family = CounterMetricFamily(
             "mi_layer_executions",
             "Blend groups (embeddings, head; attention and FFN of each layer) that forwards ran, "
-            "by their way to Θ(λ).",
+            "by how their weights were computed.",
             labels=["model_name", "way"],
         )
         family.add_metric([self._model_name, "endpoint"], stats.endpoint_executions)

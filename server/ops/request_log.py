@@ -1,6 +1,6 @@
-"""Every request has an id that comes back in `X-Request-Id`, and leaves one line in the log.
+"""Gives every request an id, which `X-Request-Id` returns, and logs one line when it ends.
 
-Where traces are asked for it leaves a span as well, with the same facts.
+If tracing is configured, it records a span with the same facts as well.
 """
 
 import logging
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.ops.logs import loggable
 
-if TYPE_CHECKING:  # OpenTelemetry is imported only where traces are asked for
+if TYPE_CHECKING:  # OpenTelemetry is imported only if tracing is configured
     from server.ops.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -27,17 +27,17 @@ _ACCEPTABLE_ID: Final = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 
 @dataclass(slots=True)
 class Trace:
-    """What is noted about one request on its way."""
+    """The id of one request, and what its handlers note for its log line and its span."""
 
     request_id: str
-    given: bool  # by the client
+    given: bool  # the client gave the id
     arrived: float  # time.perf_counter
     completion_tokens: int = 0  # of the answer, which its caller's quota pays for
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # fields of the log line
 
 
 class RequestLog:
-    """ASGI middleware, the outermost: errors have an id as well."""
+    """The outermost ASGI middleware, so that errors have an id as well."""
 
     def __init__(self, app: ASGIApp, tracing: "Tracing | None" = None) -> None:
         self._app = app
@@ -61,9 +61,9 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._told(scope, status, trace)
+            self._record(scope, status, trace)
 
-    def _told(self, scope: Scope, status: int, trace: Trace) -> None:
+    def _record(self, scope: Scope, status: int, trace: Trace) -> None:
         quiet = path_of(scope) in QUIET_PATHS
         seconds = time.perf_counter() - trace.arrived
         trace.notes = {"id": trace.request_id, **trace.notes}
@@ -81,13 +81,13 @@ class RequestLog:
 
 
 def path_of(scope: Scope) -> str:
-    """The path as the routes know it, without the prefix of a gateway."""
+    """Returns the path as routes are written, without the prefix of a gateway."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
 
 def _trace(given: str | None) -> Trace:
-    """An id that could not stand in a log line is replaced."""
+    """The trace of a new request; replaces an id that is too long or holds other characters."""
     if given is not None and _ACCEPTABLE_ID.fullmatch(given):
         return Trace(given, True, time.perf_counter())
     return Trace(uuid.uuid4().hex, False, time.perf_counter())
@@ -96,5 +96,5 @@ def _trace(given: str | None) -> Trace:
 def _log(level: int, scope: Scope, status: int, notes: dict[str, Any]) -> None:
     method, path = scope["method"], scope["path"]
     fields = {"method": method, "path": path, "status": status, **notes}
-    # Quoted as JSON would: a path is the client's text, and may hold line breaks.
+    # Escaped, because a path is the client's text and may hold line breaks.
     logger.log(level, "%s %s %d", method, loggable(path), status, extra={"fields": fields})

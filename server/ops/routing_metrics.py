@@ -1,4 +1,4 @@
-"""What Prometheus reads of routing: reasoning tokens as observed, and whether load changes λ."""
+"""The metrics of routing: observed reasoning tokens, and whether load changes λ."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from server.routing.observed_lengths import QUANTILES, LengthDigest, ObservedLen
 
 @dataclass(frozen=True, slots=True)
 class RoutingState:
-    """What a scrape sees."""
+    """The state of routing at a scrape."""
 
-    observations: ObservedLengths | None  # None: loading
+    observed_lengths: ObservedLengths | None  # None: loading
     elastic: bool
 
 
 class RoutingCollector(Collector):
-    """Labels are the profile's classes and the ten λ buckets."""
+    """Reads the metrics of routing at each scrape, by routing class and λ bucket."""
 
     def __init__(self, model_name: str, read: Callable[[], RoutingState]) -> None:
         self._model_name = model_name
@@ -28,20 +28,20 @@ class RoutingCollector(Collector):
         state = self._read()
         active = GaugeMetricFamily(
             "mi_elastic_active",
-            "Whether load sends requests that name no λ to cheaper points of the profile.",
+            "Whether load moves requests that name no λ to cheaper points of the profile.",
             labels=["model_name"],
         )
         active.add_metric([self._model_name], state.elastic)
         yield active
-        yield self._observed(state.observations)
+        yield self._observed(state.observed_lengths)
 
-    def _observed(self, observations: ObservedLengths | None) -> Metric:
+    def _observed(self, lengths: ObservedLengths | None) -> Metric:
         family = Metric(
             "mi_observed_reasoning_tokens",
-            "Reasoning tokens of answers, by the kind of work; a cut block counts as longest.",
+            "Reasoning tokens of answers by routing class; a cut block counts as longest.",
             "summary",
         )
-        for name, bucket, digest in observations.filled() if observations else ():
+        for name, bucket, digest in lengths.filled() if lengths else ():
             labels = {
                 "model_name": self._model_name,
                 "routing_class": name,

@@ -1,8 +1,8 @@
-"""OpenTelemetry spans, one a request with its stages below it; imported where they are asked for.
+"""Records an OpenTelemetry span for each request, with a child span for each stage.
 
-A span is made when its request has ended, from what the request's line in the log is made of, and
-leaves from a thread of the exporter: nothing of it lies on a request's way. Names follow the
-semantic conventions of generative AI.
+A span is made when its request has ended, from the fields of the request's log line, and a thread
+of the exporter sends it: it delays no request. Names follow the semantic conventions of generative
+AI. This module is imported only if tracing is configured.
 """
 
 import time
@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from server import __version__
 
-EXPORT_TIMEOUT: Final = 3.0  # seconds a batch may take; a collector that is gone delays no exit
+EXPORT_TIMEOUT: Final = 3.0  # seconds for a batch; an absent collector must not delay the exit
 OPERATIONS: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 ATTRIBUTES: Final = {
     "model": "gen_ai.request.model",
@@ -36,18 +36,18 @@ ATTRIBUTES: Final = {
     "key": "mi.key_name",
     "id": "mi.request_id",
 }
-"""Of a request's notes, by their names in the log."""
+"""The attribute of each field of the log line."""
 STAGES: Final = {
     "prepare": "prepare_s",
     "queue": "queue_s",
     "prefill": "prefill_s",
     "decode": "decode_s",
 }
-"""Child spans, one after the other, with the notes that hold their seconds."""
+"""Child spans in order, with the fields of the log line that hold their seconds."""
 
 
 class Tracing:
-    """Sends spans to one OTLP/HTTP endpoint. `OTEL_TRACES_SAMPLER` and its like are obeyed."""
+    """Sends spans to one OTLP/HTTP endpoint, by OpenTelemetry's own environment variables."""
 
     def __init__(self, endpoint: str) -> None:
         resource = Resource.create({"service.name": "mi-server", "service.version": __version__})
@@ -67,7 +67,7 @@ class Tracing:
         notes: Mapping[str, Any],
         seconds: float,
     ) -> str:
-        """The span of a request that ended just now, after `seconds`. Returns its trace's id."""
+        """Records a request that has just ended, after `seconds`. Returns the id of its trace."""
         start = time.time_ns() - _nanoseconds(seconds)
         operation = OPERATIONS.get(path)
         span = self._tracer.start_span(
@@ -84,7 +84,7 @@ class Tracing:
         return format_trace_id(span.get_span_context().trace_id)
 
     def close(self) -> None:
-        """Send what is left. Blocks."""
+        """Sends the remaining spans. Blocks."""
         self._provider.shutdown()
 
     def _stages(self, parent: Context, start: int, notes: Mapping[str, Any]) -> None:

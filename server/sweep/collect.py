@@ -2,12 +2,12 @@
 
 As in the paper, an answer that never closed its think block is graded with the block's text. An
 answer counts as malformed where it ended by itself, and either the grader reads no answer in it or
-a tag of the chat template stands in its text. An answer that was cut by its length is unfinished,
+a tag of the chat template is in its text. An answer that was cut by its length is unfinished,
 never malformed.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,31 +45,29 @@ async def collect_samples(
     Raises `SweepError` at the first error; the log keeps the samples that are finished.
     """
     remaining = iter([planned for planned in plan if planned.key not in log.samples])
+
+    async def work() -> None:
+        for planned in remaining:
+            response = await client.complete(request_body(planned, pair, options))
+            _check_lambda(planned, response)
+            sample = read_answer(planned, response.json(), options.grader)
+            log.add(sample)
+            on_sample(sample)
+
+    await _run_several(work, client.concurrency)
+
+
+async def _run_several(work: Callable[[], Coroutine[Any, Any, None]], count: int) -> None:
+    """Runs `work` `count` times at once. Raises the first `SweepError` alone, not in a group."""
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(client.concurrency):
-                group.create_task(_work(remaining, client, pair, options, log, on_sample))
+            for _ in range(count):
+                group.create_task(work())
     except* SweepError as errors:
         error: BaseException = errors
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
-
-
-async def _work(
-    remaining: Iterator[PlannedSample],
-    client: ServerClient,
-    pair: ServedPair,
-    options: RequestOptions,
-    log: SampleLog,
-    on_sample: Callable[[Sample], None],
-) -> None:
-    for planned in remaining:
-        response = await client.complete(request_body(planned, pair, options))
-        _check_lambda(planned, response)
-        sample = read_answer(planned, response.json(), options.grader)
-        log.add(sample)
-        on_sample(sample)
 
 
 def request_body(

@@ -1,3 +1,3 @@
-"""What stands on the wire: the requests that clients may send, the shapes of answers, the errors
-and the OpenAPI document. Everything else in `server` may import it; it imports nothing of `server`.
+"""What clients and server exchange: requests, the shapes of answers, errors, and the OpenAPI
+document. Everything else in `server` may import it; it imports nothing else of `server`.
 """

@@ -21,26 +21,26 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     """The conversation so far."""
     continue_final_message: bool = False
-    """The last message is the assistant's, and the answer goes on where it ends."""
+    """Continue the last message, which must be the assistant's, where it ends."""
     add_generation_prompt: bool | None = None
-    """Whether the prompt opens a new turn of the assistant; default: unless
+    """Whether the prompt opens a new turn of the assistant; default: true unless
     `continue_final_message`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
-    """Log-probabilities of the answer's tokens, as the model has them before sampling settings."""
+    """Return log-probabilities of the answer's tokens, before any sampling settings are applied."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """So many of the most probable tokens beside each; needs `logprobs`."""
+    """Return this many most probable tokens with each token; needs `logprobs`."""
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
-    """None, as the model likes, at least one, or the one named; default: auto."""
+    """Call none, let the model choose, call at least one, or call the named one; default: auto."""
     parallel_tool_calls: bool = True
-    """False: at most one call."""
+    """False allows at most one call."""
     response_format: ResponseFormat | None = None
     """The form of the answer."""
     include_reasoning: bool = True
-    """Whether the answer has the text of its think block; it is made all the same."""
+    """Whether the answer contains the text of its think block, which is generated either way."""
 
     store: bool = False
     """Without effect."""
@@ -61,14 +61,14 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> Sequence[FunctionTool]:
-        """The functions that the model may call."""
+        """The functions that the model may call; none with the choice `none`."""
         if self.tools is None or self.tool_choice == "none":
             return []
         return [tool.function for tool in self.tools]
 
     @property
     def shows_reasoning(self) -> bool:
-        """Whether the answer has the text of its reasoning."""
+        """Whether the answer contains its reasoning."""
         return self.include_reasoning and not (self.reasoning and self.reasoning.exclude)
 
     @property
@@ -77,7 +77,7 @@ class ChatRequest(GenerationRequest):
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
-    """Raises `InvalidRequest` that names the first bad field."""
+    """Returns the request. Raises `InvalidRequest` that names the first bad field."""
     request = parse_body(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
@@ -87,7 +87,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
             "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
         )
     check_continuation(request)
-    _check_held_continuation(request)
+    _check_constrained_continuation(request)
     for index, message in enumerate(request.messages):
         check_message(message, f"messages[{index}]")
     check_tools(request.tools or [], request.tool_choice)
@@ -99,21 +99,23 @@ def parse_chat_request(body: bytes) -> ChatRequest:
 
 def _check_reasoning_shown(request: ChatRequest) -> None:
     excluded = request.reasoning and request.reasoning.exclude
-    said = "include_reasoning" in request.model_fields_set
-    if excluded is not None and said and excluded is request.include_reasoning:
+    given = "include_reasoning" in request.model_fields_set
+    if excluded is not None and given and excluded is request.include_reasoning:
         raise InvalidRequest(
             "`include_reasoning` and `reasoning.exclude` contradict each other; give one of them",
             param="reasoning.exclude",
         )
 
 
-def _check_held_continuation(request: ChatRequest) -> None:
-    """A grammar holds the whole answer, and would begin anew behind what stands there already."""
+def _check_constrained_continuation(request: ChatRequest) -> None:
+    """Refuses a grammar, which would start from its beginning after the text that is there."""
     form = request.response_format
-    held = request.tool_choice not in (None, "none", "auto") or (form and form.type != "text")
-    if request.continue_final_message and request.messages[-1].text and held:
+    constrained = request.tool_choice not in (None, "none", "auto") or (
+        form and form.type != "text"
+    )
+    if request.continue_final_message and request.messages[-1].text and constrained:
         raise InvalidRequest(
-            "`continue_final_message` with content goes neither with a `response_format` nor with "
-            "tools that must be called",
+            "`continue_final_message` with content cannot be combined with a `response_format` or "
+            "with tools that must be called",
             param="continue_final_message",
         )

@@ -10,7 +10,7 @@ from server.wire.generation_request import MOST_CHOICES, GenerationRequest, chec
 from server.wire.validation import parse_body
 
 MOST_CHOICES_OF_PROMPTS: Final = 1024
-"""Of a completions request: its prompts times the choices of each."""
+"""Most choices of a request: its prompts times the choices of each."""
 MOST_PROMPT_TOKENS: Final = 2**20
 
 TokenIds = Annotated[
@@ -28,7 +28,7 @@ def _form_of_prompt(value: Any) -> str:
 
 
 class CompletionRequest(GenerationRequest):
-    """The body of `POST /v1/completions`: text is text, without template or think block."""
+    """The body of `POST /v1/completions`: raw prompts, without chat template or think block."""
 
     prompt_field = "prompt"
 
@@ -47,19 +47,20 @@ class CompletionRequest(GenerationRequest):
     ]
     """One prompt or several, as text or as token ids. Choices are numbered prompt by prompt."""
     add_special_tokens: bool = True
-    """Whether the tokenizer puts its own tokens, such as a begin of sequence, before a text."""
+    """Whether the tokenizer adds its special tokens, such as a begin of sequence, to a text."""
     max_tokens: Annotated[int, Field(ge=0)] = 16
-    """Tokens of the answer; 0 with `echo` scores the prompt alone."""
+    """Most tokens of the answer; 0 with `echo` only scores the prompt."""
     echo: bool = False
-    """Begin every choice with its prompt."""
+    """Start every choice with its prompt."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """Log-probability of each token, beside those of this many best ones; with `echo` of the
-    prompt's tokens too, the first of which has none."""
+    """Return the log-probability of each token, and of this many most probable ones; with `echo` of
+    the prompt's tokens as well, the first of which has none."""
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    """Only the number of choices, which it means where it is not given."""
+    """Must be the number of choices; default: that number."""
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
+        """Every prompt, as text or as token ids."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
@@ -73,7 +74,7 @@ class CompletionRequest(GenerationRequest):
 
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
-    """Raises `InvalidRequest` that names the first bad field."""
+    """Returns the request. Raises `InvalidRequest` that names the first bad field."""
     request = parse_body(CompletionRequest, body)
     if request.best_of not in (None, request.choices):
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""Errors as answers. What they say is `errors`' business; this module alone ties them to HTTP."""
+"""Turns errors into HTTP answers; `errors` itself knows no HTTP library."""
 
 from starlette.responses import JSONResponse
 
@@ -6,4 +6,5 @@ from server.wire.errors import ApiError
 
 
 def error_response(error: ApiError) -> JSONResponse:
+    """Returns the HTTP answer of an error."""
     return JSONResponse(error.body, error.status, headers=error.headers)

@@ -19,13 +19,13 @@ ApiError
 
 from typing import Any, ClassVar, Final
 
-LONGEST_MESSAGE: Final = 500  # characters; an error never echoes its input unboundedly
+LONGEST_MESSAGE: Final = 500  # characters, so that an error never repeats all of a long input
 LONGEST_PARAM: Final = 200
-LONGEST_RETRY: Final = 120  # seconds; beyond them the OpenAI client does not come back
+LONGEST_RETRY: Final = 120  # seconds; the OpenAI client ignores longer times
 
 
 class ApiError(Exception):
-    """An answer that is an error: what happened, and the field it is about, if one is."""
+    """An error answer: what happened, and the field that it is about, if any."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -43,6 +43,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
         return error_body(self.message, type=self.type, param=self.param, code=self.code)
 
     @property
@@ -61,7 +62,7 @@ class ContextTooLong(InvalidRequest):
 
     def __init__(self, *, prompt_tokens: int, max_model_len: int, param: str = "messages") -> None:
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens, and at least 1 is needed for the answer; "
+            f"The prompt has {prompt_tokens} tokens, and the answer needs at least 1; "
             f"this model's context holds {max_model_len} tokens",
             param=param,
         )
@@ -107,7 +108,7 @@ class RateLimited(ApiError):
 
 
 class RequestFailed(ApiError):
-    """This request failed in the engine; the others went on."""
+    """This request failed in the engine; the others continue."""
 
 
 class Unavailable(ApiError):
@@ -140,9 +141,10 @@ class DeadlineExceeded(ApiError):
 
 
 def error_body(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:
+    """Returns the JSON object of an error."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
 def bounded(text: str, limit: int) -> str:
-    """`text`, cut to `limit` characters."""
+    """Returns `text`, cut to at most `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""What every request for an answer may give, however its prompt is given."""
+"""The fields that every request for an answer shares, whatever the form of its prompt."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class StreamOptions(WireModel):
-    """What a stream has beside its text."""
+    """What a stream contains in addition to its text."""
 
     include_usage: bool = False
-    """One more chunk at the end, without choices, has the usage."""
+    """Send the usage in one more chunk at the end, which has no choices."""
     include_obfuscation: bool = True
     """Without effect."""
 
@@ -50,62 +50,63 @@ RequestedLambda = Annotated[
 
 
 class GenerationRequest(WireModel, ABC):
-    """What every request for an answer may say, however its prompt is given.
+    """The fields that chat and text completions share.
 
-    None as a sampling default: the pair's own.
+    None for a sampling setting means the pair's own default.
     """
 
     prompt_field: ClassVar[str]
-    """What errors about the prompt name."""
+    """The field that errors about the prompt name."""
 
     model: str
-    """The served name, or an alias that names λ, as `NAME@0.6`."""
+    """The served name, or an alias with a λ, such as `NAME@0.6`."""
 
     reasoning_lambda: RequestedLambda | None = None
-    """λ: a number, one for each blend group, or a list with a choice for each of its numbers."""
+    """λ as a number, by blend group, or as a list, which makes one choice for each number."""
     answer_lambda: float | None = None
-    """λ from the end of the think block on; default: unchanged."""
+    """λ from the end of the think block on; default: no change."""
     thinking_token_budget: Budget | None = None
-    """vLLM's name for a budget of reasoning tokens: it chooses λ, and is a hard cap."""
+    """vLLM's name of a budget of reasoning tokens: it chooses λ, and is a hard cap."""
     thinking_budget: Budget | None = None
-    """Qwen's name for the same budget."""
+    """Qwen's name of the same budget."""
     thinking: Thinking | None = None
     """Anthropic's form: a budget, or thinking on or off."""
     reasoning_effort: Effort | None = None
-    """OpenAI's form: how much of what reasoning gains, by the active profile."""
+    """OpenAI's form: the share of the gain from reasoning, by the active profile."""
     reasoning: Reasoning | None = None
     """OpenRouter's form: effort or budget, on or off, shown or not."""
     enable_thinking: bool | None = None
-    """Qwen's form: false is λ = 0, true the server's default where that thinks."""
+    """Qwen's form: false is λ = 0; true is the server's default λ if that thinks, else medium
+    effort."""
     chat_template_kwargs: TemplateOptions | None = None
-    """vLLM's place for `enable_thinking`."""
+    """vLLM's place of `enable_thinking`."""
     routing_class: Annotated[str, Field(min_length=1, max_length=64)] = "default"
-    """Kind of work, whose curve of the profile applies; `default` where the profile has no such."""
+    """Kind of work, whose curve in the profile is used; an unknown one counts as `default`."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens the answer may have; default: what the context holds."""
+    """Most tokens of the answer; default: what the context holds."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens before which the answer does not end by itself."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 takes the most probable token; default: the pair's own."""
+    """Sampling temperature; 0 takes the most probable token; default: the pair's own."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw from the most probable tokens that have this share together; default: the pair's own."""
+    """Draw from the most probable tokens with this total probability; default: the pair's own."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    """Draw from so many most probable tokens; -1 and 0: off; default: the pair's own."""
+    """Draw from this many most probable tokens; -1 and 0: off; default: the pair's own."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Least probability, as a share of the most probable token's; default: the pair's own."""
+    """Least probability of a token, relative to the most probable one; default: the pair's own."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Above 1, tokens of prompt and answer become less probable; default: the pair's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Taken from the logit of every token that the answer has."""
+    """Subtracted from the logit of every token that is in the answer."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """The same, times how often it has it."""
+    """Subtracted from the same logits, once for each occurrence in the answer."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Equal requests with equal seeds draw equally; choices of one request draw apart."""
+    """Equal requests with equal seeds draw the same tokens; choices of one request differ."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    """Choices for each prompt; in a fan-out its length, or left out."""
+    """Choices for each prompt; with a list of λ it must be the list's length, or left out."""
     stop: Annotated[
         Annotated[StopString, Tag("(one)")]
         | Annotated[list[StopString], Field(max_length=4), Tag("(many)")],
@@ -115,19 +116,19 @@ class GenerationRequest(WireModel, ABC):
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
     """Tokens that end the answer."""
     ignore_eos: bool = False
-    """Go on behind the tokens with which the model ends its answers."""
+    """Continue after the tokens with which the model ends its answers."""
 
     stream: bool = False
     """Send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
     """Needs `stream`."""
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    """Lower ones run earlier, equal ones in order of arrival; the last by priority is preempted
-    first. Nothing keeps a request from waiting behind an endless line of lower ones."""
+    """Requests with a lower value run earlier, equal ones in order of arrival; the one with the
+    highest value is preempted first. A request may wait without limit while lower ones arrive."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
-    """Requests of different salts share no KV."""
+    """Requests with different salts share no cached KV."""
     user: Annotated[str, Field(max_length=512)] | None = None
-    """Stands in the server's log."""
+    """Written to the server's log."""
     metadata: Annotated[
         dict[
             Annotated[str, Field(max_length=64)],
@@ -135,7 +136,7 @@ class GenerationRequest(WireModel, ABC):
         ],
         Field(max_length=16),
     ] = {}
-    """Stands in the server's log."""
+    """Written to the server's log."""
 
     @property
     def stop_strings(self) -> Sequence[str]:
@@ -143,7 +144,7 @@ class GenerationRequest(WireModel, ABC):
 
     @property
     def answer_limit(self) -> int | None:
-        """Tokens the answer may have, if the client set a limit."""
+        """Most tokens of the answer; None where the client sets no limit."""
         return self.max_tokens
 
     @property
@@ -161,6 +162,7 @@ class GenerationRequest(WireModel, ABC):
 
     @property
     def choices(self) -> int:
+        """Number of choices for each prompt."""
         if isinstance(self.reasoning_lambda, list):
             return len(self.reasoning_lambda)
         return 1 if self.n is None else self.n
@@ -171,7 +173,7 @@ class GenerationRequest(WireModel, ABC):
 
 
 def check_shared_rules(request: GenerationRequest) -> None:
-    """The rules between fields that all requests share."""
+    """Raises `InvalidRequest` for a contradiction between fields that all requests share."""
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     if request.n not in (None, request.choices):

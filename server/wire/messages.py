@@ -16,9 +16,9 @@ class TextPart(WireModel):
     """A part of a message's content."""
 
     type: Literal["text"]
-    """Parts of other kinds are refused."""
+    """The only kind of part; others are refused."""
     text: str
-    """Parts are joined as they are."""
+    """The text; the parts of a message are joined without separators."""
 
 
 def _text_or_parts(value: Any) -> str:
@@ -29,7 +29,7 @@ class Message(WireModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    """Who speaks; `developer` is OpenAI's newer word for `system`."""
+    """Author of the message; `developer` is OpenAI's newer name of `system`."""
     content: (
         Annotated[
             Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
@@ -37,17 +37,17 @@ class Message(WireModel):
         ]
         | None
     ) = None
-    """Text, or parts of it. Left out or null only where the assistant called tools."""
+    """Text, or parts of text. It may be left out or null only where the assistant called tools."""
     name: str | None = None
-    """A name for the speaker, where the chat template writes one."""
+    """A name of the author, used if the chat template writes one."""
     reasoning_content: str | None = None
-    """Of an assistant's message, the text of its think block, where the chat template writes it."""
+    """Text of the think block of an assistant's message, used if the chat template writes it."""
     reasoning: str | None = None
-    """Another name of `reasoning_content`, which counts first."""
+    """Another name of `reasoning_content`, which wins if both are given."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] = []
-    """Of the assistant."""
+    """The calls that the assistant made in this message."""
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    """Of a tool's message: which call it answers."""
+    """The id of the call that a tool's message answers."""
 
     @property
     def text(self) -> str:
@@ -57,7 +57,7 @@ class Message(WireModel):
 
 
 class Continuable(Protocol):
-    """What says how messages become a prompt."""
+    """The fields that say how messages become a prompt."""
 
     @property
     def messages(self) -> Sequence[Message] | None: ...
@@ -68,12 +68,13 @@ class Continuable(Protocol):
 
 
 def check_continuation(request: Continuable) -> None:
+    """Raises `InvalidRequest` where the last message cannot be continued."""
     if not request.continue_final_message:
         return
     if request.add_generation_prompt:
         raise InvalidRequest(
-            "`add_generation_prompt` begins a new message and `continue_final_message` goes on "
-            "with the last one; give one of them",
+            "`add_generation_prompt` begins a new message and `continue_final_message` "
+            "continues the last one; give one of them",
             param="add_generation_prompt",
         )
     if not request.messages or request.messages[-1].role != "assistant":
@@ -83,18 +84,21 @@ def check_continuation(request: Continuable) -> None:
         )
     if request.messages[-1].tool_calls:
         raise InvalidRequest(
-            "`continue_final_message` goes on with text, and the last message ends with tool calls",
+            "`continue_final_message` continues text, but the last message ends with tool calls",
             param="continue_final_message",
         )
 
 
 def check_message(message: Message, path: str) -> None:
-    """Which fields a role needs, and which it may have."""
+    """Raises `InvalidRequest` where a field is missing or not allowed for the message's role.
+
+    `path` names the message in the error: `messages[0]`.
+    """
     if message.content is None and not message.tool_calls:
         raise InvalidRequest(f"`{path}.content`: Field required", param=f"{path}.content")
     if message.tool_calls and message.role != "assistant":
         raise InvalidRequest(
-            f"`{path}.tool_calls` are the assistant's, not of role {message.role!r}",
+            f"`{path}.tool_calls` belong to the assistant, not to role {message.role!r}",
             param=f"{path}.tool_calls",
         )
     if (message.tool_call_id is not None) is not (message.role == "tool"):

@@ -1,7 +1,7 @@
-"""The OpenAPI document: every route, what it takes, and everything it may answer.
+"""The OpenAPI document: every route, its request, and every answer it may give.
 
-Bodies are read by hand, so the document is written from this table and the typed models, and not
-by the web framework. A new route is one more `Operation`; a test finds routes without one.
+Bodies are parsed by hand, so the document is made from this table and the typed models, and not by
+the web framework. A new route needs an `Operation`; a test finds routes without one.
 """
 
 from collections.abc import Sequence
@@ -27,21 +27,21 @@ REFUSALS: Final = {
     401: "The API key is missing or wrong",
     404: "No such model, or no such route",
     413: "The body is too long",
-    429: "The key is over its limit; Retry-After says when to come back",
-    500: "This request failed; others went on",
-    503: "Loading, draining, overloaded, or without an engine; Retry-After says when to come back",
+    429: "The key is over its limit; Retry-After says when to try again",
+    500: "This request failed; the others continue",
+    503: "Loading, draining, overloaded, or without an engine; Retry-After says when to try again",
     504: "The deadline passed",
 }
 WITH_RETRY_AFTER: Final = (429, 503)
 
-OF_ANY: Final = (401, 429, 500)
-OF_A_BODY: Final = (400, 404, 413, *OF_ANY)
-OF_AN_ANSWER: Final = (*OF_A_BODY, 503, 504)
+ANY_ROUTE: Final = (401, 429, 500)
+WITH_BODY: Final = (400, 404, 413, *ANY_ROUTE)
+GENERATION: Final = (*WITH_BODY, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One route. `answer`: the bodies of its 200 by their media type; None: any text."""
+    """One route. `answer` has the bodies of its 200 by media type; None stands for any text."""
 
     method: str
     path: str
@@ -49,8 +49,8 @@ class Operation:
     answer: dict[str, type[BaseModel] | None]
     refusals: Sequence[int] = ()
     body: type[BaseModel] | None = None
-    header_of_lambda: bool = False  # reads X-Reasoning-Lambda
-    tells_lambda: bool = False  # and answers with it
+    takes_lambda_header: bool = False  # reads X-Reasoning-Lambda
+    sends_lambda_header: bool = False  # answers with X-Reasoning-Lambda
 
 
 OPERATIONS: Final = (
@@ -59,36 +59,36 @@ OPERATIONS: Final = (
         "/v1/chat/completions",
         "Answer messages, at any λ",
         {JSON: answers.ChatCompletion, EVENTS: answers.ChatCompletionChunk},
-        OF_AN_ANSWER,
+        GENERATION,
         ChatRequest,
-        header_of_lambda=True,
-        tells_lambda=True,
+        takes_lambda_header=True,
+        sends_lambda_header=True,
     ),
     Operation(
         "post",
         "/v1/completions",
         "Continue raw prompts, and score them",
         {JSON: answers.Completion, EVENTS: answers.CompletionChunk},
-        OF_AN_ANSWER,
+        GENERATION,
         CompletionRequest,
-        header_of_lambda=True,
-        tells_lambda=True,
+        takes_lambda_header=True,
+        sends_lambda_header=True,
     ),
     Operation(
         "post",
         "/tokenize",
-        "Token ids of a text, or of messages in their template",
+        "Token ids of a text, or of messages in their chat template",
         {JSON: answers.Tokens},
-        (*OF_A_BODY, 503),
+        (*WITH_BODY, 503),
         TokenizeRequest,
-        header_of_lambda=True,
+        takes_lambda_header=True,
     ),
     Operation(
         "post",
         "/detokenize",
         "The text of token ids",
         {JSON: answers.Text},
-        OF_A_BODY,
+        WITH_BODY,
         DetokenizeRequest,
     ),
     Operation(
@@ -96,21 +96,21 @@ OPERATIONS: Final = (
         "/v1/models",
         "The served name and some of its aliases",
         {JSON: answers.ModelList},
-        OF_ANY,
+        ANY_ROUTE,
     ),
     Operation(
         "get",
         "/v1/models/{name}",
         "One model or alias",
         {JSON: answers.Model},
-        (400, 404, *OF_ANY),
+        (400, 404, *ANY_ROUTE),
     ),
     Operation(
         "get",
         "/v1/profiles",
-        "The active profile, and what the router makes of it",
+        "The active profile, and how the router uses it",
         {JSON: answers.ActiveProfile},
-        (*OF_ANY, 503),
+        (*ANY_ROUTE, 503),
     ),
     Operation(
         "get",
@@ -122,28 +122,31 @@ OPERATIONS: Final = (
     Operation(
         "get",
         "/ready",
-        "Whether requests are taken",
+        "Whether requests are accepted",
         {JSON: answers.Status},
         (500, 503),
     ),
     Operation("get", "/", "The playground page", {HTML: None}, (500,)),
-    Operation("get", "/metrics", "What Prometheus reads", {PLAIN: None}, (500,)),
-    Operation("get", "/version", "The server's version", {JSON: answers.Version}, OF_ANY),
-    Operation("get", "/openapi.json", "This document", {JSON: None}, OF_ANY),
+    Operation("get", "/metrics", "Metrics for Prometheus", {PLAIN: None}, (500,)),
+    Operation("get", "/version", "The server's version", {JSON: answers.Version}, ANY_ROUTE),
+    Operation("get", "/openapi.json", "This document", {JSON: None}, ANY_ROUTE),
 )
 
 
 @cache
 def document(version: str) -> dict[str, Any]:
-    """The whole document, as OpenAPI 3.1 has it. It is built once: nobody may change it."""
+    """Returns the OpenAPI 3.1 document of the server's `version`.
+
+    It is built once, so callers must not change it.
+    """
     refs, definitions = models_json_schema(
         [(model, "validation") for model in _models()],
         ref_template="#/components/schemas/{model}",
     )
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        described = _described(operation, {key[0]: ref for key, ref in refs.items()})
-        paths.setdefault(operation.path, {})[operation.method] = described
+        item = _operation_object(operation, {key[0]: ref for key, ref in refs.items()})
+        paths.setdefault(operation.path, {})[operation.method] = item
     return {
         "openapi": "3.1.0",
         "info": {"title": "mi-server", "version": version},
@@ -153,25 +156,25 @@ def document(version: str) -> dict[str, Any]:
 
 
 def _models() -> list[type[BaseModel]]:
-    """Every model of the table, once."""
+    """Every model in the table, once."""
     named: list[type[BaseModel]] = [answers.Error]
     for operation in OPERATIONS:
         named += [model for model in (operation.body, *operation.answer.values()) if model]
     return list(dict.fromkeys(named))
 
 
-def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
+def _operation_object(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     responses = {"200": _success(operation, refs)}
     for status in sorted(operation.refusals):
         responses[str(status)] = _refusal(status, refs[answers.Error])
-    described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
+    item: dict[str, Any] = {"summary": operation.summary, "responses": responses}
     parameters = _parameters(operation)
     if parameters:
-        described["parameters"] = parameters
+        item["parameters"] = parameters
     if operation.body is not None:
         content = {JSON: {"schema": refs[operation.body]}}
-        described["requestBody"] = {"required": True, "content": content}
-    return described
+        item["requestBody"] = {"required": True, "content": content}
+    return item
 
 
 def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
@@ -181,17 +184,19 @@ def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     }
     if EVENTS in content:
         content[EVENTS]["schema"] = _event(content[EVENTS]["schema"], refs[answers.Error])
-    headers = {"X-Request-Id": _header("The request's id, the client's own where it gave one")}
-    if operation.tells_lambda:
+    headers = {"X-Request-Id": _header("The request's id; the client's own if it gave one")}
+    if operation.sends_lambda_header:
         headers["X-Reasoning-Lambda"] = _header("λ that the answer ran at")
     description = operation.summary
     if EVENTS in content:
-        description += "; with `stream` as events of a chunk each, the last of `[DONE]` or an error"
+        description += (
+            "; with `stream`, one chunk in each event, and at the end `[DONE]` or an error"
+        )
     return {"description": description, "content": content, "headers": headers}
 
 
 def _event(chunk: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
-    """The schema of one event, whose data is JSON, or what ends a stream that had no error."""
+    """The schema of one event, whose data is JSON, or `[DONE]` at the end without an error."""
     of_data = {"anyOf": [chunk, error]}
     json_text = {"type": "string", "contentMediaType": JSON, "contentSchema": of_data}
     data = {"anyOf": [{"const": "[DONE]"}, json_text]}
@@ -211,7 +216,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if "{name}" in operation.path:
         text = {"type": "string", "minLength": 1}
         parameters.append({"name": "name", "in": "path", "required": True, "schema": text})
-    if operation.header_of_lambda:
+    if operation.takes_lambda_header:
         number = {"type": "number", "minimum": 0, "maximum": 1}
         parameters.append({"name": "X-Reasoning-Lambda", "in": "header", "schema": number})
     return parameters

@@ -8,12 +8,12 @@ from server.wire.wire_model import WireModel
 
 
 class LayerLambdas(WireModel):
-    """λ by part of a layer."""
+    """λ for each part of a layer."""
 
     attn: float | None = None
-    """Of the attention."""
+    """λ of the attention."""
     mlp: float | None = None
-    """Of the FFN."""
+    """λ of the FFN."""
 
 
 def _number_or_parts(value: Any) -> str:
@@ -30,21 +30,21 @@ class GroupLambdas(WireModel):
     """λ by blend group; `server.routing.group_lambdas` checks its ranges and values."""
 
     default: float | None = None
-    """Of every group that is not named; required unless all are."""
+    """λ of every group that is not named; required unless all are named."""
     attn: float | None = None
-    """Of the attention of every layer that `layers` does not name."""
+    """λ of the attention in every layer that `layers` does not name."""
     mlp: float | None = None
-    """Of the FFN of every layer that `layers` does not name."""
+    """λ of the FFN in every layer that `layers` does not name."""
     embed: float | None = None
-    """Of the embeddings."""
+    """λ of the embeddings."""
     head: float | None = None
-    """Of the head and the norm before it."""
+    """λ of the head and of the norm before it."""
     layers: dict[str, OfLayers] = {}
-    """By range of layers, as `"0-11"` or `"3"`: a number, or one for each part."""
+    """λ by range of layers, such as `"0-11"` or `"3"`: a number, or one for each part."""
 
 
 Budget = Annotated[int, Field(ge=-1, lt=2**31)]
-"""Reasoning tokens; -1: none set."""
+"""Reasoning tokens; -1 sets no budget."""
 
 
 EffortName = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -58,7 +58,7 @@ Effort = Annotated[
     Annotated[EffortName, Tag("(name)")] | Annotated[float, Field(ge=0, le=1), Tag("(number)")],
     Discriminator(_name_or_number),
 ]
-"""OpenAI's names, or a place between the cheapest (0) and the best (1) of the profile's front."""
+"""OpenAI's names, or a position between the cheapest (0) and the best (1) point of the profile."""
 
 
 class Thinking(WireModel):
@@ -73,13 +73,13 @@ class Reasoning(WireModel):
 
     effort: Effort | None = None
     max_tokens: Budget | None = None
-    """Budget of reasoning tokens, in place of an effort."""
+    """Budget of reasoning tokens, instead of an effort."""
     enabled: bool | None = None
     exclude: bool | None = None
-    """true: think, and leave the reasoning out of the answer."""
+    """true: think, but leave the reasoning out of the answer."""
 
 
 class TemplateOptions(WireModel):
-    """Of `chat_template_kwargs`, what this server knows; no template gets them."""
+    """The options of `chat_template_kwargs` that this server knows; no template gets them."""
 
     enable_thinking: bool | None = None

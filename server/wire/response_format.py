@@ -10,28 +10,29 @@ from server.wire.wire_model import WireModel
 
 
 class JsonSchemaFormat(WireModel):
-    """The schema of an answer."""
+    """The JSON schema of the answer."""
 
     name: Name
-    """For people."""
+    """For people; it has no effect."""
     description: str | None = None
-    """For people."""
+    """For people; it has no effect."""
     schema_: Annotated[Schema, Field(alias="schema")]
-    """What the answer obeys."""
+    """The schema that the answer follows."""
     strict: bool = False
-    """Refuse a schema with keywords that cannot be enforced; else they are left unenforced."""
+    """Refuse a schema with keywords that cannot be enforced; otherwise they are not enforced."""
 
 
 class ResponseFormat(WireModel):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
-    """Plain text; any JSON object; or JSON of the schema."""
+    """Plain text, any JSON object, or JSON that follows the schema."""
     json_schema: JsonSchemaFormat | None = None
-    """With type `json_schema`, and only with it."""
+    """Needed with type `json_schema`, and refused with any other."""
 
 
 def check_response_format(form: ResponseFormat | None) -> None:
+    """Raises `InvalidRequest` where type and schema do not belong together."""
     if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
         raise InvalidRequest(
             "`response_format.json_schema` goes with `type: json_schema`, and only with it",

@@ -1,6 +1,6 @@
-"""The shapes of answers, for the OpenAPI description; answers themselves are written by hand.
+"""The shapes of answers, for the OpenAPI document; answers themselves are built by hand.
 
-A field with a default is left out where it does not apply. Tests hold real answers against these.
+A field with a default is left out where it does not apply. Tests check real answers against these.
 """
 
 from typing import Any, Literal
@@ -21,14 +21,14 @@ class ErrorDetail(_Answer):
 
 
 class Error(_Answer):
-    """Every error of every route; in a stream it is an event of its own, the last."""
+    """Every error of every route; in a stream it is the last event."""
 
     error: ErrorDetail
 
 
 class CachedTokens(_Answer):
     cached_tokens: int
-    """Prompt tokens whose KV was there."""
+    """Prompt tokens whose KV was in the prefix cache."""
 
 
 class ReasoningTokens(_Answer):
@@ -38,7 +38,7 @@ class ReasoningTokens(_Answer):
 
 class Usage(_Answer):
     prompt_tokens: int
-    """Every prompt once, however many choices it has."""
+    """Tokens of the prompts, each once, however many choices it has."""
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
@@ -46,22 +46,22 @@ class Usage(_Answer):
 
 
 class RoutingOfAnswer(_Answer):
-    """What the request ran at, and why."""
+    """The λ that the request ran at, and why."""
 
     reasoning_lambda: float | dict[str, Any] | list[float]
     source: str
     """`body`, `model`, `header`, `budget`, `effort`, `enable_thinking` or `default`."""
     profile: str
-    """The active profile; `neutral` where nobody measured the pair."""
+    """The active profile; `neutral` where the pair was not measured."""
     routing_class: str
-    """Whose curve applied."""
+    """The routing class whose curve was used."""
     answer_lambda: float = 0.0
     cap: int = 0
-    """Reasoning tokens allowed."""
+    """Most reasoning tokens allowed."""
     expected_reasoning_tokens: float = 0.0
-    """Mean at this λ by the profile, at most the cap."""
+    """Mean at this λ by the profile, but at most the cap."""
     elastic: bool = False
-    """Cheaper than asked, because of load."""
+    """Load made it cheaper than requested."""
     forced_close: bool = False
     """The server closed a think block."""
 
@@ -91,7 +91,7 @@ class ChatLogprobs(_Answer):
 class FunctionOfCall(_Answer):
     name: str
     arguments: str
-    """JSON, as the model wrote it."""
+    """The arguments as JSON, as the model wrote them."""
 
 
 class Call(_Answer):
@@ -102,15 +102,15 @@ class Call(_Answer):
 
 class FunctionOfCallDelta(_Answer):
     name: str = ""
-    """In a call's first delta."""
+    """Only in a call's first delta."""
     arguments: str
-    """The next piece."""
+    """The next piece of the arguments."""
 
 
 class CallDelta(_Answer):
     index: int
     id: str = ""
-    """In a call's first delta."""
+    """Only in a call's first delta."""
     type: Literal["function"] = "function"
     function: FunctionOfCallDelta
 
@@ -118,7 +118,7 @@ class CallDelta(_Answer):
 class AnswerMessage(_Answer):
     role: Literal["assistant"]
     content: str | None
-    """Null where there are only calls."""
+    """Null where the answer consists of calls only."""
     tool_calls: list[Call] = []
     reasoning_content: str = ""
     reasoning: str = ""
@@ -132,7 +132,7 @@ ChatFinishReason = Literal["stop", "length", "tool_calls"]
 class _Choice(_Answer):
     index: int
     reasoning_lambda: float = 0.0
-    """Of the choice, in a fan-out."""
+    """λ of the choice, in a fan-out."""
 
 
 class ChatChoice(_Choice):
@@ -163,7 +163,7 @@ class ChatChunkChoice(_Choice):
 
 
 class ChatCompletionChunk(_Identity):
-    """The data of one event of a stream, which `[DONE]` ends."""
+    """The data of one event of a stream; `[DONE]` ends the stream."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
@@ -201,7 +201,7 @@ class Completion(_Identity):
 
 
 class CompletionChunk(_Identity):
-    """The data of one event of a stream, which `[DONE]` ends."""
+    """The data of one event of a stream; `[DONE]` ends the stream."""
 
     object: Literal["text_completion"]
     choices: list[TextChunkChoice]
@@ -211,14 +211,14 @@ class CompletionChunk(_Identity):
 
 
 class PairOfModel(_Answer):
-    """Which pair it is, by content and by the endpoints' names."""
+    """The served pair, by content and by the endpoints' names."""
 
     identity: str
     instruct: str
     thinking: str
     layers: int
     delta_dtype: str
-    """Of the difference that is kept of the Thinking endpoint; `none` where it is whole."""
+    """Format of the Thinking endpoint's difference to Instruct; `none` if it is held in full."""
 
 
 class Model(_Answer):
@@ -229,13 +229,13 @@ class Model(_Answer):
     root: str
     """The served name."""
     parent: str | None
-    """Of an alias, the served name."""
+    """The served name, for an alias."""
     max_model_len: int | None
-    """Tokens of prompt and answer together; null while the engine loads."""
+    """Most tokens of prompt and answer together; null while the engine loads."""
     pair: PairOfModel | None
     """Null while the engine loads."""
     reasoning_lambda: float = 0.0
-    """Of an alias."""
+    """λ of an alias."""
 
 
 class ModelList(_Answer):
@@ -249,7 +249,7 @@ class Tokens(_Answer):
     """Null while the engine loads."""
     tokens: list[int]
     token_strs: list[str] | None
-    """The text of each token, where it was asked for."""
+    """The text of each token, if requested."""
 
 
 class Text(_Answer):
@@ -265,20 +265,20 @@ class Version(_Answer):
 
 
 class ActiveProfile(_Answer):
-    """The routing curves; docs/routing.md tells every key."""
+    """The routing curves; docs/routing.md explains every key."""
 
     object: Literal["profile"]
     name: str
     measured: bool
-    """False: nobody measured this pair, and classes have no points."""
+    """False: this pair was not measured, and classes have no points."""
     think_threshold: float
     default_lambda: float
     adapt: bool
-    """Whether observed lengths route."""
+    """Whether routing uses observed lengths."""
     classes: dict[str, Any]
     """By routing class: measured points, λ of every effort, observed lengths."""
     source: dict[str, Any]
-    """Where the numbers come from."""
+    """Where the measurements come from."""
     version: int = 1
     pair: dict[str, Any] = {}
-    """Which pair was measured."""
+    """The pair that was measured."""

@@ -9,29 +9,29 @@ from server.wire.messages import MOST_MESSAGES, Message, check_continuation, che
 from server.wire.validation import parse_body
 from server.wire.wire_model import WireModel
 
-FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
+_FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
 
 
 class TokenizeRequest(WireModel):
     """The body of `POST /tokenize`: a text, or messages for the chat template."""
 
     model: str | None = None
-    """The served name or an alias, whose λ chooses the template."""
+    """The served name, or an alias, whose λ chooses the template."""
     prompt: str | None = None
-    """A text. Exactly one of `prompt` and `messages` is given."""
+    """A text. Give exactly one of `prompt` and `messages`."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    """Messages, written by the chat template of the λ."""
+    """Messages, which the chat template of the λ writes as text."""
     reasoning_lambda: float | None = None
     """λ that chooses the template of `messages`; default: the server's."""
     add_special_tokens: bool = True
-    """Whether the tokenizer puts its own tokens before `prompt`; a template writes them itself."""
+    """Whether the tokenizer adds its special tokens to `prompt`; a template writes them itself."""
     add_generation_prompt: bool | None = None
-    """Whether the prompt opens a new turn of the assistant; default: unless
+    """Whether the prompt opens a new turn of the assistant; default: true unless
     `continue_final_message`."""
     continue_final_message: bool = False
-    """The last message is the assistant's, and its end is left open."""
+    """Leave the end of the last message open; it must be the assistant's."""
     return_token_strs: bool = False
-    """Whether the answer has the text of every token."""
+    """Whether the answer contains the text of every token."""
 
 
 class DetokenizeRequest(WireModel):
@@ -44,12 +44,12 @@ class DetokenizeRequest(WireModel):
 
 
 def parse_tokenize_request(body: bytes) -> TokenizeRequest:
-    """Raises `InvalidRequest` that names the first bad field."""
+    """Returns the request. Raises `InvalidRequest` that names the first bad field."""
     request = parse_body(TokenizeRequest, body)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
     if request.prompt is not None:
-        _refuse_fields(request, "messages", *FIELDS_OF_MESSAGES)
+        _refuse_fields(request, "messages", *_FIELDS_OF_MESSAGES)
     else:
         _refuse_fields(request, "prompt", "add_special_tokens")
     check_continuation(request)
@@ -65,5 +65,5 @@ def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
 
 
 def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
-    """Raises `InvalidRequest` that names the first bad field."""
+    """Returns the request. Raises `InvalidRequest` that names the first bad field."""
     return parse_body(DetokenizeRequest, body)

@@ -16,36 +16,37 @@ Schema = dict[str, Any]
 
 
 class CalledFunction(WireModel):
-    """What was called."""
+    """A function and the arguments it was called with."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    """Its name."""
+    """The function's name."""
     arguments: str
-    """JSON, as the model wrote it."""
+    """The arguments as JSON, as the model wrote them."""
 
 
 class ToolCall(WireModel):
-    """A call that the assistant made, in an earlier answer."""
+    """A call that the assistant made in an earlier answer."""
 
     id: Annotated[str, Field(max_length=256)]
-    """As the answer gave it; the tool's message names it."""
+    """The id from that answer; the tool's message repeats it."""
     type: Literal["function"] = "function"
     """The only value."""
     function: CalledFunction
-    """What was called."""
+    """The function and its arguments."""
 
 
 class FunctionTool(WireModel):
     """A function that the model may call."""
 
     name: Name
-    """What the model calls it by."""
+    """The name that the model calls it by."""
     description: str | None = None
-    """What it does, for the model."""
+    """What the function does, for the model."""
     parameters: Schema | None = None
-    """The schema of its arguments; without one it takes none."""
+    """JSON schema of its arguments; without one it takes none."""
     strict: bool = False
-    """Hold calls that the model makes by itself to the schema; refuse one that cannot be."""
+    """Enforce the schema also where the model chooses to call; a schema that cannot be enforced is
+    refused."""
 
 
 class Tool(WireModel):
@@ -58,19 +59,19 @@ class Tool(WireModel):
 
 
 class NamedFunction(WireModel):
-    """Which function."""
+    """The function to call."""
 
     name: Name
-    """One of the tools'."""
+    """The name of one of the tools."""
 
 
 class NamedTool(WireModel):
-    """The one tool that is to be called."""
+    """The one tool that must be called."""
 
     type: Literal["function"]
     """The only value."""
     function: NamedFunction
-    """Which function."""
+    """The function to call."""
 
 
 def _name_or_tool(value: Any) -> str:

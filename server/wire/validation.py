@@ -27,6 +27,7 @@ Model = TypeVar("Model", bound=WireModel)
 
 
 def parse_body(kind: type[Model], body: bytes) -> Model:
+    """Returns the model in a JSON body. Raises `InvalidRequest` that names the first bad field."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -56,7 +57,7 @@ def _unknown(name: str, param: str, kind: type[WireModel]) -> str:
 
 
 def _dotted(path: Sequence[int | str]) -> str:
-    """`messages[0].content` for ("messages", 0, "content")."""
+    """The path as text: `messages[0].content` for ("messages", 0, "content")."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"

@@ -14,10 +14,12 @@ NOT_IMPLEMENTED: Final = frozenset(
         "web_search_options",
     )
 )
-"""Known to OpenAI's clients or planned here, without effect so far: refused by name."""
+"""Fields of OpenAI's clients that this server does not implement; they are refused by name."""
 
 
 class WireModel(BaseModel):
+    """A part of a request."""
+
     model_config = ConfigDict(
         extra="forbid",
         strict=True,

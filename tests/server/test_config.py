@@ -69,7 +69,7 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--port", "70000"], "port"),
         (["--default-lambda", "1.5"], "default_lambda"),
@@ -81,8 +81,8 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         (["--instruct", "a"], "--instruct and --thinking belong together"),
     ],
 )
-def test_a_bad_value_names_its_setting(flags: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_bad_value_names_its_setting(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_settings(flags)
 
 
@@ -92,7 +92,7 @@ def test_a_grid_that_does_not_divide_one_is_refused() -> None:
         settings.engine_config(instruct=Path("a"), thinking=Path("b"))
 
 
-def test_a_pair_is_called_by_its_thinking_endpoint_or_as_told() -> None:
+def test_a_pair_is_named_after_its_thinking_endpoint_or_by_the_setting() -> None:
     flags = ["--instruct", "o/Instruct", "--thinking", "o/Thinking"]
     assert load_settings(flags).model_name == "Thinking"
     assert load_settings([*flags, "--served-model-name", "mine"]).model_name == "mine"
@@ -187,7 +187,7 @@ def test_the_help_has_a_section_for_each_group(capsys: pytest.CaptureFixture[str
     assert "--port" not in limits
 
 
-def test_every_setting_stands_in_one_section() -> None:
+def test_every_setting_is_in_one_section() -> None:
     listed = [name for _, group in flags.sections(Settings, SECTIONS) for name in group]
     assert listed == list(Settings.model_fields)
 

@@ -37,24 +37,24 @@ def fail(logger: logging.Logger) -> None:
 FIELDS = {"method": "GET", "path": "/x", "status": 200, "lambda": 0.6, "user": "a\nb", "name": "n"}
 
 
-def told(logger: logging.Logger) -> None:
+def log_with_fields(logger: logging.Logger) -> None:
     logger.info("GET /x 200", extra={"fields": FIELDS})
 
 
-def test_a_line_to_read_has_its_fields_behind_it(say: Say) -> None:
-    line = say(told, "text")
+def test_a_readable_line_ends_with_its_fields(say: Say) -> None:
+    line = say(log_with_fields, "text")
     assert line.count("\n") == 1
     assert line.endswith(r"INFO some.library: GET /x 200 lambda=0.6 user='a\nb' name=n" + "\n")
 
 
 def test_a_json_line_is_one_object_with_every_field(say: Say) -> None:
-    got: dict[str, Any] = json.loads(say(told, "json"))
+    got: dict[str, Any] = json.loads(say(log_with_fields, "json"))
     assert FIELDS.items() <= got.items()
     assert (got["event"], got["level"], got["logger"]) == ("GET /x 200", "info", "some.library")
     assert got["timestamp"].endswith("Z")
 
 
-def test_fields_cannot_pass_for_what_the_pipeline_says(say: Say) -> None:
+def test_fields_cannot_replace_those_of_the_pipeline(say: Say) -> None:
     def forge(logger: logging.Logger) -> None:
         logger.info("true", extra={"fields": {"level": "critical", "event": "false"}})
 

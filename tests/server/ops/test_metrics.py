@@ -61,7 +61,7 @@ def test_a_request_is_followed_to_its_end_and_counted_once() -> None:
     assert value(metrics, "mi_e2e_request_latency_seconds_count", **LABELS) == 1
 
 
-def test_a_budget_is_told_of_answers_that_called_tools_too() -> None:
+def test_a_budget_is_measured_for_answers_that_called_tools_too() -> None:
     metrics = Metrics("pair")
     for reason, reasoning in (("tool_calls", 8), ("abort", 2)):
         meter = metrics.meter(0.6, 30, arrived=time.perf_counter(), cap=10)

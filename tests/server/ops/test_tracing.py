@@ -100,8 +100,8 @@ def test_a_request_is_a_span_in_its_callers_trace(
     assert got["http.response.status_code"] == 200
     assert (got["mi.reasoning_lambda"], got["mi.key_name"]) == ("0.6", "key1")
     assert "sk-one" not in str(span)
-    told = [it.fields for it in caplog.records if it.name == "server.ops.request_log"]
-    assert told[-1]["trace_id"] == TRACE
+    lines = [it.fields for it in caplog.records if it.name == "server.ops.request_log"]
+    assert lines[-1]["trace_id"] == TRACE
 
 
 def test_the_stages_lie_one_after_the_other_inside_their_request(
@@ -114,7 +114,7 @@ def test_the_stages_lie_one_after_the_other_inside_their_request(
     times = [time for it in stages for time in (it.start_time_unix_nano, it.end_time_unix_nano)]
     assert times == sorted(times)
     assert times[0] == span.start_time_unix_nano
-    assert times[-1] <= span.end_time_unix_nano + 1_000_000  # stages are told to a tenth of a ms
+    assert times[-1] <= span.end_time_unix_nano + 1_000_000  # stages are rounded to a tenth of a ms
 
 
 def test_a_refusal_is_a_span_that_failed(client: TestClient, collector: Collector) -> None:

@@ -173,7 +173,7 @@ def test_what_contradicts_itself_is_refused_with_the_rule(
     assert problem in error.message
 
 
-def test_an_effort_beside_a_budget_is_no_conflict() -> None:
+def test_an_effort_and_a_budget_do_not_conflict() -> None:
     inputs = read(reasoning_effort="low", thinking_budget=5, enable_thinking=True)
     assert (inputs.budget, inputs.effort, inputs.thinks) == (5, "low", True)
 

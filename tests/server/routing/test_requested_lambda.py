@@ -109,7 +109,7 @@ def test_a_bad_lambda_in_a_list_names_its_place() -> None:
     assert caught.value.param == "reasoning_lambda[1]"
 
 
-def test_the_default_of_an_object_stands_in_the_header() -> None:
+def test_the_header_has_the_default_of_an_object() -> None:
     routing = read(body=groups(default=0.6, attn=0.8))
     assert routing.header == "0.6"
     assert routing.body["reasoning_lambda"] == {"default": 0.6, "attn": 0.8}

@@ -83,7 +83,7 @@ def test_work_of_a_known_class_goes_by_its_own_curve() -> None:
     assert (routing.routing_class, summary(routing)) == ("math", (0.9, "effort", 3000, None))
 
 
-def test_work_of_an_unknown_class_goes_by_the_default_and_the_answer_says_so() -> None:
+def test_work_of_an_unknown_class_uses_the_default_and_the_answer_reports_it() -> None:
     inputs = ReasoningOptions(effort="max", routing_class="poetry")
     assert MEASURED.route(UNNAMED, inputs).routing_class == "default"
 

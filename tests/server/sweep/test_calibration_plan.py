@@ -62,7 +62,7 @@ def test_a_bend_is_split_in_the_middle_and_a_wide_interval_gets_more_samples() -
     assert next_round(curve, 10, rules()) == {0.45: 4, 0.4: 8, 0.5: 8}
 
 
-def test_what_an_interval_needs_is_asked_and_not_more() -> None:
+def test_an_interval_gets_the_samples_that_it_needs_and_no_more() -> None:
     (plan,) = [next_round([Measured(0.5, 100, 0.5, 0.5, 0.055)], 1, rules())]
     assert plan == {0.5: 121}
 

@@ -80,7 +80,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "samples.jsonl"
 
 
-def test_a_request_says_everything_that_the_setting_does() -> None:
+def test_a_request_contains_everything_of_the_setting() -> None:
     assert request_body(UNIT, PAIR, ASKING) == {
         "model": "pair",
         "messages": [{"role": "user", "content": "a=7. a?"}],
@@ -94,7 +94,7 @@ def test_a_request_says_everything_that_the_setting_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "thought", "malformed", "unfinished", "said"),
+    ("body", "thought", "malformed", "unfinished", "reading"),
     [
         (answer_body(), False, False, False, "7"),
         (answer_body(reasoning="a=7", reasoning_tokens=4), True, False, False, "7"),
@@ -121,15 +121,15 @@ def test_a_request_says_everything_that_the_setting_does() -> None:
     ],
 )
 def test_an_answer_is_read_by_the_stated_rules(
-    body: dict[str, Any], thought: bool, malformed: bool, unfinished: bool, said: str | None
+    body: dict[str, Any], thought: bool, malformed: bool, unfinished: bool, reading: str | None
 ) -> None:
     sample = read_answer(UNIT, body, ASKING.grader)
     assert (sample.thought, sample.malformed, sample.unfinished) == (thought, malformed, unfinished)
-    assert (sample.said, sample.correct) == (said, said == "7")
+    assert (sample.said, sample.correct) == (reading, reading == "7")
     assert (sample.key, sample.tokens) == (UNIT.key, 9)
 
 
-def test_every_unit_is_asked_once_with_the_key_and_what_is_there_is_not(path: Path) -> None:
+def test_every_planned_sample_is_requested_once_unless_it_is_there(path: Path) -> None:
     seen: list[int] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -158,7 +158,7 @@ def test_no_more_requests_are_open_than_allowed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again(path: Path, status: int) -> None:
+def test_a_request_to_a_busy_server_is_repeated(path: Path, status: int) -> None:
     tries = 0
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -202,7 +202,7 @@ def test_a_refusal_ends_the_run_at_once(path: Path, status: int) -> None:
     assert tries == 1
 
 
-def test_an_answer_that_takes_too_long_is_not_asked_for_again(path: Path) -> None:
+def test_a_request_that_takes_too_long_is_not_repeated(path: Path) -> None:
     tries = 0
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -254,7 +254,7 @@ def test_a_server_without_the_pair_is_refused(cards: Any, model: str | None, rea
         pair_at(cards, model)
 
 
-def test_a_wrong_address_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_address_is_reported_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = 0
 
     def gone(request: httpx.Request) -> httpx.Response:

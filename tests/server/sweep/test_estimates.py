@@ -23,14 +23,14 @@ def samples_of(drawn: list[list[tuple[str | None, int, bool]]], make: MakeSample
         make(
             str(question),
             number,
-            said=said,
-            correct=said == "1",
+            said=reading,
+            correct=reading == "1",
             tokens=tokens + 5,
             reasoning_tokens=tokens,
             thought=thought,
         )
         for question, own in enumerate(drawn)
-        for number, (said, tokens, thought) in enumerate(own)
+        for number, (reading, tokens, thought) in enumerate(own)
     ]
 
 
@@ -45,7 +45,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_sample(
 
 
 @pytest.mark.parametrize(
-    ("said", "share"),
+    ("reading", "share"),
     [
         (["1", "1", "2"], 1.0),
         (["1", "2", "2"], 0.0),
@@ -57,9 +57,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_sample(
     ],
 )
 def test_a_vote_counts_readings_and_a_tie_counts_its_share(
-    said: list[str | None], share: float, make_sample: MakeSample
+    reading: list[str | None], share: float, make_sample: MakeSample
 ) -> None:
-    own = [make_sample(sample=n, said=it, correct=it == "1") for n, it in enumerate(said)]
+    own = [make_sample(sample=n, said=it, correct=it == "1") for n, it in enumerate(reading)]
     assert vote(own) == pytest.approx(share)
 
 
@@ -123,7 +123,7 @@ def test_without_votes_there_is_no_vote(make_sample: MakeSample) -> None:
     assert "vote_at_k" not in estimate([make_sample()], seed="s", votes=False)
 
 
-def test_pass_at_powers_of_two_stands_beside_pass_at_k(make_sample: MakeSample) -> None:
+def test_pass_at_powers_of_two_is_estimated_as_well_as_pass_at_k(make_sample: MakeSample) -> None:
     samples = [make_sample("q", n, correct=n == 0) for n in range(6)]
     numbers = estimate(samples, seed="s", votes=False, resamples=1)
     passes = {name: it.value for name, it in numbers.items() if name.startswith("pass")}

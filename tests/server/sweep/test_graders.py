@@ -22,7 +22,7 @@ def grade(name: str, answer: object, text: str, pattern: str | None = None) -> G
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "text", "said", "correct"),
+    ("name", "answer", "text", "reading", "correct"),
     [
         ("embedded", "7", "a=6,b=7\nAnswer: 7", "7", True),
         ("embedded", "7", "Answer: 17", "17", False),
@@ -46,18 +46,22 @@ def grade(name: str, answer: object, text: str, pattern: str | None = None) -> G
     ],
 )
 def test_a_grader_reads_its_form_and_compares(
-    name: str, answer: object, text: str, said: str | None, correct: bool
+    name: str, answer: object, text: str, reading: str | None, correct: bool
 ) -> None:
     graded = grade(name, answer, text)
     assert graded.correct is correct
-    assert graded.reading is None if said is None else graded.reading in (said, "0.500000000000000")
+    assert (
+        graded.reading is None
+        if reading is None
+        else graded.reading in (reading, "0.500000000000000")
+    )
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"), [(r"x=(\d+)", "3"), (r"x=\d+", "x=3"), (r"y=(\d+)", None)]
+    ("pattern", "reading"), [(r"x=(\d+)", "3"), (r"x=\d+", "x=3"), (r"y=(\d+)", None)]
 )
-def test_a_regular_expression_reads_its_last_match(pattern: str, said: str | None) -> None:
-    assert grade("regex", "3", "x=2, x=3", pattern) == Grade(said, said == "3")
+def test_a_regular_expression_reads_its_last_match(pattern: str, reading: str | None) -> None:
+    assert grade("regex", "3", "x=2, x=3", pattern) == Grade(reading, reading == "3")
 
 
 @pytest.mark.parametrize(

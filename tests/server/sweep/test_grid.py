@@ -97,7 +97,7 @@ def test_units_cover_every_sample_once_and_neighbours_differ_in_lambda() -> None
         assert len({unit.setting for unit in units[at : at + 11]}) == 11
 
 
-def test_units_of_a_later_round_are_those_that_were_not_asked() -> None:
+def test_a_later_round_plans_only_the_new_samples() -> None:
     curve = [Setting(value, "all", Decoding(0.7, 1.0)) for value in (0, 1)]
     units = list(planned_samples([(curve[0], range(2)), (curve[1], range(2, 5))], QUESTIONS[:1]))
     asked = [(unit.setting.reasoning_lambda, unit.sample) for unit in units]

@@ -30,8 +30,8 @@ def test_every_flag_is_spoken_of() -> None:
         for flag in action.option_strings
         if flag.startswith("--") and flag != "--help"
     }
-    said = {flag for flag in flags if re.search(rf"{flag}\b", PAGE)}
-    assert flags - said == set()
+    documented = {flag for flag in flags if re.search(rf"{flag}\b", PAGE)}
+    assert flags - documented == set()
 
 
 def test_every_grader_has_its_row() -> None:

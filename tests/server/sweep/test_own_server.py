@@ -7,9 +7,9 @@ from server.config import load_settings
 from server.sweep.own_server import FIXED_FLAGS
 
 
-def test_whatever_the_environment_says_of_logs_the_server_says_that_it_is_ready(
+def test_the_ready_line_does_not_depend_on_the_environments_log_format(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With `MI_LOG_FORMAT=json` it never said so in words, and the command waited for ever."""
+    """With `MI_LOG_FORMAT=json` the ready line was not plain text, and the command waited on."""
     monkeypatch.setenv("MI_LOG_FORMAT", "json")
     assert load_settings(FIXED_FLAGS).log_format == "text"

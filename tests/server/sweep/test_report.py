@@ -128,7 +128,7 @@ def test_where_the_think_rate_never_rises_no_transition_is_found(make_sample: Ma
     assert "no transition found" in table(report)
 
 
-def test_the_page_stands_alone_and_escapes_what_it_is_told(
+def test_the_page_loads_nothing_and_escapes_its_texts(
     reports: list[ClassReport], tmp_path: Path
 ) -> None:
     path = tmp_path / "report.html"

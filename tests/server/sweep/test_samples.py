@@ -34,7 +34,7 @@ def test_samples_are_there_again_for_the_same_parameters(
 
 
 @pytest.mark.parametrize("lost", [1, 5, 40])
-def test_a_line_that_was_cut_off_is_dropped_and_asked_again(
+def test_a_line_that_was_cut_off_is_dropped_and_requested_again(
     path: Path, make_sample: MakeSample, lost: int
 ) -> None:
     path.write_bytes(path.read_bytes()[:-lost])
@@ -45,7 +45,7 @@ def test_a_line_that_was_cut_off_is_dropped_and_asked_again(
     assert [json.loads(line).get("question") for line in lines] == [None, "q1", "q2"]
 
 
-def test_a_file_that_a_kill_left_without_its_first_line_begins_anew(path: Path) -> None:
+def test_a_file_that_a_kill_left_without_its_first_line_starts_again(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with SampleLog(path, PARAMETERS) as log:
         assert not log.samples

@@ -28,9 +28,7 @@ def rates(*values: float) -> list[tuple[float, float]]:
         ([], None),
     ],
 )
-def test_stages_are_where_the_rule_says(
-    curve: list[tuple[float, float]], found: Stages | None
-) -> None:
+def test_stages_follow_the_rule(curve: list[tuple[float, float]], found: Stages | None) -> None:
     assert stages(curve) == found
 
 

@@ -165,7 +165,7 @@ def test_a_schema_nested_too_deep_is_refused() -> None:
         {"properties": {"description": {"const": "</think>"}}},
     ],
 )
-def test_a_schema_that_wants_a_special_token_said_is_refused(schema: dict[str, Any]) -> None:
+def test_a_schema_that_requires_a_special_token_is_refused(schema: dict[str, Any]) -> None:
     """Its text is one token, and that token is no text: the answer would have failed."""
     error = refusal(response_format=json_schema(schema))
     assert error.param == "response_format.json_schema.schema"

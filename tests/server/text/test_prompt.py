@@ -298,7 +298,7 @@ def calling(arguments: str) -> Message:
     return Message(role="assistant", tool_calls=[call])
 
 
-def test_a_template_says_whether_it_has_a_place_for_tools() -> None:
+def test_a_template_shows_whether_it_has_a_place_for_tools() -> None:
     assert ChatTemplate(endpoint("{% if tools %}{{ tools }}{% endif %}")).takes_tools
     assert not ChatTemplate(endpoint("{{ messages }}{% set tools = 1 %}")).takes_tools
 

@@ -23,11 +23,11 @@ def parse(*pieces: str) -> tuple[str, list[Call]]:
 def parse_deltas(*pieces: str) -> tuple[str, list[CallDelta]]:
     numbers = itertools.count()
     calls = ToolCallParser(make_id=lambda: f"call_{next(numbers)}")
-    said = [calls.feed(piece) for piece in pieces]
-    said.append(calls.finish())
-    deltas = [delta for one in said for delta in one.calls]
+    parsed = [calls.feed(piece) for piece in pieces]
+    parsed.append(calls.finish())
+    deltas = [delta for one in parsed for delta in one.calls]
     assert calls.count == len({delta.index for delta in deltas})
-    return "".join(one.content for one in said), deltas
+    return "".join(one.content for one in parsed), deltas
 
 
 def written(name: str, arguments: str) -> str:
@@ -42,7 +42,7 @@ def test_a_call_has_a_name_and_arguments_as_they_were_written() -> None:
     assert parse(written("add", '{"a":  1}')) == ("", [("add", '{"a":  1}')])
 
 
-def test_content_stands_before_between_and_behind_calls_without_the_blanks_around_them() -> None:
+def test_content_is_before_between_and_after_calls_without_the_white_space_around_them() -> None:
     text = f"Wait.\n\n{written('f', '{}')}\n{written('g', '{}')}\n So \n"
     assert parse(text) == ("Wait.So \n", [("f", "{}"), ("g", "{}")])
 
@@ -79,7 +79,7 @@ def test_brackets_and_tags_in_strings_end_nothing(arguments: str) -> None:
     ],
 )
 @pytest.mark.parametrize("end", ["</tool_call>", ""])
-def test_a_call_in_another_order_is_told_from_the_whole_of_it(body: str, end: str) -> None:
+def test_a_call_in_another_order_is_read_when_it_is_complete(body: str, end: str) -> None:
     assert parse(f"<tool_call>{body}{end}") == ("", [("f", '{"a": 1}')])
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_call_stays_content(text: str) -> None:
     assert parse(*text) == (text, [])
 
 
-def test_a_call_behind_what_was_none_is_a_call() -> None:
+def test_a_call_after_text_that_looked_like_one_is_a_call() -> None:
     text = "<tool_call>oops " + written("f", "{}")
     assert parse(text) == ("<tool_call>oops", [("f", "{}")])
 
@@ -174,6 +174,6 @@ def test_nothing_is_lost_and_nothing_said_twice(text: str) -> None:
     content, calls = parse(text)
     if not calls:
         assert content == text
-    said = content + "".join(name + arguments for name, arguments in calls)
+    parsed = content + "".join(name + arguments for name, arguments in calls)
     for letter in "é1":  # which the form of a call does not have
-        assert said.count(letter) == text.count(letter)
+        assert parsed.count(letter) == text.count(letter)

@@ -42,7 +42,9 @@ def test_every_error_has_one_shape(error: ApiError, status: int, code: str) -> N
 
 
 @pytest.mark.parametrize(("error", "status", "code"), ERRORS)
-def test_what_may_be_tried_again_says_when(error: ApiError, status: int, code: str) -> None:
+def test_an_error_that_may_pass_says_when_to_try_again(
+    error: ApiError, status: int, code: str
+) -> None:
     if isinstance(error, Unavailable | RateLimited):
         assert 1 <= int(error.headers["Retry-After"]) <= 120
     else:
@@ -55,6 +57,6 @@ def test_messages_and_params_are_bounded() -> None:
     assert len(error.param or "") == 200
 
 
-@pytest.mark.parametrize(("asked", "said"), [(-3, "1"), (0, "1"), (7, "7"), (900, "120")])
-def test_the_time_to_come_back_is_one_that_clients_keep(asked: int, said: str) -> None:
-    assert Overloaded("m", retry_after=asked).headers["Retry-After"] == said
+@pytest.mark.parametrize(("seconds", "header"), [(-3, "1"), (0, "1"), (7, "7"), (900, "120")])
+def test_the_time_to_try_again_is_one_that_clients_respect(seconds: int, header: str) -> None:
+    assert Overloaded("m", retry_after=seconds).headers["Retry-After"] == header

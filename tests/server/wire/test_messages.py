@@ -17,7 +17,7 @@ def test_an_assistant_that_called_tools_needs_no_content(content: dict[str, Any]
     assert message.tool_calls[0].function.name == "f"
 
 
-def test_a_tools_message_says_which_call_it_answers() -> None:
+def test_a_tools_message_names_the_call_it_answers() -> None:
     answer = {"role": "tool", "tool_call_id": "c", "content": "6"}
     assert parse(messages=[USER, CALLING, answer]).messages[2].tool_call_id == "c"
 

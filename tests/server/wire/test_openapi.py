@@ -44,7 +44,7 @@ def check_request(path: str, body: dict[str, Any]) -> None:
 
 def routes(client: TestClient) -> Iterator[tuple[str, str]]:
     app = client.app
-    while not isinstance(app, FastAPI):  # behind middleware
+    while not isinstance(app, FastAPI):  # inside middleware
         app = app._app  # type: ignore[attr-defined]
     for route in app.routes:
         assert isinstance(route, APIRoute)
@@ -72,7 +72,7 @@ def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
     assert refs == set(schemas)
 
 
-def test_every_field_and_every_model_of_a_request_says_what_it_means() -> None:
+def test_every_field_and_every_model_of_a_request_has_a_description() -> None:
     for operation in OPERATIONS:
         if operation.body is not None:
             schema = DOCUMENT["components"]["schemas"][operation.body.__name__]
@@ -154,7 +154,7 @@ def test_answers_about_tokens_are_as_described(
         ("/version", "/version"),
     ],
 )
-def test_what_the_server_says_of_itself_is_as_described(
+def test_the_answers_about_the_server_are_as_described(
     client: TestClient, described: str, path: str
 ) -> None:
     check("get", described, 200, "application/json", client.get(path).json())
@@ -190,7 +190,7 @@ def test_the_reference_is_what_the_models_say() -> None:
 
 
 def test_the_reference_has_every_model_that_a_request_can_hold() -> None:
-    told = set(re.findall(r"<!-- fields of (\w+) -->", PAGE.read_text(encoding="utf-8")))
+    documented = set(re.findall(r"<!-- fields of (\w+) -->", PAGE.read_text(encoding="utf-8")))
     found = {one.body.__name__ for one in OPERATIONS if one.body is not None}
     pending = list(found)
     while pending:
@@ -198,4 +198,4 @@ def test_the_reference_has_every_model_that_a_request_can_hold() -> None:
         new = set(re.findall(r"#/components/schemas/(\w+)", schema)) - found
         found |= new
         pending += new
-    assert told == found
+    assert documented == found

@@ -30,7 +30,7 @@ def test_a_lambda_in_no_known_form_is_refused_where_it_is_wrong(value: object, a
     assert refusal(reasoning_lambda=value).param == f"reasoning_lambda{at}"
 
 
-def test_a_typo_in_a_group_is_told_with_what_was_meant() -> None:
+def test_the_error_of_a_typo_in_a_group_suggests_the_field() -> None:
     assert "did you mean `attn`" in refusal(reasoning_lambda={"atn": 0.6}).message
 
 

@@ -13,7 +13,7 @@ def test_tools_are_offered_unless_none_is_to_be_called(choice: Any) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"tool_choice": "none"}, {"parallel_tool_calls": False}])
-def test_what_is_true_without_tools_may_be_said_without_them(fields: dict[str, Any]) -> None:
+def test_fields_that_ask_for_no_tools_need_none(fields: dict[str, Any]) -> None:
     parse(**fields)
 
 

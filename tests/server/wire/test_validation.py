@@ -9,7 +9,7 @@ from server.wire.wire_model import NOT_IMPLEMENTED
 from tests.server.wire.chat_bodies import parse, refusal
 
 
-def test_a_typo_is_told_with_what_was_meant() -> None:
+def test_the_error_of_a_typo_suggests_the_field() -> None:
     error = refusal(reasoning_lamda=0.6)
     assert error.param == "reasoning_lamda"
     assert "did you mean `reasoning_lambda`" in error.message
