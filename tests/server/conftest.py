@@ -107,7 +107,7 @@ def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
         client.__enter__()
         opened.append(client)
         if wait:
-            _wait_until(lambda: client.get("/ready").status_code == 200)
+            _wait_until(lambda: service.engine.info is not None)
         return client
 
     yield make
