@@ -120,7 +120,7 @@ def client(make_client: ClientFactory) -> TestClient:
     return make_client()
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
