@@ -27,10 +27,11 @@ types: $(VENV)/.tested
 pytest: $(VENV)/.tested
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-# Property tests alone, with ten times the examples and new ones each time; takes half an hour.
+# Property tests alone, with ten times the examples and new ones each time, and what `make test`
+# leaves out; takes half an hour.
 test-long: $(VENV)/.tested
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
-		--hypothesis-profile long -m hypothesis
+		--hypothesis-profile long -m "hypothesis or long"
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .

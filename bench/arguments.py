@@ -27,8 +27,8 @@ def names(text: str, known: Collection[str]) -> list[str]:
     """Returns an argument type: names separated by commas."""
     found = [name.strip() for name in text.split(",")]
     if unknown := sorted(set(found) - set(known)):
-        told = ", ".join(map(repr, unknown))
-        raise argparse.ArgumentTypeError(f"there are {', '.join(known)}, not {told}")
+        listed = ", ".join(map(repr, unknown))
+        raise argparse.ArgumentTypeError(f"unknown: {listed}; choose from {', '.join(known)}")
     return found
 
 

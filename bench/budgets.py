@@ -90,7 +90,7 @@ def main() -> None:
     policies = list(policies_of([int(part) for part in given.budgets.split(",")]))
     task = embedded_task(given.questions, given.seed)
     with tempfile.TemporaryDirectory() as folder, own_server([], Path(folder, "server")) as url:
-        answers = asyncio.run(asked(url, policies, task, given.samples, given.seed))
+        answers = asyncio.run(ask_all(url, policies, task, given.samples, given.seed))
     record = {
         "bench": "budgets",
         "machine": machine(),
@@ -116,7 +116,7 @@ def policies_of(budgets: Sequence[int]) -> Iterator[Policy]:
 # --- Requests -------------------------------------------------------------------------------------
 
 
-async def asked(
+async def ask_all(
     url: str, policies: Sequence[Policy], task: Task, samples: int, seed: int
 ) -> Answers:
     answers: Answers = {policy: [] for policy in policies}
@@ -154,10 +154,10 @@ def _answer(
 
 def rows(answers: Answers, task: Task, kind: str) -> list[dict[str, Any]]:
     """Returns one row for each policy, over the questions of one class."""
-    asked = {it.id for it in task.questions if kind in (DEFAULT_CLASS, it.kind)}
+    questions = {it.id for it in task.questions if kind in (DEFAULT_CLASS, it.kind)}
     own = {
         policy: sorted(
-            (it for it in given if it.sample.question in asked),
+            (it for it in given if it.sample.question in questions),
             key=lambda it: (int(it.sample.question), it.sample.sample),
         )
         for policy, given in answers.items()

@@ -40,7 +40,7 @@ def main() -> None:
     model.groups.cache = BlendCache(places=2)
     run_all(model)
     hits, misses = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
-    told = {
+    summary = {
         "layers": layers,
         "graphs": counters["stats"]["unique_graphs"],
         "seconds": round(calculate_time_spent()["total_wall_time"], 1),
@@ -48,7 +48,7 @@ def main() -> None:
         "not found": misses,
         "torch": torch.__version__,
     }
-    print(json.dumps(told))
+    print(json.dumps(summary))
 
 
 def run_all(model: BlendedModel) -> None:

@@ -70,8 +70,8 @@ def nvidia_facts() -> Facts:
     if shutil.which("nvidia-smi") is None:
         raise Skipped("there is no nvidia-smi")
     query = ["nvidia-smi", f"--query-gpu={QUERIED}", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    values = told.splitlines()[0].split(", ")
+    output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    values = output.splitlines()[0].split(", ")
     return {"figure": values[0], **dict(zip(QUERIED.split(","), values, strict=True))}
 
 

@@ -84,8 +84,8 @@ class Record:
                 continue
             why = _cell(step.get("why", ""))[:LONGEST_REASON]
             figures = _cell("; ".join(list(figures_of(step["rows"]))[:MOST_FIGURES]))
-            told = " — ".join(filter(None, [why, figures]))
-            lines.append(f"| {name} | {step['status']} | {step['seconds']:.0f} | {told} |")
+            cell = " — ".join(filter(None, [why, figures]))
+            lines.append(f"| {name} | {step['status']} | {step['seconds']:.0f} | {cell} |")
         return "\n".join(lines)
 
     def ratios(self, smoke: bool) -> list[str]:

@@ -154,10 +154,10 @@ def _wanted(
         return steps
     known = [name for step in steps for name in (step.letter, step.name)]
     try:
-        asked = set(names(only, known))
+        wanted = set(names(only, known))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --only: {error}")
-    return [step for step in steps if {step.letter, step.name} & asked]
+    return [step for step in steps if {step.letter, step.name} & wanted]
 
 
 def _earlier(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, StepRecord]:
@@ -273,8 +273,8 @@ class Contact:
         finally:
             interrupted = Ended("failed", time.monotonic() - started, "interrupted")
             self.record.end(step.name, ended or interrupted)
-            kept = self.record.steps[step.name]
-            self._say(f"{step.letter} {step.name}: {kept['status']} {kept['seconds']} s")
+            earlier = self.record.steps[step.name]
+            self._say(f"{step.letter} {step.name}: {earlier['status']} {earlier['seconds']} s")
 
     def _command(self, step: Step, seconds: float) -> Iterator[str]:
         yield from (sys.executable, "-m")
@@ -292,8 +292,10 @@ def card_memory() -> int | None:
     """Returns the GiB of the first GPU, or None if nvidia-smi does not report it."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return round(int(told.split()[0]) / 1024)
+        output = subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        return round(int(output.split()[0]) / 1024)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

@@ -95,10 +95,10 @@ def _subjects(text: str) -> list[str]:
     return names(text, SUBJECTS)
 
 
-def rows_of_all(asked: Sequence[str], run: Run, deadline: float) -> Iterator[Row]:
+def rows_of_all(wanted: Sequence[str], run: Run, deadline: float) -> Iterator[Row]:
     """Yields one row for each job, group after group."""
     for group in GROUPS:
-        subjects = [subject for subject in group if subject in asked]
+        subjects = [subject for subject in group if subject in wanted]
         if subjects:
             yield from rows_of_group(jobs_of(subjects, run.scale), run, deadline)
 
@@ -131,8 +131,8 @@ class Child:
     """A process that does jobs. It does not outlive the deadline by more than `GRACE`."""
 
     def __init__(self, jobs: list[Job], run: Run, deadline: float) -> None:
-        told = json.dumps([(job.subject, asdict(job.case)) for job in jobs])
-        self._command = [*COMMAND, "--jobs", told, "--model", run.model]
+        listed = json.dumps([(job.subject, asdict(job.case)) for job in jobs])
+        self._command = [*COMMAND, "--jobs", listed, "--model", run.model]
         self._command += ["--deadline", str(deadline)]  # processes of a machine share the clock
         self._command += ["--smoke"] * run.smoke + ["--compile"] * run.compiled
         self._deadline = deadline

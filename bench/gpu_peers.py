@@ -64,12 +64,12 @@ class Generate:
         started = time.perf_counter()
         self._seconds(case, self._answer)
         compiling = time.perf_counter() - started
-        whole = [self._seconds(case, self._answer) for _ in range(3)]
+        complete = [self._seconds(case, self._answer) for _ in range(3)]
         # Last, because it uses another cache.
         prefill = median(self._seconds(case, 1) for _ in range(3))
         work = decode_work(self._shape, MERGED, case.sequences, case.tokens + self._answer / 2)
         return Measured(
-            tuple((one - prefill) / (self._answer - 1) for one in whole),
+            tuple((one - prefill) / (self._answer - 1) for one in complete),
             case.sequences,
             work,
             {"first_run_seconds": compiling, "prefill_seconds": prefill},

@@ -55,8 +55,8 @@ class Report:
 
     def finish(self, seconds: float) -> None:
         found = ratios(self.rows, self._run.smoke)
-        told = {ratio.name: {**asdict(ratio), "met": ratio.met} for ratio in found}
-        self._write({"ratios": told, "seconds": seconds})
+        listed = {ratio.name: {**asdict(ratio), "met": ratio.met} for ratio in found}
+        self._write({"ratios": listed, "seconds": seconds})
         for ratio in found:
             print(ratio)
         print(f"{seconds:.0f} s; {self._path}")

@@ -198,7 +198,7 @@ class Rows:
             self.engine.step()
             if "blended" in self._ways_since(before):
                 return
-        raise RuntimeError(f"λ = {HOT} has no blended weights after {HOT_STEPS} steps of its own")
+        raise RuntimeError(f"λ = {HOT} has no blended weights after {HOT_STEPS} steps alone")
 
     def _seconds_a_step(self, steps: int) -> float:
         started = time.perf_counter()

@@ -49,7 +49,7 @@ from bench.gpu_cases import Row, Run, message_of, off
 from bench.gpu_pairs import Place
 from bench.gpu_report import Report
 from bench.report import RESULTS
-from bench.served import Asked, Server, Streamed, workload
+from bench.served import Server, Streamed, StreamRequest, workload
 from bench.served_pair import (
     WrittenPair,
     bytes_of_pair,
@@ -186,7 +186,7 @@ def measured_rows(run: ServedRun, pair: WrittenPair, seconds: float) -> Iterator
             yield rounds.over_http(kind)
         started = time.perf_counter()
         alone = engine_alone(run, pair, flags)
-        engine = said_by(alone.info)
+        engine = engine_facts(alone.info)
         facts = {"seconds": time.perf_counter() - started, "engine": engine}
         yield row("start, engine alone", facts=facts, **off(engine, run, run.place.device.type))
         yield from rounds.in_turn("different", alone, share=1 / 2)
@@ -194,7 +194,7 @@ def measured_rows(run: ServedRun, pair: WrittenPair, seconds: float) -> Iterator
 
 
 def started_row(run: ServedRun, pair: WrittenPair, server: Server, device_bytes: int) -> Row:
-    engine = engine_said(server.ready_line)
+    engine = engine_facts_of(server.ready_line)
     facts = {
         "folder": str(Path(pair.directories[0]).parent),
         "bytes": pair.bytes,
@@ -227,14 +227,14 @@ def engine_alone(run: ServedRun, pair: WrittenPair, flags: list[str]) -> EngineA
     return EngineAlone(Engine(config, model), *pair.directories)
 
 
-def engine_said(ready_line: str) -> dict[str, str]:
+def engine_facts_of(ready_line: str) -> dict[str, str]:
     """Returns what the server's start message reports of the engine's choices."""
     patterns = {"attention": "attention", "pair_kernels": "pair kernels", "graphs": "decode steps:"}
     found = {name: re.search(rf"; {word} (.*?); ", ready_line) for name, word in patterns.items()}
     return {name: match[1] if match else "none" for name, match in found.items()}
 
 
-def said_by(info: EngineInfo) -> dict[str, str]:
+def engine_facts(info: EngineInfo) -> dict[str, str]:
     kernels = info.pair_kernels or "none"
     return {"attention": info.attention, "pair_kernels": kernels, "graphs": info.graphs}
 
@@ -250,7 +250,7 @@ def free_memory(run: ServedRun) -> int:
 
 
 class Rounds:
-    """Makes the requests of each round; no two rounds have the same."""
+    """Runs the rounds; no two of them have the same requests."""
 
     def __init__(self, run: ServedRun, server: Server, seconds: float) -> None:
         self._run, self._server, self._left = run, server, seconds
@@ -274,19 +274,19 @@ class Rounds:
         ways = {"HTTP": self._streamed, "engine alone": alone.answer}
         most, seconds = self._run.streams.rounds, self._left * share
         served, by_itself = self._measured(kind, ways, most, seconds).values()
-        said = [
+        equal = [
             one == other
             for over_http, directly in zip(served, by_itself, strict=True)
             for one, other in zip(over_http.texts, directly.texts, strict=True)
         ]
-        facts = {"answers": len(said), "same_answers": sum(said), **rate_of(served)}
+        facts = {"answers": len(equal), "same_answers": sum(equal), **rate_of(served)}
         yield self._row("HTTP in turn", kind, served, **facts)
         yield self._row("engine in turn", kind, by_itself)
 
     def _measured(
         self,
         kind: Lambdas,
-        ways: Mapping[str, Callable[[list[Asked]], Answered]],
+        ways: Mapping[str, Callable[[list[StreamRequest]], Answered]],
         most: int,
         seconds: float,
     ) -> dict[str, list[Answered]]:
@@ -298,9 +298,9 @@ class Rounds:
         for index in range(most + 1):
             if index > 1 and time.monotonic() - began > seconds:
                 break
-            asked = self._asked(kind)
+            requests = self._requests(kind)
             for name, answer in ways.items():
-                answered = answer(asked)
+                answered = answer(requests)
                 measured[name] += [answered] if index else []
                 rate = self._tokens / answered.seconds
                 print(f"round {index}  {kind} λ  {name:<13} {rate:>9,.1f} tokens/s", flush=True)
@@ -312,7 +312,7 @@ class Rounds:
         own = {"client": time.process_time(), "wall": time.monotonic()}
         return self._server.cpu_seconds() | own
 
-    def _asked(self, kind: Lambdas) -> list[Asked]:
+    def _requests(self, kind: Lambdas) -> list[StreamRequest]:
         return workload(
             next(self._seeds),
             lambdas=self._run.lambdas(kind),
@@ -320,8 +320,8 @@ class Rounds:
             new_tokens=self._run.streams.new_tokens,
         )
 
-    def _streamed(self, asked: list[Asked]) -> Answered:
-        return over_http(self._server, asked, limit=LONGEST_ROUND)
+    def _streamed(self, requests: list[StreamRequest]) -> Answered:
+        return over_http(self._server, requests, limit=LONGEST_ROUND)
 
     def _row(self, what: str, kind: Lambdas, rounds: list[Answered], **facts: Any) -> Row:
         seconds = [answered.seconds for answered in rounds]
@@ -354,7 +354,7 @@ def latencies(streams: list[Streamed]) -> dict[str, Any]:
         "first_token": middle_and_tail(first),
         "between_tokens": middle_and_tail(between),
         "events": sum(map(len, moments)),
-        "tokens": sum(stream.asked.new_tokens for stream in streams),
+        "tokens": sum(stream.request.new_tokens for stream in streams),
     }
 
 

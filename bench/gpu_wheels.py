@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
-        parser.error(f"needs Python {PYTHON}, for which pip is to resolve")
+        parser.error(f"needs Python {PYTHON}: pip resolves for the Python that runs it")
     present = machine_packages(MACHINE.read_text())
     try:
         needed = resolved(present)

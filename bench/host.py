@@ -97,8 +97,8 @@ def main() -> None:
     values: dict[str, list[float]] = {}
     for case in cases(arguments.rows):
         found = run(case, arguments.device_ms / 1e3, arguments.context, arguments.steps)
-        told = ", ".join(f"{part} {median(ms):.3f}" for part, ms in found.items())
-        print(f"{case.name}: {told}", flush=True)
+        parts = ", ".join(f"{part} {median(ms):.3f}" for part, ms in found.items())
+        print(f"{case.name}: {parts}", flush=True)
         values |= {f"{case.name}: {part}": ms for part, ms in found.items()}
     ends = ("not hidden", "host")
     publish(

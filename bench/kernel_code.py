@@ -133,8 +133,8 @@ def compiled(
 
     variants: dict[str, Variant] = {}
 
-    def listen(*, metadata: dict[str, Any], metadata_group: Any, times: Any, **told: Any) -> None:
-        variants[metadata["hash"]] = _variant(metadata, metadata_group, times, told["cache_hit"])
+    def listen(*, metadata: dict[str, Any], metadata_group: Any, times: Any, **others: Any) -> None:
+        variants[metadata["hash"]] = _variant(metadata, metadata_group, times, others["cache_hit"])
 
     with _on(Driver(capability, launcher)) as driver, knobs.compilation.scope():
         knobs.compilation.listener = listen
@@ -239,9 +239,9 @@ def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> It
             call = partial(attend, shape, rows, rows, context, dtype)
             yield Case(model, f"decode over {context}", rows, call)
     for rows in PREFILLS:
-        for behind in (0, *CONTEXTS[:2]):
-            call = partial(attend, shape, rows, 0, behind + rows, dtype)
-            yield Case(model, f"prefill behind {behind}", rows, call)
+        for before in (0, *CONTEXTS[:2]):
+            call = partial(attend, shape, rows, 0, before + rows, dtype)
+            yield Case(model, f"prefill after {before}", rows, call)
 
 
 def tested() -> Iterator[Case]:

@@ -45,9 +45,9 @@ def added_to_a_token(rounds: int) -> dict[str, list[float]]:
             stamps = Path(directory) / "stamps"
             with Server(stamps=stamps) as server:
                 asyncio.run(server.stream_all(workload(0, lambdas=[0.0] * STREAMS)))  # warm
-                asked = workload(number + 1, lambdas=[0.0] * STREAMS)
-                streamed = asyncio.run(server.stream_all(asked))
-            arrivals = {one.asked.seed: one.moments for one in streamed}
+                requests = workload(number + 1, lambdas=[0.0] * STREAMS)
+                streamed = asyncio.run(server.stream_all(requests))
+            arrivals = {one.request.seed: one.moments for one in streamed}
             cuts = quantiles(seconds_added(stamps, arrivals), n=100)
         for name, row in measured.items():
             row.append(cuts[int(name[1:]) - 1] * 1000)
@@ -79,8 +79,8 @@ def of_refusals() -> dict[str, list[float]]:
         rows = {f"{why}, idle": milliseconds(server, why) for why in REFUSED}
 
         async def under_load() -> None:
-            asked = workload(1, lambdas=[0.0] * STREAMS)
-            streams = asyncio.create_task(server.stream_all(asked, key=KEY))
+            requests = workload(1, lambdas=[0.0] * STREAMS)
+            streams = asyncio.create_task(server.stream_all(requests, key=KEY))
             for why in REFUSED:
                 rows[f"{why}, {STREAMS} streams"] = await asyncio.to_thread(
                     milliseconds, server, why

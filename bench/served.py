@@ -37,7 +37,7 @@ class ServerFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class StreamRequest:
     """One stream: its request, and the seed that identifies it."""
 
     text: str
@@ -48,9 +48,7 @@ class Asked:
 
     @property
     def body(self) -> bytes:
-        """Returns the body of a request for a streamed greedy answer of exactly `new_tokens`
-        tokens.
-        """
+        """The body: a streamed greedy answer of exactly `new_tokens` tokens."""
         fields = {
             "model": self.model,
             "messages": [{"role": "user", "content": self.text}],
@@ -69,35 +67,33 @@ class Asked:
 class Streamed:
     """An answer as it was read: its bytes, and when they arrived on the monotonic clock."""
 
-    asked: Asked
+    request: StreamRequest
     sent: float
     pieces: tuple[tuple[float, bytes], ...]
 
     def check(self) -> None:
         """Raises `ServerFailed` unless all requested tokens arrived."""
-        whole = self.whole
-        usage: list[bytes] = re.findall(rb'"completion_tokens": ?(\d+)', whole)
-        if b"[DONE]" not in whole or not usage or int(usage[-1]) != self.asked.new_tokens:
-            end = whole[-500:].decode(errors="replace")
-            raise ServerFailed(f"stream {self.asked.seed} is not complete; it ends: {end!r}")
+        received = self.received
+        usage: list[bytes] = re.findall(rb'"completion_tokens": ?(\d+)', received)
+        if b"[DONE]" not in received or not usage or int(usage[-1]) != self.request.new_tokens:
+            end = received[-500:].decode(errors="replace")
+            raise ServerFailed(f"stream {self.request.seed} is not complete; it ends: {end!r}")
 
     @property
-    def whole(self) -> bytes:
+    def received(self) -> bytes:
         return b"".join(piece for _, piece in self.pieces)
 
     @property
     def moments(self) -> list[float]:
-        """Returns when each event of content was completely read. Each token is one event if all
-        are text.
-        """
+        """When each event of content was completely read: one event for each token of text."""
         ends = list(accumulate(len(piece) for _, piece in self.pieces))
-        events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.whole)
+        events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.received)
         return [self.pieces[bisect_left(ends, event.end())][0] for event in events]
 
     @property
     def text(self) -> str:
-        """Returns the content of all events."""
-        events = re.findall(rb"^data: (\{.*\})", self.whole, re.MULTILINE)
+        """The content of all events."""
+        events = re.findall(rb"^data: (\{.*\})", self.received, re.MULTILINE)
         choices = [choice for event in events for choice in json.loads(event)["choices"]]
         return "".join(choice["delta"].get("content", "") for choice in choices)
 
@@ -108,11 +104,13 @@ def workload(
     lambdas: Sequence[float],
     model: str = EMBEDDED_NAME,
     new_tokens: int = NEW_TOKENS,
-) -> list[Asked]:
+) -> list[StreamRequest]:
     """Returns questions of the embedded pair's task, each with its λ."""
     questions = draw_questions(random.Random(seed), len(lambdas))
     return [
-        Asked(question.text, round(value, 2), seed * len(lambdas) + index, model, new_tokens)
+        StreamRequest(
+            question.text, round(value, 2), seed * len(lambdas) + index, model, new_tokens
+        )
         for index, (question, value) in enumerate(zip(questions, lambdas, strict=True))
     ]
 
@@ -214,14 +212,14 @@ class Server:
         times = {"http": http_process.cpu_times(), "engine": engine.cpu_times()}
         return {name: one.user + one.system for name, one in times.items()}
 
-    async def stream_all(self, asked: Sequence[Asked], key: str = "-") -> list[Streamed]:
-        """Streams all requests at once; the answers are in the order of `asked`. Raises
+    async def stream_all(self, requests: Sequence[StreamRequest], key: str = "-") -> list[Streamed]:
+        """Streams all requests at once; the answers are in the order of `requests`. Raises
         `ServerFailed`.
         """
-        return await asyncio.gather(*(self._stream(one, key) for one in asked))
+        return await asyncio.gather(*(self._stream(one, key) for one in requests))
 
-    async def _stream(self, asked: Asked, key: str) -> Streamed:
-        body = asked.body
+    async def _stream(self, request: StreamRequest, key: str) -> Streamed:
+        body = request.body
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
             f"Authorization: Bearer {key}\r\n"
@@ -234,7 +232,7 @@ class Server:
         while piece := await reader.read(1 << 16):
             pieces.append((time.monotonic(), piece))
         writer.close()
-        streamed = Streamed(asked, sent, tuple(pieces))
+        streamed = Streamed(request, sent, tuple(pieces))
         streamed.check()
         return streamed
 

@@ -22,14 +22,14 @@ from statistics import median
 import torch
 
 from bench.report import interleaved, publish
-from bench.served import STREAMS, Asked, Server, Streamed, workload
+from bench.served import STREAMS, Server, Streamed, StreamRequest, workload
 from bench.workload import EMBEDDED
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
 from server.text.checkpoint import Endpoint
-from server.text.prompt import Prompts
+from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
 LAMBDAS = [index / (STREAMS - 1) for index in range(STREAMS)]
@@ -54,9 +54,9 @@ def main() -> None:
     with Server("--no-prefix-caching") as server:
         seeds = itertools.count()
 
-        def tokens_a_second(answer: Callable[[list[Asked]], Answered]) -> float:
-            asked = workload(next(seeds), lambdas=LAMBDAS)
-            return sum(one.new_tokens for one in asked) / answer(asked).seconds
+        def tokens_a_second(answer: Callable[[list[StreamRequest]], Answered]) -> float:
+            requests = workload(next(seeds), lambdas=LAMBDAS)
+            return sum(one.new_tokens for one in requests) / answer(requests).seconds
 
         values = interleaved(
             {
@@ -79,34 +79,36 @@ class EngineAlone:
         self._engine = engine
         self.info = engine.info
         endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
-        self._prompts = Prompts(*endpoints)
+        self._prompts = PromptBuilder(*endpoints)
         self._ends = frozenset().union(*(endpoint.eos_token_ids for endpoint in endpoints))
 
-    def answer(self, asked: Sequence[Asked]) -> Answered:
-        requests = [self._request(one) for one in asked]
+    def answer(self, requests: Sequence[StreamRequest]) -> Answered:
+        engine_requests = [self._request(one) for one in requests]
         started = time.perf_counter()
-        events = self._engine.generate(requests)
+        events = self._engine.generate(engine_requests)
         seconds = time.perf_counter() - started
-        said = [
+        tokens_of = [
             [event.token_id for event in events[it.request_id] if event.token_id is not None]
-            for it in requests
+            for it in engine_requests
         ]
-        assert [len(tokens) for tokens in said] == [one.new_tokens for one in asked]
-        return Answered(seconds, [self._prompts.vocabulary.decode(tokens) for tokens in said])
+        assert [len(tokens) for tokens in tokens_of] == [one.new_tokens for one in requests]
+        return Answered(seconds, [self._prompts.vocabulary.decode(tokens) for tokens in tokens_of])
 
-    def _request(self, asked: Asked) -> EngineRequest:
-        dial = Dial.on_grid(asked.reasoning_lambda, 0.01)
-        prompt = self._prompts.build([Message(role="user", content=asked.text)], dial)
+    def _request(self, request: StreamRequest) -> EngineRequest:
+        dial = Dial.on_grid(request.reasoning_lambda, 0.01)
+        prompt = self._prompts.build([Message(role="user", content=request.text)], dial)
         sampling = SamplingParams(
-            max_tokens=asked.new_tokens,
-            min_tokens=asked.new_tokens,
+            max_tokens=request.new_tokens,
+            min_tokens=request.new_tokens,
             temperature=0.0,
             eos_token_ids=self._ends,
         )
-        return EngineRequest(f"{asked.seed}", prompt.token_ids, dial, sampling)
+        return EngineRequest(f"{request.seed}", prompt.token_ids, dial, sampling)
 
 
-def over_http(server: Server, asked: Sequence[Asked], limit: float | None = None) -> Answered:
+def over_http(
+    server: Server, requests: Sequence[StreamRequest], limit: float | None = None
+) -> Answered:
     """Reads all streams at once, and measures from the first request's start to the last one's end.
 
     Raises `ServerFailed`, and TimeoutError if they take longer than `limit` seconds.
@@ -114,7 +116,7 @@ def over_http(server: Server, asked: Sequence[Asked], limit: float | None = None
 
     async def read() -> list[Streamed]:
         async with asyncio.timeout(limit):
-            return await server.stream_all(asked)
+            return await server.stream_all(requests)
 
     started = time.perf_counter()
     streams = asyncio.run(read())

@@ -49,7 +49,7 @@ from server.sweep.own_server import own_server
 from server.sweep.samples import SampleLog
 from server.sweep.tasks import embedded_task
 from server.text.checkpoint import Endpoint
-from server.text.prompt import Prompts
+from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
 LAMBDAS = [value / 10 for value in range(11)]
@@ -167,7 +167,7 @@ def static_engine(value: float, directory: Path) -> StaticEngine:
 
 
 def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine]) -> float:
-    prompts = Prompts(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
+    prompts = PromptBuilder(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
     requests = {
         value: [engine_request(unit, prompts) for unit in work
                 if unit.setting.reasoning_lambda == value]
@@ -181,10 +181,10 @@ def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine
     return tokens / (time.perf_counter() - started)
 
 
-def engine_request(unit: PlannedSample, prompts: Prompts) -> EngineRequest:
+def engine_request(unit: PlannedSample, prompts: PromptBuilder) -> EngineRequest:
     dial = Dial(unit.setting.reasoning_lambda)
-    (said,) = unit.question.messages
-    prompt = prompts.build([Message(**said)], dial)
+    (message,) = unit.question.messages
+    prompt = prompts.build([Message(**message)], dial)
     sampling = SamplingParams(
         max_tokens=MAX_TOKENS,
         temperature=unit.setting.decoding.temperature,

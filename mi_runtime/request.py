@@ -1,31 +1,31 @@
-"""The engine's two shapes at its edge: the request that enters and the token events that leave.
+"""What enters and leaves the engine: requests, token events, and the messages that carry them.
 
-Values only: nothing here changes after it is built, and nothing here imports torch. The commands
-and reports at the end are the messages of the pipe between the HTTP and the engine process.
+Everything here is an immutable value, and nothing imports torch. The commands and reports at the
+end are the messages of the pipe between the HTTP process and the engine process.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 
 class FinishReason(StrEnum):
-    """Why a request ended. Every accepted request ends with exactly one of them."""
+    """Why a request ended. Every accepted request ends with exactly one of these."""
 
     STOP = "stop"  # an end-of-sequence or stop token
-    COMPLETE = "complete"  # nothing may follow by the grammar; the last token is part of the answer
+    COMPLETE = "complete"  # the grammar allows nothing more; the last token is part of the answer
     LENGTH = "length"  # max_tokens, or the context is full
-    ABORT = "abort"  # the caller asked for it
-    ERROR = "error"  # this request failed in the engine; the others went on
+    ABORT = "abort"  # the caller aborted it
+    ERROR = "error"  # this request failed in the engine; the others continue
 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """A request's setting of the interpolation: λ = 0 is Instruct, λ = 1 is Thinking.
+    """A request's interpolation: λ = 0 is Instruct, λ = 1 is Thinking.
 
-    `groups` holds the blend groups (`embed`, `head`, `N.attn`, `N.mlp`) that differ from
-    `reasoning_lambda`, sorted by name: equal settings are equal values.
+    `groups` holds the blend groups (`embed`, `head`, `N.attn`, `N.mlp`) whose λ differs from
+    `reasoning_lambda`, sorted by name, so that equal settings compare equal.
     """
 
     reasoning_lambda: float
@@ -33,17 +33,17 @@ class Dial:
 
     @staticmethod
     def on_grid(value: float, step: float, groups: Mapping[str, float] | None = None) -> "Dial":
-        """The dial at `value`, every λ rounded to the grid of `step`, which divides 1.
+        """Returns the dial at `value`, with every λ rounded to the grid of `step`, which divides 1.
 
-        Raises ValueError outside [0, 1] and on NaN.
+        Raises ValueError for a λ outside [0, 1] and for NaN.
         """
         default = _on_grid(value, step)
         rounded = {name: _on_grid(one, step) for name, one in (groups or {}).items()}
-        own = tuple(sorted((name, one) for name, one in rounded.items() if one != default))
-        return Dial(default, own)
+        different = ((name, one) for name, one in rounded.items() if one != default)
+        return Dial(default, tuple(sorted(different)))
 
     def value_of(self, group: str) -> float:
-        """λ of one blend group."""
+        """Returns the λ of one blend group."""
         for name, value in self.groups:
             if name == group:
                 return value
@@ -59,7 +59,7 @@ def _on_grid(value: float, step: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. The defaults leave the model's distribution as it is."""
+    """How tokens are drawn. The defaults do not change the model's distribution."""
 
     max_tokens: int | None = None  # None: as many as the context holds; 0: none
     min_tokens: int = 0  # end-of-sequence and stop tokens are forbidden before
@@ -75,8 +75,8 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False  # eos_token_ids do not end the answer; stop_token_ids still do
-    logprobs: int | None = None  # alternatives beside each token (0: the token alone); None: off
-    prompt_logprobs: int | None = None  # the same, beside each token of the prompt
+    logprobs: int | None = None  # alternatives of each token (0: the token alone); None: off
+    prompt_logprobs: int | None = None  # the same for each token of the prompt
 
     @property
     def has_penalty(self) -> bool:
@@ -94,15 +94,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ThinkPolicy:
-    """The tokens around a think block, and how the engine bounds it."""
+    """The tags of a think block as token ids, and how the engine bounds the block."""
 
     open_id: int
     close_id: int
     opened_by_prompt: bool = False
     cap: int | None = None  # reasoning tokens at which the block is closed by force
-    closing: tuple[int, ...] = ()  # what is written then; holds close_id. Empty: close_id alone
+    closing: tuple[int, ...] = ()  # written then; contains close_id. Empty: close_id alone
     soft_window: int = 0  # tokens before the cap in which a block closes at one of soft_ends
-    soft_ends: frozenset[int] = frozenset()  # that end a sentence or a line; empty: the engine's
+    soft_ends: frozenset[int] = frozenset()  # end a sentence or a line; empty: the engine's
     close_aliases: frozenset[int] = frozenset()  # tokens that close an open block as close_id does
     forbid_eos: bool = False  # the answer may not end inside the block
 
@@ -110,43 +110,51 @@ class ThinkPolicy:
         if not self.closing:
             object.__setattr__(self, "closing", (self.close_id,))
         if self.close_id not in self.closing:
-            raise ValueError("the closing sequence does not hold the closing tag")
+            raise ValueError("the closing sequence does not contain the closing tag")
         if self.cap is not None and self.cap < 0:
             raise ValueError(f"the cap must not be negative: {self.cap}")
 
     @property
     def tail(self) -> tuple[int, ...]:
-        """What the closing sequence has behind the tag."""
+        """The part of the closing sequence after the tag."""
         return self.closing[self.closing.index(self.close_id) + 1 :]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One answer to compute (a wire request with n > 1 becomes n of these)."""
+    """One answer to compute. A wire request with n > 1 becomes n of these."""
 
     request_id: str
     prompt: tuple[int, ...]
     dial: Dial
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    think: ThinkPolicy | None = None  # None: no think block is tracked
-    cache_salt: str = ""  # requests of different salts share no KV
-    answer_dial: Dial | None = None  # from the think block's closing tag on; None: as before
-    priority: int = 0  # lower ones run earlier; equal ones in order of arrival
-    grammar: str | None = None  # that the answer, not the think block, obeys; as llguidance has it
+    think: ThinkPolicy | None = None  # None: no think block is followed
+    cache_salt: str = ""  # requests with different salts share no KV
+    answer_dial: Dial | None = None  # from the think block's closing tag on; None: `dial`
+    priority: int = 0  # lower runs earlier; equal ones in order of arrival
+    grammar: str | None = None  # of the answer without the think block, in llguidance's syntax
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of the model itself, before temperature, penalties and bias."""
+    """Log-probabilities under the model, before temperature, penalties and bias."""
 
     token: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
+class Phase(IntEnum):
+    """Where a sequence is with respect to its think block."""
+
+    OUTSIDE = 0  # no block was opened yet
+    INSIDE = 1
+    CLOSED = 2  # none can be opened any more
+
+
 class TokenEvent(NamedTuple):
     """One new token of one request, or its end without a token (abort, error, max_tokens 0).
 
-    A tuple, as every token of every step makes one and sends it through the pipe.
+    It is a tuple because every token of every step makes one and sends it through the pipe.
     """
 
     request_id: str
@@ -156,14 +164,15 @@ class TokenEvent(NamedTuple):
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     reasoning_tokens: int = 0  # tokens inside the think block so far
     forced_close: bool = False  # the engine closed the think block
+    phase: int = Phase.OUTSIDE.value  # after this token; a plain int, which is pickled faster
     queue_seconds: float = 0.0  # from submission to the first step that ran it
-    error: str | None = None  # for FinishReason.ERROR: what happened
+    error: str | None = None  # with FinishReason.ERROR: what happened
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    """On the first event of a request that wants them: of each prompt token but the first."""
+    """Of each prompt token but the first; set on the first event of a request that wants them."""
 
 
 class RequestRejected(ValueError):
-    """A request the engine cannot take; nothing of it was kept. `code` is the wire's error code."""
+    """The engine cannot accept a request, and kept nothing of it. `code`: the wire's error code."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -184,7 +193,7 @@ class Abort:
     request_id: str
 
 
-Command = Submit | Abort  # the end of the pipe is the command to stop
+Command = Submit | Abort  # closing the pipe is the command to stop
 
 
 # --- The pipe: engine process → HTTP process ---------------------------------------------------
@@ -195,27 +204,27 @@ class EngineInfo:
     """Facts of a loaded engine."""
 
     pair_identity: str  # hex digest of both endpoints' configs and weights
-    fingerprint: str  # hex digest of pair and λ grid; part of every prefix-cache key
+    fingerprint: str  # hex digest of pair and λ grid; part of every key of the prefix cache
     model_type: str
     device: str
     dtype: str
-    delta_dtype: str  # of the Thinking endpoint's difference; `none` where it is whole
+    delta_dtype: str  # of the Thinking endpoint's delta; `none` if both endpoints are complete
     vocab_size: int
     max_model_len: int  # tokens of prompt and answer together
     block_size: int
     num_blocks: int
     layers: int
-    weight_bytes: int  # of both endpoints, as they are kept
-    peak_bytes: int  # most memory that loading held at once
+    weight_bytes: int  # of both endpoints in memory
+    peak_bytes: int  # most memory in use at once while loading
     load_seconds: float
-    attention: str = "reference"  # the backend, and what it was measured against
-    graphs: str = "none"  # recorded decode steps: how many, and how they were made
-    pair_kernels: str = ""  # where they are taken, as it was measured; nothing without a GPU
+    attention: str = "reference"  # the backend, and the times of all that were measured
+    graphs: str = "none"  # recorded decode steps: how many, and how they were recorded
+    pair_kernels: str = ""  # where the measurement chose them; empty without a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges of this moment and counters since start, after a step."""
+    """Gauges and counters of the engine after a step; counters begin at its start."""
 
     running: int = 0
     waiting: int = 0
@@ -227,19 +236,19 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
-    endpoint_executions: int = 0  # of a blend group in a forward, by the way it was computed
+    endpoint_executions: int = 0  # of a blend group in a forward, by how it was computed
     blended_executions: int = 0
     pair_executions: int = 0
     blend_hits: int = 0
     blend_builds: int = 0
     blend_evictions: int = 0
     forced_closes: int = 0
-    blend_bytes: int = 0  # held now
+    blend_bytes: int = 0  # of blended weights in memory now
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The pair is loaded and checked; requests are welcome."""
+    """The pair is loaded and checked, and requests are accepted."""
 
     info: EngineInfo
 
@@ -259,7 +268,7 @@ class StepReport:
     stats: EngineStats
 
     def __reduce__(self) -> tuple[object, ...]:
-        """As plain tuples, which are pickled and read five times as fast as those with a name."""
+        """Pickles events as plain tuples, which is five times as fast as named ones."""
         return _step_report, ([tuple(event) for event in self.events], self.stats)
 
 

@@ -1,9 +1,10 @@
-"""The engine process: commands from the pipe, an engine step, one report to the pipe.
+"""The engine process: reads commands from the pipe, runs a step, writes a report to the pipe.
 
-Started as `python -m mi_runtime.worker --fd N`, where N is its end of a socket pair. The first
-message is the EngineConfig; afterwards Submit and Abort come in, and Ready or LoadFailed, then one
-StepReport a step go out. The other end closing is the command to stop: when either process dies,
-the other sees the end of the pipe at once; one that still loads, which reads nothing, is ended.
+It is started as `python -m mi_runtime.worker --fd N`, where N is its end of a socket pair. It first
+reads the EngineConfig, then Submit and Abort commands. It writes Ready or LoadFailed, then one
+StepReport for each step. Closing the other end is the command to stop: when either process dies,
+the other sees the end of the pipe at once. A process that is still loading does not read the pipe,
+so a thread watches the pipe and ends the process.
 """
 
 import argparse
@@ -36,15 +37,17 @@ from mi_runtime.request import (
 )
 
 LOAD_FAILED = 2  # exit code
-LEAVE_SECONDS = 2.0  # that this process may take to end by itself behind its pipe
+EXIT_SECONDS = 2.0  # in which this process may end by itself once its pipe has ended
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other process decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches both processes; the other one decides
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="this process's end of the pipe")
     connection = Connection(parser.parse_args().fd)
-    threading.Thread(target=leave_behind, args=(connection.fileno(),), daemon=True).start()
+    threading.Thread(target=exit_after_pipe, args=(connection.fileno(),), daemon=True).start()
     try:
         return run(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -52,21 +55,26 @@ def main() -> int:
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # tidying up after a GPU that has failed may hang, and the pipe with it
+        os._exit(1)  # cleaning up after a failed GPU may hang, and the pipe would stay open
 
 
-def leave_behind(pipe: int) -> None:
-    """Waits for the pipe's other end to close, and ends this process if nothing else does: loading
-    may take minutes, in which nobody reads, and would hold a GPU for a server that is gone."""
+def exit_after_pipe(pipe: int) -> None:
+    """Waits until the other end of the pipe is closed, then ends this process if nothing else does.
+
+    Loading may take minutes without reading the pipe, and would occupy a GPU for a dead server.
+    """
     hung_up = select.poll()
-    hung_up.register(pipe, 0)  # asked for nothing, it tells of this alone
+    hung_up.register(pipe, 0)  # with no events requested, poll reports only that the pipe hung up
     hung_up.poll()
-    time.sleep(LEAVE_SECONDS)
+    time.sleep(EXIT_SECONDS)
     os._exit(0)
 
 
 def run(connection: "Connection[object, object]") -> int:
-    """Loads the pair, then serves until the pipe ends, which it raises as EOFError."""
+    """Loads the pair, then serves until the pipe ends, which raises EOFError.
+
+    Returns the exit code if loading failed.
+    """
     config = connection.recv()
     assert isinstance(config, EngineConfig)
     torch.set_num_threads(config.threads or default_threads())
@@ -76,7 +84,7 @@ def run(connection: "Connection[object, object]") -> int:
         connection.send(LoadFailed(str(error)))
         return LOAD_FAILED
     gc.collect()
-    gc.freeze()  # what start has left lives on: looking through it would hold up a step
+    gc.freeze()  # what loading created stays alive: collecting it would delay a step
     connection.send(Ready(engine.info))
     while True:
         events = receive(connection, engine)
@@ -85,7 +93,7 @@ def run(connection: "Connection[object, object]") -> int:
 
 
 def default_threads() -> int:
-    """All cores but one, which is left to the HTTP process."""
+    """Returns the number of cores but one, which is left to the HTTP process."""
     usable = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -93,7 +101,7 @@ def default_threads() -> int:
 
 
 def receive(connection: "Connection[object, object]", engine: Engine) -> list[TokenEvent]:
-    """Takes every command that has arrived; waits for one when there is nothing to compute."""
+    """Applies every command that has arrived; waits for one if there is nothing to compute."""
     events: list[TokenEvent] = []
     while connection.poll(None if engine.idle and not events else 0):
         command = connection.recv()
@@ -113,6 +121,7 @@ def apply(command: Command, engine: Engine) -> TokenEvent | None:
 
 
 def submit(request: EngineRequest, engine: Engine) -> TokenEvent | None:
+    """Returns the terminal event of a request that the engine rejects."""
     try:
         engine.submit(request)
     except RequestRejected as error:

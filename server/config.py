@@ -1,7 +1,7 @@
 """Every setting of `mi-server serve`: its default, its unit, and where it is read from.
 
 Flags win over the environment (`MI_PORT`), the environment over a YAML file (`--config`), the file
-over the defaults below. Keys nobody knows are refused in all three. Nothing changes after start.
+over the defaults below. Unknown keys are refused in all three. Nothing changes after the start.
 """
 
 import os
@@ -35,7 +35,7 @@ from server.exit_codes import CommandError
 
 ENVIRONMENT_PREFIX: Final = "MI_"
 KUBERNETES_PREFIX: Final = "MI_SERVER_"
-"""Of the variables that Kubernetes sets in every pod beside a service named `mi-server`."""
+"""Prefix of the variables that Kubernetes sets in pods near a service named `mi-server`."""
 EMBEDDED_NAME: Final = "mi-embedded"
 SECTIONS: Final = {
     "Configuration": "config",
@@ -47,11 +47,11 @@ SECTIONS: Final = {
     "Security": "api_key",
     "Observability": "log_level",
 }
-"""Titles of the groups of settings, each with the first of its settings."""
+"""Titles of the groups of settings, each with its first setting."""
 
 
 def _listed(value: Any) -> Any:
-    """Commas separate the values of a list in one flag or variable."""
+    """Splits the values of a list at the commas of a flag or variable."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return value
@@ -62,11 +62,11 @@ Listed = (NoDecode, BeforeValidator(_listed))
 
 
 class ConfigError(CommandError):
-    """Settings that cannot be used. The message is for the operator."""
+    """The settings cannot be used."""
 
 
 class Settings(BaseSettings):
-    """Serve an Instruct and a Thinking checkpoint at every λ between them."""
+    """Serves an Instruct and a Thinking checkpoint at every λ between them."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX,
@@ -78,89 +78,89 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = None
-    """YAML file of settings, named as here with underscores."""
+    """YAML file of settings, whose keys are the names here with underscores."""
 
     # The pair
     instruct: str | None = None
-    """Instruct endpoint: a directory or hub id; without it the embedded pair."""
+    """Instruct endpoint: a directory or hub id; default: that of the embedded pair."""
     thinking: str | None = None
-    """Thinking endpoint: a directory or hub id; without it the embedded pair."""
+    """Thinking endpoint: a directory or hub id; default: that of the embedded pair."""
     device: Device = "auto"
-    """Where the pair lies."""
+    """Device that holds the pair."""
     dtype: Dtype = "auto"
     """Number format of the weights."""
     delta_dtype: DeltaDtype = "none"
-    """Keep of the Thinking endpoint only its difference to Instruct, rounded to this format: less
-    memory, and λ = 1 is Thinking up to that rounding; none: both endpoints whole."""
+    """Hold only the difference between Thinking and Instruct, rounded to this format: less memory,
+    and λ = 1 is Thinking up to that rounding; none: hold both endpoints in full."""
 
     # The dial
     default_lambda: Annotated[float, Field(ge=0, le=1)] = 0.8
     """λ of requests that name none; 0 is Instruct, 1 is Thinking."""
     lambda_step: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Grid that λ is rounded to; it divides 1."""
+    """Step of the grid that λ is rounded to; it must divide 1."""
     reasoning_template: Literal["auto", "instruct", "thinking"] = "auto"
     """Chat template; auto: Thinking's above the think threshold, else Instruct's."""
     think_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """Highest λ that takes Instruct's chat template; default: the profile's."""
     profile: Path | None = None
-    """Measured profile of the pair (JSON); default: the built-in one of this pair, if there is
-    one."""
+    """Measured profile of the pair (JSON); default: the built-in profile of this pair, if any."""
     adapt: bool = False
-    """Route by the reasoning tokens that answers had, where there are enough, instead of the
-    profile's."""
+    """Route by the reasoning tokens of this server's own answers, where there are enough of them,
+    instead of the profile's."""
     adapt_min_samples: Annotated[int, Field(ge=1)] = 200
-    """Answers in a λ bucket that are enough for --adapt."""
+    """Answers in a λ bucket that --adapt needs to use them."""
     elastic: bool = False
     """Under load, route requests that name no λ to cheaper points of the profile."""
     elastic_effort: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Effort, 0 to 1, that requests get at most under load."""
+    """Highest effort, 0 to 1, that requests without a λ get under load."""
     elastic_waiting: Annotated[int, Field(ge=1)] = 32
-    """Waiting requests that are load."""
+    """Number of waiting requests that counts as load."""
     elastic_kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the KV cache in use that is load."""
+    """Share of the KV cache in use that counts as load."""
     elastic_release: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Share of both limits at which the load is over."""
+    """Share of both limits at or below which the load is over."""
     elastic_dwell: Annotated[float, Field(ge=0)] = 5.0
-    """Seconds between two changes into or out of load."""
+    """Least seconds between two changes into or out of load."""
 
     think_closing: Annotated[str, Field(min_length=1)] = "\n</think>\n\n"
-    """Written where a cap closes a think block; holds the closing tag once."""
+    """Text that closes a think block at its cap; it holds the closing tag once."""
     think_soft_window: Annotated[int, Field(ge=0)] | None = None
-    """Tokens before a cap in which a block closes at a sentence's or line's end; default: a tenth
-    of the cap, at most 64."""
+    """Tokens before a cap within which the block is closed at the end of a sentence or line;
+    default: a tenth of the cap, at most 64."""
 
     # The engine
     max_model_len: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of prompt and answer together; default: what the pair can."""
+    """Most tokens of prompt and answer together; default: the pair's own limit."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 256
-    """Sequences that run at once."""
+    """Most sequences that run at once."""
     max_batched_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Tokens a step computes, prompts and answers together."""
+    """Most tokens that one step computes, of prompts and answers together."""
     async_scheduling: bool | None = None
-    """Launch a step before the results of the one before are read; default: on a GPU."""
+    """Launch a step before the results of the previous one are read; default: on a GPU."""
     block_size: Annotated[int, Field(ge=1)] = 16
-    """Tokens a KV block holds."""
+    """Tokens that a KV block holds."""
     num_blocks: Annotated[int, Field(ge=1)] | None = None
-    """KV blocks; default: from --kv-cache-bytes."""
+    """Number of KV blocks; default: from --kv-cache-bytes."""
     kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Bytes of the KV cache; default: a share of the free memory, on a GPU what is left of it."""
+    """Bytes of the KV cache; default: a share of the free memory, on a GPU all that is left."""
     prefix_caching: bool = True
     """Keep the KV of prompts for later requests at the same λ."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that may be in use, by all processes together."""
+    """Share of a GPU's memory that may be used, by all processes together."""
     cuda_graphs: bool = True
-    """Record decode steps at start and replay them, on a GPU."""
+    """On a GPU, record decode steps as CUDA graphs at start and replay them."""
     cuda_graph_sizes: Annotated[list[int], *Listed] = []
     """Numbers of sequences that decode steps are recorded for, ascending; a step takes the next
     larger one, and larger steps are not replayed; default: from 2 up to --max-num-seqs."""
     torch_compile: bool = True
-    """Compile what is recorded, at the first start for a minute or more."""
+    """Compile the recorded steps; the first start takes a minute or more longer."""
     attention_backend: AttentionName = "auto"
-    """Who computes attention; auto: on a GPU the fastest that works, measured at start."""
+    """Implementation of attention; auto: on a GPU the fastest that works, measured at start."""
     blend_policy: BlendPolicy = "auto"
-    """How weights at λ are had: pair product, blended weights, or the cheaper one."""
+    """How weights at λ are computed: by pair product, as blended weights, or the cheaper one."""
     blend_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Bytes of blended weights kept, of whole λ values; default: a share of the free memory."""
+    """Bytes of the cache of blended weights, which holds complete models; default: a share of the
+    free memory."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of the engine; default: all cores but one."""
 
@@ -170,73 +170,75 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 takes a free one."""
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
-    """Name that requests call the pair by; default: the Thinking endpoint's."""
+    """Model name in requests; default: the Thinking endpoint's name."""
     root_path: Annotated[str, Field(pattern=r"^(/[^/]+)*$")] = ""
-    """Path under which a gateway serves this server, and which it strips: `/mi`."""
+    """Path prefix that a gateway strips before it forwards a request, such as `/mi`."""
     forwarded_allow_ips: str | None = None
-    """Addresses of proxies, separated by commas, whose X-Forwarded-For and -Proto are believed;
-    `*`: everybody's; default: nobody's."""
+    """Addresses of proxies, separated by commas, whose X-Forwarded-For and -Proto are trusted; `*`:
+    all; default: none."""
     keep_alive: Annotated[float, Field(gt=0)] = 15.0
     """Seconds of silence in a stream before a comment is sent."""
     drain_timeout: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds that running requests may take after SIGTERM."""
+    """Seconds that running requests may still take after SIGTERM."""
 
     # Limits
     max_waiting: Annotated[int, Field(ge=0)] = 1024
-    """Requests that may wait for the engine; more get a 503."""
+    """Most requests that wait for the engine; further ones get a 503."""
     max_waiting_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Prompt tokens that may wait for their first token; more get a 503; default: no limit."""
+    """Most prompt tokens of requests that have no first token yet; further requests get a 503;
+    default: no limit."""
     max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**20
-    """Bytes of a request's body; more get a 413."""
+    """Most bytes of a request's body; longer ones get a 413."""
     request_timeout: Annotated[float, Field(gt=0)] | None = None
-    """Seconds a request may take, queue included; more get a 504. Requests may ask for less by the
-    header X-Request-Timeout; default: no limit."""
+    """Seconds that a request may take, queue included; later it gets a 504. A request may set a
+    shorter time by the header X-Request-Timeout; default: no limit."""
     engine_timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds without a word from an engine that has work, after which it counts as hung and the
-    server ends. Longer than the longest step."""
+    """Seconds without a report from an engine that has work, after which it counts as hung and the
+    server ends; it must be longer than the longest step."""
     rate_limit_requests: Annotated[int, Field(ge=1)] | None = None
-    """Requests a minute for each API key, or each client address where there are no keys; more get
-    a 429; default: no limit."""
+    """Requests per minute for each API key, or for each client address where there are no keys;
+    further ones get a 429; default: no limit."""
     rate_limit_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens a minute, prompts and answers, for each API key or client address; default: no
+    """Tokens per minute, of prompts and answers, for each API key or client address; default: no
     limit."""
 
     # Security
     api_key: Annotated[list[SecretStr], *Listed] = []
-    """Key that requests must bring as `Authorization: Bearer KEY`; may be repeated. A flag can be
-    read by every user of the machine: prefer a file or the environment."""
+    """Key that requests must send as `Authorization: Bearer KEY`; may be repeated. Every user of
+    the machine can read flags: prefer a file or the environment."""
     api_key_file: Path | None = None
-    """File of keys, one a line, each with an optional name behind it for the log; # begins a
+    """File of keys, one per line, each optionally followed by a name for the log; # begins a
     comment."""
     cors_origin: Annotated[list[str], *Listed] = []
-    """Origin whose web pages may send requests, as `https://example.org`, or `*`; may be
+    """Origin whose web pages may send requests, such as `https://example.org`, or `*`; may be
     repeated; default: none."""
     ssl_certfile: Path | None = None
     """Certificate chain in PEM; with it the server speaks TLS."""
     ssl_keyfile: Path | None = None
-    """Private key in PEM; default: in the file of the certificate."""
+    """Private key in PEM; default: the one in the certificate's file."""
     ssl_keyfile_password: SecretStr | None = None
     """Password of the private key."""
     ssl_ca_certs: Path | None = None
-    """Authorities in PEM; with them only clients that show a certificate of theirs are served."""
+    """Certificate authorities in PEM; if given, only clients with a certificate of theirs are
+    served."""
 
     # Observability
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severity that is logged."""
+    """Lowest severity that is logged."""
     log_format: Literal["text", "json"] = "text"
-    """Lines to read, or one JSON object a line."""
+    """Readable lines, or one JSON object per line."""
     otlp_traces_endpoint: str | None = None
-    """URL that OpenTelemetry spans are sent to over HTTP, as `http://collector:4318/v1/traces`;
-    needs `pip install 'mi-server[otel]'`; default: no traces."""
+    """URL that OpenTelemetry spans are sent to over HTTP, such as
+    `http://collector:4318/v1/traces`; needs `pip install 'mi-server[otel]'`; default: no traces."""
 
     @model_validator(mode="after")
-    def _whole_pair(self) -> "Settings":
+    def _check_pair(self) -> "Settings":
         if (self.instruct is None) != (self.thinking is None):
             raise ValueError("--instruct and --thinking belong together; give both or neither")
         return self
 
     @model_validator(mode="after")
-    def _whole_certificate(self) -> "Settings":
+    def _check_certificate_flags(self) -> "Settings":
         others = (self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs)
         if self.ssl_certfile is None and any(other is not None for other in others):
             raise ValueError("--ssl-keyfile, its password and --ssl-ca-certs need --ssl-certfile")
@@ -257,26 +259,32 @@ class Settings(BaseSettings):
 
     @property
     def key_password(self) -> str | None:
-        """Of the certificate's private key."""
+        """The password of the certificate's private key."""
         secret = self.ssl_keyfile_password
         return None if secret is None else secret.get_secret_value()
 
     @property
     def instruct_endpoint(self) -> str:
+        """Directory or hub id."""
         return self.instruct or str(INSTRUCT_DIRECTORY)
 
     @property
     def thinking_endpoint(self) -> str:
+        """Directory or hub id."""
         return self.thinking or str(THINKING_DIRECTORY)
 
     @property
     def model_name(self) -> str:
+        """The served name."""
         if self.served_model_name is not None:
             return self.served_model_name
         return EMBEDDED_NAME if self.thinking is None else Path(self.thinking).name
 
     def engine_config(self, *, instruct: Path, thinking: Path) -> EngineConfig:
-        """The engine's part, with the endpoints as local directories."""
+        """Returns the engine's settings, with the endpoints as local directories.
+
+        Raises `ConfigError` for values that do not go together.
+        """
         try:
             return EngineConfig(
                 instruct=str(instruct),
@@ -314,7 +322,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Best first; the file is the one given as `config`. The flags stand before all these."""
+        """The sources by falling priority: flags, environment, and the file named by `config`."""
         assert isinstance(init_settings, InitSettingsSource)
         file = init_settings.init_kwargs.get("config")
         if file is None:
@@ -323,7 +331,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(arguments: Sequence[str]) -> Settings:
-    """The settings from flags, environment and file. Raises `ConfigError`; `--help` exits."""
+    """Reads the settings from flags, environment and file. Raises `ConfigError`; `--help` exits."""
     _refuse_unknown_environment()
     given = flags.parse(Settings, SECTIONS, arguments)
     file = given.get("config", os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"))
@@ -334,9 +342,9 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise ConfigError("\n".join(_said(detail) for detail in error.errors())) from None
+        raise ConfigError("\n".join(_message(detail) for detail in error.errors())) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not readable as YAML: {error}") from None
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
 
 
 def _refuse_unknown_environment() -> None:
@@ -352,7 +360,7 @@ def _refuse_unknown_environment() -> None:
         raise ConfigError(f"Unknown settings in the environment: {', '.join(unknown)}")
 
 
-def _said(detail: Any) -> str:
+def _message(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{name}: no such setting"

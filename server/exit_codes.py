@@ -1,28 +1,34 @@
-"""The exit codes of `mi-server`, and how an error ends a command with one."""
+"""The exit codes of `mi-server`, and the errors that end a command with one of them."""
 
 import sys
 from collections.abc import Callable
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class ExitCode(IntEnum):
-    """What the shell sees. Each command's help names those it can end with."""
-
     DONE = 0
-    FAILED = 1  # the engine process ended, or a measurement could not go on
-    UNUSABLE = 2  # flags, settings, files or the pair cannot be used
-    INTERRUPTED = 130  # by Ctrl-C, as shells have it
+    FAILED = 1
+    UNUSABLE = 2
+    INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+EXIT_CODES: Final = """exit codes:
+  0    done
+  1    the engine process ended, or a measurement could not continue
+  2    flags, settings, files or the pair cannot be used
+  130  interrupted by Ctrl-C"""
+"""The meaning of every code, for the help."""
 
 
 class CommandError(Exception):
-    """Ends a command. The message is for the operator, and a subclass says the exit code."""
+    """Ends a command. The message is for the operator, and a subclass may set the exit code."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.UNUSABLE
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
-    """Run a command; a `CommandError` is printed, and its exit code returned."""
+    """Runs a command and returns its exit code; prints a `CommandError` to standard error."""
     try:
         return command()
     except CommandError as error:

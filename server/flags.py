@@ -1,7 +1,7 @@
-"""Flags of a command from a typed model of settings: a group a section, and help that reads well.
+"""Makes the flags of a command from a typed model of settings, in groups with readable help.
 
-Knows names, defaults and descriptions; what a value may be is the model's to check, so that flags,
-environment and file are held to the same rules.
+It knows names, defaults and descriptions. The model checks the values, so that flags, environment
+and file follow the same rules.
 """
 
 import argparse
@@ -20,7 +20,7 @@ WIDTH: Final = 100
 def sections(
     model: type[BaseModel], titles: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
-    """Each title with its settings; `titles` names the first setting of each, in their order."""
+    """Yields each title with its settings; `titles` gives the first setting of each title."""
     names = list(model.model_fields)
     starts = [names.index(first) for first in titles.values()]
     for title, start, end in zip(titles, starts, [*starts[1:], len(names)], strict=True):
@@ -30,21 +30,22 @@ def sections(
 def parse(
     model: type[BaseModel], titles: Mapping[str, str], arguments: Sequence[str]
 ) -> dict[str, Any]:
-    """The settings that are given, unchecked. An unknown flag and `--help` end the process."""
+    """Returns the settings that are given, unchecked. An unknown flag and `--help` exit."""
     return vars(_parser(model, titles).parse_args(arguments))
 
 
 def flag(name: str) -> str:
+    """Returns the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def described(field: FieldInfo) -> str:
-    """What a setting does, in one line."""
+def description(field: FieldInfo) -> str:
+    """Returns what a setting does, in one line."""
     return " ".join((field.description or "").split())
 
 
 def default(field: FieldInfo) -> str:
-    """The default as one would write it; empty where the description has to tell."""
+    """Returns the default as a user would write it; empty where the description names it."""
     value = field.default
     if value is None or value == [] or value == "":
         return ""
@@ -54,7 +55,7 @@ def default(field: FieldInfo) -> str:
 
 
 def plain_type(field: FieldInfo) -> Any:
-    """The type of a setting without `Annotated` and `None`."""
+    """Returns the type of a setting without `Annotated` and `None`."""
     annotation = field.annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation = next(it for it in typing.get_args(annotation) if it is not types.NoneType)
@@ -68,7 +69,7 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words a setting takes, where it takes only some."""
+    """Returns the words that a setting takes; empty where others are allowed."""
     kind = plain_type(field)
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
@@ -82,8 +83,8 @@ def _parser(model: type[BaseModel], titles: Mapping[str, str]) -> argparse.Argum
     parser = argparse.ArgumentParser(
         prog="mi-server serve",
         usage="mi-server serve [flags]",
-        description=f"{model.__doc__}\n\nFlags win over the environment (MI_PORT=8000), and that "
-        "over a YAML file (port: 8000).",
+        description=f"{model.__doc__}\n\nFlags win over the environment (MI_PORT=8000), and the "
+        "environment wins over a YAML file (port: 8000).",
         epilog="All settings: docs/configuration.md",
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
@@ -98,7 +99,7 @@ def _parser(model: type[BaseModel], titles: Mapping[str, str]) -> argparse.Argum
 
 def _add(group: "argparse._ArgumentGroup", name: str, field: FieldInfo) -> None:
     shown = default(field)
-    text = described(field) + (f" [{shown}]" if shown else "")
+    text = description(field) + (f" [{shown}]" if shown else "")
     options: dict[str, Any] = {"help": text.replace("%", "%%")}
     if plain_type(field) is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -109,7 +110,7 @@ def _add(group: "argparse._ArgumentGroup", name: str, field: FieldInfo) -> None:
 
 
 def _placeholder(name: str, field: FieldInfo) -> str:
-    """What stands for the value in the help."""
+    """The placeholder of the value in the help."""
     if choices(field):
         return "{" + ",".join(choices(field)) + "}"
     if plain_type(field) in (int, float):

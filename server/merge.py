@@ -1,12 +1,13 @@
-"""`mi-server merge`: one point of the dial, or a baseline, as a checkpoint that anything can load.
+"""`mi-server merge`: writes one λ, or a baseline merge, as a checkpoint that any engine can load.
 
     mi-server merge --lambda 0.6 --out DIR
     mi-server merge --lambda '{"default": 0.6, "layers": {"0-1": 0}}' --out DIR
     mi-server merge --method ties --base BASE --density 0.2 --scale 0.5 --out DIR
 
-The weights are written by a process of their own (`mi_runtime.model.merge`); this module writes
-the text: config, tokenizer, the chat template that the server would take at this λ, a model card.
-Everything is written beside DIR and renamed as the last act: a run that ends early leaves no DIR.
+A child process (`mi_runtime.model.merge`) writes the weights. This module writes the other files:
+config, tokenizer, the chat template that the server would take at this λ, and a model card. All are
+written to a temporary directory next to DIR, which is renamed at the end: a run that ends early
+leaves no DIR.
 """
 
 import argparse
@@ -35,17 +36,17 @@ from server.wire.errors import InvalidRequest
 from server.wire.reasoning_fields import GroupLambdas
 
 FINEST_GRID: Final = 1e-9
-"""λ is not rounded: a checkpoint of its own has no grid."""
+"""Practically no grid: a merged checkpoint may have any λ."""
 TEXT_FILES: Final = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "*.jinja")
 GROUPS_OF_TIED: Final = ("embed", "head")
 METHODS: Final = ("interpolation", "task-arithmetic", "ties")
 DEFAULT_SCALE: Final = {"task-arithmetic": 0.7, "ties": 0.5}
-"""As arXiv 2510.10977 ran them."""
+"""The values of arXiv 2510.10977."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """What is to be merged, understood and checked."""
+    """What to merge, after parsing and checks."""
 
     arguments: argparse.Namespace
     instruct: Path
@@ -55,32 +56,32 @@ class Merge:
 
     @property
     def template(self) -> Path:
-        """The endpoint whose chat template and sampling defaults the merged model takes."""
+        """Directory of the endpoint whose template and sampling defaults the merged model gets."""
         value = 1.0 if self.dial is None else self.dial.reasoning_lambda
         return self.thinking if value > self.arguments.think_threshold else self.instruct
 
     @property
     def unties(self) -> bool:
-        """Whether a tied embedding and head get different λ, and so become two tensors."""
+        """Whether a tied embedding and head have different λ, and so become two tensors."""
         if self.dial is None or not self.config.get("tie_word_embeddings"):
             return False
         return len({self.dial.value_of(group) for group in GROUPS_OF_TIED}) > 1
 
     @property
-    def told_lambda(self) -> str:
+    def lambda_json(self) -> str:
         assert self.dial is not None
         return json.dumps(dial_to_json(self.dial, int(self.config["num_hidden_layers"])))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `mi-server merge`; returns the exit code. Raises `CommandError`."""
-    merge = _understood(_parser().parse_args(arguments))
+    """Runs `mi-server merge` and returns the exit code. Raises `CommandError`."""
+    merge = _checked(_parser().parse_args(arguments))
     out = merge.arguments.out
     if out.exists():
         raise ConfigError(f"{out}: exists already; nothing was written")
     prefix = f".{out.name}.partial-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in out.parent.glob(f"{glob.escape(prefix)}*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as directory:
@@ -97,27 +98,36 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mi-server merge",
-        description="Write one point of the dial, or a baseline, as a checkpoint of its own.",
+        description="Writes one λ, or a baseline merge, as a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--instruct", default=str(INSTRUCT_DIRECTORY), help="Instruct endpoint, or a hub id")
-    add("--thinking", default=str(THINKING_DIRECTORY), help="Thinking endpoint, or a hub id")
+    add(
+        "--instruct",
+        default=str(INSTRUCT_DIRECTORY),
+        help="Instruct endpoint: a directory or hub id",
+    )
+    add(
+        "--thinking",
+        default=str(THINKING_DIRECTORY),
+        help="Thinking endpoint: a directory or hub id",
+    )
     add("--lambda", dest="reasoning_lambda", help="a number, or λ by blend group as JSON")
-    add("--out", type=Path, required=True, help="directory to write, which must not exist")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is stored")
+    add("--out", type=Path, required=True, help="directory to write; it must not exist")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the files; default: that of the endpoints",
+    )
     add("--think-threshold", type=float, default=0.0, help="highest λ with Instruct's template")
     add("--method", choices=METHODS, default="interpolation")
-    add("--base", help="what both were tuned from: for task-arithmetic and ties")
-    add("--scale", type=float, help="of the task vectors; default: 0.7 (ties: 0.5)")
-    add("--density", type=float, default=0.2, help="of ties: share of each task vector kept")
+    add("--base", help="model that both were tuned from; for task-arithmetic and ties")
+    add("--scale", type=float, help="factor of the task vectors; default: 0.7 (ties: 0.5)")
+    add("--density", type=float, default=0.2, help="share of each task vector that ties keeps")
     return parser
 
 
-# --- Read ----------------------------------------------------------------------------------------
-
-
-def _understood(arguments: argparse.Namespace) -> Merge:
+def _checked(arguments: argparse.Namespace) -> Merge:
     _check_together(arguments)
     instruct, thinking = map(local_directory, (arguments.instruct, arguments.thinking))
     config = read_json(instruct / "config.json")
@@ -145,11 +155,11 @@ def _check_together(arguments: argparse.Namespace) -> None:
 
 def _dial(text: str, layers: int) -> Dial:
     try:
-        said = json.loads(text)
-        if isinstance(said, dict):
+        value = json.loads(text)
+        if isinstance(value, dict):
             groups = GroupLambdas.model_validate_json(text)
             return dial_of_groups(groups, step=FINEST_GRID, layers=layers)
-        return Dial.on_grid(float(said), FINEST_GRID)
+        return Dial.on_grid(float(value), FINEST_GRID)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ConfigError(f"--lambda: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -157,9 +167,6 @@ def _dial(text: str, layers: int) -> Dial:
         raise ConfigError(f"--lambda: {error.message}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--lambda: neither a λ nor λ by blend group: {error}") from error
-
-
-# --- Write ---------------------------------------------------------------------------------------
 
 
 def _write(merge: Merge, out: Path) -> None:
@@ -203,7 +210,7 @@ def _config(merge: Merge) -> dict[str, Any]:
 
 
 def _generation_config(merge: Merge) -> dict[str, Any]:
-    """The chosen endpoint's sampling, ended by whatever ends either endpoint's answers."""
+    """The chosen endpoint's sampling defaults, with the end tokens of both endpoints."""
     name = "generation_config.json"
     ends = [eos_token_ids_of(read_json(one / name)) for one in (merge.instruct, merge.thinking)]
     config = read_json(merge.template / name)
@@ -218,8 +225,8 @@ def _card(merge: Merge) -> str:
     given = merge.arguments
     names = [_public_name(one) for one in (given.instruct, given.thinking)]
     if merge.dial is not None:
-        title, what = f"λ = {merge.told_lambda}", "Θ(λ) = λ·Θ_Thinking + (1−λ)·Θ_Instruct"
-        made = f"--lambda '{merge.told_lambda}'"
+        title, what = f"λ = {merge.lambda_json}", "Θ(λ) = λ·Θ_Thinking + (1−λ)·Θ_Instruct"
+        made = f"--lambda '{merge.lambda_json}'"
     else:
         names.append(_public_name(given.base))
         title = given.method
@@ -253,5 +260,5 @@ mi-server serves the same λ, and every other, from the two endpoints without me
 
 
 def _public_name(name: str) -> str:
-    """A hub id as it is; of a directory no more than its own name."""
+    """A hub id unchanged; of a directory only its last part."""
     return Path(name).name if os.path.isdir(name) else name

@@ -1,4 +1,4 @@
-"""`mi-server serve`: starts the engine process, then the HTTP server around it."""
+"""`mi-server serve`: starts the engine process, then the HTTP server in this one."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def main(flags: Sequence[str], worker_command: Sequence[str] = WORKER_COMMAND) -> int:
-    """Serve until the end; returns the exit code. Raises `CommandError` for what cannot be used."""
+    """Serves until a signal or the engine's end, and returns the exit code.
+
+    Raises `CommandError` for settings, files or a pair that cannot be used.
+    """
     settings = load_settings(flags)
     logs.configure(settings.log_level, settings.log_format)
     settings.check_certificate()
@@ -27,9 +30,9 @@ def main(flags: Sequence[str], worker_command: Sequence[str] = WORKER_COMMAND) -
         timeout=settings.engine_timeout,
         command=worker_command,
     )
-    engine.start()  # it loads while this process still imports and reads
+    engine.start()  # it loads the pair while this process imports and reads files
     try:
-        from server.api.process import run
+        from server.api.uvicorn_server import run
         from server.service import Service
 
         endpoints = Endpoint.read(instruct), Endpoint.read(thinking)

@@ -1,16 +1,14 @@
-"""What one running server consists of, and whether it takes requests."""
+"""The parts of one running server, and whether it accepts requests."""
 
 import itertools
 import logging
 import time
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mi_runtime.request import Dial, EngineInfo
+from mi_runtime.request import EngineInfo
 from server.access.callers import KeyRing
 from server.access.rate_limits import RateLimits
-from server.answer.choice import Observe, unobserved
 from server.config import Settings
 from server.engine.client import EngineClient
 from server.engine.sampling import SamplingPolicy
@@ -19,11 +17,10 @@ from server.ops.routing_metrics import RoutingCollector, RoutingState
 from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
 from server.routing.profiles import Profile, load_profile, profile_of
 from server.routing.requested_lambda import LambdaReader
-from server.routing.routing_decision import RoutingDecision
 from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import Endpoint
-from server.text.grammar_builder import Constraint
-from server.text.prompt import Prompts
+from server.text.grammar_builder import GrammarBuilder
+from server.text.prompt import PromptBuilder
 from server.text.think_policy import ThinkBlocks
 from server.wire.errors import ApiError, Draining, EngineDead, Loading
 
@@ -34,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class Service:
-    """Built once by `serve`; the app's routes read it, and only `draining` ever changes.
+    """Built once by `serve` and read by the handlers; only `draining` ever changes.
 
-    What depends on the pair's identity is made when it is first asked for, once it is loaded. The
-    states of load and of what was observed are inside `elastic` and `routing`.
+    What depends on the pair's identity is made at its first use, once the pair is loaded. The state
+    of the load is in `elastic`, that of observed lengths in `routing`.
     """
 
     def __init__(
@@ -54,11 +51,11 @@ class Service:
         self.created = int(time.time())
         self._profile = None if settings.profile is None else load_profile(settings.profile)
         self.draining = False
-        self._request_numbers = itertools.count()
+        self.request_numbers = itertools.count()  # unlike a client's X-Request-Id, unique
         self.lambda_reader = LambdaReader(
             settings.model_name, settings.lambda_step, settings.default_lambda
         )
-        self.prompts = Prompts(
+        self.prompts = PromptBuilder(
             instruct,
             thinking,
             template=settings.reasoning_template,
@@ -69,12 +66,12 @@ class Service:
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        self.constraint = Constraint(self.prompts.vocabulary)
-        eos_token_ids = self._eos_token_ids((instruct, thinking))
-        self.sampling = SamplingPolicy(thinking.sampling_defaults, eos_token_ids)
-        engine.tell(
-            self.prompts.vocabulary.marks,
-            self.prompts.vocabulary.for_grammars(thinking.directory, eos_token_ids),
+        self.constraint = GrammarBuilder(self.prompts.vocabulary)
+        vocabulary = self.prompts.vocabulary
+        self.sampling = SamplingPolicy.of(instruct, thinking, vocabulary)
+        engine.add_vocabulary(
+            vocabulary.marks,
+            vocabulary.grammar_vocabulary(thinking.directory, self.sampling.eos_token_ids),
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
@@ -87,7 +84,7 @@ class Service:
 
     @property
     def refusal(self) -> ApiError | None:
-        """Why no request is taken now; None: welcome."""
+        """Why requests are refused now; None if they are accepted."""
         if self.engine.ended is not None:
             return EngineDead(str(self.engine.ended))
         if self.draining:
@@ -96,8 +93,8 @@ class Service:
             return Loading("The model is still loading")
         return None
 
-    def admitted(self) -> EngineInfo:
-        """Facts of the engine, which is there and takes requests; else raises the refusal."""
+    def admit(self) -> EngineInfo:
+        """Returns the facts of the engine. Raises the refusal if requests are refused now."""
         refusal = self.refusal
         if refusal is not None:
             raise refusal
@@ -106,7 +103,7 @@ class Service:
 
     @cached_property
     def profile(self) -> Profile | None:
-        """The operator's profile, else the built-in one of the loaded pair, if there is one."""
+        """The operator's profile, or else the built-in one of the loaded pair, if there is one."""
         info, settings = self.engine.info, self.settings
         assert info is not None
         profile = self._profile or profile_of(
@@ -114,7 +111,7 @@ class Service:
         )
         if profile is None:
             logger.warning(
-                "No profile of this pair: efforts and budgets go by no measurement, and --adapt "
+                "No profile of this pair: efforts and budgets follow no measurement, and --adapt "
                 "and --elastic change nothing"
             )
         elif profile.pair.identity not in (None, info.pair_identity):
@@ -123,7 +120,7 @@ class Service:
 
     @property
     def think_threshold(self) -> float:
-        """Highest λ that takes Instruct's chat template."""
+        """The highest λ that uses Instruct's chat template."""
         if self.settings.think_threshold is not None:
             return self.settings.think_threshold
         return 0.0 if self.profile is None else self.profile.think_threshold
@@ -143,35 +140,10 @@ class Service:
         )
 
     def under_load(self) -> bool:
-        """Whether requests go cheaper now."""
+        """Whether requests without a λ are routed to a cheaper one now."""
         if self.elastic is None:
             return False
-        stats = self.engine.stats
-        # What the engine said last, which may be old where it has nothing to do.
-        waiting = min(stats.waiting, self.engine.open_requests)
-        usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
-        return self.elastic.update(Pressure(waiting, usage if self.engine.open_requests else 0.0))
-
-    def observer(self, dial: Dial, routing: RoutingDecision) -> Observe:
-        """Who is told the reasoning tokens of an answer: a λ by groups belongs to no curve."""
-        name = routing.routing_class
-        if dial.groups or name is None or not self.prompts.vocabulary.has_think_tags:
-            return unobserved
-        observations = self.routing.observed_lengths
-        return lambda tokens, cut: observations.add(name, dial.reasoning_lambda, tokens, cut=cut)
-
-    def next_request_number(self) -> int:
-        """Unlike a client's X-Request-Id, never the same twice."""
-        return next(self._request_numbers)
-
-    def _eos_token_ids(self, endpoints: Sequence[Endpoint]) -> frozenset[int]:
-        """Tokens that end an answer: what either endpoint's files say."""
-        ids = {token_id for endpoint in endpoints for token_id in endpoint.eos_token_ids}
-        for endpoint in endpoints:
-            token = endpoint.special_tokens.get("eos_token", "")
-            token_id = self.prompts.vocabulary.tokenizer.token_to_id(token)
-            ids |= set() if token_id is None else {token_id}
-        return frozenset(ids)
+        return self.elastic.update(Pressure(self.engine.waiting, self.engine.kv_usage))
 
     def _routing_state(self) -> RoutingState:
         observations = None if self.engine.info is None else self.routing.observed_lengths

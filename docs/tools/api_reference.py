@@ -1,7 +1,8 @@
 """Writes the tables of docs/api.md: `python -m docs.tools.api_reference docs/api.md`.
 
-The page's prose is written by hand. Between `<!-- fields of NAME -->` and `<!-- end -->` stand the
-fields of a model, between `<!-- routes -->` and `<!-- end -->` the routes; both are replaced.
+The page's prose is written by hand. This replaces what is between `<!-- fields of NAME -->` and
+`<!-- end -->` by the fields of a model, and what is between `<!-- routes -->` and `<!-- end -->` by
+the routes.
 """
 
 import re
@@ -13,11 +14,11 @@ from typing import Any, Final
 from server.wire.openapi import OPERATIONS, document
 
 SECTION: Final = re.compile(r"(<!-- (fields of (\w+)|routes) -->\n).*?(<!-- end -->)", re.DOTALL)
-LARGE: Final = 10**6  # bounds beyond are written as powers of two
+LARGE: Final = 10**6  # bounds above it are written as powers of two
 
 
 def filled(page: str) -> str:
-    """The page with its tables as the models say."""
+    """Returns the page with tables from the models."""
     schemas = document("")["components"]["schemas"]
 
     def section(match: re.Match[str]) -> str:
@@ -53,7 +54,7 @@ def _default(value: Any) -> str:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """A type in words, with its bounds. Null is "not given" everywhere, and is not said."""
+    """A type in words, with its bounds. Null is left out: it means "not given" everywhere."""
     for union in ("anyOf", "oneOf"):
         if union in schema:
             branches = [one for one in schema[union] if one.get("type") != "null"]
@@ -82,7 +83,7 @@ def _length(schema: Mapping[str, Any], of: str, unit: str) -> str:
 
 
 def _range(schema: Mapping[str, Any]) -> str:
-    said = [
+    bounds = [
         f"{sign} {_number(schema[key])}"
         for key, sign in (
             ("minimum", "≥"),
@@ -92,7 +93,7 @@ def _range(schema: Mapping[str, Any]) -> str:
         )
         if key in schema
     ]
-    return f" {', '.join(said)}" if said else ""
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def _number(value: float) -> str:

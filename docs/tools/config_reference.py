@@ -2,7 +2,7 @@
 
     python -m docs.tools.config_reference > docs/configuration.md
 
-Nothing on that page is written by hand; a test holds the committed page to what this prints.
+Nothing on that page is written by hand; a test compares the committed page with the output.
 """
 
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ from server.config import ENVIRONMENT_PREFIX, SECTIONS, Settings
 OPENING: Final = f"""\
 # Configuration
 
-Printed from the settings themselves by `python -m docs.tools.config_reference`.
+Generated from the settings by `python -m docs.tools.config_reference`.
 
-Every setting of `mi-server serve` can be given in three ways; the first that names it wins:
+1. a flag: `--max-waiting 64`; switches have two: `--prefix-caching` and `--no-prefix-caching`
 
-1. a flag: `--max-waiting 64`; switches have two forms: `--prefix-caching`, `--no-prefix-caching`
-2. the environment: `{ENVIRONMENT_PREFIX}MAX_WAITING=64`
+1. a flag: `--max-waiting 64`; a switch has two: `--prefix-caching` and `--no-prefix-caching`
+2. an environment variable: `{ENVIRONMENT_PREFIX}MAX_WAITING=64`
 3. a YAML file, named by `--config` or `{ENVIRONMENT_PREFIX}CONFIG`: `max_waiting: 64`
 
-Settings that nobody knows are refused in all three, and so are values that do not fit; the server
-then ends with exit code 2 and says which. Nothing changes after the start. Lists are a flag that is
-repeated, a variable with commas, or a YAML list.
+Unknown settings and invalid values are refused in all three; the server then names them and ends
+with exit code 2. Settings do not change after the start. A list is given as a repeated flag, as a
+variable with commas, or as a YAML list.
 
 ```yaml
 # mi.yaml
@@ -45,7 +45,7 @@ BOUNDS: Final = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Returns the page, in Markdown."""
     return "\n".join([OPENING, *_tables()])
 
 
@@ -65,7 +65,7 @@ def _row(name: str, field: FieldInfo) -> str:
         f"`{ENVIRONMENT_PREFIX}{name.upper()}`",
         _takes(field),
         f"`{default}`" if default else "",
-        flags.described(field),
+        flags.description(field),
     ]
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
@@ -89,7 +89,7 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 
 
 def _rules(field: FieldInfo) -> list[Any]:
-    """Of the value; those of an optional one stand inside its union."""
+    """The rules of the value; those of an optional value are inside its union."""
     rules = list(field.metadata)
     for member in getattr(field.annotation, "__args__", ()):
         for rule in getattr(member, "__metadata__", ()):

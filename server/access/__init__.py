@@ -1,3 +1,3 @@
-"""Who may send a request and how much: API keys, quotas and deadlines, checked by one middleware
-before the body is read. It imports `ops`, `engine` and `wire`.
+"""Who may send requests, how many, and how long an answer may take: API keys, quotas and deadlines,
+which one middleware checks before the body is read. It imports `ops`, `engine` and `wire`.
 """

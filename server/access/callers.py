@@ -1,7 +1,7 @@
-"""Who sends a request: the API keys that are known, and the caller a request turns out to be.
+"""Who sends a request: the known API keys, and the caller that a request belongs to.
 
-Keys are kept as digests only. What is compared has one length, and all keys are compared, so the
-time it takes tells nothing about a key.
+Only digests of keys are stored. A presented key is compared with every stored one, and all digests
+have the same length, so the time that a comparison takes reveals nothing about a key.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ SCHEME: Final = b"bearer "
 
 
 class KeyFileError(CommandError):
-    """Keys that cannot be used. The message is for the operator and names no key."""
+    """The configured keys cannot be used. The message is for the operator and shows no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose quota a request is counted to, and whose cached prompts it may find."""
+    """Whose quota pays for a request, and whose cached prompts it may reuse."""
 
-    identity: str  # digest of the key; without keys the client's address
-    name: str | None = None  # of the key, for the log; None: the server has no keys
+    identity: str  # digest of the key; the client's address if the server has no keys
+    name: str | None = None  # of the key, for the log; None if the server has no keys
 
-    def cache_salt(self, asked: str) -> str:
-        """The salt of a request that asked for `asked`: callers with keys share no KV."""
-        return asked if self.name is None else f"{self.identity}/{asked}"
+    def cache_salt(self, requested: str) -> str:
+        """Returns the salt of a request. Callers with different keys share no KV."""
+        return requested if self.name is None else f"{self.identity}/{requested}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class _Key:
 
 
 class KeyRing:
-    """The keys a server knows; without any, everybody is welcome."""
+    """The keys of a server. Without any, every request is accepted."""
 
     def __init__(self, keys: Sequence[tuple[str, str]]) -> None:
-        """Of (key, name) pairs; an empty name becomes `key1`, `key2` … Raises `KeyFileError`."""
+        """Takes (key, name) pairs; an empty name becomes `key1`, `key2` … Raises `KeyFileError`."""
         self._keys = [
             _Key(name or f"key{number}", _digest(key.encode()))
             for number, (key, name) in enumerate(keys, start=1)
@@ -65,7 +65,7 @@ class KeyRing:
         return bool(self._keys)
 
     def caller(self, authorization: bytes) -> Caller:
-        """Whose key stands in the header. Raises `InvalidApiKey`."""
+        """Returns the caller whose key is in the header. Raises `InvalidApiKey`."""
         scheme, presented = authorization[: len(SCHEME)], authorization[len(SCHEME) :]
         digest = _digest(presented.strip())
         matches = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]

@@ -1,6 +1,6 @@
-"""When a request has to be answered: the server's limit, or an earlier one that the caller asks.
+"""By when a request has to be answered: the server's limit, or an earlier one from the caller.
 
-Counted from the request's arrival, so that reading, encoding and waiting for the engine count.
+Time counts from the request's arrival, so it includes reading, encoding and waiting for the engine.
 """
 
 import asyncio
@@ -18,16 +18,14 @@ HEADER: Final = "X-Request-Timeout"
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """`seconds` after `arrived` (`time.perf_counter`); None: never."""
+    """Passes `seconds` after `arrived` (`time.perf_counter`), or never if `seconds` is None."""
 
     seconds: float | None
     arrived: float
 
     @classmethod
-    def asked(
-        cls, headers: Mapping[bytes, bytes], limit: float | None, arrived: float
-    ) -> "Deadline":
-        """From the raw headers of a request; `limit` is the server's. Raises `InvalidRequest`."""
+    def of(cls, headers: Mapping[bytes, bytes], limit: float | None, arrived: float) -> "Deadline":
+        """Reads the raw headers of a request; `limit` is the server's. Raises `InvalidRequest`."""
         given = headers.get(HEADER.lower().encode())
         if given is None:
             return cls(limit, arrived)
@@ -39,16 +37,16 @@ class Deadline:
         return DeadlineExceeded(f"The answer was not complete within {self.seconds:g} s")
 
     @asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
-        """Inside the block, work that takes too long ends with `DeadlineExceeded`."""
+    async def enforced(self) -> AsyncIterator[None]:
+        """Raises `DeadlineExceeded` if the block does not end in time."""
         try:
             async with asyncio.timeout(self._left()):
                 yield
         except TimeoutError:
             raise self.error from None
 
-    def bound(self, generation: Generation) -> None:
-        """The generation ends with `DeadlineExceeded` if it is open then."""
+    def limit(self, generation: Generation) -> None:
+        """Makes the generation fail with `DeadlineExceeded` if it is still open by then."""
         left = self._left()
         if left is not None:
             generation.expire(left, self.error)

@@ -1,3 +1,4 @@
-"""How token events become an answer: the state of each choice, and the formats in which chunks and
-whole answers are written. It imports `text`, `routing`, `engine` and `ops`.
+"""Turns the engine's token events into an answer: `choice` makes chunks of text, `answer` collects
+those of one request, `sse` and `complete` write them in one of two formats. It imports `text`,
+`routing`, `engine` and `ops`.
 """

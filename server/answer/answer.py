@@ -1,4 +1,4 @@
-"""An answer as one generator of chunks; how it is written is the business of `rendering`."""
+"""An answer: the choices of one request, and the chunks that they produce as events arrive."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -8,24 +8,39 @@ from typing import Any
 from mi_runtime.request import TokenEvent
 from server.answer.choice import Choice, Chunk
 from server.engine.generation import Generation
+from server.ops.request_log import Trace
 from server.routing.routing_decision import RoutingDecision
 from server.wire.errors import ApiError, DeadlineExceeded
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What is known of an answer before its first token."""
+    """What is known about an answer before its first token."""
 
     id: str
     created: int  # seconds since 1970
     model: str
     system_fingerprint: str
     routing: RoutingDecision
-    prompt_tokens: int  # of the longest prompt; counted once, however many choices
-    prompts: int = 1  # each of them with as many choices
+    prompt_tokens: int  # each prompt once, however many choices it has
+    prompts: int = 1  # each has the same number of choices
     include_usage: bool = False  # in a stream
     include_reasoning: bool = True
     logprobs: bool = False
+
+    def fields(self, object: str) -> dict[str, Any]:
+        """Returns the first fields of an answer or chunk of the type `object`."""
+        return {
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+    def routing_body(self, *, forced_close: bool) -> dict[str, Any]:
+        """Returns the `routing` of an answer. `forced_close`: the engine closed a think block."""
+        return self.routing.body | ({"forced_close": True} if forced_close else {})
 
 
 class Answer:
@@ -36,13 +51,13 @@ class Answer:
         head: AnswerHead,
         choices: Mapping[str, Choice],
         generation: Generation,
-        *,
-        notes: dict[str, Any],
+        trace: Trace,
     ) -> None:
+        """`choices`: by the id of their engine request; `trace` is filled in at the end."""
         self.head = head
-        self._notes = notes  # for the request's line in the log
         self.generation = generation
-        self._choices = choices  # by engine request
+        self._choices = choices
+        self._trace = trace
 
     @property
     def choices(self) -> Sequence[Choice]:
@@ -50,16 +65,20 @@ class Answer:
 
     @property
     def forced_close(self) -> bool:
-        """Whether the engine closed a think block."""
+        """Whether the engine closed the think block of any choice."""
         return any(choice.forced_close for choice in self.choices)
 
     @property
+    def completion_tokens(self) -> int:
+        return sum(choice.completion_tokens for choice in self.choices)
+
+    @property
     def usage(self) -> dict[str, Any]:
-        completion_tokens = sum(choice.completion_tokens for choice in self.choices)
-        reasoning_tokens = sum(choice.reasoning_tokens for choice in self.choices)
-        choices = self.choices
-        of_prompts = choices[:: len(choices) // self.head.prompts]
-        cached_tokens = sum(choice.cached_tokens for choice in of_prompts)
+        """The tokens so far, as the wire has them."""
+        choices, completion_tokens = self.choices, self.completion_tokens
+        first_of_each_prompt = choices[:: len(choices) // self.head.prompts]
+        cached_tokens = sum(choice.cached_tokens for choice in first_of_each_prompt)
+        reasoning_tokens = sum(choice.reasoning_tokens for choice in choices)
         return {
             "prompt_tokens": self.head.prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -69,9 +88,9 @@ class Answer:
         }
 
     async def chunks(self, *, wake_after: float | None = None) -> AsyncGenerator[list[Chunk], None]:
-        """Whatever came, as soon as it did; an empty list where nothing did for `wake_after` s.
+        """Yields the chunks that arrived, and an empty list if none did for `wake_after` seconds.
 
-        Raises `ApiError` where a choice or the engine failed, `ClientLeft` where nobody reads.
+        Raises `ApiError` if a choice or the engine failed, `ClientLeft` if nobody reads.
         """
         alarm = _Alarm(self.generation, wake_after)
         unfinished = "abort"
@@ -86,13 +105,11 @@ class Answer:
                         yield chunks
         except ApiError as error:
             unfinished = "deadline" if isinstance(error, DeadlineExceeded) else "error"
-            self._notes["error"] = error.code
+            self._trace.notes["error"] = error.code
             raise
         finally:
             alarm.cancel()
-            for choice in self.choices:
-                choice.close(unfinished)
-            self._note(unfinished)
+            self._close(unfinished)
 
     def _take(self, at: float, event: TokenEvent) -> Chunk | None:
         choice = self._choices[event.request_id]
@@ -103,21 +120,28 @@ class Answer:
             self.generation.abort(event.request_id)
         return chunk
 
-    def _note(self, unfinished: str) -> None:
-        usage = self.usage
-        self._notes |= {
+    def _close(self, unfinished: str) -> None:
+        for choice in self.choices:
+            choice.close(unfinished)
+        self._trace.completion_tokens = self.completion_tokens
+        self._trace.notes |= self._notes(unfinished)
+
+    def _notes(self, unfinished: str) -> dict[str, Any]:
+        """Returns the fields of the request's line in the log."""
+        usage, prepare_seconds = self.usage, self._trace.notes.get("prepare_s", 0.0)
+        return {
             "finish": ",".join(choice.finish_reason or unfinished for choice in self.choices),
             "prompt": usage["prompt_tokens"],
             "completion": usage["completion_tokens"],
             "reasoning": usage["completion_tokens_details"]["reasoning_tokens"],
             **({"forced_close": 1} if self.forced_close else {}),
             "cached": usage["prompt_tokens_details"]["cached_tokens"],
-            **self.choices[0].meter.stages(prepared=self._notes.get("prepare_s", 0.0)),
+            **self.choices[0].meter.stages(prepared=prepare_seconds),
         }
 
 
 class _Alarm:
-    """Wakes a generation that got no event for a while: one timer, however many tokens."""
+    """Wakes a generation that received no event for a while. It needs one timer for all tokens."""
 
     def __init__(self, generation: Generation, seconds: float | None) -> None:
         self._generation = generation

@@ -1,7 +1,7 @@
-"""One choice of an answer: token events in, chunks of text out.
+"""One choice of an answer: takes token events and returns chunks of text.
 
-Knows the order of things: detokenize, split reasoning from content, hold back stop strings. Does
-not know how a chunk is written on the wire, nor who reads it.
+The order of the work is decided here: detokenize, split reasoning from content, hold back stop
+strings, find tool calls. A choice does not know how its chunks are written, nor who reads them.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,38 +9,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mi_runtime.request import FinishReason, TokenEvent
+from server.answer.echo import Echo
 from server.answer.logprobs import WriteLogprobs
 from server.ops.metrics import RequestMeter
 from server.text.reasoning_parser import Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.tool_parser import CallDelta, Said, ToolCalls
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.tool_parser import CallDelta, ToolCallParser
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
 
-Observe = Callable[[int, bool], None]
-"""Told the reasoning tokens of a choice that ended, and whether its think block was cut."""
+ObserveReasoning = Callable[[int, bool], None]
+"""Receives the reasoning tokens of a choice that ended, and whether its think block was cut."""
 
 
-def unobserved(tokens: int, cut: bool) -> None:
-    """Nobody wants to know."""
+def observe_nothing(tokens: int, cut: bool) -> None:
+    """Ignores what it receives."""
 
 
 @dataclass(slots=True)
 class Chunk:
     """What one token added to one choice."""
 
-    index: int
+    index: int  # of the choice
     content: str = ""
     reasoning: str = ""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None  # set on a choice's last chunk only
     repeats_reasoning: bool = False  # content is the text that was reasoning until now
-    forced_close: bool = False  # the engine closed the block; told on the last chunk
+    forced_close: bool = False  # the engine closed the block; set on the last chunk only
     calls: list[CallDelta] = field(default_factory=list)
 
 
 class Choice:
-    """The state of one choice while its tokens come."""
+    """The state of one choice while its tokens arrive."""
 
     def __init__(
         self,
@@ -50,13 +51,13 @@ class Choice:
         splitter: Splitter,
         stop: Sequence[str],
         meter: RequestMeter,
-        logprobs: WriteLogprobs | None = None,
-        text_before: int = 0,
-        observe: Observe = unobserved,
+        write_logprobs: WriteLogprobs | None = None,
+        echo: Echo | None = None,
+        observe: ObserveReasoning = observe_nothing,
         tools: bool = False,
     ) -> None:
-        """`logprobs`: how those of a token are written, if at all; `text_before`: characters that
-        stand before the first token."""
+        """`write_logprobs`: None if the request wants no log-probabilities; `echo`: the prompt, if
+        the first chunk begins with it; `tools`: the model may call tools."""
         self.index = index
         self.meter = meter
         self.finish_reason: str | None = None
@@ -66,26 +67,29 @@ class Choice:
         self.forced_close = False
         self._cut_in_block = False
         self._observe = observe
-        self._text = TokenText(vocabulary)
+        self._vocabulary = vocabulary
+        self._text = IncrementalDetokenizer(vocabulary)
         self._splitter = splitter
         self._stop = StopStrings(stop)
-        self._calls = ToolCalls() if tools else None
-        self._write_logprobs = logprobs
-        self._characters = text_before
+        self._calls = ToolCallParser() if tools else None
+        self._write_logprobs = write_logprobs
+        self._echo = echo  # None once it was written
+        self._characters = 0 if echo is None else len(echo.text)  # before the next token
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still held back
 
     @property
     def stopped_by_string(self) -> bool:
-        """The answer is complete, though the engine does not know."""
+        """Whether a stop string ended the answer, which the engine does not know."""
         return self._stop.hit
 
     def take(self, at: float, event: TokenEvent) -> Chunk | None:
-        """The chunk of an event that came at time `at`, if it makes one."""
-        text = ""
-        if event.token_id is not None:
-            text = self._count(event, event.token_id)
+        """Returns the chunk that an event makes, if any. `at`: `time.perf_counter` at its arrival.
+
+        Raises `RequestFailed` if the engine failed or aborted the request.
+        """
+        text = self._count(event)
         ended = event.finish_reason is not None
-        split = self._end(text, event) if ended else self._splitter.feed(text, event.token_id)
+        split = self._end(text, event) if ended else self._splitter.feed(text, event)
         if event.token_id is not None:
             self.meter.token(at, queue_seconds=event.queue_seconds, answers=bool(split.content))
         content = self._stop.feed(split.content)
@@ -93,10 +97,11 @@ class Choice:
             self.finish_reason = "stop"
         elif self.finish_reason is not None:
             content += self._stop.finish()
-        return self._chunk(split, self._without_calls(content))
+        chunk = self._chunk(split, content)
+        return chunk if self._echo is None else self._with_echo(chunk, event)
 
     def close(self, unfinished: str) -> None:
-        """Nothing more comes; `unfinished` says why, if the choice has no finish of its own."""
+        """Records the end. `unfinished`: the reason, if the choice has no finish reason."""
         self.meter.close(
             self.finish_reason or unfinished,
             generation_tokens=self.completion_tokens,
@@ -105,13 +110,15 @@ class Choice:
         if self.finish_reason is not None:
             self._observe(self.reasoning_tokens, self.forced_close or self._cut_in_block)
 
-    def _count(self, event: TokenEvent, token_id: int) -> str:
-        """Count the token and return its text; that of an ending token is not shown."""
+    def _count(self, event: TokenEvent) -> str:
+        """Counts the token and returns its text; the text of an ending token is not shown."""
+        token_id = event.token_id
+        if token_id is None:
+            return ""
         self.completion_tokens += 1
         self.cached_tokens = event.cached_tokens
         self.forced_close = event.forced_close
-        if self._splitter.inside_block:
-            self.reasoning_tokens = event.reasoning_tokens
+        self.reasoning_tokens = event.reasoning_tokens
         if self._write_logprobs is not None and event.logprobs is not None:
             entry = self._write_logprobs(token_id, event.logprobs, self._characters)
             self._logprobs.append(entry)
@@ -123,7 +130,7 @@ class Choice:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise RequestFailed(event.error or "The engine gave the request up")
         self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
-        split = self._splitter.feed(text, event.token_id)
+        split = self._splitter.feed(text, event)
         split = split.then(self._splitter.feed(self._text.finish()))
         self._cut_in_block = self.finish_reason == "length" and self._splitter.inside_block
         split = split.then(self._splitter.finish(by_length=self.finish_reason == "length"))
@@ -131,28 +138,40 @@ class Choice:
             self.reasoning_tokens = 0
         return split
 
-    def _without_calls(self, content: str) -> Said:
-        """Content and tool calls, where the request has tools."""
-        if self._calls is None:
-            return Said(content)
-        said = self._calls.feed(content)
-        if self.finish_reason is not None:
-            said = said.then(self._calls.finish())
-            if self._calls.complete and self.finish_reason == "stop":
-                self.finish_reason = "tool_calls"
-        return said
-
-    def _chunk(self, split: Split, said: Said) -> Chunk | None:
-        if not (said.content or said.calls or split.reasoning or self.finish_reason):
+    def _chunk(self, split: Split, content: str) -> Chunk | None:
+        calls: list[CallDelta] = []
+        if self._calls is not None:
+            content, calls = self._split_calls(content, self._calls)
+        if not (content or calls or split.reasoning or self.finish_reason):
             return None
         logprobs, self._logprobs = self._logprobs, []
         return Chunk(
             self.index,
-            said.content,
+            content,
             split.reasoning,
             logprobs,
             self.finish_reason,
             split.repeats_reasoning,
             forced_close=self.forced_close and self.finish_reason is not None,
-            calls=said.calls,
+            calls=calls,
         )
+
+    def _split_calls(self, text: str, parser: ToolCallParser) -> tuple[str, list[CallDelta]]:
+        """Returns the content and the tool calls in `text`."""
+        split = parser.feed(text)
+        if self.finish_reason is not None:
+            split = split.then(parser.finish())
+            if parser.complete and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        return split.content, split.calls
+
+    def _with_echo(self, chunk: Chunk | None, event: TokenEvent) -> Chunk:
+        """Puts the prompt and its log-probabilities before the first chunk."""
+        assert self._echo is not None
+        echo, self._echo = self._echo, None
+        chunk = chunk or Chunk(self.index)
+        chunk.content = echo.text + chunk.content
+        if self._write_logprobs is not None and event.prompt_logprobs is not None:
+            scores = echo.logprobs(event.prompt_logprobs, self._write_logprobs, self._vocabulary)
+            chunk.logprobs = scores + chunk.logprobs
+        return chunk

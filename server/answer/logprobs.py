@@ -1,4 +1,4 @@
-"""How log-probabilities are written: chat's shape, and the one of `/v1/completions`."""
+"""How log-probabilities are written: as entries for chat, as columns for `/v1/completions`."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,11 +9,12 @@ from server.text.vocabulary import Vocabulary
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
 
 WriteLogprobs = Callable[[int, TokenLogprobs, int], dict[str, Any]]
-"""An entry from a token's id, its log-probabilities, and where its text begins (characters)."""
+"""Makes an entry of a token's id, its log-probabilities, and the offset of its text (characters).
+"""
 
 
 def chat_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
-    """An entry of `logprobs.content`."""
+    """Returns a writer of entries of `logprobs.content`."""
 
     def token(token_id: int, logprob: float) -> dict[str, Any]:
         return {
@@ -30,10 +31,10 @@ def chat_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
 
 
 def text_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
-    """A row of the table that `columns` turns over.
+    """Returns a writer of rows, which `columns` transposes.
 
-    The token itself is among the best ones, also where it is not of them. Tokens of one text, as
-    parts of characters may be, are one entry: the best.
+    `top_logprobs` always contains the token itself, even if it is not among the best. Tokens that
+    decode to the same text, as parts of characters may, are one entry with the best value.
     """
 
     def write(token_id: int, logprobs: TokenLogprobs, offset: int) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def text_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
     return write
 
 
-def unscored(token_text: str, offset: int) -> dict[str, Any]:
-    """The row of a prompt's first token, which nothing stands before."""
+def row_without_logprobs(token_text: str, offset: int) -> dict[str, Any]:
+    """Returns the row of a prompt's first token, which nothing precedes."""
     return {
         "tokens": token_text,
         "token_logprobs": None,
@@ -61,5 +62,6 @@ def unscored(token_text: str, offset: int) -> dict[str, Any]:
 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Turns rows into one list for each field."""
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     return {name: [row[name] for row in rows] for name in names}

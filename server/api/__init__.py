@@ -1,3 +1,4 @@
-"""The HTTP endpoints and the process that serves them: a request is read, prepared and answered
-here. It imports everything but the commands; only `serve` imports it.
+"""The HTTP endpoints and the process that serves them. A handler is read top-down: a request is
+admitted (`admission`), prepared (`chat`, `completions`), submitted to the engine (`submission`) and
+answered (`respond`). It imports everything but the commands; only `serve` imports it.
 """

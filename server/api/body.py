@@ -1,4 +1,4 @@
-"""The body of a request: read within the operator's limit, and parsed."""
+"""Reads the body of a request within the operator's limit, and parses it."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body, which is refused as soon as it is too long."""
+    """Returns the request's body. Raises `BodyTooLarge` as soon as it is longer than `limit`."""
     parts = []
     size = 0
     async for part in request.stream():
@@ -25,6 +25,6 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def parsed(body: bytes, parse: Callable[[bytes], _T]) -> _T:
-    """What `parse` makes of the body; of a long one in a thread. Raises what `parse` raises."""
+async def parse_body(body: bytes, parse: Callable[[bytes], _T]) -> _T:
+    """Parses the body, in a thread if it is long. Raises what `parse` raises."""
     return parse(body) if len(body) < LONG else await asyncio.to_thread(parse, body)

@@ -1,14 +1,25 @@
-"""`POST /v1/chat/completions`: messages, understood."""
+"""`POST /v1/chat/completions`: answers a conversation."""
 
 import asyncio
+from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.body import parsed, read_body
-from server.api.prepared import Asked, AskedChoice, copies, note, route
+from mi_runtime.request import EngineInfo
+from server.answer.chat_format import CHAT
+from server.api.admission import admission
+from server.api.body import parse_body, read_body
+from server.api.dependencies import ServiceOfApp
+from server.api.prepared_request import (
+    PreparedChoice,
+    PreparedRequest,
+    choose_dials,
+    copies,
+    note_request,
+)
 from server.api.respond import respond
-from server.ops.request_log import Trace
+from server.api.submission import submit
 from server.routing import requested_lambda
 from server.routing.routing_decision import RoutingDecision
 from server.service import Service
@@ -17,57 +28,70 @@ from server.wire.chat_request import ChatRequest, parse_chat_request
 from server.wire.errors import InvalidRequest
 
 
-async def chat_completions(request: Request, service: Service) -> Response:
-    return await respond(request, service, _understand)
+async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
+    async with admission(request, service) as engine:
+        prepared = await prepare_chat(request, service, engine)
+        answer = submit(prepared, service)
+    return await respond(request, prepared, answer, service)
 
 
-async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
-    """Everything that can be refused is refused here."""
+async def prepare_chat(request: Request, service: Service, engine: EngineInfo) -> PreparedRequest:
+    """Reads and checks a chat request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
-    wire = await parsed(body, parse_chat_request)
-    engine = service.admitted()
-    routing = route(wire, request.headers.get(requested_lambda.HEADER), service, engine)
-    ending = Ending.of(
-        continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
-    )
+    wire = await parse_body(body, parse_chat_request)
+    routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
-    grammar, prompts = await asyncio.to_thread(_prepare, wire, routing, ending, service)
-    engine = service.admitted()
-    note(trace, wire, routing)
-    starts = [
-        AskedChoice(
-            setting,
-            prompt,
-            service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine),
-        )
-        for setting, prompt in zip(routing.dials, prompts, strict=True)
-    ]
-    choices = starts if routing.fan_out else copies(starts[0], wire.choices)
-    return Asked(
+    grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, routing, service)
+    note_request(request.state.trace, wire, routing)
+    return PreparedRequest(
         wire,
         routing,
-        choices,
+        _choices(wire, routing, prompts, service, engine),
         engine,
-        trace,
+        request.state.trace,
         request.state.caller,
+        request.state.deadline,
+        CHAT,
         include_reasoning=wire.shows_reasoning,
         tools=bool(wire.offered_tools),
         grammar=grammar,
     )
 
 
-def _prepare(
-    wire: ChatRequest, routing: RoutingDecision, ending: Ending, service: Service
+def _grammar_and_prompts(
+    wire: ChatRequest, routing: RoutingDecision, service: Service
 ) -> tuple[str | None, list[Prompt]]:
-    """What the answer obeys, and the prompt at each dial."""
+    """Returns the grammar of the answer, if it has one, and the prompt of each dial."""
     grammar = service.constraint.grammar(wire)
+    ending = Ending.of(
+        continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
+    )
     prompts = service.prompts.build_each(wire.messages, routing.dials, ending, wire.offered_tools)
     has_tags = service.prompts.vocabulary.has_think_tags
     if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):
-        # The engine cannot see the block end, and so not where the answer begins.
+        # The engine cannot see where the block ends, and so not where the answer begins.
         param = "tools" if wire.offered_tools else "response_format"
         raise InvalidRequest(
             f"`{param}` needs think tags that are single tokens, which this model lacks",
             param=param,
         )
     return grammar, prompts
+
+
+def _choices(
+    wire: ChatRequest,
+    routing: RoutingDecision,
+    prompts: Sequence[Prompt],
+    service: Service,
+    engine: EngineInfo,
+) -> list[PreparedChoice]:
+    """Returns a choice for each λ of a fan-out, else `n` choices."""
+    of_dials = [
+        PreparedChoice(
+            setting,
+            prompt,
+            service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine),
+        )
+        for setting, prompt in zip(routing.dials, prompts, strict=True)
+    ]
+    return of_dials if routing.fan_out else copies(of_dials[0], wire.choices)

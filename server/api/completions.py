@@ -1,7 +1,7 @@
-"""`POST /v1/completions`: raw prompts, as text or as token ids, several of them in one request.
+"""`POST /v1/completions`: answers raw prompts, as text or token ids, several in one request.
 
-A raw prompt has no chat template and no think block: λ applies to it as to any other, a cap on
-reasoning and another λ for the answer do not.
+A raw prompt has no chat template and no think block: λ applies to it as to any other prompt, but a
+cap on reasoning and a separate λ for the answer do not.
 """
 
 import asyncio
@@ -11,14 +11,24 @@ from dataclasses import dataclass, replace
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mi_runtime.request import Dial, EngineInfo
+from mi_runtime.request import EngineInfo
 from server.answer.echo import Echo
 from server.answer.text_format import TEXT
-from server.api.body import parsed, read_body
-from server.api.prepared import Asked, AskedChoice, copies, note, refuse_think_fields, route
+from server.api.admission import admission
+from server.api.body import parse_body, read_body
+from server.api.dependencies import ServiceOfApp
+from server.api.prepared_request import (
+    PreparedChoice,
+    PreparedRequest,
+    choose_dials,
+    copies,
+    note_request,
+    refuse_think_fields,
+)
 from server.api.respond import respond
-from server.ops.request_log import Trace
+from server.api.submission import submit
 from server.routing import requested_lambda
+from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Prompt
 from server.text.vocabulary import Vocabulary
@@ -32,34 +42,33 @@ class _RawPrompt:
     echo: Echo | None
 
 
-async def completions(request: Request, service: Service) -> Response:
-    return await respond(request, service, _understand)
+async def text_completions(request: Request, service: ServiceOfApp) -> Response:
+    async with admission(request, service) as engine:
+        prepared = await prepare_completion(request, service, engine)
+        answer = submit(prepared, service)
+    return await respond(request, prepared, answer, service)
 
 
-async def _understand(request: Request, service: Service, trace: Trace) -> Asked:
-    """Everything that can be refused is refused here."""
+async def prepare_completion(
+    request: Request, service: Service, engine: EngineInfo
+) -> PreparedRequest:
+    """Reads and checks a completion request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
-    wire = await parsed(body, parse_completion_request)
-    engine = service.admitted()
+    wire = await parse_body(body, parse_completion_request)
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
-    routing = route(wire, request.headers.get(requested_lambda.HEADER), service, engine)
+    routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     vocabulary = service.prompts.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, engine.vocab_size)
-    engine = service.admitted()
-    note(trace, wire, routing)
-    choices = [
-        choice
-        for prompt in prompts
-        for choice in _choices(prompt, wire, routing.dials, service, engine)
-    ]
-    return Asked(
+    note_request(request.state.trace, wire, routing)
+    return PreparedRequest(
         wire,
         routing,
-        choices,
+        [it for prompt in prompts for it in _choices(prompt, wire, routing, service, engine)],
         engine,
-        trace,
+        request.state.trace,
         request.state.caller,
-        form=TEXT,
+        request.state.deadline,
+        TEXT,
         prompts=len(prompts),
     )
 
@@ -67,23 +76,26 @@ async def _understand(request: Request, service: Service, trace: Trace) -> Asked
 def _choices(
     prompt: _RawPrompt,
     wire: CompletionRequest,
-    dials: Sequence[Dial],
+    routing: RoutingDecision,
     service: Service,
     engine: EngineInfo,
-) -> list[AskedChoice]:
-    """Of one prompt: one for each λ of a fan-out, else `n`."""
+) -> list[PreparedChoice]:
+    """Returns the choices of one prompt: one for each λ of a fan-out, else `n`."""
     sampling = service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine)
     raw = Prompt(prompt.token_ids, opens_block=False, is_raw=True)
-    start = AskedChoice(dials[0], raw, sampling, prompt.echo)
-    if isinstance(wire.reasoning_lambda, list):
-        return [replace(start, dial=one) for one in dials]
-    return copies(start, wire.choices)
+    first = PreparedChoice(routing.dials[0], raw, sampling, prompt.echo)
+    if routing.fan_out:
+        return [replace(first, dial=one) for one in routing.dials]
+    return copies(first, wire.choices)
 
 
 def _raw_prompts(
     wire: CompletionRequest, vocabulary: Vocabulary, vocab_size: int
 ) -> list[_RawPrompt]:
-    """Raises `InvalidRequest` for a prompt without tokens, or with ids that do not exist."""
+    """Returns the tokens of each prompt.
+
+    Raises `InvalidRequest` for a prompt without tokens, or with ids that do not exist.
+    """
     several = isinstance(wire.prompt, list) and len(wire.prompts) > 1
     built = []
     for index, prompt in enumerate(wire.prompts):
@@ -100,7 +112,7 @@ def _raw_prompts(
 
 
 def _of_text(text: str, wire: CompletionRequest, vocabulary: Vocabulary) -> _RawPrompt:
-    if not wire.echo:  # offsets cost as much again
+    if not wire.echo:  # offsets would double the cost
         ids = vocabulary.encode(text, add_special_tokens=wire.add_special_tokens)
         return _RawPrompt(tuple(ids), echo=None)
     encoding = vocabulary.encoding(text, add_special_tokens=wire.add_special_tokens)

@@ -1,6 +1,7 @@
-"""`GET /`: a page to try the dial on, in one file that fetches nothing from elsewhere.
+"""`GET /`: a page to try λ values on, in one file that loads nothing from elsewhere.
 
-The browser may run the page's own script, told by its digest, and talk to this server alone.
+The browser may run only the page's script, identified by its digest, and connect only to this
+server.
 """
 
 import base64
@@ -17,7 +18,7 @@ PAGE: Final = Path(__file__).with_name("playground.html")
 
 @cache
 def _content() -> tuple[str, str]:
-    """The page, and the policy that lets its script run."""
+    """Returns the page, and the Content-Security-Policy that lets its script run."""
     page = PAGE.read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -28,7 +29,7 @@ def _content() -> tuple[str, str]:
     return page, policy
 
 
-def playground() -> Response:
+async def playground() -> Response:
     page, policy = _content()
     headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
     return Response(page, media_type="text/html", headers=headers)

@@ -1,9 +1,10 @@
-"""`POST /tokenize` and `POST /detokenize`: they need the tokenizer alone, also while loading.
+"""`POST /tokenize` and `POST /detokenize`, which work while the engine is still loading.
 
-But for messages: which λ takes which template is the profile's to say, and that is the pair's.
+The exception is tokenizing messages: which λ takes which chat template depends on the profile, and
+the profile depends on the loaded pair.
 
-A body of a few megabytes makes an answer of millions of numbers. So everything about it, its JSON
-too, is made in a thread, which lets the event loop have its turns.
+A body of a few megabytes makes an answer of millions of numbers, so everything about it, including
+its JSON, is computed in a thread and does not block the event loop.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.body import read_body
+from server.api.dependencies import ServiceOfApp
 from server.routing import requested_lambda
 from server.service import Service
 from server.text.prompt import Ending
@@ -23,8 +25,8 @@ from server.wire.tokenize_request import (
 )
 
 
-async def tokenize(request: Request, service: Service) -> Response:
-    """`max_model_len` is null while the engine loads."""
+async def tokenize(request: Request, service: ServiceOfApp) -> Response:
+    """In the answer `max_model_len` is null while the engine is loading."""
     body = await read_body(request, service.settings.max_body_bytes)
     return await asyncio.to_thread(
         _tokens, body, request.headers.get(requested_lambda.HEADER), service
@@ -46,7 +48,7 @@ def _tokens(body: bytes, header: str | None, service: Service) -> Response:
 
 
 def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> list[int]:
-    routing = service.lambda_reader.read(
+    named = service.lambda_reader.read(
         model=wire.model or service.settings.model_name, body=wire.reasoning_lambda, header=header
     )
     if wire.messages is None:
@@ -59,10 +61,10 @@ def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> l
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
-    return list(service.prompts.build(wire.messages, routing.dials[0], ending).token_ids)
+    return list(service.prompts.build(wire.messages, named.dials[0], ending).token_ids)
 
 
-async def detokenize(request: Request, service: Service) -> Response:
+async def detokenize(request: Request, service: ServiceOfApp) -> Response:
     body = await read_body(request, service.settings.max_body_bytes)
     return await asyncio.to_thread(_text, body, service)
 
@@ -70,7 +72,7 @@ async def detokenize(request: Request, service: Service) -> Response:
 def _text(body: bytes, service: Service) -> Response:
     wire = parse_detokenize_request(body)
     if wire.model is not None:
-        service.lambda_reader.alias_lambda(wire.model)  # raises for a model that is not served
+        service.lambda_reader.alias_lambda(wire.model)  # raises `ModelNotFound`
     vocabulary = service.prompts.vocabulary
     for index, token_id in enumerate(wire.tokens):
         if vocabulary.tokenizer.id_to_token(token_id) is None:

@@ -1,3 +1,4 @@
-"""The HTTP process's side of the engine process: the pipe and its watchdog, the events of one
-answer, and the sampling parameters that a request becomes. It imports `wire`.
+"""The HTTP process's side of the engine: the pipe to its process, the events of each answer, and
+the sampling parameters of a request. It imports `wire`, `text` and the engine's messages
+(`mi_runtime.request`).
 """

@@ -1,11 +1,11 @@
-"""The HTTP process's end of the pipe: starts the engine process, sends commands, hands out events.
+"""The HTTP process's end of the pipe: starts the engine, sends commands, distributes events.
 
     event loop ── commands ──▶ queue ──▶ writer thread ──▶ pipe ──▶ engine process
     event loop ◀── one call a message ── reader thread ◀── pipe ◀──┘
 
-Two threads, so that neither a full pipe nor an unpickled message ever blocks the loop. The engine
-process dying is the end of the pipe: every open answer gets an error, and `ended` tells why. One
-that lives and says nothing, though it has work, is killed.
+There are two threads, so that neither a full pipe nor the unpickling of a message blocks the loop.
+If the engine process dies, the pipe ends: every open answer gets an error, and `ended` has the
+reason. An engine process that is alive but reports nothing although it has work is killed.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ from mi_runtime.request import (
     TokenEvent,
 )
 from server.engine.generation import Generation
-from server.engine.retry_after import Pace
-from server.engine.watchdog import LOOKS, Traffic, Watchdog
+from server.engine.retry_after import RetryAfter
+from server.engine.watchdog import CHECKS, Traffic, Watchdog
 from server.exit_codes import ExitCode
 from server.wire.errors import Draining, EngineDead, InvalidRequest, Overloaded
 
@@ -48,7 +48,7 @@ WORKER_COMMAND: Final = (sys.executable, "-m", "mi_runtime.worker")
 
 
 class EngineEnded(Exception):
-    """Why the engine process is gone, and the exit code the server ends with."""
+    """Why the engine process has ended, and the exit code that the server ends with."""
 
     def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class EngineEnded(Exception):
 
 
 class EngineClient:
-    """One engine process. `start` it at once, `attach` it to the running loop, `stop` it."""
+    """One engine process: `start` it, `attach` it to the running event loop, later `stop` it."""
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class EngineClient:
     ) -> None:
         self._config = config
         self._max_waiting = max_waiting
-        self._max_waiting_tokens = max_waiting_tokens  # of prompts; None: any number
-        self._timeout = timeout  # seconds of silence of an engine that has work
+        self._max_waiting_tokens = max_waiting_tokens  # of prompts; None: no limit
+        self._timeout = timeout  # seconds without a report from an engine that has work
         self._command = command
-        self._stop_grace = stop_grace  # seconds between the pipe's end and a kill
+        self._stop_grace = stop_grace  # seconds between closing the pipe and killing the process
         self._open: dict[str, Generation] = {}
         self._unstarted: dict[str, int] = {}  # prompt tokens of open requests without an event
-        self._owed: set[str] = set()  # requests whose end the engine has not told, aborted or not
-        self._pace = Pace()
-        self._received = self._given = self._sent = 0  # messages
-        self._watch: asyncio.TimerHandle | None = None  # while the engine owes
+        self._owed: set[str] = set()  # requests whose end was not reported, aborted or not
+        self._retry_after = RetryAfter()
+        self._received = self._queued = self._sent = 0  # messages
+        self._watch: asyncio.TimerHandle | None = None  # while the engine has work
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -91,25 +91,27 @@ class EngineClient:
     # --- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine process; it loads while the rest of the server does."""
+        """Starts the engine process, which loads while the rest of the server starts."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [*self._command, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                # OpenMP threads that spin would take the cores that HTTP needs.
+                # Spinning OpenMP threads would occupy the cores that HTTP needs.
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-                process_group=0,  # a terminal's Ctrl-C is for the server, which drains first
+                process_group=0,  # Ctrl-C is for the server, which drains first
             )
         self._pipe = Connection(ours.detach())
 
-    def tell(self, marks: TokenMarks, for_grammars: GrammarVocabulary | None = None) -> None:
-        """Add what the vocabulary says to the settings, which `attach` sends."""
+    def add_vocabulary(
+        self, marks: TokenMarks, for_grammars: GrammarVocabulary | None = None
+    ) -> None:
+        """Adds what the engine needs of the vocabulary to the settings that `attach` sends."""
         assert not self._threads
         self._config = replace(self._config, marks=marks, grammar_vocabulary=for_grammars)
 
     def attach(self) -> None:
-        """Begin to talk, from the running event loop."""
+        """Begins to exchange messages. Call it in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._threads = [
             threading.Thread(target=self._write, name="engine-writer", daemon=True),
@@ -119,17 +121,17 @@ class EngineClient:
             thread.start()
 
     async def stop(self) -> None:
-        """End the pipe, wait for the engine process, and kill it if it does not go by itself."""
+        """Closes the pipe, waits for the engine process, and kills it if it does not exit."""
         self._stopping = True
         if self._watch is not None:
             self._watch.cancel()
         self._commands.put(None)
         if self.info is None:
-            self._process.terminate()  # it loads, and does not look at its pipe
+            self._process.terminate()  # it does not read its pipe while it loads
         await asyncio.to_thread(self._reap)
 
     def discard(self) -> None:
-        """End a process that was started but never attached."""
+        """Ends a process that was started but never attached."""
         self._process.terminate()
         self._reap()
 
@@ -141,36 +143,51 @@ class EngineClient:
     def open_requests(self) -> int:
         return len(self._open)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait, by the last report, which may be old if nothing is open."""
+        return min(self.stats.waiting, len(self._open))
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks in use, by the last report; 0 if nothing is open."""
+        stats = self.stats
+        return stats.used_blocks / stats.total_blocks if self._open and stats.total_blocks else 0.0
+
     # --- requests --------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[EngineRequest]) -> Generation:
-        """Hand the requests of one answer to the engine, or raise `Overloaded`."""
+        """Sends the requests of one answer to the engine. Raises what `check_room` raises."""
         self.check_room(len(requests), sum(len(it.prompt) for it in requests))
         generation = Generation([it.request_id for it in requests], self._release)
         for request in requests:
             self._open[request.request_id] = generation
             self._unstarted[request.request_id] = len(request.prompt)
             self._owed.add(request.request_id)
-            self._give(Submit(request))
+            self._commands.put(Submit(request))
+        self._queued += len(requests)
         if self._watch is None:
             self._watchdog = Watchdog(self._traffic)
-            self._look_later()
+            self._check_later()
         return generation
 
     def end_open_requests(self) -> None:
-        """The drain time is over: every open answer ends with an error."""
+        """Ends every open answer with an error, because the drain time is over."""
         for generation in set(self._open.values()):
             generation.fail(Draining("The server shut down before the answer was complete"))
 
     def check_room(self, count: int = 1, prompt_tokens: int = 1) -> None:
-        """Raises `Overloaded` where the queue has no room for so many requests and tokens."""
+        """Raises `Overloaded` if the queue has no room for so many requests and tokens.
+
+        Raises `EngineDead` if the engine process has ended, `InvalidRequest` if so many requests
+        would never fit.
+        """
         if self.ended is not None:
             raise EngineDead("The engine process is gone")
         capacity = self._config.max_num_seqs + self._max_waiting
         if count > capacity:
             raise InvalidRequest(f"This server holds {capacity} choices at once", param="n")
-        # What the engine said last, which may be old where it has nothing to do.
-        waiting = min(self.stats.waiting, len(self._open))
+        waiting = self.waiting
         queue_is_full = waiting > 0 and waiting + count > self._max_waiting
         if queue_is_full or len(self._open) + count > capacity:
             raise self._overloaded(
@@ -184,19 +201,17 @@ class EngineClient:
             )
 
     def _overloaded(self, message: str) -> Overloaded:
-        """Comes with the time that the requests before this one will take."""
-        seconds = self._pace.seconds_for(max(1, len(self._unstarted)), time.perf_counter())
+        """The error suggests to come back when the requests before this one have ended."""
+        requests_before = max(1, len(self._unstarted))
+        seconds = self._retry_after.estimate(requests_before, time.perf_counter())
         return Overloaded(message, retry_after=seconds)
 
     def _release(self, request_id: str, engine_works_on_it: bool) -> None:
         self._open.pop(request_id, None)
         self._unstarted.pop(request_id, None)
         if engine_works_on_it and self.ended is None:
-            self._give(Abort(request_id))
-
-    def _give(self, command: Command) -> None:
-        self._given += 1
-        self._commands.put(command)
+            self._commands.put(Abort(request_id))
+            self._queued += 1
 
     # --- messages, on the event loop -------------------------------------------------------------
 
@@ -221,10 +236,10 @@ class EngineClient:
         self._unstarted.pop(event.request_id, None)
         if event.finish_reason is not None:
             self._owed.discard(event.request_id)
-            self._pace.ended(now)
+            self._retry_after.note_end(now)
 
     def _end(self, reason: EngineEnded) -> None:
-        """The first reason counts: a failed load is followed by the pipe's end."""
+        """Only the first reason counts: after a failed load the pipe ends as well."""
         if self.ended is not None:
             return
         self.ended = reason
@@ -236,31 +251,31 @@ class EngineClient:
 
     @property
     def _traffic(self) -> Traffic:
-        return Traffic(self._received, self._given, self._sent)
+        return Traffic(self._received, self._queued, self._sent)
 
-    def _look_later(self) -> None:
-        self._watch = self._loop.call_later(self._timeout / LOOKS, self._look)
+    def _check_later(self) -> None:
+        self._watch = self._loop.call_later(self._timeout / CHECKS, self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self._watch = None
         if not self._owed or self.ended is not None:
             return
-        if self._watchdog.look(self._traffic):
+        if self._watchdog.check(self._traffic):
             self._end(
                 EngineEnded(
-                    f"The engine process hangs: it owes {len(self._owed)} answers and has said "
+                    f"The engine process hangs: it owes {len(self._owed)} answers and has reported "
                     f"nothing for {self._timeout:g} s (--engine-timeout)",
                     exit_code=ExitCode.FAILED,
                 )
             )
             self._process.kill()
         else:
-            self._look_later()
+            self._check_later()
 
     # --- threads ---------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        with suppress(OSError):  # the reader sees the pipe's end as well, and tells
+        with suppress(OSError):  # the reader sees the end of the pipe as well, and reports it
             self._pipe.send(self._config)
             while (command := self._commands.get()) is not None:
                 self._pipe.send(command)
@@ -268,7 +283,7 @@ class EngineClient:
         self._shut()
 
     def _shut(self) -> None:
-        """Unlike a close, this also ends what waits on the pipe in another thread."""
+        """Shuts the pipe down. Unlike a close, this also wakes a thread that waits on it."""
         with suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)
 
@@ -290,13 +305,13 @@ class EngineClient:
         )
 
     def _hand_over(self, call: Callable[[_T], None], argument: _T) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to receive it
             self._loop.call_soon_threadsafe(call, argument)
 
     def _reap(self) -> None:
         if not self._exits():
             self._process.kill()
-            self._exits()  # where even that has to wait for a driver, the server goes without it
+            self._exits()  # if a driver blocks even that, the server exits without it
         self._shut()
         for thread in self._threads:
             thread.join()

@@ -1,7 +1,7 @@
-"""The open engine requests of one answer, and the events that came for them.
+"""The open engine requests of one answer, and the events that arrived for them.
 
-The engine client pushes; one task takes, as many events at a time as are there. Leaving early and
-failing, for whatever reason, abort in the engine what is still open.
+The engine client pushes events, and one task takes all that are there at a time. If the task leaves
+early or the generation fails, the requests that are still open are aborted in the engine.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from server.wire.errors import ApiError
 
 
 class ClientLeft(Exception):
-    """Nobody reads this answer any more."""
+    """The client disconnected, so nobody reads this answer any more."""
 
 
 class Generation:
-    """Use it as a context: what is open at its end is aborted."""
+    """A context manager: requests that are open at its end are aborted."""
 
     def __init__(self, request_ids: Iterable[str], release: Callable[[str, bool], None]) -> None:
         self._open = set(request_ids)
@@ -43,11 +43,14 @@ class Generation:
 
     @property
     def is_open(self) -> bool:
-        """Whether events are still to come, or to be taken."""
+        """Whether events will still arrive, or have to be taken."""
         return bool(self._open or self._events or self._failure)
 
     async def take(self) -> list[tuple[float, TokenEvent]]:
-        """The events that came, each with the time it did; empty after a `wake`."""
+        """Waits for events, and returns each with the time of its arrival; none after a `wake`.
+
+        Raises the error of a generation that failed.
+        """
         if not self._events and self._failure is None:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -60,14 +63,14 @@ class Generation:
         return events
 
     def abort(self, request_id: str) -> None:
-        """End one request early; no event of it comes any more."""
+        """Ends one request early. None of its events is taken any more."""
         if request_id in self._open:
             self._open.discard(request_id)
             self._release(request_id, True)
         self._events = [timed for timed in self._events if timed[1].request_id != request_id]
 
     def push(self, at: float, event: TokenEvent) -> None:
-        """Called by the engine client."""
+        """Adds an event. The engine client calls this."""
         self._events.append((at, event))
         if event.finish_reason is not None:
             self._open.discard(event.request_id)
@@ -76,8 +79,8 @@ class Generation:
             self.wake()
 
     def fail(self, error: ApiError | ClientLeft) -> None:
-        """End an answer that is not complete: the taker gets this error after the events that are
-        there. The engine stops at once, also where the taker is held up by a slow reader."""
+        """Ends a generation that is not complete. `take` raises the error after the events that are
+        there. The engine stops at once, even if a slow reader delays the next `take`."""
         if not self._open:
             return
         self._failure = error
@@ -87,9 +90,10 @@ class Generation:
         self.wake()
 
     def expire(self, seconds: float, error: ApiError) -> None:
-        """Fail with `error` in `seconds`, if the answer is not complete by then."""
+        """Fails with `error` in `seconds` if the generation is not complete by then."""
         self._expiry = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
     def wake(self) -> None:
+        """Lets a waiting `take` return."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -1,4 +1,4 @@
-"""How fast requests end, and so when one that finds the queue full may come back."""
+"""Estimates when a request that finds the queue full may come back."""
 
 import math
 from collections import deque
@@ -8,17 +8,17 @@ REMEMBERED: Final = 64  # ends
 RECENT: Final = 60.0  # seconds
 
 
-class Pace:
-    """The ends of the last requests, on any clock that the caller keeps to."""
+class RetryAfter:
+    """Remembers when the last requests ended. Times are seconds of any one clock."""
 
     def __init__(self) -> None:
         self._ends: deque[float] = deque(maxlen=REMEMBERED)
 
-    def ended(self, at: float) -> None:
+    def note_end(self, at: float) -> None:
         self._ends.append(at)
 
-    def seconds_for(self, requests: int, now: float) -> int:
-        """In how many seconds that many have ended, at the recent pace; 1 where none is known."""
+    def estimate(self, requests: int, now: float) -> int:
+        """Returns the seconds until so many requests end at the recent rate; 1 if it is unknown."""
         while self._ends and self._ends[0] < now - RECENT:
             self._ends.popleft()
         if not self._ends:

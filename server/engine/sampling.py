@@ -1,24 +1,39 @@
-"""From the wire's sampling fields to the engine's: defaults, limits, and token ids in range."""
+"""Turns the wire's sampling fields into the engine's, with defaults, limits and checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mi_runtime.request import EngineInfo, SamplingParams
+from server.text.checkpoint import Endpoint
+from server.text.vocabulary import Vocabulary
 from server.wire.errors import ContextTooLong, InvalidRequest
 from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingPolicy:
-    """What the pair says: its sampling defaults, and the tokens that end an answer."""
+    """The pair's sampling defaults, and the tokens that end an answer."""
 
-    defaults: Mapping[str, float]  # generation_config.json's
+    defaults: Mapping[str, float]  # of generation_config.json
     eos_token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, instruct: Endpoint, thinking: Endpoint, vocabulary: Vocabulary) -> "SamplingPolicy":
+        """Takes the Thinking endpoint's defaults, and the end tokens of both endpoints."""
+        ids = set(instruct.eos_token_ids) | set(thinking.eos_token_ids)
+        for endpoint in (instruct, thinking):
+            token = endpoint.special_tokens.get("eos_token", "")
+            token_id = vocabulary.tokenizer.token_to_id(token)
+            ids |= set() if token_id is None else {token_id}
+        return cls(thinking.sampling_defaults, frozenset(ids))
 
     def resolve(
         self, request: GenerationRequest, *, prompt_tokens: int, engine: EngineInfo
     ) -> SamplingParams:
-        """Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist."""
+        """Returns the engine's parameters for one prompt.
+
+        Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist.
+        """
         room = engine.max_model_len - prompt_tokens
         if room < 1:
             raise ContextTooLong(
@@ -58,7 +73,7 @@ class SamplingPolicy:
 
 
 def seed_of_choice(seed: int | None, index: int) -> int | None:
-    """Choices of one request draw differently, and the same way each time."""
+    """Returns different seeds for the choices of a request, and the same ones each time."""
     return None if seed is None else (seed + index) % 2**63
 
 

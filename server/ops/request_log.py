@@ -32,6 +32,7 @@ class Trace:
     request_id: str
     given: bool  # by the client
     arrived: float  # time.perf_counter
+    completion_tokens: int = 0  # of the answer, which its caller's quota pays for
     notes: dict[str, Any] = field(default_factory=dict)
 
 

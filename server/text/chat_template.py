@@ -1,8 +1,8 @@
-"""Chat templates: the jinja dialect that checkpoints are written in, sandboxed.
+"""Renders chat templates, in a sandbox, in the jinja dialect that checkpoints are written for.
 
-The dialect is the one `transformers` gives them: trimmed blocks, loop controls, `tojson` without
-escapes, `raise_exception`, `strftime_now`, and a `generation` block that marks text for training
-and means nothing here.
+The dialect is that of `transformers`: trimmed blocks, loop controls, `tojson` without escapes,
+`raise_exception`, `strftime_now`, and a `generation` block, which marks text for training and has
+no effect here.
 """
 
 import json
@@ -22,7 +22,7 @@ from server.wire.errors import InvalidRequest
 
 
 class ChatTemplate:
-    """One endpoint's template, compiled."""
+    """One endpoint's template, compiled. Raises `CheckpointError` where it does not parse."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         try:
@@ -41,7 +41,10 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt; with `add_generation_prompt` up to the assistant's first token."""
+        """Returns the prompt; with `add_generation_prompt`, up to the assistant's first token.
+
+        Raises `InvalidRequest` where the template refuses the messages.
+        """
         try:
             return self._template.render(
                 messages=messages,
@@ -56,9 +59,9 @@ class ChatTemplate:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}` renders what is between."""
+    """`{% generation %}…{% endgeneration %}` renders its content."""
 
-    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

@@ -1,7 +1,7 @@
-"""The text side of an endpoint on disk: where it lies, its templates and its sampling defaults.
+"""Reads the text side of an endpoint on disk: directory, chat template and sampling defaults.
 
-A hub id is resolved to a local directory here, once; the engine gets that directory. Weights are
-not read here, and code of a checkpoint never is.
+A hub id is resolved to a local directory here, once, and the engine gets that directory. Weights
+are read elsewhere, and code of a checkpoint is never run.
 """
 
 import json
@@ -15,30 +15,33 @@ HUB_PATTERNS: Final = ("*.json", "*.jinja", "*.safetensors")
 
 
 class CheckpointError(CommandError):
-    """An endpoint that cannot be served. The message is for the operator."""
+    """The endpoint cannot be served."""
 
 
 def local_directory(name: str) -> Path:
-    """The directory of an endpoint given as a directory or as a hub id."""
+    """Returns the directory of an endpoint, downloading it where `name` is a hub id.
+
+    Raises `CheckpointError`.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such directory, and not a hub id (OWNER/NAME)")
-    # Only here, because it takes a third of a second that a local endpoint does not need.
+    # Imported here, because it takes a third of a second that a local endpoint does not need.
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:  # no network, no such repository, not a valid id
         raise CheckpointError(
-            f"{name}: no such directory, and the hub did not give it: {error}"
+            f"{name}: no such directory, and the hub did not provide it: {error}"
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What the HTTP side knows of one checkpoint."""
+    """What the HTTP process knows about one checkpoint."""
 
     directory: Path
     chat_template: str
@@ -48,6 +51,7 @@ class Endpoint:
 
     @classmethod
     def read(cls, directory: Path) -> "Endpoint":
+        """Raises `CheckpointError`."""
         config = read_json(directory / "tokenizer_config.json")
         generation = read_json(directory / "generation_config.json")
         return cls(
@@ -60,13 +64,13 @@ class Endpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; an empty one if there is no such file."""
+    """Returns the object in the file; without the file, an empty one. Raises `CheckpointError`."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
@@ -77,7 +81,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # named ones
+    if isinstance(template, list):  # of named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str):
         raise CheckpointError(
@@ -88,7 +92,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Tokens by role; a config writes each as its text or as an object that has it as content."""
+    """Tokens by role. A config has each as text, or as an object with the text as `content`."""
     tokens = {}
     for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = config.get(role)
@@ -99,7 +103,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def eos_token_ids_of(generation: dict[str, Any]) -> frozenset[int]:
-    """What ends an answer, by a `generation_config.json`."""
+    """Returns the tokens that end an answer, by a `generation_config.json`."""
     ids = generation.get("eos_token_id")
     if ids is None:
         return frozenset()

@@ -1,7 +1,7 @@
-"""What an answer is held to: from response format and tools to the grammar that the engine follows.
+"""Builds the grammar that an answer must follow, from the response format and the tools.
 
-Schemas are checked here, each by itself, so that a refusal names the one that is bad. Knows the
-form of tool calls and `llguidance`'s Lark dialect; nothing of tokens, but for the tags of calls,
+Each schema is checked by itself, so that an error names the one at fault. This module knows the
+format of tool calls and `llguidance`'s Lark dialect. It knows no tokens but the tags of calls,
 which a grammar names as tokens where the vocabulary has them.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-import llguidance  # noqa: F401 - at start: the first request that brings a schema is not to wait
+import llguidance  # noqa: F401 - at start, so that the first request with a schema need not wait
 
 from mi_runtime.scheduling.grammar import fault_of
 from server.text.reasoning_parser import TOOL_CALL, TOOL_CALL_END
@@ -21,28 +21,28 @@ from server.wire.errors import InvalidRequest, bounded
 from server.wire.tools import FunctionTool, NamedTool
 
 LARGEST_SCHEMA: Final = 64 * 1024  # bytes of JSON, without white space
-LARGEST_GRAMMAR: Final = 512 * 1024  # of all tools of a request
-CHECKED: Final = 256  # verdicts that are kept
+LARGEST_GRAMMAR: Final = 512 * 1024  # characters, for all tools of a request
+CHECKED: Final = 256  # results of checks that are cached
 WHITE_SPACE: Final = r"[ \n\t]{0,20}"
-"""Between the parts of JSON. Bounded: a model at a loss writes white space for ever."""
+"""White space between the parts of JSON. Bounded, because a model may write it without end."""
 
-_FOR_PEOPLE: Final = frozenset({"title", "description", "$comment", "default", "examples"})
-"""Keywords whose text no answer has to say."""
+_ANNOTATIONS: Final = frozenset({"title", "description", "$comment", "default", "examples"})
+"""Keywords whose values do not constrain an answer."""
 _ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
 _NO_ARGUMENTS: Final = _ANY_OBJECT | {"properties": {}, "additionalProperties": False}
 
 
-class Constraint:
-    """The rules of one server. Safe to use from several threads."""
+class GrammarBuilder:
+    """Builds grammars for one vocabulary. Safe to use from several threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._opening = _tag(TOOL_CALL, vocabulary)
         self._closing = _tag(TOOL_CALL_END, vocabulary)
-        self._whole_tokens = _whole_tokens(vocabulary)
+        self._token_names = _token_names(vocabulary)
         self._fault_of = lru_cache(CHECKED)(fault_of)
 
     def grammar(self, request: ChatRequest) -> str | None:
-        """What the answer must obey; None: nothing. Takes up to some 100 ms.
+        """Returns the grammar of the answer, or None for any answer. May take some 100 ms.
 
         Raises `InvalidRequest` for a schema that is wrong, too large, or cannot be enforced.
         """
@@ -54,8 +54,6 @@ class Constraint:
         if source is not None and (len(source) > LARGEST_GRAMMAR or self._fault_of(source)):
             raise InvalidRequest("The schemas of `tools` are too large together", param="tools")
         return source
-
-    # --- schemas ---------------------------------------------------------------------------------
 
     def _answer_schema(self, request: ChatRequest) -> dict[str, Any] | None:
         form = request.response_format
@@ -85,22 +83,20 @@ class Constraint:
             raise InvalidRequest(
                 f"`{param}` is larger than {LARGEST_SCHEMA} bytes of JSON", param=param
             )
-        token = next(filter(None, map(self._whole_tokens.search, _strings(schema))), None)
+        token = next(filter(None, map(self._token_names.search, _strings(schema))), None)
         if token is not None:
             raise InvalidRequest(
-                f"`{param}` holds {token[0]!r}, which is a token of this model and cannot be said "
-                "as text",
+                f"`{param}` holds {token[0]!r}, which is a token of this model and cannot be "
+                "written as text",
                 param=param,
             )
         fault = self._fault_of(alone)
         if fault is not None:
             raise InvalidRequest(
-                f"`{param}` is not a schema that answers can be held to: {bounded(fault, 300)}",
+                f"`{param}` is not a schema that can be enforced: {bounded(fault, 300)}",
                 param=param,
             )
         return guided
-
-    # --- tools -----------------------------------------------------------------------------------
 
     def _with_tools(
         self, request: ChatRequest, tools: dict[str, dict[str, Any]], answer: dict[str, Any] | None
@@ -116,21 +112,23 @@ class Constraint:
             return _lark(f"{calls} | answer", f"answer: {_json(answer)}", *self._calls(tools))
         strict = any(tool.strict for tool in request.offered_tools)
         if not strict and several:
-            return None  # calls are read as they come
-        return self._free_text(_as_far_as_strict(request.offered_tools, tools), several=several)
+            return None  # the tool parser reads whatever calls come
+        return self._free_text(_strict_schemas(request.offered_tools, tools), several=several)
 
     def _calls(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
         return [f"call: {self._opening} body", 'BREAK: "\\n"', *self._bodies(tools)]
 
     def _free_text(self, tools: dict[str, dict[str, Any]], *, several: bool) -> str:
-        """Any text, in which an opening tag begins a call."""
-        lazy = "" if self._opening == TOOL_CALL else "[lazy]"  # spelled, it is found in the text
+        """The grammar of any text in which an opening tag begins a call."""
+        lazy = (
+            "" if self._opening == TOOL_CALL else "[lazy]"
+        )  # as text, the tag ends the text before it
         opening = f"opening{lazy}: TEXT {self._opening}"
         start = "start: (opening body)* TEXT" if several else "start: TEXT | opening body"
         return _lark(start, opening, r"TEXT: /(.|\n)*/", *self._bodies(tools))
 
     def _bodies(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
-        """From behind the opening tag to the closing one."""
+        """Rules from after the opening tag through the closing one."""
         rules = ["body: " + " | ".join(f"body_{index}" for index in range(len(tools)))]
         for index, (name, schema) in enumerate(tools.items()):
             head = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
@@ -141,20 +139,20 @@ class Constraint:
 
 
 def _tag(tag: str, vocabulary: Vocabulary) -> str:
-    """As a grammar names it: the token where there is one, else its text."""
+    """How a grammar names a tag: as the token if there is one, else as text."""
     is_token = vocabulary.tokenizer.token_to_id(tag) is not None
     return tag if is_token else json.dumps(tag)
 
 
-def _whole_tokens(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """Finds the tokens that are never text to a grammar: `<|im_end|>`, `<think>`, …"""
+def _token_names(vocabulary: Vocabulary) -> re.Pattern[str]:
+    """A pattern of the tokens that are never text in a grammar: `<|im_end|>`, `<think>`, …"""
     added = vocabulary.tokenizer.get_added_tokens_decoder().values()
     names = [re.escape(it.content) for it in added if it.special or it.content.startswith("<")]
     return re.compile("|".join(names) or r"(?!)")
 
 
 def _strings(schema: Any) -> Iterator[str]:
-    """What the schema may make an answer say."""
+    """Yields the strings that the schema may require in an answer."""
     if isinstance(schema, str):
         yield schema
     elif isinstance(schema, list):
@@ -163,14 +161,14 @@ def _strings(schema: Any) -> Iterator[str]:
     elif isinstance(schema, dict):
         for key, value in schema.items():
             yield key
-            if key not in _FOR_PEOPLE or isinstance(value, dict):
+            if key not in _ANNOTATIONS or isinstance(value, dict):
                 yield from _strings(value)
 
 
-def _as_far_as_strict(
+def _strict_schemas(
     offered: Sequence[FunctionTool], tools: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Where the model chooses, calls of functions that are not strict have any arguments."""
+    """Schemas where the model chooses to call: functions that are not strict take any object."""
     return {
         tool.name: tools[tool.name] if tool.strict else _guided(_ANY_OBJECT, strict=True)
         for tool in offered
@@ -178,7 +176,7 @@ def _as_far_as_strict(
 
 
 def _guided(schema: dict[str, Any], *, strict: bool) -> dict[str, Any]:
-    """The schema with the library's own settings."""
+    """The schema with `llguidance`'s settings in it."""
     return schema | {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": not strict}}
 
 

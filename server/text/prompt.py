@@ -1,7 +1,7 @@
-"""From messages to token ids: which template a λ takes, and whether it opens a think block.
+"""Turns messages into token ids, by the chat template that the request's λ selects.
 
-A message that is to be continued gets a mark at its end before it is rendered, and the text is cut
-at the mark: so whatever a template writes behind a message, or strips from it, is left out.
+To continue a message, it is rendered with a mark at its end, and the text is cut at the mark. So
+nothing that a template writes after a message, or strips from it, matters.
 """
 
 import json
@@ -22,15 +22,15 @@ from server.wire.tools import FunctionTool, ToolCall
 ReasoningTemplate = Literal["auto", "instruct", "thinking"]
 
 MARK: Final = "\ue000end of the final message\ue001"
-"""Private characters, which templates carry along and nobody writes."""
+"""Private characters, which templates pass through and no one writes."""
 
 
 class Ending(Enum):
     """Where a prompt of messages ends."""
 
-    NEW_TURN = auto()  # at the assistant's first token
-    LAST_TURN = auto()  # behind the last message, which is complete
-    IN_LAST_MESSAGE = auto()  # it is the assistant's, and goes on
+    NEW_TURN = auto()  # before the assistant's first token
+    LAST_TURN = auto()  # after the last message, which is complete
+    IN_LAST_MESSAGE = auto()  # the last message is the assistant's, and the answer continues it
 
     @classmethod
     def of(cls, *, continues: bool, add_generation_prompt: bool | None) -> "Ending":
@@ -41,17 +41,19 @@ class Ending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """A prompt as token ids, and how the answer starts."""
+
     token_ids: tuple[int, ...]
-    opens_block: bool  # it ends inside `<think>`
-    is_raw: bool = False  # text as it is, in which a think block is text too
+    opens_block: bool  # the prompt ends inside `<think>`
+    is_raw: bool = False  # text without a template, in which a think block is text as well
 
 
-class Prompts:
-    """The pair's tokenizer and its two templates.
+class PromptBuilder:
+    """Builds prompts with the pair's tokenizer and its two templates.
 
-    `auto` is how the paper ran it: at λ above the threshold the Thinking endpoint's template, else
-    Instruct's own. The threshold is asked for at each prompt: the profile that has it is known once
-    the pair is loaded.
+    `auto` follows the paper: above the think threshold λ takes the Thinking endpoint's template,
+    else Instruct's. The threshold is read for each prompt, because the profile that sets it is
+    known only when the pair is loaded.
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class Prompts:
         ending: Ending = Ending.NEW_TURN,
         tools: Sequence[FunctionTool] = (),
     ) -> list[Prompt]:
-        """One prompt a dial; dials that take the same template share it."""
+        """Returns one prompt for each dial; dials with the same template share it.
+
+        Raises `InvalidRequest` as `build` does.
+        """
         built: dict[ChatTemplate, Prompt] = {}
         for dial in dials:
             template = self._template(dial)
@@ -90,7 +95,10 @@ class Prompts:
         ending: Ending = Ending.NEW_TURN,
         tools: Sequence[FunctionTool] = (),
     ) -> Prompt:
-        """Raises `InvalidRequest` where the template refuses the messages or has no tools."""
+        """Returns the prompt of `messages`, with `tools` as the functions offered.
+
+        Raises `InvalidRequest` where the template refuses the messages or cannot write tools.
+        """
         template = self._template(dial)
         if tools and not template.takes_tools:
             raise InvalidRequest("This model's chat template has no place for tools", param="tools")
@@ -103,7 +111,7 @@ class Prompts:
         text = template.render(views, shown, add_generation_prompt=new_turn)
         return Prompt(
             token_ids=tuple(self.vocabulary.encode(text)),
-            # The end alone decides: what the user wrote stands before it.
+            # Only the end counts: the user's own text comes before it.
             opens_block=text.rstrip().endswith(THINK_OPEN),
         )
 
@@ -117,9 +125,9 @@ class Prompts:
 def _continued(
     template: ChatTemplate, views: list[dict[str, Any]], tools: list[dict[str, Any]]
 ) -> tuple[str, bool]:
-    """The prompt up to the end of the last message, and whether that is inside its think block.
+    """The prompt up to the end of the last message, and whether that is inside a think block.
 
-    A message that is reasoning alone, in its field or as `<think>` without an end, is continued
+    A message of reasoning only, in its own field or as `<think>` without an end, is continued
     inside the block. A template that does not write the field gets the block as content.
     """
     *before, last = views
@@ -130,8 +138,8 @@ def _continued(
         as_content = {"content": f"{THINK_OPEN}\n{reasoning}{MARK}", "reasoning_content": None}
         written = [last | as_field, last | as_content]
     for view in written:
-        whole = template.render([*before, view], tools, add_generation_prompt=False)
-        text, mark, _ = whole.rpartition(MARK)
+        rendered = template.render([*before, view], tools, add_generation_prompt=False)
+        text, mark, _ = rendered.rpartition(MARK)
         if mark:
             return text, reasoning is not None
     raise InvalidRequest(
@@ -142,7 +150,7 @@ def _continued(
 
 
 def _open_reasoning(message: dict[str, Any]) -> str | None:
-    """The reasoning of a message that is nothing else; None where it says more, or nothing."""
+    """The reasoning of a message without an answer; None where it has content, or nothing."""
     content: str = message["content"]
     blanks, opened, inside = content.partition(THINK_OPEN)
     if opened and THINK_CLOSE not in inside and not blanks.strip():
@@ -151,7 +159,7 @@ def _open_reasoning(message: dict[str, Any]) -> str | None:
 
 
 def _template_view(message: Message) -> dict[str, Any]:
-    """A message as templates read it: `developer` is OpenAI's newer word for `system`."""
+    """A message as templates expect it. `developer` is OpenAI's newer name of `system`."""
     view: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,
@@ -169,7 +177,7 @@ def _template_view(message: Message) -> dict[str, Any]:
 
 
 def _call_view(call: ToolCall) -> dict[str, Any]:
-    """With its arguments as an object, which templates write as JSON; as text if they are none."""
+    """A call with its arguments as an object, which templates write as JSON, or else as text."""
     try:
         arguments = json.loads(call.function.arguments)
     except (ValueError, RecursionError):

@@ -1,24 +1,25 @@
-"""Where reasoning ends: an answer's text, split into reasoning and content as its tokens come.
+"""Where reasoning ends: splits an answer's text into reasoning and content as its tokens arrive.
 
     start ──<think>──▶ block ──</think>──▶ content
       └────── other text ──────────────────▲
 
-It begins in `block` if the prompt opened one, else in `start`, where the model may open one itself
-behind blanks. A model whose block was closed for it may close it once more: one closing tag with
-only blanks before it belongs to the block's end. Tags anywhere else are plain text. The tags, and
-the line breaks next to them, belong to neither side. Nothing is lost or said twice, with one
-exception that is meant: a block that was never closed, in an answer that ended by itself, was the
-answer. Its text comes once more at the end, as content.
+An answer begins in `block` if the prompt opened one, else in `start`, where the model may open a
+block after nothing but blanks. A model may repeat the tag of a block that was closed for it: one
+closing tag that follows the block after nothing but blanks belongs to the block's end. Tags
+anywhere else are plain text. The tags and the line breaks next to them appear on neither side.
+Nothing else is lost or repeated, with one intended exception: a block that was never closed, in an
+answer that ended by itself, was the answer, so its text is repeated at the end as content.
 
-Where the tags are tokens, the engine's own machine (`ThinkingState`) tells the states, so that both
-processes agree about every token. Where they are not, the engine follows no block, and text does.
+Where the tags are single tokens, the engine follows the block and reports the phase with each token
+event (`TokenEvent.phase`); `TokenSplitter` only reads it. Where the tags are spelled by several
+tokens, the engine follows no block, and `TextSplitter` searches the text for them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.request import Phase, TokenEvent
 from server.text.string_matching import first_match, unfinished_length
 
 THINK_OPEN: Final = "<think>"
@@ -30,7 +31,7 @@ TOOL_CALL_END: Final = "</tool_call>"
 
 @dataclass(slots=True)
 class Split:
-    """The text that became certain: either part may be empty."""
+    """The text that became certain; either part may be empty."""
 
     reasoning: str = ""
     content: str = ""
@@ -45,61 +46,67 @@ class Split:
 
 
 class Splitter(Protocol):
-    """Feed it the pieces of one answer, then `finish` it once."""
+    """Splits one answer: `feed` it each piece of text, then `finish` it once."""
 
     @property
     def inside_block(self) -> bool: ...
 
-    def feed(self, text: str, token_id: int | None = None) -> Split:
-        """The text that a token made certain; None: text that is left over."""
+    def feed(self, text: str, event: TokenEvent | None = None) -> Split:
+        """Returns the text that became certain. `event` is the one that brought `text`; it is
+        None for text that was left over from earlier tokens."""
 
     def finish(self, *, by_length: bool) -> Split:
-        """What was held back, now that no more text comes. `by_length`: the answer was cut."""
+        """Returns the text that was held back. `by_length`: the answer was cut off."""
 
 
 class TokenSplitter:
-    """By token ids, as the engine does. `tags`: the text of those that are tags."""
+    """Splits at tags that are single tokens, where the engine reports that the phase changes."""
 
-    def __init__(self, thinking: ThinkingState, tags: Mapping[int, str]) -> None:
-        self._thinking = thinking
+    def __init__(self, *, opened: bool, tags: Mapping[int, str]) -> None:
+        """`opened`: the prompt opened the block; `tags`: the text of each tag, by token id."""
+        self._phase: int = Phase.INSIDE if opened else Phase.OUTSIDE
         self._tags = tags
-        self._sides = _Sides(opened=self.inside_block)
+        self._sides = _Sides(opened=opened)
         self._blanks = ""  # before a block that may still open
 
     @property
     def inside_block(self) -> bool:
-        return self._thinking.phase is Phase.INSIDE
+        return self._phase == Phase.INSIDE
 
-    def feed(self, text: str, token_id: int | None = None) -> Split:
-        before = self._thinking.phase
-        if token_id is not None:
-            self._thinking.observe(token_id)
-        match before, self._thinking.phase:
-            case Phase.OUTSIDE, Phase.OUTSIDE:
-                self._blanks += text
-                return Split()
-            case Phase.OUTSIDE, Phase.CLOSED:
-                return self._sides.feed(self._blanks + text)
-            case Phase.OUTSIDE, Phase.INSIDE:
-                self._sides = _Sides(opened=True)
-                return Split()
-            case Phase.INSIDE, Phase.CLOSED:
-                assert token_id is not None
-                return self._sides.close(text.removesuffix(self._tags[token_id]))
-        is_tag = token_id is not None and self._tags.get(token_id) == THINK_CLOSE
-        if is_tag and text.endswith(THINK_CLOSE):  # not where it ended the answer, unshown
+    def feed(self, text: str, event: TokenEvent | None = None) -> Split:
+        before = self._phase
+        if event is None or event.phase == before:
+            return self._feed_same_phase(text, event)
+        self._phase = event.phase
+        if before == Phase.INSIDE:
+            return self._sides.close(text.removesuffix(self._tag_of(event)))
+        if event.phase == Phase.INSIDE:
+            self._sides = _Sides(opened=True)
+            return Split()
+        return self._sides.feed(self._blanks + text)
+
+    def finish(self, *, by_length: bool) -> Split:
+        if self._phase == Phase.OUTSIDE:
+            return Split(content=self._blanks)
+        return self._sides.finish(by_length=by_length)
+
+    def _feed_same_phase(self, text: str, event: TokenEvent | None) -> Split:
+        if self._phase == Phase.OUTSIDE:
+            self._blanks += text
+            return Split()
+        # A closing tag that ended the answer as a stop token comes without text.
+        if event is not None and self._tag_of(event) == THINK_CLOSE and text.endswith(THINK_CLOSE):
             last = self._sides.feed(text.removesuffix(THINK_CLOSE))
             return last.then(self._sides.feed_closing_tag())
         return self._sides.feed(text)
 
-    def finish(self, *, by_length: bool) -> Split:
-        if self._thinking.phase is Phase.OUTSIDE:
-            return Split(content=self._blanks)
-        return self._sides.finish(by_length=by_length)
+    def _tag_of(self, event: TokenEvent) -> str:
+        """The tag that the event's token is, or nothing."""
+        return "" if event.token_id is None else self._tags.get(event.token_id, "")
 
 
 class TextSplitter:
-    """By text, for tags that are spelled; only the prompt can open a block."""
+    """Splits at tags that several tokens spell. Only the prompt can open a block."""
 
     def __init__(self, *, opened: bool, closing: Sequence[str]) -> None:
         self._closing = closing
@@ -110,15 +117,15 @@ class TextSplitter:
     def inside_block(self) -> bool:
         return not self._sides.closed
 
-    def feed(self, text: str, token_id: int | None = None) -> Split:
+    def feed(self, text: str, event: TokenEvent | None = None) -> Split:
         text = self._held + text
         if self._sides.closed:
-            return self._feed_behind(text)
+            return self._feed_content(text)
         close = first_match(text, self._closing)
         if close is not None:
             self._held = ""
             last = self._sides.close(text[: close.start])
-            return last.then(self._feed_behind(text[close.end :]))
+            return last.then(self._feed_content(text[close.end :]))
         certain = len(text) - unfinished_length(text, self._closing)
         self._held = text[certain:]
         return self._sides.feed(text[:certain])
@@ -126,8 +133,8 @@ class TextSplitter:
     def finish(self, *, by_length: bool) -> Split:
         return self._sides.feed(self._held).then(self._sides.finish(by_length=by_length))
 
-    def _feed_behind(self, text: str) -> Split:
-        """Content, which may begin with one more closing tag."""
+    def _feed_content(self, text: str) -> Split:
+        """Feeds content, which may begin with one more closing tag."""
         self._held = ""
         if not self._sides.at_close:
             return self._sides.feed(text)
@@ -143,11 +150,11 @@ class TextSplitter:
 
 
 class PlainText:
-    """Of a raw prompt: no block, and tags are text."""
+    """Splits nothing: after a raw prompt there is no block, and tags are text."""
 
     inside_block = False
 
-    def feed(self, text: str, token_id: int | None = None) -> Split:
+    def feed(self, text: str, event: TokenEvent | None = None) -> Split:
         return Split(content=text)
 
     def finish(self, *, by_length: bool) -> Split:
@@ -155,14 +162,15 @@ class PlainText:
 
 
 class _Sides:
-    """Reasoning while the block is open, then content; without the line breaks next to tags."""
+    """Collects reasoning while the block is open and content after it, and drops the line breaks
+    next to the tags."""
 
     def __init__(self, *, opened: bool) -> None:
         self.closed = not opened
         self.at_close = False  # only blanks came since the block closed; one more tag may come
-        self._at_tag = opened  # directly behind one
-        self._held = ""  # line breaks that the closing tag may follow; blanks behind it
-        self._reasoning = ""  # given out so far
+        self._at_tag = opened  # nothing came since a tag
+        self._held = ""  # line breaks that a closing tag may follow, or blanks after one
+        self._reasoning = ""  # returned so far
 
     def feed(self, text: str) -> Split:
         text = self._held + text
@@ -181,13 +189,13 @@ class _Sides:
         return Split(reasoning=certain)
 
     def close(self, text: str) -> Split:
-        """The last text of the block."""
+        """Feeds the last text of the block."""
         last = self.feed(text)
         self.closed, self.at_close, self._at_tag, self._held = True, True, True, ""
         return last
 
     def feed_closing_tag(self) -> Split:
-        """A closing tag in the content."""
+        """Feeds a closing tag that stands in the content."""
         if not self.at_close:
             return self.feed(THINK_CLOSE)
         self.at_close, self._held = False, ""

@@ -1,7 +1,7 @@
-"""Stop strings: the answer ends before the first one, and no part of one is ever shown.
+"""Ends an answer before the first stop string, of which no part is ever sent.
 
-They look at the answer's content only. Reasoning is the model's own scratch paper: a stop string
-such as a blank line would otherwise end an answer before it began.
+Only the answer's content is searched, and not its reasoning: a stop string such as a blank line
+would often end an answer before it began.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from server.text.string_matching import first_match, unfinished_length
 
 
 class StopStrings:
-    """Feed it content; once `hit`, the answer is over."""
+    """Takes content piece by piece; once `hit`, the answer is over."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = strings
@@ -18,7 +18,7 @@ class StopStrings:
         self.hit = False
 
     def feed(self, text: str) -> str:
-        """The part of the content so far that is certain and was not given out yet."""
+        """Returns what is now certain to be sent: held text and `text`, up to a possible match."""
         if not self._strings:
             return text
         text = self._held + text
@@ -31,6 +31,6 @@ class StopStrings:
         return text[:certain]
 
     def finish(self) -> str:
-        """What was held back, now that no more text comes."""
+        """Returns the text held back, when no more text comes."""
         held, self._held = self._held, ""
         return held

@@ -1,4 +1,4 @@
-"""Finding strings in text that arrives in pieces: what must be held back, and what ended first."""
+"""Finds strings in text that arrives in pieces, and what of it must be held back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Match:
+    """Where a string was found: offsets of its start and its end."""
+
     start: int
     end: int
 
 
 def first_match(text: str, needles: Sequence[str]) -> Match | None:
-    """The occurrence that is complete first, so that the way a text is cut makes no difference."""
+    """Returns the match that ends first, so that how the text was cut makes no difference.
+
+    None where none of `needles` occurs.
+    """
     matches = [
         Match(start, start + len(needle)) for needle in needles if (start := text.find(needle)) >= 0
     ]
@@ -19,7 +24,7 @@ def first_match(text: str, needles: Sequence[str]) -> Match | None:
 
 
 def unfinished_length(text: str, needles: Sequence[str]) -> int:
-    """Length of the longest end of `text` that may still become one of `needles`."""
+    """Returns the length of the longest end of `text` that more text may complete to a needle."""
     longest = 0
     for needle in needles:
         for length in range(min(len(needle) - 1, len(text)), longest, -1):

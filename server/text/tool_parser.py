@@ -1,13 +1,13 @@
-"""Tool calls in an answer's text: the text as it comes in, content and calls out.
+"""Reads the tool calls in an answer's text: text in pieces in, content and calls out.
 
     text ──<tool_call>──▶ head ──{"name": …, "arguments":──▶ arguments ──▶ tail
       ▲                     └── no call ──┐                                  │
       └───────────────────────────────────┴───────────</tool_call>───────────┘
 
-The form is that of Qwen and Hermes. A call is certain once its name is known and its arguments
-begin; from there on they are given out as they come, as the model writes them. What looks like a
-call and is none stays content. The tags, and the blanks around a call, belong to neither side;
-nothing else is lost, and nothing depends on how the text was cut.
+The format is that of Qwen and Hermes. A call is certain once its name is known and its arguments
+begin; from then on arguments are returned as they come, exactly as the model writes them. Text that
+looks like a call but is none stays content. The tags and the white space around a call are dropped;
+nothing else is lost, and the result does not depend on how the text was cut.
 """
 
 import json
@@ -29,7 +29,7 @@ _TAIL: Final = re.compile(rf"\s*\}}?\s*{TOOL_CALL_END}")
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """A new call, which has an id and a name, or more of one's arguments."""
+    """The start of a call, with id and name, or the next piece of its arguments."""
 
     index: int
     arguments: str = ""  # JSON, as the model writes it
@@ -38,6 +38,7 @@ class CallDelta:
 
     @property
     def on_wire(self) -> dict[str, object]:
+        """The object that a stream sends."""
         if self.name is None:
             return {"index": self.index, "function": {"arguments": self.arguments}}
         function = {"name": self.name, "arguments": self.arguments}
@@ -45,78 +46,79 @@ class CallDelta:
 
 
 @dataclass(slots=True)
-class Said:
-    """The content and the calls that became certain."""
+class ParsedText:
+    """The content and the pieces of calls that became certain."""
 
     content: str = ""
     calls: list[CallDelta] = field(default_factory=list)
 
-    def then(self, other: "Said") -> "Said":
-        return Said(self.content + other.content, self.calls + other.calls)
+    def then(self, other: "ParsedText") -> "ParsedText":
+        return ParsedText(self.content + other.content, self.calls + other.calls)
 
 
 class _State(Enum):
     TEXT = auto()
-    HEAD = auto()  # behind an opening tag; may still turn out to be text
+    HEAD = auto()  # after an opening tag; may still turn out to be text
     ARGUMENTS = auto()
-    TAIL = auto()  # behind the arguments
+    TAIL = auto()  # after the arguments
 
 
 def new_call_id() -> str:
     return f"call_{uuid4().hex[:24]}"
 
 
-class ToolCalls:
-    """Feed it the content of one answer, then `finish` it once."""
+class ToolCallParser:
+    """Takes the content of one answer piece by piece, then `finish` once."""
 
     def __init__(self, make_id: Callable[[], str] = new_call_id) -> None:
         self.count = 0  # calls that began
         self._make_id = make_id
         self._state = _State.TEXT
         self._held = ""
-        self._behind_call = False  # nothing but blanks came since
+        self._after_call = False  # only white space came since
         self._object = _JsonObject()
 
     @property
     def complete(self) -> bool:
-        """Whether there are calls, and none that is cut off."""
+        """Whether there are calls, and none of them is cut off."""
         return self.count > 0 and self._state is not _State.ARGUMENTS
 
-    def feed(self, text: str) -> Said:
+    def feed(self, text: str) -> ParsedText:
+        """Returns what becomes certain with the next piece of content."""
         self._held += text
-        said = Said()
+        parsed = ParsedText()
         step = {
             _State.TEXT: self._text,
             _State.HEAD: self._head,
             _State.ARGUMENTS: self._arguments,
             _State.TAIL: self._tail,
         }
-        while step[self._state](said):
+        while step[self._state](parsed):
             pass
-        return said
+        return parsed
 
-    def finish(self) -> Said:
-        """What was held back, now that no more text comes."""
-        said = Said()
-        if self._state is _State.HEAD and self._whole_call(said, self._held, len(self._held)):
-            return said
+    def finish(self) -> ParsedText:
+        """Returns the text held back, when no more text comes."""
+        parsed = ParsedText()
+        if self._state is _State.HEAD and self._complete_call(parsed, self._held, len(self._held)):
+            return parsed
         if self._state in (_State.TEXT, _State.HEAD):
-            self._give(said, len(self._held))
-        return said
+            self._give(parsed, len(self._held))
+        return parsed
 
-    # --- one state each; True where more can be told from what is held ---------------------------
+    # One method for each state; it returns whether the held text can be read further.
 
-    def _text(self, said: Said) -> bool:
+    def _text(self, parsed: ParsedText) -> bool:
         start = self._held.find(TOOL_CALL)
         end = start
         if start < 0:
             end = len(self._held) - unfinished_length(self._held, [TOOL_CALL])
-        self._give(said, len(self._held[:end].rstrip()))
+        self._give(parsed, len(self._held[:end].rstrip()))
         if start >= 0:
             self._state = _State.HEAD
         return start >= 0
 
-    def _head(self, said: Said) -> bool:
+    def _head(self, parsed: ParsedText) -> bool:
         begin = self._held.index(TOOL_CALL) + len(TOOL_CALL)
         body = self._held[begin:].lstrip()
         close = self._held.find(TOOL_CALL_END, begin)
@@ -124,29 +126,31 @@ class ToolCalls:
         if match is not None and (close < 0 or match.end() <= close):
             name = _string(match[1])
             if name is not None:
-                self._begin(said, name)
+                self._begin(parsed, name)
                 self._held = self._held[match.end() :]
                 self._state, self._object = _State.ARGUMENTS, _JsonObject()
                 return True
-        if close >= 0 and self._whole_call(said, self._held[:close], close + len(TOOL_CALL_END)):
+        if close >= 0 and self._complete_call(
+            parsed, self._held[:close], close + len(TOOL_CALL_END)
+        ):
             return True
         if close < 0 and (not body or (body.startswith("{") and match is None)):
             return False
         self._state = _State.TEXT
-        self._give(said, begin)  # it was no call: the tag is text, and so is what follows
+        self._give(parsed, begin)  # not a call: the tag is content
         return True
 
-    def _arguments(self, said: Said) -> bool:
+    def _arguments(self, parsed: ParsedText) -> bool:
         end = self._object.end_in(self._held)
         piece = self._held[:end]
         if piece:
-            said.calls.append(CallDelta(self.count - 1, piece))
+            parsed.calls.append(CallDelta(self.count - 1, piece))
         self._held = self._held[len(piece) :]
         if end is not None:
             self._state = _State.TAIL
         return end is not None
 
-    def _tail(self, said: Said) -> bool:
+    def _tail(self, parsed: ParsedText) -> bool:
         match = _TAIL.match(self._held)
         if match is None and TOOL_CALL_END.startswith(
             self._held.lstrip().removeprefix("}").lstrip()
@@ -155,39 +159,37 @@ class ToolCalls:
         self._end(0 if match is None else match.end())
         return True
 
-    # --- what they do ----------------------------------------------------------------------------
-
-    def _give(self, said: Said, end: int) -> None:
-        """Content up to `end`; behind a call it begins with its first letter."""
+    def _give(self, parsed: ParsedText, end: int) -> None:
+        """Adds held text up to `end` to the content; after a call without leading white space."""
         text, self._held = self._held[:end], self._held[end:]
-        if self._behind_call:
+        if self._after_call:
             text = text.lstrip()
         if text:
-            said.content += text
-            self._behind_call = False
+            parsed.content += text
+            self._after_call = False
 
-    def _begin(self, said: Said, name: str) -> None:
-        said.calls.append(CallDelta(self.count, name=name, id=self._make_id()))
+    def _begin(self, parsed: ParsedText, name: str) -> None:
+        parsed.calls.append(CallDelta(self.count, name=name, id=self._make_id()))
         self.count += 1
 
     def _end(self, taken: int) -> None:
         self._held = self._held[taken:]
-        self._state, self._behind_call = _State.TEXT, True
+        self._state, self._after_call = _State.TEXT, True
 
-    def _whole_call(self, said: Said, text: str, taken: int) -> bool:
-        """A call whose parts stand in another order, which is told from the whole of it."""
+    def _complete_call(self, parsed: ParsedText, text: str, taken: int) -> bool:
+        """Reads a complete call, whose keys may be in any order; returns whether it is one."""
         call = _call(text[text.index(TOOL_CALL) + len(TOOL_CALL) :])
         if call is None:
             return False
         name, arguments = call
-        self._begin(said, name)
-        said.calls.append(CallDelta(self.count - 1, arguments))
+        self._begin(parsed, name)
+        parsed.calls.append(CallDelta(self.count - 1, arguments))
         self._end(taken)
         return True
 
 
 class _JsonObject:
-    """Finds the end of an object whose text comes in pieces, and trusts it otherwise."""
+    """Finds the end of a JSON object whose text comes in pieces; it does not check the rest."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -195,7 +197,7 @@ class _JsonObject:
         self._escaped = False
 
     def end_in(self, text: str) -> int | None:
-        """The place behind the object, or of a tag that ends it; None where it goes on."""
+        """Returns the offset after the object, or of a tag that cuts it off; None if it goes on."""
         for place, letter in enumerate(text):
             if self._in_string:
                 self._take_in_string(letter)
@@ -229,7 +231,7 @@ def _string(text: str) -> str | None:
 
 
 def _call(text: str) -> tuple[str, str] | None:
-    """Name and arguments of a call that is complete; None where it is none."""
+    """Name and arguments of a complete call; None where the text is none."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
@@ -244,8 +246,8 @@ def _call(text: str) -> tuple[str, str] | None:
     return name, arguments
 
 
-def joined(deltas: Sequence[CallDelta]) -> list[dict[str, object]]:
-    """The calls of a whole answer, as the wire has them."""
+def join_deltas(deltas: Sequence[CallDelta]) -> list[dict[str, object]]:
+    """Returns the calls of a complete answer, as the wire has them."""
     calls: list[dict[str, object]] = []
     for index in sorted({delta.index for delta in deltas}):
         own = [delta for delta in deltas if delta.index == index]

@@ -1,6 +1,6 @@
-"""Token ids and text: one tokenizer for both endpoints, and incremental decoding.
+"""Encodes and decodes text: one tokenizer for both endpoints, and incremental detokenization.
 
-Knows `tokenizer.json` through the `tokenizers` library, and nothing of templates or requests.
+It reads `tokenizer.json` through the `tokenizers` library. It knows no templates and no requests.
 """
 
 import re
@@ -21,7 +21,7 @@ _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary:
-    """A loaded tokenizer. Safe to use from several threads: nothing here changes it."""
+    """A loaded tokenizer. Safe to use from several threads, because nothing changes it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -31,6 +31,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, directory: Path) -> "Vocabulary":
+        """Reads the tokenizer of a checkpoint. Raises `CheckpointError`."""
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
@@ -40,11 +41,11 @@ class Vocabulary:
         try:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{path}: not readable as a tokenizer: {error}") from error
+            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
 
     @property
     def has_think_tags(self) -> bool:
-        """Whether both tags are single tokens."""
+        """Whether both tags of the think block are single tokens."""
         return self.think_open_id is not None and self.think_close_id is not None
 
     @cached_property
@@ -56,52 +57,53 @@ class Vocabulary:
 
     @cached_property
     def close_aliases(self) -> frozenset[int]:
-        """Tokens that close an open think block as its closing tag does."""
+        """Ids of tokens that close an open think block like its closing tag."""
         return frozenset(index for index, tag in self.tags.items() if tag == TOOL_CALL)
 
     @cached_property
     def closing_tags(self) -> tuple[str, ...]:
-        """What ends an open think block, as text."""
+        """The tags that close an open think block, as text."""
         return (THINK_CLOSE, TOOL_CALL) if self.close_aliases else (THINK_CLOSE,)
 
     @cached_property
     def hidden_tags(self) -> dict[int, str]:
-        """Tags that decoding would leave out because they are special tokens."""
+        """The tags, by id, that decoding would leave out because they are special tokens."""
         return {index: tag for index, tag in self.tags.items() if index in self._special_token_ids}
 
     @cached_property
     def marks(self) -> TokenMarks:
-        """What each token's text means to think blocks; a token of no text is blank.
+        """What each token's text means for think blocks; a token without text is blank.
 
-        A full stop inside a number is taken for the end of a sentence: a token does not tell.
+        A full stop inside a number counts as the end of a sentence, as the token alone cannot show
+        the difference.
         """
         ids = sorted(self.tokenizer.get_vocab(with_added_tokens=True).values())
         texts = self.tokenizer.decode_batch([[index] for index in ids], skip_special_tokens=True)
-        spoken = [pair for pair in zip(ids, texts, strict=True) if pair[0] not in self.tags]
+        with_text = [pair for pair in zip(ids, texts, strict=True) if pair[0] not in self.tags]
         return TokenMarks(
             soft_ends=frozenset(
-                index for index, text in spoken if text.endswith(("\n", *SENTENCE_ENDS))
+                index for index, text in with_text if text.endswith(("\n", *SENTENCE_ENDS))
             ),
-            blanks=frozenset(index for index, text in spoken if not text.strip()),
+            blanks=frozenset(index for index, text in with_text if not text.strip()),
         )
 
     def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:
-        """Ids and offsets of a raw text; with the tokens that the tokenizer itself adds, or not."""
+        """Returns ids and offsets of a raw text, with the tokenizer's special tokens or without."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def for_grammars(
+    def grammar_vocabulary(
         self, directory: Path, eos_token_ids: Iterable[int]
     ) -> GrammarVocabulary | None:
-        """What the engine needs to hold answers to a grammar; None where no token can end one."""
+        """Returns what the engine needs for grammars; None where no known token ends an answer."""
         known = [it for it in sorted(eos_token_ids) if self.tokenizer.id_to_token(it) is not None]
         if not known:
             return None
         return GrammarVocabulary(str(directory / "tokenizer.json"), tuple(known))
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Ids alone, at half the cost of an `encoding`; a rendered prompt has its special tokens.
+        """Returns the ids of a text, at half the cost of `encoding`, and without holding the GIL.
 
-        A long text holds up no other thread.
+        A rendered prompt has its special tokens already.
         """
         (encoding,) = self.tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
@@ -110,16 +112,17 @@ class Vocabulary:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
+        """Returns the text of tokens, special ones included."""
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return text
 
     def token_text(self, token_id: int) -> str:
+        """Returns the text of one token; an incomplete character becomes U+FFFD."""
         text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of one token, which may be a part of a character."""
+        """Returns the exact bytes of one token, which may be part of a character."""
         token = self.tokenizer.id_to_token(token_id)
         if token is None or token_id in self._added_token_ids:
             return self.token_text(token_id).encode()
@@ -145,17 +148,18 @@ class Vocabulary:
         )
 
 
-class TokenText:
-    """The text of one growing answer, a whole character at a time."""
+class IncrementalDetokenizer:
+    """Turns the tokens of one answer into text, one complete character at a time."""
 
     def __init__(self, vocabulary: Vocabulary, *, hide_special: bool = True) -> None:
         self._tokenizer = vocabulary.tokenizer
         self._hide_special = hide_special
         self._tags = vocabulary.hidden_tags if hide_special else {}
         self._stream = DecodeStream(skip_special_tokens=hide_special)
-        self._pending: list[int] = []  # fed, but no text came out yet
+        self._pending: list[int] = []  # tokens whose text is not complete
 
     def feed(self, token_id: int) -> str:
+        """Returns the text that is complete with this token; it may be empty."""
         if token_id in self._tags:
             return self.finish() + self._tags[token_id]
         text: str | None = self._stream.step(self._tokenizer, token_id)
@@ -167,7 +171,7 @@ class TokenText:
         return text
 
     def finish(self) -> str:
-        """What an unfinished character leaves."""
+        """Returns the text of a character that stays incomplete."""
         if not self._pending:
             return ""
         text: str = self._tokenizer.decode(self._pending, skip_special_tokens=self._hide_special)
@@ -177,7 +181,7 @@ class TokenText:
 
 
 def _byte_symbols() -> dict[str, int]:
-    """The printable stand-ins of the 256 bytes in byte-level vocabularies (GPT-2's)."""
+    """The printable symbols that stand for the 256 bytes in byte-level vocabularies (GPT-2's)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

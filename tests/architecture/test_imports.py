@@ -121,6 +121,12 @@ def test_the_server_never_touches_a_tensor(path: Path) -> None:
     assert {unit_of(name) for name in engine} <= allowed
 
 
+@pytest.mark.parametrize("path", FILES["server"], ids=relative)
+def test_the_server_follows_no_think_block_itself(path: Path) -> None:
+    """The engine reports the phase with each token event."""
+    assert "mi_runtime.scheduling.thinking" not in set(imports_of(path))
+
+
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
 def test_the_engine_speaks_token_ids_only(path: Path) -> None:
     foreign = {"tokenizers", "pydantic", "jinja2", *HTTP}

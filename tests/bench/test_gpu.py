@@ -319,7 +319,7 @@ def test_subjects_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--only", subjects])
-    assert "there are card, static, pair" in capsys.readouterr().err
+    assert "choose from card, static, pair" in capsys.readouterr().err
 
 
 def test_an_error_of_several_lines_is_one_line_to_read() -> None:

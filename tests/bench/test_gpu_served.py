@@ -14,13 +14,13 @@ import bench.gpu_served
 from bench.gpu_bounds import SHAPES, TINY
 from bench.gpu_cases import off
 from bench.gpu_pairs import Place
-from bench.gpu_served import FEW, ServedRun, engine_said, main, rows_of, said_by, steady
-from bench.served import Asked, ServerFailed, Streamed
+from bench.gpu_served import FEW, ServedRun, engine_facts, engine_facts_of, main, rows_of, steady
+from bench.served import ServerFailed, Streamed, StreamRequest
 from bench.served_pair import made_up_tokenizer, write_pair
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import EngineInfo
-from server.api.process import told
+from server.api.ready_message import describe_engine
 from server.text.checkpoint import Endpoint
 
 Rows = dict[tuple[str, str], Any]
@@ -130,8 +130,10 @@ def test_graphs_and_kernels_that_are_off_are_read_from_the_servers_line_and_fail
     graphs: str, kernels: str, off_there: int
 ) -> None:
     info = info_of(attention="triton (8 decode steps)", graphs=graphs, pair_kernels=kernels)
-    engine = engine_said(f"Ready: x ({told(info)}profile neutral) at http://127.0.0.1:80")
-    assert engine == said_by(info)
+    engine = engine_facts_of(
+        f"Ready: x ({describe_engine(info)}profile neutral) at http://127.0.0.1:80"
+    )
+    assert engine == engine_facts(info)
     error = off(engine, ServedRun("4b"), "cuda").get("error", "")
     assert len(list(filter(None, error.split("; ")))) == off_there
     assert off(engine, ServedRun("4b"), "cpu") == {}
@@ -159,13 +161,13 @@ def test_a_pair_without_room_for_its_files_is_skipped(monkeypatch: pytest.Monkey
 def test_a_stream_that_ends_early_is_an_error_that_shows_its_end() -> None:
     told_error = b'data: {"error":{"message":"The engine process ended"}}\n\n'
     with pytest.raises(ServerFailed, match="The engine process ended"):
-        Streamed(Asked("x", 0.5, seed=1), 0.0, ((1.0, told_error),)).check()
+        Streamed(StreamRequest("x", 0.5, seed=1), 0.0, ((1.0, told_error),)).check()
 
 
 def test_the_steady_rate_is_taken_while_all_streams_run() -> None:
     event = b'data: {"choices":[{"index":0,"delta":{"content":" aaaa"}}]}\n\n'
     streams = [
-        Streamed(Asked("x", 0.5, seed), 0.0, tuple((float(at), event) for at in moments))
+        Streamed(StreamRequest("x", 0.5, seed), 0.0, tuple((float(at), event) for at in moments))
         for seed, moments in enumerate([(1, 2, 3, 4), (3, 4, 5, 6)])
     ]
     assert steady(streams) == 2  # the second's first token is at 3, the first's last at 4
@@ -174,6 +176,6 @@ def test_the_steady_rate_is_taken_while_all_streams_run() -> None:
 def test_an_event_that_is_read_in_two_pieces_has_come_with_the_second() -> None:
     event = b'data: {"choices":[{"index":0,"delta":{"content":" aaaa"}}]}\n\n'
     pieces = ((1.0, event + event[:40]), (2.0, event[40:] + event))
-    streamed = Streamed(Asked("x", 0.5, seed=1), 0.0, pieces)
+    streamed = Streamed(StreamRequest("x", 0.5, seed=1), 0.0, pieces)
     assert streamed.moments == [1.0, 2.0, 2.0]
     assert streamed.text == " aaaa aaaa aaaa"

@@ -197,7 +197,7 @@ def test_traces_without_their_packages_are_exit_code_2_with_advice() -> None:
 
 def test_without_traces_no_sdk_of_opentelemetry_is_imported() -> None:
     """Its API may be: FastAPI brings that in where it is installed."""
-    program = "import sys, server.api.process, server.cli; print(*sys.modules)"
+    program = "import sys, server.api.uvicorn_server, server.cli; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "server.service" in loaded.split()

@@ -150,7 +150,7 @@ def test_a_checkpoint_without_tokenizer_json_is_exit_code_2(
 def test_a_closing_sequence_that_closes_nothing_is_exit_code_2(start_fake: Start) -> None:
     process = start_fake("--think-closing", "The end.", wait=False)
     assert process.exit_code() == 2
-    assert "think_closing: 'The end.' must hold the closing tag" in process.output
+    assert "think_closing: 'The end.' must contain the closing tag" in process.output
     assert "Traceback" not in process.output
 
 
@@ -236,7 +236,7 @@ def test_the_http_process_loads_no_torch(fake_server: Any) -> None:
     httpx.post(f"{fake_server.url}/v1/chat/completions", json=fake_server.chat_body("say x"))
     maps = Path(f"/proc/{fake_server.process.pid}/maps").read_text()
     assert not re.search(r"libtorch|transformers", maps)
-    modules = [sys.executable, "-c", "import sys, server.api.process; print(*sys.modules)"]
+    modules = [sys.executable, "-c", "import sys, server.api.uvicorn_server; print(*sys.modules)"]
     loaded = subprocess.run(modules, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
 

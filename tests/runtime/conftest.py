@@ -9,7 +9,10 @@ import torch
 
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
-from tests.runtime import oracle
+from mi_runtime.execution import startup
+from mi_runtime.model.blended_model import BlendedModel
+from mi_runtime.scheduling.planner import CostModel
+from tests.runtime import oracle, shared_models
 from tests.runtime.families import write_pair
 
 PairOf = Callable[..., tuple[Path, Path]]
@@ -22,6 +25,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _costs_are_measured_once_a_model() -> Iterator[None]:
+    """An engine's start measures for longer than most tests here run it."""
+    measure, measured = startup.measure_costs, dict[object, CostModel]()
+
+    def measure_once(model: BlendedModel) -> CostModel:
+        if model.model not in measured:
+            measured[model.model] = measure(model)
+        return measured[model.model]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "measure_costs", measure_once)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +55,8 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PairOf]:
         return pairs[name]
 
     yield pair
-    oracle.endpoint.cache_clear()
+    oracle.forget_all()
+    shared_models.forget_all()
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +66,11 @@ def qwen3_pair(pair_of: PairOf) -> tuple[Path, Path]:
 
 @pytest.fixture
 def make_engine(qwen3_pair: tuple[Path, Path]) -> MakeEngine:
-    """`make_engine(**settings)`: a small fp32 engine of the qwen3 pair."""
+    """`make_engine(**settings)`: a small fp32 engine around the shared model of the qwen3 pair."""
 
     def make(**settings: Any) -> Engine:
         instruct, thinking = map(str, qwen3_pair)
         small = {"device": "cpu", "dtype": "float32", "num_blocks": 64, "block_size": 4}
-        return Engine(EngineConfig(instruct, thinking, **{**small, **settings}))
+        return shared_models.engine_of(EngineConfig(instruct, thinking, **{**small, **settings}))
 
     return make

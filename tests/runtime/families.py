@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,6 +63,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
+
+# One of each kind of swap: tied, fused or biased matrices, routers and experts of every layout,
+# windows, sinks.
+OF_EACH_KIND = ("qwen3", "gemma3_text", "phi3", "starcoder2", "qwen2_moe", "glm4_moe", "gpt_oss")
+
+
+def families_of_each_kind() -> list[Any]:
+    """All families, for `parametrize`; those that repeat a kind are left to `make test-long`."""
+    return [
+        pytest.param(family, marks=[] if family in OF_EACH_KIND else pytest.mark.long)
+        for family in FAMILIES
+    ]
 
 
 def write_pair(

@@ -18,8 +18,12 @@ def endpoint(directory: Path, implementation: str = "eager") -> Any:
     return model.eval().requires_grad_(False)
 
 
+@cache
 def merged(instruct: Path, thinking: Path, value: float, dtype: torch.dtype = torch.float32) -> Any:
-    """A plain model with Θ(λ), computed from both state dicts in fp32 and rounded once."""
+    """A plain model with Θ(λ), computed from both state dicts in fp32 and rounded once.
+
+    All tests share it: who wants to change it makes a copy.
+    """
     low, high = endpoint(instruct).state_dict(), endpoint(thinking).state_dict()
     model = AutoModelForCausalLM.from_pretrained(instruct, dtype=dtype, attn_implementation="eager")
     blend = {
@@ -43,6 +47,17 @@ def logits(model: Any, tokens: list[int]) -> Tensor:
     return out
 
 
+def assert_greedy(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """Asserts that `answer` is what the model continues `prompt` with, each token its best.
+
+    One forward says it: if every token is the best one after those before it, the first is, and so
+    the second after it. Gives the logits that chose, `[tokens of the answer, vocabulary]`.
+    """
+    chosen_by = logits(model, [*prompt, *answer[:-1]])[len(prompt) - 1 :]
+    assert answer == chosen_by.argmax(1).tolist()
+    return chosen_by
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     ids = torch.tensor([prompt])
@@ -57,3 +72,8 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
+
+
+def forget_all() -> None:
+    endpoint.cache_clear()
+    merged.cache_clear()

@@ -1,9 +1,9 @@
 """What an engine was told of its vocabulary, once for all requests."""
 
 from mi_runtime.config import TokenMarks
-from mi_runtime.request import Dial, EngineRequest, ThinkPolicy
+from mi_runtime.request import Dial, EngineRequest, Phase, ThinkPolicy
 from mi_runtime.scheduling.sequence import Sequence
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.scheduling.thinking import ThinkingState
 
 OPEN, CLOSE, STOP, BLANK, WORD = 1, 2, 3, 4, 5
 MARKS = TokenMarks(soft_ends=frozenset({STOP}), blanks=frozenset({BLANK}))

@@ -205,7 +205,7 @@ def test_a_broken_engine_ends_its_process_at_once_even_where_tidying_up_would_ha
         one.receive()
 
 
-def test_a_pair_that_cannot_be_served_is_told_and_the_exit_code_is_2(
+def test_a_pair_that_cannot_be_served_is_reported_and_the_exit_code_is_2(
     started: Callable[..., Worker], qwen3_pair: Directories, tmp_path: Path
 ) -> None:
     one = started((qwen3_pair[0], tmp_path / "nothing"))

@@ -1,13 +1,19 @@
-"""An engine process without a model: speaks the pipe, and says what the prompt tells it to.
+"""An engine process without a model: the engine's scheduler, with a script in place of the model.
 
-The last user message is a command:
+Admission, the prefix cache, think blocks, grammars, ends and events are those of
+`mi_runtime.scheduling`. Only what a model would draw is made up: the last user message, or a raw
+prompt, is a command.
 
     say TEXT      TEXT, then end-of-sequence        lambda      the λ of the request
     request       dial, answer's dial and think policy, as JSON
     forever       `a` until max_tokens or abort     sampling    some sampling fields, as JSON
     wait          nothing: stays in the queue       fail        two tokens, then an error
+    reject        the engine refuses the request
     die           three tokens, then the process    wedge       three tokens, then nothing is
                   exits with code 7                             read or sent any more
+
+A script that writes what its grammar does not allow fails. Commands that describe the request
+ignore its grammar, so that tests can read it.
 """
 
 import argparse
@@ -16,8 +22,10 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import chain, cycle, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tokenizers import Tokenizer
 
-from mi_runtime.config import EngineConfig, TokenMarks
+from mi_runtime.config import EngineConfig
 from mi_runtime.request import (
     Abort,
     EngineInfo,
@@ -35,92 +43,53 @@ from mi_runtime.request import (
     FinishReason,
     LoadFailed,
     Ready,
+    RequestRejected,
     StepReport,
     Submit,
     TokenEvent,
     TokenLogprobs,
 )
-from mi_runtime.scheduling.thinking import ThinkingState
+from mi_runtime.scheduling.block_pool import BlockPool
+from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.grammar import Grammars
+from mi_runtime.scheduling.scheduler import Scheduler
+from mi_runtime.scheduling.sequence import Sequence
 
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+ENDLESS = ("forever", "fail", "die", "wedge")
+DESCRIPTIONS = ("request", "sampling", "lambda")
 FOREVER = 10**9
+FINGERPRINT = "0123456789abcdef" * 4
 
 
-@dataclass
-class Running:
-    """One request and what it still has to say."""
+class Script:
+    """What a sequence writes, token by token."""
 
-    request: EngineRequest
-    command: str
-    script: list[int]
-    eos: int
-    marks: TokenMarks
-    said: int = 0
-    scored: bool = False  # the prompt's log-probabilities are told
-    scripted: int = 0  # the rest was forced
-    thinking: ThinkingState | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        think = self.request.think
-        self.thinking = None if think is None else ThinkingState(think, self.marks)
-
-    def next_event(self) -> TokenEvent:
-        sampling = self.request.sampling
-        if self.command == "fail" and self.said == 2:
-            return TokenEvent(self.request.request_id, None, FinishReason.ERROR, error="told to")
-        scores = self._prompt_logprobs()
-        if sampling.max_tokens == 0:
-            reason = FinishReason.LENGTH
-            return TokenEvent(self.request.request_id, None, reason, prompt_logprobs=scores)
-        token = self._next_token()
-        self.said += 1
-        if self.thinking is not None:
-            self.thinking.observe(token)
-        finish = None
-        if token in sampling.ending_token_ids and self.said > sampling.min_tokens:
-            finish = FinishReason.STOP
-        elif self.said == sampling.max_tokens:
-            finish = FinishReason.LENGTH
-        return TokenEvent(
-            self.request.request_id,
-            token,
-            finish,
-            self._logprobs(token),
-            reasoning_tokens=self.thinking.reasoning_tokens if self.thinking else 0,
-            forced_close=self.thinking is not None and self.thinking.forced_close,
-            queue_seconds=0.001,
-            prompt_logprobs=scores,
+    def __init__(self, command: str, token_ids: list[int], eos: int) -> None:
+        self.command = command
+        self._tokens: Iterator[int] = (
+            cycle(token_ids) if command in ENDLESS else chain(token_ids, repeat(eos))
         )
 
-    def _prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None:
-        """-1, -2, … for the tokens of the prompt, each the best one."""
-        count = self.request.sampling.prompt_logprobs
-        if count is None or self.scored:
-            return None
-        self.scored = True
-        return tuple(
-            TokenLogprobs(-i, tuple((token + j, -i - j) for j in range(count)))
-            for i, token in enumerate(self.request.prompt[1:], 1)
-        )
-
-    def _next_token(self) -> int:
-        if self.thinking is not None and self.thinking.forced_token is not None:
-            return self.thinking.forced_token
-        endless = self.command in ("forever", "fail", "die", "wedge")
-        token = self.script[self.scripted % len(self.script)]
-        if not endless and self.scripted >= len(self.script):
-            token = self.eos
-        self.scripted += 1
-        return token
-
-    def _logprobs(self, token: int) -> TokenLogprobs | None:
-        count = self.request.sampling.logprobs
-        if count is None:
-            return None
-        return TokenLogprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(count)))
+    def draw(self, sequence: Sequence, filler: int) -> int | None:
+        """The next token, None if the grammar does not allow it. A forbidden end is `filler`."""
+        if sequence.forced_token is not None:
+            return sequence.forced_token
+        token = next(self._tokens)
+        if token in sequence.forbidden_token_ids:
+            token = filler
+        return token if is_allowed(token, sequence) else None
 
 
-def told(request: EngineRequest) -> dict[str, Any]:
+def is_allowed(token_id: int, sequence: Sequence) -> bool:
+    grammar = sequence.constrained_by
+    if grammar is None or token_id == grammar.extra_token:
+        return True
+    mask = grammar.mask()
+    return bool(mask) and bool(mask[token_id // 8] >> token_id % 8 & 1)
+
+
+def describe_request(request: EngineRequest) -> dict[str, Any]:
     dial, answer, think = request.dial, request.answer_dial, request.think
     return {
         "dial": [dial.reasoning_lambda, dict(dial.groups)],
@@ -134,17 +103,77 @@ def told(request: EngineRequest) -> dict[str, Any]:
     }
 
 
+def describe_sampling(request: EngineRequest) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
+        "top_k": sampling.top_k,
+        "eos": sorted(sampling.eos_token_ids),
+    }
+
+
+def text_of(command: str, request: EngineRequest) -> str:
+    if command.startswith("say "):
+        return command.removeprefix("say ")
+    match command:
+        case "lambda":
+            return f"{request.dial.reasoning_lambda:g}"
+        case "request":
+            return json.dumps(describe_request(request))
+        case "sampling":
+            return json.dumps(describe_sampling(request))
+    return "a"
+
+
 class FakeEngine:
-    def __init__(self, pipe: Connection, config: EngineConfig, step_seconds: float) -> None:
+    def __init__(
+        self, pipe: Connection, config: EngineConfig, *, context: int, step_seconds: float
+    ) -> None:
         self.pipe = pipe
         self.tokenizer = Tokenizer.from_file(str(Path(config.thinking) / "tokenizer.json"))
-        (self.eos,) = self.tokenizer.encode("<|im_end|>", add_special_tokens=False).ids
-        self.max_num_seqs = config.max_num_seqs
+        self.eos, self.filler = self.encode("<|im_end|>a")
         self.marks = config.marks
+        vocabulary = config.grammar_vocabulary
+        self.grammars = None if vocabulary is None else Grammars(vocabulary)
+        blocks_of_one = -(-context // config.block_size)
+        self.scheduler = Scheduler(
+            BlockPool(blocks_of_one * config.max_num_seqs, config.block_size, FINGERPRINT),
+            vocab_size=self.tokenizer.get_vocab_size(),
+            max_model_len=context,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            prefix_caching=config.prefix_caching,
+        )
         self.step_seconds = step_seconds
-        self.running: dict[str, Running] = {}
-        self.waiting: dict[str, Running] = {}
+        self.scripts: dict[str, Script] = {}  # by request id, of sequences that were scheduled
+        self.held: dict[str, EngineRequest] = {}  # requests that say `wait`
         self.steps = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        scheduler = self.scheduler
+        return EngineInfo(
+            pair_identity="1" * 32,
+            fingerprint=FINGERPRINT,
+            model_type="fake",
+            device="cpu",
+            dtype="float32",
+            delta_dtype="none",
+            vocab_size=scheduler.vocab_size,
+            max_model_len=scheduler.max_model_len,
+            block_size=scheduler.blocks.block_size,
+            num_blocks=scheduler.blocks.num_blocks,
+            layers=4,
+            weight_bytes=4_820_000,
+            peak_bytes=9_000_000_000,
+            load_seconds=0.0,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return token_ids
 
     def serve(self) -> None:
         while True:
@@ -152,84 +181,128 @@ class FakeEngine:
                 self.read_commands()
             except EOFError:
                 return
-            if self.running:
+            if self.scheduler.unfinished:
                 self.step()
                 time.sleep(self.step_seconds)
 
     def read_commands(self) -> None:
-        while self.pipe.poll(0 if self.running else None):
+        while self.pipe.poll(0 if self.scheduler.unfinished else None):
             match self.pipe.recv():
                 case Submit(request):
                     self.submit(request)
                 case Abort(request_id):
-                    gone = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
-                    if gone:
-                        self.report([TokenEvent(request_id, None, FinishReason.ABORT)])
+                    self.abort(request_id)
 
     def submit(self, request: EngineRequest) -> None:
+        try:
+            self.admit(request)
+        except RequestRejected as error:
+            end = TokenEvent(request.request_id, None, FinishReason.ERROR, error=str(error))
+            self.report([end])
+
+    def admit(self, request: EngineRequest) -> None:
+        """Accepts a request as the engine does. Raises RequestRejected."""
+        self.scheduler.admit_or_raise(request)
+        if request.grammar is not None and self.grammars is None:
+            raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
         text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
-        command = (USER_TURN.findall(text) or [text])[-1]  # a raw prompt is the command itself
-        new = Running(request, command, self.script(command, request), self.eos, self.marks)
-        if command == "wait" or len(self.running) >= self.max_num_seqs:
-            self.waiting[request.request_id] = new
+        command = (USER_TURN.findall(text) or [text])[-1]
+        if command == "reject":
+            raise RequestRejected("the prompt says so", param="prompt")
+        if command == "wait":
+            self.held[request.request_id] = request
             self.report([])
         else:
-            self.running[request.request_id] = new
+            self.schedule(request, command)
 
-    def script(self, command: str, request: EngineRequest) -> list[int]:
-        text = "a"
-        if command.startswith("say "):
-            text = command.removeprefix("say ")
-        elif command == "lambda":
-            text = f"{request.dial.reasoning_lambda:g}"
-        elif command == "request":
-            text = json.dumps(told(request))
-        elif command == "sampling":
-            sampling = request.sampling
-            text = json.dumps(
-                {
-                    "temperature": sampling.temperature,
-                    "max_tokens": sampling.max_tokens,
-                    "seed": sampling.seed,
-                    "top_k": sampling.top_k,
-                    "eos": sorted(sampling.eos_token_ids),
-                }
-            )
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def schedule(self, request: EngineRequest, command: str) -> None:
+        written = self.encode(text_of(command, request))
+        self.scripts[request.request_id] = Script(command, written, self.eos)
+        if command in DESCRIPTIONS:
+            request = replace(request, grammar=None)
+        sequence = Sequence(request, self.marks, self.grammars)
+        if sequence.grammar is not None:
+            sequence.grammar.wait(10)
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        event = self.scheduler.abort(request_id)
+        if self.held.pop(request_id, None) is not None:
+            event = TokenEvent(request_id, None, FinishReason.ABORT)
+        if event is not None:
+            self.report([event])
 
     def step(self) -> None:
         self.steps += 1
-        events = [running.next_event() for running in self.running.values()]
-        for event in events:
-            if event.finish_reason is not None:
-                del self.running[event.request_id]
-        self.report(events)
-        for running in self.running.values():
-            if running.said == 3 and running.command == "die":
-                os._exit(7)
-            if running.said == 3 and running.command == "wedge":
-                time.sleep(FOREVER)
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            ready = [key for key, it in self.waiting.items() if it.command != "wait"]
-            if not ready:
-                break
-            self.running[ready[0]] = self.waiting.pop(ready[0])
+        events = self.fail_on_command()
+        chunks = self.scheduler.schedule()
+        sampled = {}
+        for chunk in chunks:
+            if chunk.samples:
+                token = self.scripts[chunk.sequence.request_id].draw(chunk.sequence, self.filler)
+                if token is None:
+                    events.append(self.break_grammar(chunk.sequence))
+                else:
+                    sampled[chunk.sequence] = token, logprobs_of(chunk.sequence, token)
+        scores = {chunk.sequence: scores_of(chunk) for chunk in chunks if chunk.scored}
+        self.report(events + self.scheduler.update(chunks, sampled, scores))
+        for sequence in self.scheduler.running:
+            self.end_on_command(self.scripts[sequence.request_id].command, sequence)
+
+    def fail_on_command(self) -> list[TokenEvent]:
+        running = [
+            sequence
+            for sequence in self.scheduler.running
+            if self.scripts[sequence.request_id].command == "fail" and sequence.output_length == 2
+        ]
+        return [self.scheduler.fail(sequence, "the prompt says so") for sequence in running]
+
+    def break_grammar(self, sequence: Sequence) -> TokenEvent:
+        assert sequence.grammar is not None
+        fault = sequence.grammar.failure or "the script writes what its grammar does not allow"
+        return self.scheduler.fail(sequence, fault)
+
+    def end_on_command(self, command: str, sequence: Sequence) -> None:
+        if sequence.output_length == 3 and command == "die":
+            os._exit(7)
+        if sequence.output_length == 3 and command == "wedge":
+            time.sleep(FOREVER)
 
     def report(self, events: list[TokenEvent]) -> None:
+        scheduler = self.scheduler
+        held = {request.dial.reasoning_lambda for request in self.held.values()}
         stats = EngineStats(
-            running=len(self.running),
-            waiting=len(self.waiting),
-            used_blocks=len(self.running),
-            total_blocks=64,
-            running_lambdas=self.lambdas(self.running),
-            waiting_lambdas=self.lambdas(self.waiting),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self.held),
+            used_blocks=scheduler.blocks.referenced,
+            total_blocks=scheduler.blocks.num_blocks,
+            running_lambdas=scheduler.running.lambdas,
+            waiting_lambdas=tuple(sorted({*scheduler.waiting.lambdas, *held})),
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
             steps=self.steps,
             pair_executions=self.steps,
+            forced_closes=scheduler.forced_closes,
         )
         self.pipe.send(StepReport(tuple(events), stats))
 
-    def lambdas(self, requests: dict[str, Running]) -> tuple[float, ...]:
-        return tuple(sorted({it.request.dial.reasoning_lambda for it in requests.values()}))
+
+def logprobs_of(sequence: Sequence, token: int) -> TokenLogprobs | None:
+    count = sequence.request.sampling.logprobs
+    if count is None:
+        return None
+    return TokenLogprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(count)))
+
+
+def scores_of(chunk: Chunk) -> list[TokenLogprobs]:
+    """-1, -2, … for the tokens of the prompt but its first, each the best one."""
+    prompt, count = chunk.sequence.request.prompt, chunk.sequence.request.sampling.prompt_logprobs
+    assert count is not None
+    return [
+        TokenLogprobs(-at, tuple((prompt[at] + rank, -at - rank) for rank in range(count)))
+        for at in (position + 1 for position in chunk.scored)
+    ]
 
 
 def main() -> None:
@@ -244,28 +317,13 @@ def main() -> None:
     config: EngineConfig = pipe.recv()
     while arguments.load_gate and not arguments.load_gate.exists():
         if pipe.poll(0.01):
-            return  # the server went
+            return  # the server ended
     if arguments.fail_load:
         pipe.send(LoadFailed(arguments.fail_load))
         sys.exit(2)
-    engine = FakeEngine(pipe, config, arguments.step_seconds)
-    info = EngineInfo(
-        pair_identity="1" * 32,
-        fingerprint="0123456789abcdef" * 4,
-        model_type="fake",
-        device="cpu",
-        dtype="float32",
-        delta_dtype="none",
-        vocab_size=engine.tokenizer.get_vocab_size(),
-        max_model_len=config.max_model_len or arguments.context,
-        block_size=16,
-        num_blocks=64,
-        layers=4,
-        weight_bytes=4_820_000,
-        peak_bytes=9_000_000_000,
-        load_seconds=0.0,
-    )
-    pipe.send(Ready(info))
+    context = config.max_model_len or arguments.context
+    engine = FakeEngine(pipe, config, context=context, step_seconds=arguments.step_seconds)
+    pipe.send(Ready(engine.info))
     with suppress(BrokenPipeError):
         engine.serve()
 

@@ -44,14 +44,13 @@ workloads = st.builds(
 
 
 @given(work=workloads)
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_paged_attention_agrees_with_its_slow_twin(work: Workload) -> None:
     out = paged(work, attention(work), sequences(work, shuffled_blocks(work.seed)))
     torch.testing.assert_close(out, packed(work), atol=2e-6, rtol=1e-5)
 
 
 @given(work=workloads)
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_nothing_of_what_a_block_held_before_reaches_its_next_user(work: Workload) -> None:
     """A sequence that ends in the middle of its prefill leaves whatever it computed behind."""
     over = attention(work)

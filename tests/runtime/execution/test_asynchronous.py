@@ -24,6 +24,7 @@ from mi_runtime.request import (
     TokenEvent,
 )
 from tests.runtime.conftest import PairOf
+from tests.runtime.shared_models import engine_of
 
 Directories = tuple[Path, Path]
 Build = Callable[..., Engine]
@@ -63,7 +64,7 @@ def build(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> Build:
     }
 
     def make(**settings: Any) -> Engine:
-        return Engine(EngineConfig(*map(str, directories), **small | settings))
+        return engine_of(EngineConfig(*map(str, directories), **small | settings))
 
     return make
 

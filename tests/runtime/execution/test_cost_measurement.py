@@ -17,12 +17,11 @@ from mi_runtime.execution.cost_measurement import (
 )
 from mi_runtime.execution.decode_graphs import GraphKey
 from mi_runtime.model.blended_model import BlendedModel
-from mi_runtime.model.load import load_pair
-from mi_runtime.model.pair_check import check_pair
 from mi_runtime.model.row_lambdas import Way
 from mi_runtime.scheduling.planner import CostModel, Curve
 from tests.runtime.conftest import MakeEngine
 from tests.runtime.execution.test_decode_graphs import record
+from tests.runtime.shared_models import shared_model
 
 ROWS = (1, 8, 64)
 
@@ -45,7 +44,7 @@ def test_the_limit_of_kernels_is_where_they_save_most(
 
 
 def model_of(pair: tuple[Path, Path]) -> BlendedModel:
-    return load_pair(check_pair(*pair), "cpu")
+    return shared_model(pair)
 
 
 def test_without_a_gpu_no_kernels_are_taken_and_nothing_is_told(

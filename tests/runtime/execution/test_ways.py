@@ -6,7 +6,6 @@ endpoint as it is on disk.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from mi_runtime.model.row_lambdas import StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from mi_runtime.scheduling.planner import CostModel, Curve
 from tests.runtime import oracle
-from tests.runtime.families import FAMILIES, VOCABULARY
+from tests.runtime.families import FAMILIES, VOCABULARY, families_of_each_kind
+from tests.runtime.shared_models import engine_of
 from tests.runtime.ways import RandomPlanner
 
 Directories = tuple[Path, Path]
@@ -36,51 +36,27 @@ NEW_TOKENS = 7
 
 @dataclass
 class Subject:
-    """A family's engine, and its oracle for each λ."""
+    """An engine of a family, and its oracle for each λ."""
 
     directories: Directories
     engine: Engine
 
-    def __post_init__(self) -> None:
-        self._oracles: dict[float, Any] = {}
-
     def oracle(self, value: float) -> Any:
-        if value not in self._oracles:
-            self._oracles[value] = (
-                oracle.endpoint(self.directories[int(value)])
-                if value in (0.0, 1.0)
-                else oracle.merged(*self.directories, value)
-            )
-        return self._oracles[value]
+        if value in (0.0, 1.0):
+            return oracle.endpoint(self.directories[int(value)])
+        return oracle.merged(*self.directories, value)
 
-    @cached_property
-    def greedy(self) -> dict[str, list[int]]:
-        """What each of `requests` is answered."""
-        return {
-            name: oracle.greedy(self.oracle(value), prompt, NEW_TOKENS)
-            for name, (value, prompt) in PROMPTS.items()
-        }
-
-    @cached_property
-    def logprobs(self) -> dict[str, Tensor]:
-        """`[tokens, vocabulary]` of each answer."""
-        return {
-            name: oracle.logits(self.oracle(value), [*prompt, *self.greedy[name][:-1]])[
-                -NEW_TOKENS:
-            ].log_softmax(1)
-            for name, (value, prompt) in PROMPTS.items()
-        }
-
-    def check_answers(self, salt: str = "") -> None:
+    def check_answers(self) -> None:
         """Answers all requests, the invariants checked after every step; compares the tokens with
         the oracle's, and the log-probabilities, as a token may be right by luck."""
-        events = answers(self.engine, salt)
-        tokens = {name: [event.token_id for event in own] for name, own in events.items()}
-        assert tokens == self.greedy
-        for name, own in events.items():
-            tops = [dict(event.logprobs.top) for event in own if event.logprobs is not None]
+        for name, events in answers(self.engine).items():
+            value, prompt = PROMPTS[name]
+            tokens = [event.token_id for event in events if event.token_id is not None]
+            assert len(tokens) == NEW_TOKENS
+            expected = oracle.assert_greedy(self.oracle(value), prompt, tokens).log_softmax(1)
+            tops = [dict(event.logprobs.top) for event in events if event.logprobs is not None]
             shown = torch.tensor([[top[token] for token in range(VOCABULARY)] for top in tops])
-            assert (shown - self.logprobs[name]).abs().max() < TOLERANCE
+            assert (shown - expected).abs().max() < TOLERANCE
 
     def logits(self, dials: tuple[Dial, Dial], blended: bool) -> list[Tensor]:
         """`[tokens, vocabulary]` of two sequences, each at its dial, in one forward."""
@@ -128,27 +104,32 @@ def make_subject(directories: Directories, **settings: Any) -> Subject:
         "max_model_len": 64,
         "blend_cache_bytes": 1 << 28,
     }
-    return Subject(directories, Engine(EngineConfig(*map(str, directories), **small | settings)))
+    return Subject(directories, engine_of(EngineConfig(*map(str, directories), **small | settings)))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(params=FAMILIES)
+def any_subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
+    return make_subject(pair_of(request.param))
+
+
+@pytest.fixture(params=families_of_each_kind())
 def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
     return make_subject(pair_of(request.param))
 
 
-def requests(salt: str = "") -> list[EngineRequest]:
+def requests() -> list[EngineRequest]:
     sampling = SamplingParams(
         max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=VOCABULARY
     )
     return [
-        EngineRequest(name, tuple(prompt), Dial(value), sampling, cache_salt=salt)
+        EngineRequest(name, tuple(prompt), Dial(value), sampling)
         for name, (value, prompt) in PROMPTS.items()
     ]
 
 
-def answers(engine: Engine, salt: str) -> dict[str, list[TokenEvent]]:
+def answers(engine: Engine) -> dict[str, list[TokenEvent]]:
     events: dict[str, list[TokenEvent]] = {}
-    for request in requests(salt):
+    for request in requests():
         engine.submit(request)
         events[request.request_id] = []
     while not engine.idle:
@@ -162,13 +143,14 @@ def answers(engine: Engine, salt: str) -> dict[str, list[TokenEvent]]:
 # --- Logits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", LAMBDAS)
+@pytest.mark.parametrize("value", [0.0, 0.11, 1.0])
 def test_the_logits_of_all_ways_are_those_of_the_merged_checkpoint(
-    subject: Subject, value: float
+    any_subject: Subject, value: float
 ) -> None:
     """One forward each with all rows at λ, by single weights and by pair product; then one where
     only half of the rows are."""
-    dial, expected = Dial(value), subject.expected((value, value))
+    subject, dial = any_subject, Dial(value)
+    expected = subject.expected((value, value))
     before = subject.executions()
     single = subject.logits((dial, dial), blended=True)
     alone = subject.logits((dial, dial), blended=False)
@@ -190,24 +172,19 @@ def test_both_endpoints_in_one_forward_are_each_its_own(subject: Subject) -> Non
         assert (own - wanted).abs().max() < TOLERANCE
 
 
-def test_the_tolerance_tells_one_step_of_the_grid_from_the_next(subject: Subject) -> None:
-    logits = subject.logits((Dial(0.5), Dial(0.5)), blended=True)
-    for own, other in zip(logits, subject.expected((0.51, 0.51)), strict=True):
-        assert (own - other).abs().max() > 20 * TOLERANCE
-
-
 # --- Greedy tokens ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))]
+)
 def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
     subject: Subject, seed: int
 ) -> None:
-    """Mixed decodes and chunked prefills, steps in one forward and in several; the requests of
-    one seed find nothing of another's KV."""
+    """Mixed decodes and chunked prefills, steps in one forward and in several."""
     before, planner = subject.executions(), RandomPlanner(seed)
     subject.engine._runner.planner = planner  # type: ignore[assignment]
-    subject.check_answers(salt=str(seed))
+    subject.check_answers()
     assert planner.parts > planner.steps
     taken = subject.executions()
     assert all(taken[way] > before[way] for way in Way)
@@ -216,9 +193,9 @@ def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
 def test_they_do_when_what_was_computed_one_way_is_read_by_another(subject: Subject) -> None:
     """The prefix cache serves KV that other ways wrote."""
     subject.engine._runner.planner = RandomPlanner(4)  # type: ignore[assignment]
-    subject.check_answers(salt="kept")
+    subject.check_answers()
     hits = subject.engine.stats().prefix_hit_tokens
-    subject.check_answers(salt="kept")
+    subject.check_answers()
     assert subject.engine.stats().prefix_hit_tokens > hits
 
 

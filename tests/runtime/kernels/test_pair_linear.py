@@ -175,7 +175,7 @@ def test_experts_may_be_transposed() -> None:
     assert_near(out, exact[alignment.order])
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     st.integers(1, 9).flatmap(
         lambda experts: st.tuples(

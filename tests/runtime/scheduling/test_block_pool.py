@@ -284,7 +284,5 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
                 assert block.key is None or self.pool.find(block.key) == number
 
 
-PoolAgainstSlowTwin.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+PoolAgainstSlowTwin.TestCase.settings = settings(stateful_step_count=40)
 TestPoolAgainstSlowTwin = PoolAgainstSlowTwin.TestCase

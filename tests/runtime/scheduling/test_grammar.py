@@ -25,19 +25,21 @@ from tokenizers import Tokenizer, models
 from mi_runtime.config import EngineConfig, GrammarVocabulary, TokenMarks
 from mi_runtime.embedded_pair.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from mi_runtime.engine import Engine
-from mi_runtime.execution.sampler import _forbidden
+from mi_runtime.execution.logits_processors import _forbidden
 from mi_runtime.request import (
     Dial,
     EngineRequest,
     FinishReason,
+    Phase,
     RequestRejected,
     SamplingParams,
     ThinkPolicy,
     TokenEvent,
 )
 from mi_runtime.scheduling.grammar import MOST_KEPT, Grammars, GrammarState
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.scheduling.thinking import ThinkingState
 from tests.runtime.conftest import MakeEngine, PairOf
+from tests.runtime.shared_models import engine_of
 
 TOKENIZER = build_tokenizer()
 EOS, OPEN, CLOSE = (TOKENIZER.token_to_id(text) for text in ("<|im_end|>", "<think>", "</think>"))
@@ -51,6 +53,11 @@ SCHEMA = {
     "required": ["name", "ok"],
     "additionalProperties": False,
 }
+
+FEW_EXAMPLES = settings(  # each is an answer of a model
+    max_examples=settings.default.max_examples // 10,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
@@ -243,7 +250,7 @@ def build(directories: tuple[Path, Path], vocabulary: GrammarVocabulary, **chang
         "block_size": 4,
         "grammar_vocabulary": vocabulary,
     }
-    return Engine(EngineConfig(instruct, thinking, **small | changes))
+    return engine_of(EngineConfig(instruct, thinking, **small | changes))
 
 
 def request(
@@ -320,14 +327,12 @@ def compound(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict
 SCHEMAS = st.recursive(LEAVES, compound, max_leaves=5)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@FEW_EXAMPLES
 @given(SCHEMAS, st.sampled_from([1.0, 2.0]), st.integers(0, 2**31))
 def test_whatever_schema_the_answer_validates(
     engine: Engine, schema: dict[str, Any], temperature: float, seed: int
 ) -> None:
-    fields: dict[str, Any] = {"temperature": temperature, "max_tokens": 200, "seed": seed}
+    fields: dict[str, Any] = {"temperature": temperature, "max_tokens": 100, "seed": seed}
     (events,) = run(engine, request("r", json_grammar(schema), **fields)).values()
     if events[-1].finish_reason is not FinishReason.LENGTH:
         jsonschema.validate(json.loads(text_of(events)), schema)
@@ -543,15 +548,14 @@ def test_a_grammar_makes_no_model_think_that_would_not(engine: Engine, temperatu
     assert events[-1].finish_reason is FinishReason.COMPLETE
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@FEW_EXAMPLES
 @given(st.booleans(), st.none() | st.integers(0, 9), st.integers(0, 2**31))
 def test_whatever_the_block_does_the_answer_behind_it_obeys(
     engine: Engine, opened: bool, cap: int | None, seed: int
 ) -> None:
     leaning = random.Random(seed).choice([0.0, 6.0, 9.0])
     fields: dict[str, Any] = {"logit_bias": ((OPEN, leaning), (CLOSE, leaning)), "seed": seed}
+    fields["max_tokens"] = 60
     think = replace(POLICY, opened_by_prompt=opened, cap=cap)
     (events,) = run(engine, request("r", DIGITS, think, temperature=2.0, **fields)).values()
     tokens = said(events)

@@ -215,7 +215,7 @@ def test_only_the_endpoints_of_the_model_have_single_weights_from_the_start(
     assert alone(plan) == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     works=st.lists(
         st.tuples(st.sampled_from(DIALS[:9]), st.integers(1, 60))
@@ -390,7 +390,7 @@ def test_a_dial_that_went_idle_makes_room() -> None:
     assert run.weights.builds == {Dial(0.3): 1, Dial(0.6): 1}
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     steps=st.lists(
         st.lists(st.tuples(st.sampled_from(DIALS), st.integers(1, 40)), min_size=1, max_size=6),

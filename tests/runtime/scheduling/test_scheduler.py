@@ -868,7 +868,7 @@ def abort_one(rng: random.Random, engine: FakeEngine) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["one by one", "ahead"])
 @pytest.mark.parametrize("limits", TINY.values(), ids=TINY.keys())
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_random_workload_gives_every_request_what_it_gets_alone(
     limits: Limits, seed: int, asynchronous: bool
 ) -> None:
@@ -879,7 +879,7 @@ def test_a_random_workload_gives_every_request_what_it_gets_alone(
             engine.abort(rng.choice(chunks).sequence.request_id)
 
     engine = FakeEngine(limits, abort_in_flight)
-    while engine.steps < 2000:
+    while engine.steps < 1000:
         if engine.scheduler.unfinished < 12 and rng.random() < 0.4:
             engine.submit(random_request(rng, str(len(engine.requests)), limits))
         if engine.requests and rng.random() < 0.04:
@@ -896,7 +896,7 @@ def test_random_workloads_reach_every_path() -> None:
     """The workloads above would prove little if they never preempted, or aborted too early."""
     rng, met = random.Random(7), Counter[str]()
     engine = FakeEngine(Limits(num_blocks=16, max_batched_tokens=10))
-    for _ in range(1500):
+    for _ in range(1000):
         if engine.scheduler.unfinished < 12:
             engine.submit(random_request(rng, str(len(engine.requests)), engine.limits))
         if rng.random() < 0.1:
@@ -946,7 +946,7 @@ def small_requests(draw: st.DrawFn, request_id: str, limits: Limits) -> EngineRe
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(st.data())
 def test_any_workload_under_any_limits_gives_every_request_what_it_gets_alone(
     data: st.DataObject,

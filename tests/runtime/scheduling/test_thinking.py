@@ -3,6 +3,7 @@
 First the state alone, told made-up tokens; then an engine, whose model is led by logit biases.
 """
 
+import pickle
 import random
 from dataclasses import replace
 
@@ -14,12 +15,15 @@ from mi_runtime.engine import Engine
 from mi_runtime.request import (
     Dial,
     EngineRequest,
+    EngineStats,
     FinishReason,
+    Phase,
     SamplingParams,
+    StepReport,
     ThinkPolicy,
     TokenEvent,
 )
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.scheduling.thinking import ThinkingState
 from tests.runtime.conftest import MakeEngine
 from tests.runtime.families import VOCABULARY
 
@@ -269,6 +273,7 @@ def test_at_the_cap_the_engine_closes_the_block_and_the_answer_goes_on(
     assert tokens_of(events) == [*[WORD] * 4, 10, CLOSE, 11, *[WORD] * 5]
     assert [event.reasoning_tokens for event in events] == [1, 2, 3, *[4] * 9]
     assert [event.forced_close for event in events] == [False] * 5 + [True] * 7
+    assert [event.phase for event in events] == [Phase.INSIDE] * 5 + [Phase.CLOSED] * 7
     assert events[-1].finish_reason is FinishReason.LENGTH
     assert engine.stats().forced_closes == 1
 
@@ -290,6 +295,24 @@ def test_a_block_that_the_answer_opens_is_capped_too(make_engine: MakeEngine) ->
     think = replace(CAPPED, opened_by_prompt=False, cap=0)
     events = answer_of(make_engine(), ask("r", think, biased(OPEN, max_tokens=6)))
     assert tokens_of(events) == [OPEN, 10, CLOSE, 11, OPEN, OPEN]
+    assert [event.phase for event in events] == [Phase.INSIDE] * 2 + [Phase.CLOSED] * 4
+
+
+def test_an_event_without_a_token_has_the_phase_that_the_prompt_left(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine()
+    (end,) = answer_of(engine, ask("r", CAPPED, biased(WORD, max_tokens=0)))
+    assert (end.token_id, end.phase) == (None, Phase.INSIDE)
+    (end,) = answer_of(engine, ask("s", None, biased(WORD, max_tokens=0)))
+    assert (end.token_id, end.phase) == (None, Phase.OUTSIDE)
+
+
+def test_phases_travel_through_the_pipe_as_plain_numbers(make_engine: MakeEngine) -> None:
+    events = answer_of(make_engine(), ask("r", CAPPED))
+    assert {type(event.phase) for event in events} == {int}
+    report = StepReport(tuple(events), EngineStats())
+    assert pickle.loads(pickle.dumps(report)) == report
 
 
 def test_an_alias_closes_the_block_for_the_model(make_engine: MakeEngine) -> None:

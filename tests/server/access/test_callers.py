@@ -43,7 +43,7 @@ def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert compared == [(32, 32)] * 3
 
 
-def test_a_file_has_one_key_a_line_with_a_name_behind_it(tmp_path: Path) -> None:
+def test_a_file_has_one_key_a_line_followed_by_a_name(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# keys of the team\n\nsk-1 search team  # since May\nsk-2\n")
     keys = KeyRing.of([SecretStr("sk-0")], file)
@@ -52,15 +52,15 @@ def test_a_file_has_one_key_a_line_with_a_name_behind_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("# none\n", "no keys in it"), ("sk-1\nsk-1 twice\n", "twice"), ("schlüssel\n", "ASCII")],
 )
 def test_a_file_that_cannot_be_used_is_refused_without_its_keys(
-    text: str, said: str, tmp_path: Path
+    text: str, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys"
     file.write_text(text)
-    with pytest.raises(KeyFileError, match=said) as caught:
+    with pytest.raises(KeyFileError, match=message) as caught:
         KeyRing.of([], file)
     assert "sk-1" not in str(caught.value)
     with pytest.raises(KeyFileError, match="not readable"):

@@ -95,21 +95,21 @@ def test_the_earlier_of_both_deadlines_counts(
     given: bytes | None, limit: float | None, seconds: float | None
 ) -> None:
     headers = {} if given is None else {b"x-request-timeout": given}
-    assert Deadline.asked(headers, limit, arrived=0.0).seconds == seconds
+    assert Deadline.of(headers, limit, arrived=0.0).seconds == seconds
 
 
 def test_a_body_that_comes_too_slowly_is_past_its_deadline() -> None:
     async def scenario() -> None:
-        async with Deadline(0.05, time.perf_counter()).kept():
+        async with Deadline(0.05, time.perf_counter()).enforced():
             await asyncio.Event().wait()
 
     with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
         asyncio.run(scenario())
 
 
-def test_what_goes_wrong_in_time_is_told_as_it_is() -> None:
+def test_an_error_in_time_is_raised_unchanged() -> None:
     async def scenario() -> None:
-        async with Deadline(60, time.perf_counter()).kept():
+        async with Deadline(60, time.perf_counter()).enforced():
             raise InvalidRequest("no")
 
     with pytest.raises(InvalidRequest):

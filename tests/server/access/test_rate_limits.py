@@ -46,7 +46,7 @@ def test_each_caller_has_requests_of_its_own(clock: Clock) -> None:
     assert refused(limits, BOB) is None
 
 
-def test_who_comes_back_when_told_is_let_in(clock: Clock) -> None:
+def test_a_caller_that_waits_as_long_as_it_should_is_accepted(clock: Clock) -> None:
     limits = RateLimits(requests=3, tokens=None)
     for _ in range(3):
         assert refused(limits) is None
@@ -72,7 +72,7 @@ def test_a_caller_with_tokens_left_may_take_more_and_waits_for_them_to_come_back
     assert refused(limits) is None
 
 
-def test_nobody_is_told_to_wait_longer_than_clients_do(clock: Clock) -> None:
+def test_nobody_has_to_wait_longer_than_clients_do(clock: Clock) -> None:
     limits = RateLimits(requests=None, tokens=100)
     limits.spend(ANN, 10_000)
     assert refused(limits) == 120
@@ -85,7 +85,7 @@ def test_callers_that_have_all_their_tokens_are_forgotten(clock: Clock) -> None:
         limits.spend(Caller(str(number)), 1)
     clock.now += 60
     limits.spend(BOB, 1)
-    assert len(limits._whole_at) == 2
+    assert len(limits._full_at) == 2
     assert refused(limits) is not None
 
 

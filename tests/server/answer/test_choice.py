@@ -1,4 +1,4 @@
-"""A choice, from token events to chunks: whatever the tokens, it says what the whole text says."""
+"""A choice, from token events to chunks: however they arrive, they give the text of all tokens."""
 
 import time
 
@@ -7,14 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
-from mi_runtime.request import FinishReason, TokenEvent
+from mi_runtime.request import FinishReason, Phase, TokenEvent, TokenLogprobs
+from mi_runtime.scheduling.thinking import ThinkingState
 from server.answer.choice import Choice, Chunk
+from server.answer.echo import Echo
+from server.answer.logprobs import columns, text_logprobs
 from server.ops.metrics import Metrics
-from server.text.reasoning_parser import Split, Splitter
+from server.text.reasoning_parser import PlainText, Split, Splitter
 from server.text.stop_strings import StopStrings
 from server.text.think_policy import ThinkBlocks
-from server.text.tool_parser import ToolCalls, joined
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.tool_parser import ToolCallParser, join_deltas
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
 
 VOCABULARY = Vocabulary(build_tokenizer())
@@ -48,12 +51,23 @@ def new_choice(
     )
 
 
-def chunks_of(choice: Choice, ids: list[int]) -> list[Chunk]:
+def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
+    """The engine's events of these tokens and an end-of-sequence."""
+    policy = BLOCKS.policy(opened_by_prompt=opened, cap=None)
+    assert policy is not None
+    engine, events = ThinkingState(policy, VOCABULARY.marks), []
+    for token_id in [*ids, EOS]:
+        engine.observe(token_id)
+        event = TokenEvent("r", token_id, phase=int(engine.phase))
+        events.append(event._replace(reasoning_tokens=engine.reasoning_tokens))
+    events[-1] = events[-1]._replace(finish_reason=FinishReason.STOP)
+    return events
+
+
+def chunks_of(choice: Choice, ids: list[int], *, opened: bool = False) -> list[Chunk]:
     """The chunks of these tokens and an end-of-sequence, up to a stop string."""
-    events = [TokenEvent("r", token_id) for token_id in ids]
-    events.append(TokenEvent("r", EOS, FinishReason.STOP))
     chunks = []
-    for event in events:
+    for event in events_of(ids, opened=opened):
         chunk = choice.take(0.0, event)
         if chunk is not None:
             chunks.append(chunk)
@@ -63,44 +77,46 @@ def chunks_of(choice: Choice, ids: list[int]) -> list[Chunk]:
 
 
 @given(TOKENS, STOPS, st.booleans())
-def test_token_by_token_it_says_what_the_whole_text_says(
+def test_chunks_give_the_text_of_all_tokens_together(
     ids: list[int], stops: list[str], opened: bool
 ) -> None:
-    whole, stop = split_whole(ids, opened), StopStrings(stops)
-    content = stop.feed(whole.content)
+    expected, stop = split_at_once(ids, opened), StopStrings(stops)
+    content = stop.feed(expected.content)
     content += "" if stop.hit else stop.finish()
 
-    chunks = chunks_of(new_choice(opened, stops), ids)
+    chunks = chunks_of(new_choice(opened, stops), ids, opened=opened)
     assert "".join(chunk.content for chunk in chunks) == content
-    if not whole.repeats_reasoning and not stop.hit:
-        assert "".join(chunk.reasoning for chunk in chunks) == whole.reasoning
+    if not expected.repeats_reasoning and not stop.hit:
+        assert "".join(chunk.reasoning for chunk in chunks) == expected.reasoning
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
 
 
-def split_whole(ids: list[int], opened: bool) -> Split:
+def split_at_once(ids: list[int], opened: bool) -> Split:
     """The split of all tokens, before anybody looks at its content."""
-    whole, text, split = splitter(opened), TokenText(VOCABULARY), Split()
-    for token_id in ids:
-        split = split.then(whole.feed(text.feed(token_id), token_id))
-    split = split.then(whole.feed(text.finish(), EOS))
-    return split.then(whole.finish(by_length=False))
+    parser, text, split = splitter(opened), IncrementalDetokenizer(VOCABULARY), Split()
+    *events, end = events_of(ids, opened=opened)
+    for event, token_id in zip(events, ids, strict=True):
+        split = split.then(parser.feed(text.feed(token_id), event))
+    split = split.then(parser.feed(text.finish(), end))
+    return split.then(parser.finish(by_length=False))
 
 
 def test_a_closing_tag_that_ends_the_answer_leaves_reasoning_alone() -> None:
     choice = new_choice(opened=True)
-    events = [TokenEvent("r", token_id) for token_id in VOCABULARY.encode("ab")]
-    (close,) = VOCABULARY.encode("</think>")
-    events.append(TokenEvent("r", close, FinishReason.STOP, reasoning_tokens=2))
+    *events, close, _ = events_of(VOCABULARY.encode("ab</think>"), opened=True)
+    events.append(close._replace(finish_reason=FinishReason.STOP))
     chunks = [chunk for event in events if (chunk := choice.take(0.0, event))]
     assert "".join(chunk.reasoning for chunk in chunks) == "ab"
     assert "".join(chunk.content for chunk in chunks) == ""
+    assert choice.reasoning_tokens == 2
 
 
-def test_a_forced_close_is_told_on_the_last_chunk() -> None:
+def test_a_forced_close_is_reported_on_the_last_chunk() -> None:
     choice = new_choice(opened=True)
-    ids = VOCABULARY.encode("a\n</think>\n\nb")
-    events = [TokenEvent("r", token_id, forced_close=at > 1) for at, token_id in enumerate(ids)]
-    events.append(TokenEvent("r", EOS, FinishReason.STOP, forced_close=True))
+    events = [
+        event._replace(forced_close=event.phase == Phase.CLOSED)
+        for event in events_of(VOCABULARY.encode("a\n</think>\n\nb"), opened=True)
+    ]
     chunks = [chunk for event in events if (chunk := choice.take(0.0, event))]
     assert [chunk.forced_close for chunk in chunks] == [False, False, True]
     assert [(chunk.reasoning, chunk.content) for chunk in chunks] == [
@@ -137,17 +153,53 @@ def test_an_answer_may_be_complete_without_another_token() -> None:
     assert (chunk.content, chunk.finish_reason) == ("", "stop")
 
 
+def echoing_choice(text: str) -> Choice:
+    return Choice(
+        0,
+        vocabulary=VOCABULARY,
+        splitter=PlainText(),
+        stop=[],
+        meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
+        write_logprobs=text_logprobs(VOCABULARY),
+        echo=Echo.of_tokens(VOCABULARY.encode(text), VOCABULARY),
+    )
+
+
+def test_an_echo_stands_before_the_first_chunk_alone() -> None:
+    chunks = chunks_of(echoing_choice("ab"), VOCABULARY.encode("cd"))
+    assert [chunk.content for chunk in chunks] == ["abc", "d", ""]
+
+
+def test_an_echo_is_written_where_no_token_follows() -> None:
+    end = TokenEvent("r", None, FinishReason.LENGTH)
+    chunk = echoing_choice("ab").take(0.0, end)
+    assert chunk is not None
+    assert (chunk.content, chunk.finish_reason) == ("ab", "length")
+
+
+def test_an_echo_has_the_logprobs_of_its_tokens_before_those_of_the_answer() -> None:
+    (letter,) = VOCABULARY.encode("c")
+    scored = TokenLogprobs(-1.0, ())
+    event = TokenEvent("r", letter, logprobs=TokenLogprobs(-2.0, ()), prompt_logprobs=(scored,))
+    chunk = echoing_choice("ab").take(0.0, event)
+    assert chunk is not None
+    written = columns(chunk.logprobs)
+    assert written["tokens"] == ["a", "b", "c"]
+    assert written["token_logprobs"] == [None, -1.0, -2.0]
+    assert written["text_offset"] == [0, 1, 2]
+
+
 CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 WITH_CALLS = st.lists(st.sampled_from([CALL, "so", "\n", "<tool_call>", "é🙂", "{", CALL[:30]]))
 
 
 @given(WITH_CALLS)
-def test_token_by_token_calls_are_those_of_the_whole_text(pieces: list[str]) -> None:
+def test_calls_in_chunks_are_those_of_the_complete_text(pieces: list[str]) -> None:
     text = "".join(pieces)
     chunks = chunks_of(new_choice(tools=True), VOCABULARY.encode(text))
-    whole = ToolCalls()
-    said = whole.feed(text).then(whole.finish())
-    assert "".join(chunk.content for chunk in chunks) == said.content
-    read = joined([delta for chunk in chunks for delta in chunk.calls])
-    assert [it["function"] for it in read] == [it["function"] for it in joined(said.calls)]
-    assert chunks[-1].finish_reason == ("tool_calls" if said.calls else "stop")
+    parser = ToolCallParser()
+    expected = parser.feed(text).then(parser.finish())
+    assert "".join(chunk.content for chunk in chunks) == expected.content
+    read = join_deltas([delta for chunk in chunks for delta in chunk.calls])
+    assert [it["function"] for it in read] == [it["function"] for it in join_deltas(expected.calls)]
+    assert chunks[-1].finish_reason == ("tool_calls" if expected.calls else "stop")

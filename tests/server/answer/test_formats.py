@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from mi_runtime.request import Dial
 from server.answer.answer import AnswerHead
-from server.answer.chat_format import ChunkWriter
+from server.answer.chat_format import CHAT
 from server.answer.choice import Chunk
+from server.answer.sse import ChunkWriter
+from server.answer.text_format import TEXT
 from server.routing.routing_decision import RoutingDecision
 from server.text.tool_parser import CallDelta
 
@@ -24,6 +26,10 @@ def head(**fields: Any) -> AnswerHead:
         "prompt_tokens": 3,
     }
     return AnswerHead(**base | fields)
+
+
+def chat_writer(**fields: Any) -> ChunkWriter:
+    return ChunkWriter(head(**fields), CHAT)
 
 
 def read(written: bytes) -> list[dict[str, Any]]:
@@ -51,7 +57,7 @@ ROUTING = {"routing": {"reasoning_lambda": 0.6, "source": "body"}}
 
 def test_the_first_chunk_of_every_choice_has_the_role_and_the_routing() -> None:
     delta = {"role": "assistant", "content": ""}
-    assert read(ChunkWriter(head()).first(2)) == [
+    assert read(chat_writer().first(2)) == [
         event(delta, index=0) | ROUTING,
         event(delta, index=1) | ROUTING,
     ]
@@ -59,7 +65,7 @@ def test_the_first_chunk_of_every_choice_has_the_role_and_the_routing() -> None:
 
 @given(st.text(), st.text())
 def test_any_text_is_written_as_json_would(content: str, reasoning: str) -> None:
-    written = read(ChunkWriter(head()).write([Chunk(1, content, reasoning)]))
+    written = read(chat_writer().write([Chunk(1, content, reasoning)]))
     expected = []
     if reasoning:
         expected.append(event({"reasoning_content": reasoning, "reasoning": reasoning}, index=1))
@@ -69,17 +75,17 @@ def test_any_text_is_written_as_json_would(content: str, reasoning: str) -> None
 
 
 def test_chunks_that_came_together_are_written_together() -> None:
-    written = ChunkWriter(head()).write([Chunk(0, "a"), Chunk(1, "b"), Chunk(0, "c")])
+    written = chat_writer().write([Chunk(0, "a"), Chunk(1, "b"), Chunk(0, "c")])
     assert [it["choices"][0]["delta"]["content"] for it in read(written)] == ["a", "b", "c"]
 
 
 def test_the_last_chunk_has_the_reason_and_the_routing() -> None:
-    written = ChunkWriter(head()).write([Chunk(0, finish_reason="length")])
+    written = chat_writer().write([Chunk(0, finish_reason="length")])
     assert read(written) == [event({}, "length") | ROUTING]
 
 
 def test_with_usage_every_chunk_has_the_key_and_one_more_has_the_numbers() -> None:
-    writer = ChunkWriter(head(include_usage=True))
+    writer = chat_writer(include_usage=True)
     for written in (writer.first(1), writer.write([Chunk(0, "a"), Chunk(0, finish_reason="stop")])):
         assert all(it["usage"] is None for it in read(written))
     (last,) = read(writer.usage({"total_tokens": 5}, forced_close=False))
@@ -87,16 +93,16 @@ def test_with_usage_every_chunk_has_the_key_and_one_more_has_the_numbers() -> No
 
 
 def test_reasoning_that_nobody_wants_is_left_out() -> None:
-    writer = ChunkWriter(head(include_reasoning=False))
+    writer = chat_writer(include_reasoning=False)
     assert writer.write([Chunk(0, reasoning="r")]) == b""
     assert read(writer.write([Chunk(0, "a", "r")])) == [event({"content": "a"})]
 
 
-def test_a_call_is_written_behind_the_content_an_event_for_each_of_its_pieces() -> None:
+def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -> None:
     begun = CallDelta(1, name="f", id="call_0")
     chunk = Chunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
     head_of_call = {"index": 1, "id": "call_0", "type": "function"}
-    assert read(ChunkWriter(head()).write([chunk])) == [
+    assert read(chat_writer().write([chunk])) == [
         event({"content": "a"}),
         event({"tool_calls": [head_of_call | {"function": {"name": "f", "arguments": ""}}]}),
         event({"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}, "tool_calls")
@@ -104,18 +110,29 @@ def test_a_call_is_written_behind_the_content_an_event_for_each_of_its_pieces() 
     ]
 
 
+def test_texts_are_written_in_their_own_field_and_type() -> None:
+    writer = ChunkWriter(head(), TEXT)
+    choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
+    (first,) = read(writer.first(1))
+    assert (first["object"], first["choices"]) == ("text_completion", [choice])
+    (middle, last) = read(writer.write([Chunk(0, "a"), Chunk(0, finish_reason="length")]))
+    assert middle["choices"] == [choice | {"text": "a"}]
+    assert last["choices"] == [choice | {"finish_reason": "length"}]
+    assert "routing" in last
+
+
 def test_line_separators_that_json_allows_are_escaped() -> None:
-    assert b"\\u2028" in ChunkWriter(head()).write([Chunk(0, "\u2028")])
+    assert b"\\u2028" in chat_writer().write([Chunk(0, "\u2028")])
 
 
 def test_logprobs_travel_with_their_chunk() -> None:
     entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
-    (written,) = read(ChunkWriter(head(logprobs=True)).write([Chunk(0, "a", logprobs=[entry])]))
+    (written,) = read(chat_writer(logprobs=True).write([Chunk(0, "a", logprobs=[entry])]))
     assert written["choices"][0]["logprobs"] == {"content": [entry]}
 
 
-def test_a_forced_close_is_told_with_the_last_chunk_and_the_usage() -> None:
-    writer = ChunkWriter(head(include_usage=True))
+def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
+    writer = chat_writer(include_usage=True)
     forced = {"routing": ROUTING["routing"] | {"forced_close": True}}
     (last,) = read(writer.write([Chunk(0, finish_reason="stop", forced_close=True)]))
     (usage,) = read(writer.usage({}, forced_close=True))
@@ -124,7 +141,7 @@ def test_a_forced_close_is_told_with_the_last_chunk_and_the_usage() -> None:
 
 def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
     routing = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
-    writer = ChunkWriter(head(routing=routing))
+    writer = chat_writer(routing=routing)
     first = read(writer.first(2))
     (middle,) = read(writer.write([Chunk(1, "a")]))
     (last,) = read(writer.write([Chunk(1, finish_reason="stop")]))

@@ -23,7 +23,7 @@ def chat(client: TestClient, content: str, **fields: Any) -> Any:
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
 
-def said(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
+def answer_to(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
     response = chat(client, content, **fields)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -31,7 +31,7 @@ def said(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
 
 
 def message(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
-    choice = said(client, content, **fields)["choices"][0]
+    choice = answer_to(client, content, **fields)["choices"][0]
     return {**choice["message"], "finish_reason": choice["finish_reason"]}
 
 
@@ -63,7 +63,7 @@ def check_error(response: Any, status: int, code: str, param: str | None = None)
 
 
 def test_an_answer_has_openais_shape(client: TestClient) -> None:
-    answer = said(client, "say hello")
+    answer = answer_to(client, "say hello")
     assert answer["object"] == "chat.completion"
     assert answer["model"] == "pair"
     assert answer["system_fingerprint"] == "fp_0123456789abcdef"
@@ -84,7 +84,7 @@ THOUGHT = "say <think>\na=6\n</think>\n\nAnswer: 6"
 
 
 def test_reasoning_stands_under_both_names(client: TestClient) -> None:
-    answer = said(client, THOUGHT)
+    answer = answer_to(client, THOUGHT)
     got = answer["choices"][0]["message"]
     assert got["content"] == "Answer: 6"
     assert got["reasoning_content"] == got["reasoning"] == "a=6"
@@ -105,7 +105,10 @@ def test_a_stream_with_usage_ends_with_the_plain_answers_usage(client: TestClien
     events = streamed(client, THOUGHT, stream_options={"include_usage": True})
     assert all(event["usage"] is None for event in events[:-1])
     assert events[-1]["choices"] == []
-    assert events[-1]["usage"] == said(client, THOUGHT)["usage"]
+    usage = answer_to(client, THOUGHT)["usage"]
+    cached = usage.pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 < cached < usage["prompt_tokens"]  # the second answer finds the first one's prompt
+    assert events[-1]["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_reasoning_can_be_left_out(client: TestClient) -> None:
@@ -123,7 +126,7 @@ def test_an_answer_that_never_closed_the_prompts_block_is_not_hidden(
     make_client: MakeClient,
 ) -> None:
     client = make_client(opening=True)
-    answer = said(client, "say Answer: 6", reasoning_lambda=1)
+    answer = answer_to(client, "say Answer: 6", reasoning_lambda=1)
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Answer: 6"}
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
     events = streamed(client, "say Answer: 6", reasoning_lambda=1)
@@ -147,10 +150,12 @@ def test_a_stop_string_ends_the_answer_before_itself(
     client: TestClient, wait_until: WaitUntil
 ) -> None:
     text = "say one two three"
-    answer = said(client, text, stop=[" t", "zzz"])
+    answer = answer_to(client, text, stop=[" t", "zzz"])
     assert answer["choices"][0]["message"]["content"] == "one"
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["usage"]["completion_tokens"] < said(client, text)["usage"]["completion_tokens"]
+    assert (
+        answer["usage"]["completion_tokens"] < answer_to(client, text)["usage"]["completion_tokens"]
+    )
     assert joined(streamed(client, text, stop=" t"), "content") == "one"
 
 
@@ -165,18 +170,18 @@ def test_stop_strings_do_not_look_at_reasoning(client: TestClient) -> None:
 
 
 def test_n_choices_have_indices_and_seeds_of_their_own(client: TestClient) -> None:
-    answer = said(client, "sampling", n=3, seed=5)
+    answer = answer_to(client, "sampling", n=3, seed=5)
     seeds = [json.loads(it["message"]["content"])["seed"] for it in answer["choices"]]
     assert [it["index"] for it in answer["choices"]] == [0, 1, 2]
     assert seeds == [5, 6, 7]
-    one = said(client, "sampling", seed=5)
+    one = answer_to(client, "sampling", seed=5)
     assert answer["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
     events = streamed(client, "sampling", n=2, seed=5)
     assert [json.loads(joined(events, "content", it))["seed"] for it in (0, 1)] == [5, 6]
 
 
 def test_logprobs_have_a_token_its_bytes_and_alternatives(client: TestClient) -> None:
-    answer = said(client, "say a7", logprobs=True, top_logprobs=2)
+    answer = answer_to(client, "say a7", logprobs=True, top_logprobs=2)
     entries = answer["choices"][0]["logprobs"]["content"]
     assert len(entries) == answer["usage"]["completion_tokens"]
     assert entries[0]["token"] == "a"
@@ -211,7 +216,7 @@ def test_the_pairs_sampling_defaults_apply(client: TestClient) -> None:
         ({"headers": {"X-Reasoning-Lambda": "0.6"}}, "header"),
     ],
 )
-def test_a_lambda_reaches_the_engine_and_is_told(
+def test_a_lambda_reaches_the_engine_and_is_reported(
     client: TestClient, fields: dict[str, Any], source: str
 ) -> None:
     response = chat(client, "lambda", **fields)
@@ -286,13 +291,24 @@ def test_a_failure_inside_a_stream_is_its_last_event(client: TestClient) -> None
     response = chat(client, "fail", stream=True)
     assert response.status_code == 200
     last = response.text.split("\n\n")[-2]
-    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "told to"
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the prompt says so"
+
+
+def test_a_request_that_the_engine_rejects_is_an_error_and_the_others_go_on(
+    client: TestClient,
+) -> None:
+    response = chat(client, "reject")
+    check_error(response, 500, "internal_error")
+    assert response.json()["error"]["message"] == "the prompt says so"
+    *_, last, _ = chat(client, "reject", stream=True, n=2).text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert message(client, "say ok")["content"] == "ok"
 
 
 # --- life ---
 
 
-def test_while_loading_requests_are_told_to_come_back(
+def test_while_loading_requests_are_asked_to_come_back(
     make_client: MakeClient, tmp_path: Path, wait_until: WaitUntil
 ) -> None:
     gate = tmp_path / "gate"
@@ -324,7 +340,7 @@ def test_an_engine_that_dies_ends_the_answer_and_turns_health(client: TestClient
     assert "exit code 7" in str(ended)
 
 
-def test_a_failed_load_is_told_with_its_reason(
+def test_a_failed_load_is_reported_with_its_reason(
     make_client: MakeClient, wait_until: WaitUntil
 ) -> None:
     client = make_client("--fail-load", "tensor x is missing", wait=False)
@@ -341,8 +357,8 @@ def test_the_list_of_models_has_aliases_with_a_parent(client: TestClient) -> Non
     assert models[0]["id"] == "pair"
     assert models[0]["max_model_len"] == 2048
     assert models[0]["parent"] is None
-    told = {"identity", "instruct", "thinking", "layers", "delta_dtype"}
-    assert set(models[0]["pair"]) == told
+    reported = {"identity", "instruct", "thinking", "layers", "delta_dtype"}
+    assert set(models[0]["pair"]) == reported
     assert (models[0]["pair"]["identity"], models[0]["pair"]["layers"]) == ("1" * 32, 4)
     assert {model["parent"] for model in models[1:]} == {"pair"}
 
@@ -396,7 +412,7 @@ def gauge(client: TestClient, name: str) -> float:
 
 
 def test_the_metrics_follow_real_requests(client: TestClient) -> None:
-    said(client, THOUGHT, reasoning_lambda=0.6)
+    answer_to(client, THOUGHT, reasoning_lambda=0.6)
     text = client.get("/metrics").text
     for line in (
         'mi_request_success_total{finished_reason="stop",model_name="pair"} 1.0',
@@ -432,8 +448,8 @@ def test_a_message_is_continued_or_a_new_one_begun_not_both(client: TestClient) 
 
 
 def test_a_priority_reaches_the_engine(client: TestClient) -> None:
-    told = json.loads(message(client, "request", priority=7)["content"])
-    assert told["priority"] == 7
+    request = json.loads(message(client, "request", priority=7)["content"])
+    assert request["priority"] == 7
 
 
 @pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 0.5, "1"])

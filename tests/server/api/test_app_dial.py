@@ -23,7 +23,7 @@ def chat(client: TestClient, content: str, **fields: Any) -> Any:
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
 
-def said(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
+def answer_to(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
     response = chat(client, content, **fields)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -32,7 +32,7 @@ def said(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
 
 def requested(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
     """What reached the engine, of each choice."""
-    answer = said(client, "request", **fields)
+    answer = answer_to(client, "request", **fields)
     return [json.loads(choice["message"]["content"]) for choice in answer["choices"]]
 
 
@@ -51,11 +51,13 @@ def test_an_object_reaches_the_engine_group_by_group(client: TestClient) -> None
     assert got["dial"] == [0.6, {"0.attn": 1.0, "1.attn": 1.0, "head": 0.0}]
 
 
-def test_an_object_is_told_in_its_canonical_form(client: TestClient) -> None:
+def test_an_object_is_reported_in_its_canonical_form(client: TestClient) -> None:
     value = {"default": 0.6, "mlp": 0.6, "layers": {"0": 0.2, "1": 0.2}}
     response = chat(client, "say x", reasoning_lambda=value)
-    told = {"default": 0.6, "layers": {"0-1": 0.2}}
-    assert response.json()["routing"] == {"reasoning_lambda": told, "source": "body"} | UNMEASURED
+    reported = {"default": 0.6, "layers": {"0-1": 0.2}}
+    assert (
+        response.json()["routing"] == {"reasoning_lambda": reported, "source": "body"} | UNMEASURED
+    )
     assert response.headers["X-Reasoning-Lambda"] == "0.6"
     assert "reasoning_lambda" not in response.json()["choices"][0]
 
@@ -65,8 +67,8 @@ def test_the_default_of_an_object_chooses_the_template_and_the_metrics(
 ) -> None:
     client = make_client(opening=True)
     text = "say a</think>b"
-    instruct = said(client, text, reasoning_lambda={"default": 0, "mlp": 1})
-    thinking = said(client, text, reasoning_lambda={"default": 0.6, "mlp": 0})
+    instruct = answer_to(client, text, reasoning_lambda={"default": 0, "mlp": 1})
+    thinking = answer_to(client, text, reasoning_lambda={"default": 0.6, "mlp": 0})
     assert instruct["choices"][0]["message"]["content"] == "a</think>b"
     assert thinking["choices"][0]["message"]["content"] == "b"
     counted = 'mi_request_prompt_tokens_count{lambda_bucket="0.6-0.7",model_name="pair"} 1.0'
@@ -82,8 +84,8 @@ def test_a_fan_out_is_one_choice_for_each_lambda_in_order(client: TestClient) ->
     assert [it["message"]["content"] for it in answer["choices"]] == ["1", "0.2", "0.6"]
     assert [it["reasoning_lambda"] for it in answer["choices"]] == [1.0, 0.2, 0.6]
     assert [it["index"] for it in answer["choices"]] == [0, 1, 2]
-    told = {"reasoning_lambda": [1.0, 0.2, 0.6], "source": "body"}
-    assert answer["routing"] == told | UNMEASURED
+    reported = {"reasoning_lambda": [1.0, 0.2, 0.6], "source": "body"}
+    assert answer["routing"] == reported | UNMEASURED
     assert response.headers["X-Reasoning-Lambda"] == "1,0.2,0.6"
 
 
@@ -101,8 +103,8 @@ def test_each_choice_of_a_fan_out_is_what_a_request_of_its_own_gets(
 
 def test_the_prompt_of_a_fan_out_is_counted_once_at_its_longest(make_client: MakeClient) -> None:
     client = make_client(opening=True)
-    short, long = (said(client, "say x", reasoning_lambda=it)["usage"] for it in (0, 1))
-    both = said(client, "say x", reasoning_lambda=[1, 0])["usage"]
+    short, long = (answer_to(client, "say x", reasoning_lambda=it)["usage"] for it in (0, 1))
+    both = answer_to(client, "say x", reasoning_lambda=[1, 0])["usage"]
     assert short["prompt_tokens"] < long["prompt_tokens"] == both["prompt_tokens"]
 
 
@@ -118,12 +120,12 @@ def test_in_a_stream_the_first_and_last_chunk_of_a_choice_name_its_lambda(
 # --- the answer's λ ---
 
 
-def test_an_answer_lambda_reaches_the_engine_and_is_told(client: TestClient) -> None:
+def test_an_answer_lambda_reaches_the_engine_and_is_reported(client: TestClient) -> None:
     (got,) = requested(client, reasoning_lambda=0.6, answer_lambda=0.2)
     assert got["answer"] == [0.2, {}]
-    answer = said(client, "say x", reasoning_lambda=0.6, answer_lambda=0.2)
-    told = {"reasoning_lambda": 0.6, "answer_lambda": 0.2, "source": "body"}
-    assert answer["routing"] == told | UNMEASURED
+    answer = answer_to(client, "say x", reasoning_lambda=0.6, answer_lambda=0.2)
+    reported = {"reasoning_lambda": 0.6, "answer_lambda": 0.2, "source": "body"}
+    assert answer["routing"] == reported | UNMEASURED
 
 
 def test_an_answer_lambda_that_changes_nothing_is_no_switch(client: TestClient) -> None:
@@ -151,13 +153,13 @@ def test_a_budget_under_any_name_is_the_engines_cap(
     cap, window, closing = got["think"]
     assert (cap, window) == (100, 10)
     assert build_tokenizer().decode(closing) == "\n</think>\n\n"
-    assert said(client, "say x", **fields)["routing"]["cap"] == 100
+    assert answer_to(client, "say x", **fields)["routing"]["cap"] == 100
 
 
 def test_minus_one_is_no_budget(client: TestClient) -> None:
     (got,) = requested(client, thinking_token_budget=-1)
     assert got["think"][:2] == [None, 0]
-    assert "cap" not in said(client, "say x", thinking_token_budget=-1)["routing"]
+    assert "cap" not in answer_to(client, "say x", thinking_token_budget=-1)["routing"]
 
 
 @pytest.mark.parametrize("cap", [0, 1, 5])
@@ -165,7 +167,7 @@ def test_a_block_that_is_closed_by_force_ends_exactly_at_the_cap(
     make_client: MakeClient, cap: int
 ) -> None:
     client = make_client(opening=True)
-    answer = said(client, "say abcdefgh", reasoning_lambda=1, thinking_token_budget=cap)
+    answer = answer_to(client, "say abcdefgh", reasoning_lambda=1, thinking_token_budget=cap)
     message = answer["choices"][0]["message"]
     assert message.get("reasoning", "") == "abcdefgh"[:cap]
     assert message["content"] == "abcdefgh"[cap:]
@@ -177,22 +179,22 @@ def test_a_stream_tells_a_forced_close_at_its_end_only(make_client: MakeClient) 
     client = make_client(opening=True)
     fields = {"reasoning_lambda": 1, "thinking_token_budget": 3}
     events = streamed(client, "say abcd", stream_options={"include_usage": True}, **fields)
-    told = [it["routing"].get("forced_close") for it in events if "routing" in it]
-    assert told == [None, True, True]
+    reported = [it["routing"].get("forced_close") for it in events if "routing" in it]
+    assert reported == [None, True, True]
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
     assert "".join(it.get("reasoning", "") for it in deltas) == "abc"
     assert "".join(it.get("content", "") for it in deltas) == "d"
 
 
 def test_a_block_that_ends_in_time_is_not_closed_by_force(client: TestClient) -> None:
-    answer = said(client, "say <think>ab</think>c", thinking_token_budget=20)
-    told = {"reasoning_lambda": 0.8, "source": "budget", "cap": 20}
-    assert answer["routing"] == told | UNMEASURED
+    answer = answer_to(client, "say <think>ab</think>c", thinking_token_budget=20)
+    reported = {"reasoning_lambda": 0.8, "source": "budget", "cap": 20}
+    assert answer["routing"] == reported | UNMEASURED
 
 
 def test_a_cap_never_touches_an_answer_that_only_mentions_the_tags(client: TestClient) -> None:
     text = "Write <think> and then think a lot about it."
-    answer = said(client, f"say {text}", thinking_token_budget=2)
+    answer = answer_to(client, f"say {text}", thinking_token_budget=2)
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
     assert "forced_close" not in answer["routing"]
 
@@ -202,17 +204,17 @@ def test_a_block_closes_at_a_line_or_sentence_end_inside_the_soft_window(
 ) -> None:
     client = make_client(opening=True, think_soft_window=4)
     fields: dict[str, Any] = {"reasoning_lambda": 1, "thinking_token_budget": 6}
-    message = said(client, "say ab.c.defg", **fields)["choices"][0]["message"]
+    message = answer_to(client, "say ab.c.defg", **fields)["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("ab.", "c.defg")
-    message = said(client, "say a.bcdefg", **fields)["choices"][0]["message"]
+    message = answer_to(client, "say a.bcdefg", **fields)["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("a.", "bcdefg")
-    message = said(client, "say abcdefgh", **fields)["choices"][0]["message"]
+    message = answer_to(client, "say abcdefgh", **fields)["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("abcdef", "gh")
 
 
 def test_the_closing_sequence_is_the_operators(make_client: MakeClient) -> None:
     client = make_client(opening=True, think_closing="\nTime is up.\n</think>\n\nSo: ")
-    answer = said(client, "say abcd", reasoning_lambda=1, thinking_token_budget=2)
+    answer = answer_to(client, "say abcd", reasoning_lambda=1, thinking_token_budget=2)
     message = answer["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("ab\nTime is up.", "So: cd")
 
@@ -289,7 +291,7 @@ def test_a_request_with_a_cap_leaves_it_in_the_log(
 ) -> None:
     client = make_client(opening=True)
     with caplog.at_level("INFO", "server.ops.request_log"):
-        said(client, "say abcd", reasoning_lambda=1, answer_lambda=0.5, thinking_budget=2)
+        answer_to(client, "say abcd", reasoning_lambda=1, answer_lambda=0.5, thinking_budget=2)
     record = next(it for it in caplog.records if it.name == "server.ops.request_log")
     line = logs.formatter("text").format(record)
     for part in ("lambda=1", "answer_lambda=0.5", "cap=2", "forced_close=1"):

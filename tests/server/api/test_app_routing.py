@@ -36,8 +36,8 @@ def routed(client: TestClient, content: str = "lambda", **fields: Any) -> dict[s
     response = chat(client, content, **fields)
     assert response.status_code == 200, response.text
     routing: dict[str, Any] = response.json()["routing"]
-    said = response.json()["choices"][0]["message"]["content"]
-    assert content != "lambda" or said == f"{routing['reasoning_lambda']:g}"
+    text = response.json()["choices"][0]["message"]["content"]
+    assert content != "lambda" or text == f"{routing['reasoning_lambda']:g}"
     assert response.headers["X-Reasoning-Lambda"] == f"{routing['reasoning_lambda']:g}"
     return routing
 
@@ -112,9 +112,9 @@ def test_a_stream_tells_the_routing_first_and_last(profiled: MakeClient) -> None
     client = profiled()
     *events, _, _ = chat(client, "say xyz", reasoning_effort=0.8, stream=True).text.split("\n\n")
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    told = [index for index, chunk in enumerate(chunks) if "routing" in chunk]
-    assert told == [0, len(chunks) - 1]
-    for index in told:
+    with_routing = [index for index, chunk in enumerate(chunks) if "routing" in chunk]
+    assert with_routing == [0, len(chunks) - 1]
+    for index in with_routing:
         assert chunks[index]["routing"]["expected_reasoning_tokens"] == 200
 
 
@@ -159,8 +159,8 @@ def test_the_think_threshold_is_the_profiles_unless_the_operator_pins_it(
 
     def content(client: TestClient, value: float) -> str:
         answer = chat(client, text, reasoning_lambda=value).json()
-        said: str = answer["choices"][0]["message"]["content"]
-        return said
+        written: str = answer["choices"][0]["message"]["content"]
+        return written
 
     assert [content(by_profile, value) for value in (0.3, 0.31)] == ["a</think>b", "b"]
     assert [content(pinned, value) for value in (0.1, 0.3)] == ["a</think>b", "b"]
@@ -231,7 +231,7 @@ def test_answers_that_ended_are_observed_by_class_and_bucket(profiled: MakeClien
     [
         ({"thinking_budget": 2}, 1),  # closed by force
         ({"max_tokens": 2}, 1),  # cut inside the block
-        ({"max_tokens": 6}, 0),  # cut behind it
+        ({"max_tokens": 6}, 0),  # cut after it
         ({"stop": "x"}, 0),
     ],
 )
@@ -270,7 +270,7 @@ def test_adapt_lets_what_was_observed_decide(profiled: MakeClient) -> None:
 # --- load ---
 
 
-def test_under_load_requests_without_a_lambda_go_cheaper_and_it_is_told(
+def test_under_load_requests_without_a_lambda_go_cheaper_and_it_is_reported(
     profiled: MakeClient, wait_until: WaitUntil
 ) -> None:
     client = profiled(elastic=True, elastic_waiting=1, elastic_effort=0.4)

@@ -37,8 +37,8 @@ def streamed(client: TestClient, content: str, **fields: Any) -> list[dict[str, 
 
 
 def grammar(client: TestClient, **fields: Any) -> str | None:
-    told: dict[str, Any] = json.loads(choice(client, "request", **fields)["message"]["content"])
-    source: str | None = told["grammar"]
+    request: dict[str, Any] = json.loads(choice(client, "request", **fields)["message"]["content"])
+    source: str | None = request["grammar"]
     return source
 
 
@@ -56,12 +56,28 @@ def test_a_required_call_reaches_the_engine_as_a_grammar(client: TestClient) -> 
     assert "add" in (grammar(client, tools=[ADD], tool_choice="required") or "")
 
 
-def test_every_choice_obeys(client: TestClient) -> None:
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('{"a": 1}', {"response_format": SCHEMA}),
+        (f"<think>so</think>{CALL}", {"tools": [ADD], "tool_choice": "required"}),
+    ],
+)
+def test_an_answer_that_follows_its_grammar_is_complete_and_another_one_fails(
+    client: TestClient, text: str, fields: dict[str, Any]
+) -> None:
+    assert choice(client, f"say {text}", **fields)["finish_reason"] in ("stop", "tool_calls")
+    response = chat(client, "say something else", **fields)
+    assert response.status_code == 500
+    assert "grammar" in response.json()["error"]["message"]
+
+
+def test_every_choice_has_the_grammar(client: TestClient) -> None:
     for fields in ({"n": 3}, {"reasoning_lambda": [0, 0.6, 1]}):
         answer = chat(client, "request", response_format=SCHEMA, **fields).json()
-        told = [json.loads(it["message"]["content"]) for it in answer["choices"]]
-        assert len({it["grammar"] for it in told}) == 1
-        assert told[0]["grammar"] is not None
+        requests = [json.loads(it["message"]["content"]) for it in answer["choices"]]
+        assert len({it["grammar"] for it in requests}) == 1
+        assert requests[0]["grammar"] is not None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +93,7 @@ def test_every_choice_obeys(client: TestClient) -> None:
         ),
     ],
 )
-def test_a_bad_schema_is_told_before_the_engine(
+def test_a_bad_schema_is_refused_before_the_engine(
     client: TestClient, fields: dict[str, Any], param: str
 ) -> None:
     for stream in (False, True):
@@ -172,7 +188,7 @@ def test_a_stop_string_ends_an_answer_before_its_call(client: TestClient) -> Non
     assert got["finish_reason"] == "stop"
 
 
-def test_a_call_behind_a_block_is_a_call_and_one_inside_it_is_reasoning(
+def test_a_call_after_a_block_is_a_call_and_one_inside_it_is_reasoning(
     make_client: MakeClient,
 ) -> None:
     client = make_client(opening=True)
@@ -209,7 +225,7 @@ def test_a_stop_string_inside_a_call_does_not_make_it_one(client: TestClient) ->
 @pytest.mark.parametrize(
     "fields", [{"response_format": SCHEMA}, {"tools": [ADD], "tool_choice": "required"}]
 )
-def test_a_held_answer_does_not_go_on_behind_text_that_is_there(
+def test_a_constrained_answer_does_not_continue_a_message(
     client: TestClient, fields: dict[str, Any]
 ) -> None:
     begun = [{"role": "user", "content": "say x"}, {"role": "assistant", "content": '{"d": '}]

@@ -16,14 +16,14 @@ from server.text.vocabulary import Vocabulary
 MakeClient = Callable[..., TestClient]
 
 
-def ask(client: TestClient, prompt: Any, **fields: Any) -> Any:
+def post(client: TestClient, prompt: Any, **fields: Any) -> Any:
     headers = fields.pop("headers", {})
     body = {"model": "pair", "prompt": prompt} | fields
     return client.post("/v1/completions", json=body, headers=headers)
 
 
-def said(client: TestClient, prompt: Any, **fields: Any) -> dict[str, Any]:
-    response = ask(client, prompt, **fields)
+def answer_to(client: TestClient, prompt: Any, **fields: Any) -> dict[str, Any]:
+    response = post(client, prompt, **fields)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -35,7 +35,7 @@ def texts(answer: dict[str, Any]) -> list[str]:
 
 
 def streamed(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
-    response = ask(client, prompt, stream=True, **fields)
+    response = post(client, prompt, stream=True, **fields)
     assert response.status_code == 200, response.text
     *events, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
@@ -47,7 +47,7 @@ def ids(vocabulary: Vocabulary, text: str) -> list[int]:
 
 
 def refusal(client: TestClient, prompt: Any = "say hi", **fields: Any) -> dict[str, Any]:
-    response = ask(client, prompt, **fields)
+    response = post(client, prompt, **fields)
     assert response.status_code == 400, response.text
     error: dict[str, Any] = response.json()["error"]
     return error
@@ -57,7 +57,7 @@ def refusal(client: TestClient, prompt: Any = "say hi", **fields: Any) -> dict[s
 
 
 def test_a_text_is_continued_without_a_template(client: TestClient) -> None:
-    answer = said(client, "say hi", reasoning_lambda=0.3)
+    answer = answer_to(client, "say hi", reasoning_lambda=0.3)
     (choice,) = answer["choices"]
     assert choice == {"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}
     assert answer["object"] == "text_completion"
@@ -68,38 +68,38 @@ def test_a_text_is_continued_without_a_template(client: TestClient) -> None:
 
 
 def test_the_engine_follows_no_think_block_and_tags_are_text(client: TestClient) -> None:
-    assert json.loads(texts(said(client, "request", max_tokens=200))[0])["think"] is None
+    assert json.loads(texts(answer_to(client, "request", max_tokens=200))[0])["think"] is None
     text = "<think>\nx\n</think>\n\ny"
-    answer = said(client, f"say {text}", max_tokens=50)
+    answer = answer_to(client, f"say {text}", max_tokens=50)
     assert texts(answer) == [text]
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
 def test_sixteen_tokens_are_the_default(client: TestClient) -> None:
-    answer = said(client, "forever")
+    answer = answer_to(client, "forever")
     assert texts(answer) == ["a" * 16]
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_an_alias_and_a_header_name_a_lambda(client: TestClient) -> None:
-    assert texts(said(client, "lambda", model="pair@0.4")) == ["0.4"]
+    assert texts(answer_to(client, "lambda", model="pair@0.4")) == ["0.4"]
     header = {"X-Reasoning-Lambda": "0.2"}
-    response = ask(client, "lambda", headers=header)
+    response = post(client, "lambda", headers=header)
     assert response.json()["choices"][0]["text"] == "0.2"
     assert response.headers["X-Reasoning-Lambda"] == "0.2"
 
 
 def test_prompts_of_every_form_are_one_batch(client: TestClient, vocabulary: Vocabulary) -> None:
     one, two = ids(vocabulary, "say a"), ids(vocabulary, "say bc")
-    assert texts(said(client, one)) == ["a"]
-    assert texts(said(client, [one, two])) == ["a", "bc"]
-    batch = said(client, ["say a", "say bc"])
+    assert texts(answer_to(client, one)) == ["a"]
+    assert texts(answer_to(client, [one, two])) == ["a", "bc"]
+    batch = answer_to(client, ["say a", "say bc"])
     assert texts(batch) == ["a", "bc"]
     assert batch["usage"]["prompt_tokens"] == len(one) + len(two)
 
 
 def test_choices_go_prompt_by_prompt(client: TestClient, vocabulary: Vocabulary) -> None:
-    answer = said(client, ["request", "say hi"], n=2, seed=7, max_tokens=200)
+    answer = answer_to(client, ["request", "say hi"], n=2, seed=7, max_tokens=200)
     assert [json.loads(text)["seed"] for text in texts(answer)[:2]] == [7, 8]
     assert texts(answer)[2:] == ["hi", "hi"]
     once = len(ids(vocabulary, "request")) + len(ids(vocabulary, "say hi"))
@@ -107,7 +107,7 @@ def test_choices_go_prompt_by_prompt(client: TestClient, vocabulary: Vocabulary)
 
 
 def test_a_fan_out_gives_each_prompt_a_choice_for_each_lambda(client: TestClient) -> None:
-    answer = said(client, ["lambda", "lambda"], reasoning_lambda=[0.1, 0.9])
+    answer = answer_to(client, ["lambda", "lambda"], reasoning_lambda=[0.1, 0.9])
     assert texts(answer) == ["0.1", "0.9"] * 2
     lambdas = [choice["reasoning_lambda"] for choice in answer["choices"]]
     assert lambdas == [0.1, 0.9, 0.1, 0.9]
@@ -115,29 +115,29 @@ def test_a_fan_out_gives_each_prompt_a_choice_for_each_lambda(client: TestClient
 
 
 def test_a_stop_string_ends_the_text(client: TestClient) -> None:
-    answer = said(client, "say one. two", stop=". ")
+    answer = answer_to(client, "say one. two", stop=". ")
     assert texts(answer) == ["one"]
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 def test_best_of_is_taken_where_it_says_nothing_new(client: TestClient) -> None:
-    assert texts(said(client, "say hi", n=2, best_of=2)) == ["hi", "hi"]
+    assert texts(answer_to(client, "say hi", n=2, best_of=2)) == ["hi", "hi"]
 
 
 def test_a_priority_reaches_the_engine(client: TestClient) -> None:
-    told = json.loads(texts(said(client, "request", priority=-3, max_tokens=200))[0])
-    assert told["priority"] == -3
+    request = json.loads(texts(answer_to(client, "request", priority=-3, max_tokens=200))[0])
+    assert request["priority"] == -3
 
 
 # --- echo and log-probabilities ---
 
 
 def test_echo_begins_with_the_prompt_and_stop_strings_do_not_cut_it(client: TestClient) -> None:
-    assert texts(said(client, "say hi", echo=True, stop="s")) == ["say hihi"]
+    assert texts(answer_to(client, "say hi", echo=True, stop="s")) == ["say hihi"]
 
 
 def test_logprobs_are_columns_with_the_token_among_the_best(client: TestClient) -> None:
-    logprobs = said(client, "say 01", logprobs=2, max_tokens=2)["choices"][0]["logprobs"]
+    logprobs = answer_to(client, "say 01", logprobs=2, max_tokens=2)["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["0", "1"]
     assert logprobs["token_logprobs"] == [-0.5, -0.5]
     assert logprobs["top_logprobs"][0] == {"0": -0.5, "1": -1.5}
@@ -145,14 +145,14 @@ def test_logprobs_are_columns_with_the_token_among_the_best(client: TestClient) 
 
 
 def test_no_alternatives_leave_the_token_itself(client: TestClient) -> None:
-    logprobs = said(client, "say 0", logprobs=0, max_tokens=1)["choices"][0]["logprobs"]
+    logprobs = answer_to(client, "say 0", logprobs=0, max_tokens=1)["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] == [{"0": -0.5}]
 
 
 def test_echo_with_logprobs_scores_the_prompt_and_its_first_token_has_none(
     client: TestClient,
 ) -> None:
-    (choice,) = said(client, "say 0", echo=True, logprobs=1, max_tokens=1)["choices"]
+    (choice,) = answer_to(client, "say 0", echo=True, logprobs=1, max_tokens=1)["choices"]
     logprobs = choice["logprobs"]
     assert logprobs["tokens"] == ["s", "a", "y", " ", "0", "0"]
     assert logprobs["token_logprobs"] == [None, -1, -2, -3, -4, -0.5]
@@ -165,19 +165,19 @@ def test_no_tokens_with_echo_are_the_prompt_and_its_scores(
     client: TestClient, vocabulary: Vocabulary
 ) -> None:
     for prompt in ("say hi", ids(vocabulary, "say hi")):
-        answer = said(client, prompt, echo=True, logprobs=1, max_tokens=0)
+        answer = answer_to(client, prompt, echo=True, logprobs=1, max_tokens=0)
         (choice,) = answer["choices"]
         assert (choice["text"], choice["finish_reason"]) == ("say hi", "length")
         assert choice["logprobs"]["token_logprobs"] == [None, -1, -2, -3, -4, -5]
         assert answer["usage"]["completion_tokens"] == 0
-        plain = said(client, prompt, echo=True, max_tokens=0)
+        plain = answer_to(client, prompt, echo=True, max_tokens=0)
         assert plain["choices"][0] == choice | {"logprobs": None}
 
 
 def test_a_prompt_is_not_scored_without_echo_or_without_logprobs(client: TestClient) -> None:
-    without_echo = said(client, "say 0", logprobs=1, max_tokens=1)["choices"][0]
+    without_echo = answer_to(client, "say 0", logprobs=1, max_tokens=1)["choices"][0]
     assert without_echo["logprobs"]["tokens"] == ["0"]
-    assert said(client, "say 0", echo=True)["choices"][0]["logprobs"] is None
+    assert answer_to(client, "say 0", echo=True)["choices"][0]["logprobs"] is None
 
 
 def test_token_ids_are_echoed_with_special_tokens_and_offsets_count_characters(
@@ -208,7 +208,7 @@ def test_an_impossible_token_has_a_number_json_can_write(vocabulary: Vocabulary)
 
 def test_a_stream_adds_up_to_the_plain_answer(client: TestClient) -> None:
     fields = {"echo": True, "logprobs": 1, "n": 2, "max_tokens": 3}
-    plain = said(client, ["say 01", "say 2"], **fields)
+    plain = answer_to(client, ["say 01", "say 2"], **fields)
     events = streamed(client, ["say 01", "say 2"], stream_options={"include_usage": True}, **fields)
     chunks = [choice for event in events for choice in event["choices"]]
     for choice in plain["choices"]:
@@ -225,9 +225,9 @@ def test_a_stream_adds_up_to_the_plain_answer(client: TestClient) -> None:
 
 
 def test_a_failure_in_a_stream_is_its_last_event(client: TestClient) -> None:
-    response = ask(client, "fail", stream=True)
+    response = post(client, "fail", stream=True)
     *_, last, rest = response.text.split("\n\n")
-    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "told to"
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the prompt says so"
     assert rest == ""
 
 
@@ -281,7 +281,7 @@ def test_a_prompt_too_long_is_about_the_prompt(client: TestClient) -> None:
 
 def test_nothing_is_taken_while_the_engine_loads(make_client: MakeClient) -> None:
     client = make_client("--load-gate", "/nonexistent", wait=False)
-    response = ask(client, "say hi")
+    response = post(client, "say hi")
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "loading"
     assert response.headers["Retry-After"]
@@ -298,13 +298,13 @@ def metric(client: TestClient, name: str, **labels: str) -> float | None:
 @pytest.mark.parametrize("prompt", ["forever", "wait", ["say x", "wait"]])
 def test_a_text_that_takes_too_long_is_a_504(make_client: MakeClient, prompt: Any) -> None:
     client = make_client(request_timeout=0.5)
-    response = ask(client, prompt, max_tokens=2000, ignore_eos=True)
+    response = post(client, prompt, max_tokens=2000, ignore_eos=True)
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert metric(client, "mi_request_success_total", finished_reason="deadline")
 
 
 def test_a_stream_of_texts_past_its_deadline_ends_with_one_error(client: TestClient) -> None:
-    response = ask(client, ["wait", "wait"], headers={"X-Request-Timeout": "0.3"}, stream=True)
+    response = post(client, ["wait", "wait"], headers={"X-Request-Timeout": "0.3"}, stream=True)
     *_, last, rest = response.text.split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert (response.text.count('"error"'), rest) == (1, "")
@@ -313,14 +313,14 @@ def test_a_stream_of_texts_past_its_deadline_ends_with_one_error(client: TestCli
 
 def test_texts_count_against_the_same_quota(make_client: MakeClient) -> None:
     client = make_client(rate_limit_requests=1)
-    said(client, "say x")
-    refused = ask(client, "say x", stream=True)
+    answer_to(client, "say x")
+    refused = post(client, "say x", stream=True)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert 1 <= int(refused.headers["Retry-After"]) <= 120
 
 
 def test_an_engine_that_dies_ends_every_text_once_and_is_counted(client: TestClient) -> None:
-    response = ask(client, ["die", "wait"], stream=True, max_tokens=9)
+    response = post(client, ["die", "wait"], stream=True, max_tokens=9)
     *_, last, rest = response.text.split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
     assert (response.text.count('"error"'), rest) == (1, "")

@@ -126,7 +126,7 @@ def test_answers_of_any_size_are_made_outside_the_event_loop(
     assert len(seen) == 2
 
 
-def test_while_loading_texts_are_tokenized_and_messages_told_to_come_back(
+def test_while_loading_texts_are_tokenized_and_messages_are_asked_to_come_back(
     make_client: MakeClient, tmp_path: Path
 ) -> None:
     """The profile that chooses the template is known once the pair is: messages were a 500."""
@@ -147,7 +147,7 @@ def test_messages_obey_the_rules_that_they_obey_in_a_chat(client: TestClient) ->
 
 
 def test_a_message_that_ends_with_calls_cannot_be_continued(client: TestClient) -> None:
-    """Its calls stand behind its text, and were left out of the prompt."""
+    """Its calls follow its text, and were left out of the prompt."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     last = {"role": "assistant", "tool_calls": [call]}
     body = {"messages": [*HI, last], "continue_final_message": True}

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,12 @@ def play(instruct_directory: Path, vocabulary: Vocabulary) -> Callable[..., None
     """Run a scenario on a fresh engine."""
 
     def run(scenario: Scenario, max_waiting: int = 8, **limits: Any) -> None:
-        async def whole() -> None:
+        async def scenario_and_stop() -> None:
             limits["max_waiting"] = max_waiting
             async with Bench(instruct_directory, vocabulary, **limits).running() as bench:
                 await asyncio.wait_for(scenario(bench), 20)
 
-        asyncio.run(whole())
+        asyncio.run(scenario_and_stop())
 
     return run
 
@@ -100,6 +101,34 @@ def test_the_requests_of_one_answer_share_a_queue(play: Callable[..., None]) -> 
         events = await take_all(bench.submit("say 1", "say 22"))
         ended = [event.request_id for event in events if event.finish_reason]
         assert sorted(ended) == ["r1", "r2"]
+
+    play(scenario)
+
+
+def test_a_request_that_the_engine_rejects_ends_with_an_error(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        request = bench.request("say 1")
+        rejections = {
+            "context": replace(request, prompt=request.prompt * 1000),
+            "outside the vocabulary": replace(request, prompt=(10**6,)),
+            "empty": replace(request, prompt=()),
+            "vocabulary for grammars": replace(request, grammar="start: /a/"),
+        }
+        for reason, rejected in rejections.items():
+            (end,) = await take_all(bench.client.submit([rejected]))
+            assert (end.token_id, end.finish_reason) == (None, FinishReason.ERROR)
+            assert reason in (end.error or "")
+        assert await take_all(bench.submit("say 1"))
+
+    play(scenario)
+
+
+def test_a_prompt_that_was_computed_before_is_found_again(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        command = "say " + "1" * 16
+        first = await take_all(bench.submit(command))
+        again = await take_all(bench.submit(command))
+        assert (first[0].cached_tokens, again[0].cached_tokens) == (0, 16)
 
     play(scenario)
 
@@ -261,7 +290,7 @@ def test_a_full_queue_is_overloaded_and_an_empty_one_is_not(play: Callable[..., 
     play(scenario, max_waiting=1)
 
 
-def test_a_burst_is_bounded_before_the_engine_has_said_anything(
+def test_a_burst_is_bounded_before_the_engine_has_reported_anything(
     play: Callable[..., None],
 ) -> None:
     async def scenario(bench: Bench) -> None:
@@ -274,7 +303,7 @@ def test_a_burst_is_bounded_before_the_engine_has_said_anything(
     play(scenario, max_waiting=1)
 
 
-def test_at_the_end_of_the_drain_time_open_answers_are_told(play: Callable[..., None]) -> None:
+def test_at_the_end_of_the_drain_time_open_answers_fail(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         with bench.submit("wait") as generation:
             bench.client.end_open_requests()

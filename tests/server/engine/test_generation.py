@@ -12,7 +12,7 @@ LATE = DeadlineExceeded("late")
 
 
 class Released:
-    """What the engine client is told: (request id, whether the engine still works on it)."""
+    """What the engine client receives: (request id, whether the engine still works on it)."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, bool]] = []
@@ -22,11 +22,11 @@ class Released:
 
 
 def play(scenario: Callable[[Generation, Released], Coroutine[Any, Any, None]]) -> None:
-    async def whole() -> None:
+    async def scenario_with_a_generation() -> None:
         released = Released()
         await scenario(Generation(["a", "b"], released), released)
 
-    asyncio.run(asyncio.wait_for(whole(), 20))
+    asyncio.run(asyncio.wait_for(scenario_with_a_generation(), 20))
 
 
 def token(request_id: str, finish: FinishReason | None = None) -> TokenEvent:

@@ -33,13 +33,13 @@ def resolve(prompt_tokens: int = 10, **fields: Any) -> SamplingParams:
     return POLICY.resolve(request, prompt_tokens=prompt_tokens, engine=ENGINE)
 
 
-def test_what_is_not_said_comes_from_the_pair() -> None:
+def test_a_field_that_is_absent_comes_from_the_pair() -> None:
     params = resolve()
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.95, 20)
     assert params.eos_token_ids == {7}
 
 
-def test_what_is_said_wins_even_if_it_is_zero() -> None:
+def test_a_field_that_is_present_wins_even_if_it_is_zero() -> None:
     params = resolve(temperature=0, top_k=0)
     assert (params.temperature, params.top_k) == (0.0, 0)
 

@@ -3,33 +3,35 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.watchdog import LOOKS, Traffic, Watchdog
+from server.engine.watchdog import CHECKS, Traffic, Watchdog
 
-START = Traffic(received=5, given=3, sent=3)
+START = Traffic(received=5, queued=3, sent=3)
 
 
-def test_an_engine_without_a_word_hangs_after_some_looks() -> None:
+def test_an_engine_without_reports_hangs_after_some_checks() -> None:
     watchdog = Watchdog(START)
-    assert [watchdog.look(START) for _ in range(LOOKS + 1)] == [False] * LOOKS + [True]
+    assert [watchdog.check(START) for _ in range(CHECKS + 1)] == [False] * CHECKS + [True]
 
 
-def test_a_single_word_starts_the_count_again() -> None:
+def test_a_single_report_starts_the_count_again() -> None:
     watchdog = Watchdog(START)
     for received in range(6, 40):
-        for _ in range(LOOKS + 1):
-            assert not watchdog.look(replace(START, received=received))
+        for _ in range(CHECKS + 1):
+            assert not watchdog.check(replace(START, received=received))
 
 
-def test_an_engine_that_talks_but_does_not_listen_hangs_as_well() -> None:
+def test_an_engine_that_reports_but_does_not_read_hangs_as_well() -> None:
     watchdog = Watchdog(START)
-    looks = [watchdog.look(Traffic(received=5 + i, given=9, sent=3)) for i in range(1, LOOKS + 2)]
-    assert looks[-1]
+    checks = [
+        watchdog.check(Traffic(received=5 + i, queued=9, sent=3)) for i in range(1, CHECKS + 2)
+    ]
+    assert checks[-1]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans())))
-def test_one_that_talks_and_listens_never_hangs(moves: list[tuple[int, int, bool]]) -> None:
+def test_one_that_reports_and_reads_never_hangs(moves: list[tuple[int, int, bool]]) -> None:
     watchdog, now = Watchdog(START), START
-    for said, asked, read in moves:
-        sent = now.given if read or now.given > now.sent else now.sent
-        now = Traffic(now.received + said, now.given + asked, sent)
-        assert not watchdog.look(now)
+    for reports, commands, read in moves:
+        sent = now.queued if read or now.queued > now.sent else now.sent
+        now = Traffic(now.received + reports, now.queued + commands, sent)
+        assert not watchdog.check(now)

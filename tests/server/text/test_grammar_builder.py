@@ -10,8 +10,8 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
 from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
-from server.text.grammar_builder import LARGEST_SCHEMA, Constraint
-from server.text.tool_parser import ToolCalls, joined
+from server.text.grammar_builder import LARGEST_SCHEMA, GrammarBuilder
+from server.text.tool_parser import ToolCallParser, join_deltas
 from server.text.vocabulary import Vocabulary
 from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
@@ -51,7 +51,7 @@ def json_schema(schema: Any, *, strict: bool | None = None) -> dict[str, Any]:
 def grammar(tags: Tags = SPELLED, **fields: Any) -> str | None:
     base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
     request = parse_chat_request(json.dumps(base | fields).encode())
-    return Constraint(Vocabulary(tokenizer(tags))).grammar(request)
+    return GrammarBuilder(Vocabulary(tokenizer(tags))).grammar(request)
 
 
 def refusal(**fields: Any) -> InvalidRequest:
@@ -262,7 +262,7 @@ def test_what_the_grammar_writes_the_parser_reads(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"tools": [tool("f", parameters=SCHEMA)], "tool_choice": "required"}
     text = call("f", '{"a": 1, "b": "</tool_call>"}')
     assert Answers(tmp_path, SPELLED, **fields).take(text)
-    (read,) = joined(ToolCalls().feed(text).calls)
+    (read,) = join_deltas(ToolCallParser().feed(text).calls)
     assert read["function"] == {"name": "f", "arguments": '{"a": 1, "b": "</tool_call>"}'}
 
 

@@ -8,7 +8,7 @@ import pytest
 from mi_runtime.request import Dial
 from server.text.chat_template import ChatTemplate
 from server.text.checkpoint import CheckpointError, Endpoint, local_directory
-from server.text.prompt import MARK, Ending, Prompts
+from server.text.prompt import MARK, Ending, PromptBuilder
 from server.wire.errors import InvalidRequest
 from server.wire.messages import Message
 from server.wire.tools import CalledFunction, FunctionTool, ToolCall
@@ -82,17 +82,17 @@ def test_a_template_that_does_not_parse_is_the_operators_problem() -> None:
 def test_above_the_threshold_the_thinking_template_is_taken(
     endpoints: tuple[Endpoint, Endpoint], value: float, threshold: float, opens: bool
 ) -> None:
-    prompts = Prompts(*endpoints, think_threshold=lambda: threshold)
+    prompts = PromptBuilder(*endpoints, think_threshold=lambda: threshold)
     assert prompts.build([Message(role="user", content="x")], Dial(value)).opens_block is opens
 
 
 def test_a_template_can_be_pinned(endpoints: tuple[Endpoint, Endpoint]) -> None:
-    prompts = Prompts(*endpoints, template="instruct")
+    prompts = PromptBuilder(*endpoints, template="instruct")
     assert not prompts.build([Message(role="user", content="x")], Dial(1.0)).opens_block
 
 
 def test_a_user_who_writes_the_tag_opens_nothing(endpoints: tuple[Endpoint, Endpoint]) -> None:
-    prompts = Prompts(*endpoints)
+    prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="what is <think>")], Dial(0.0))
     assert not prompt.opens_block
 
@@ -100,7 +100,7 @@ def test_a_user_who_writes_the_tag_opens_nothing(endpoints: tuple[Endpoint, Endp
 def test_each_dial_gets_the_prompt_of_its_own_template(
     endpoints: tuple[Endpoint, Endpoint],
 ) -> None:
-    prompts = Prompts(*endpoints)
+    prompts = PromptBuilder(*endpoints)
     messages = [Message(role="user", content="x")]
     dials = [Dial(1.0), Dial(0.0), Dial(0.4)]
     built = prompts.build_each(messages, dials)
@@ -110,7 +110,7 @@ def test_each_dial_gets_the_prompt_of_its_own_template(
 
 
 def test_a_developer_is_the_system_to_a_template(endpoints: tuple[Endpoint, Endpoint]) -> None:
-    prompts = Prompts(*endpoints)
+    prompts = PromptBuilder(*endpoints)
     built = {
         prompts.build([Message(role=role, content="x")], Dial(0.0))
         for role in ("system", "developer")
@@ -174,7 +174,7 @@ def test_a_checkpoint_without_tokenizer_json_says_what_to_do(
 ) -> None:
     write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T"})
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        Prompts(Endpoint.read(instruct_directory), Endpoint.read(tmp_path))
+        PromptBuilder(Endpoint.read(instruct_directory), Endpoint.read(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./here", "no-slash", "a/b/c"])
@@ -228,7 +228,7 @@ def continued(
 
     def prompt(template: str, content: str = "", reasoning: str | None = None) -> tuple[str, bool]:
         one = replace(endpoints[0], chat_template=template)
-        prompts = Prompts(one, one)
+        prompts = PromptBuilder(one, one)
         last = Message(role="assistant", content=content, reasoning_content=reasoning)
         user = Message(role="user", content="hi")
         built = prompts.build([user, last], Dial(1.0), Ending.IN_LAST_MESSAGE)
@@ -282,7 +282,7 @@ def test_a_new_turn_is_opened_or_not(
     endpoints: tuple[Endpoint, Endpoint], ending: Ending, end: str
 ) -> None:
     one = replace(endpoints[0], chat_template=THINKING_TEMPLATE)
-    prompts = Prompts(one, one)
+    prompts = PromptBuilder(one, one)
     built = prompts.build([Message(role="user", content="hi")], Dial(1.0), ending)
     assert prompts.vocabulary.decode(built.token_ids).endswith(end)
     assert built.opens_block == end.endswith("<think>")
@@ -306,7 +306,7 @@ def test_a_template_says_whether_it_has_a_place_for_tools() -> None:
 def test_tools_are_shown_as_the_client_described_them(
     endpoints: tuple[Endpoint, Endpoint],
 ) -> None:
-    prompts = Prompts(*endpoints)
+    prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
     text = prompts.vocabulary.tokenizer.decode(list(prompt.token_ids))
     shown = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
@@ -317,7 +317,7 @@ def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
     endpoints: tuple[Endpoint, Endpoint],
 ) -> None:
     deaf = replace(endpoints[0], chat_template="{{ messages[0].content }}")
-    prompts = Prompts(deaf, deaf)
+    prompts = PromptBuilder(deaf, deaf)
     with pytest.raises(InvalidRequest) as caught:
         prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
     assert caught.value.param == "tools"
@@ -332,13 +332,13 @@ def test_arguments_of_a_call_are_an_object_to_the_template_where_they_are_one(
     endpoints: tuple[Endpoint, Endpoint], arguments: str, seen: str
 ) -> None:
     template = "{{ messages[0].tool_calls[0].function.arguments | tojson | replace(': ', ':') }}"
-    prompts = Prompts(*[replace(endpoints[0], chat_template=template)] * 2)
+    prompts = PromptBuilder(*[replace(endpoints[0], chat_template=template)] * 2)
     prompt = prompts.build([calling(arguments)], Dial(0.0))
     assert prompts.vocabulary.tokenizer.decode(list(prompt.token_ids)) == seen
 
 
 def test_a_call_and_its_answer_are_rendered_in_turn(endpoints: tuple[Endpoint, Endpoint]) -> None:
-    prompts = Prompts(*endpoints)
+    prompts = PromptBuilder(*endpoints)
     answer = Message(role="tool", tool_call_id="c", content="6")
     messages = [Message(role="user", content="hi"), calling('{"a":1}'), answer]
     text = prompts.vocabulary.tokenizer.decode(list(prompts.build(messages, Dial(0.0)).token_ids))

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
-from mi_runtime.scheduling.thinking import Phase, ThinkingState
+from mi_runtime.request import FinishReason, Phase, TokenEvent
+from mi_runtime.scheduling.thinking import ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
 from server.text.think_policy import ThinkBlocks
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 CLOSING = (THINK_CLOSE, TOOL_CALL)
 PIECES = [THINK_OPEN, THINK_CLOSE, TOOL_CALL, "<think", "</", ">", "\n", " ", "\n\n", "a", "é", "."]
@@ -44,12 +45,24 @@ def parts_of(split: Split) -> Parts:
     return Parts(split.reasoning, split.content, split.repeats_reasoning)
 
 
+def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
+    """The engine's events of an answer of these tokens."""
+    policy = BLOCKS.policy(opened_by_prompt=opened, cap=None)
+    assert policy is not None
+    engine, events = ThinkingState(policy, VOCABULARY.marks), []
+    for token_id in ids:
+        engine.observe(token_id)
+        events.append(TokenEvent("r", token_id, phase=int(engine.phase)))
+    return events
+
+
 def split_tokens(ids: list[int], *, opened: bool, by_length: bool = False) -> Parts:
     """Token by token, as an answer comes."""
-    splitter, text = BLOCKS.splitter(opened_by_prompt=opened), TokenText(VOCABULARY)
+    splitter, text = BLOCKS.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split = Split()
-    for token_id in ids:
-        split = split.then(splitter.feed(text.feed(token_id), token_id))
+    for event in events_of(ids, opened=opened):
+        assert event.token_id is not None
+        split = split.then(splitter.feed(text.feed(event.token_id), event))
     split = split.then(splitter.feed(text.finish()))
     return parts_of(split.then(splitter.finish(by_length=by_length)))
 
@@ -82,7 +95,7 @@ def test_blanks_alone_are_content() -> None:
     assert split(" \n", opened=False) == Parts("", " \n")
 
 
-def test_tags_behind_the_beginning_are_plain_text() -> None:
+def test_tags_after_the_beginning_are_plain_text() -> None:
     text = "Use <think> and </think> so."
     assert split(text, opened=False) == Parts("", text)
 
@@ -94,28 +107,42 @@ def test_a_second_closing_tag_is_plain_text() -> None:
 @pytest.mark.parametrize("between", ["", "\n\n", " \n \n"])
 def test_a_closing_tag_written_once_more_belongs_to_the_end_of_the_block(between: str) -> None:
     """As a model does whose block the engine closed: the tag stood in the answer's text."""
-    said = f"a</think>{between}</think>\n\nb"
-    assert split(said, opened=True) == split_text([said]) == Parts("a", "b")
+    text = f"a</think>{between}</think>\n\nb"
+    assert split(text, opened=True) == split_text([text]) == Parts("a", "b")
 
 
 def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
     """As a stop token, it comes without text."""
     splitter = BLOCKS.splitter(opened_by_prompt=True)
-    close = IDS[THINK_CLOSE][0]
+    close, letter, end = events_of([*IDS[THINK_CLOSE], *IDS["a"], *IDS[THINK_CLOSE]], opened=True)
     splitter.feed("</think>", close)
-    assert splitter.feed("b", IDS["a"][0]) == Split(content="b")
-    assert splitter.feed("", close) == Split()
+    assert splitter.feed("b", letter) == Split(content="b")
+    assert splitter.feed("", end) == Split()
+
+
+def test_text_that_is_left_over_belongs_to_the_phase_that_the_last_event_reported() -> None:
+    splitter = BLOCKS.splitter(opened_by_prompt=True)
+    assert splitter.feed("a") == Split(reasoning="a")
+    splitter.feed("</think>", TokenEvent("r", *IDS[THINK_CLOSE], phase=Phase.CLOSED))
+    assert splitter.feed("b") == Split(content="b")
+
+
+def test_an_event_without_a_token_changes_nothing() -> None:
+    splitter = BLOCKS.splitter(opened_by_prompt=True)
+    end = TokenEvent("r", None, FinishReason.LENGTH, phase=Phase.INSIDE)
+    assert splitter.feed("a", end) == Split(reasoning="a")
+    assert splitter.inside_block
 
 
 def test_only_one_closing_tag_more_belongs_to_the_end_of_the_block() -> None:
-    said = "a</think>\n</think></think>b"
-    assert split(said, opened=True) == split_text([said]) == Parts("a", "</think>b")
+    text = "a</think>\n</think></think>b"
+    assert split(text, opened=True) == split_text([text]) == Parts("a", "</think>b")
 
 
-def test_blanks_behind_the_block_are_content_but_for_the_line_breaks_at_the_tag() -> None:
+def test_blanks_after_the_block_are_content_but_for_the_line_breaks_at_the_tag() -> None:
     for end in ("", "b"):
-        said = f"a</think>\n \n{end}"
-        assert split(said, opened=True) == split_text([said]) == Parts("a", f" \n{end}")
+        text = f"a</think>\n \n{end}"
+        assert split(text, opened=True) == split_text([text]) == Parts("a", f" \n{end}")
 
 
 def test_an_opening_tag_inside_the_block_is_plain_text() -> None:
@@ -143,7 +170,7 @@ def test_a_block_never_closed_by_an_answer_that_ended_itself_was_the_answer() ->
 
 
 def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
-    """The slow twin: looks at the whole answer."""
+    """The slow twin: looks at the complete answer."""
     decode = VOCABULARY.tokenizer.decode
     tag_of = [VOCABULARY.tags.get(token_id) for token_id in ids]
     start = 0
@@ -168,7 +195,7 @@ def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
 
 
 @given(ANY_TOKENS, st.booleans(), st.booleans())
-def test_token_by_token_it_says_what_the_whole_answer_says(
+def test_token_by_token_the_split_is_that_of_the_complete_answer(
     ids: list[int], opened: bool, by_length: bool
 ) -> None:
     parts = split_tokens(ids, opened=opened, by_length=by_length)
@@ -178,7 +205,7 @@ def test_token_by_token_it_says_what_the_whole_answer_says(
 
 
 @given(ANY_TOKENS, st.booleans(), st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))
-def test_engine_and_splitter_agree_about_every_token(
+def test_the_splitter_follows_the_engine_through_a_forced_close(
     wanted: list[int], opened: bool, cap: int | None, window: int | None
 ) -> None:
     """Whatever the model writes, and whatever the engine forces on it."""
@@ -186,15 +213,16 @@ def test_engine_and_splitter_agree_about_every_token(
     policy = blocks.policy(opened_by_prompt=opened, cap=cap)
     assert policy is not None
     engine = ThinkingState(policy, VOCABULARY.marks)
-    splitter, text = blocks.splitter(opened_by_prompt=opened), TokenText(VOCABULARY)
-    said, forced = Split(), list[int]()
+    splitter, text = blocks.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
+    split, forced = Split(), list[int]()
     for token_id in written(engine, wanted, forced):
-        said = said.then(splitter.feed(text.feed(token_id), token_id))
+        event = TokenEvent("r", token_id, phase=int(engine.phase))
+        split = split.then(splitter.feed(text.feed(token_id), event))
         assert splitter.inside_block == (engine.phase is Phase.INSIDE)
     if forced:
         assert forced == list(policy.closing)
         own_tags = sum(token_id == policy.close_id for token_id in wanted)
-        assert (said.reasoning + said.content).count(THINK_CLOSE) <= own_tags
+        assert (split.reasoning + split.content).count(THINK_CLOSE) <= own_tags
     if cap is not None:
         assert engine.reasoning_tokens <= cap
 
@@ -250,26 +278,26 @@ def test_a_model_without_tags_has_content_only() -> None:
 
 
 @given(CUT_TEXTS, st.booleans())
-def test_any_cutting_gives_the_same_as_the_whole(pieces: list[str], by_length: bool) -> None:
-    whole = split_text(["".join(pieces)], by_length=by_length)
+def test_any_cutting_gives_the_same_split(pieces: list[str], by_length: bool) -> None:
+    uncut = split_text(["".join(pieces)], by_length=by_length)
     cut = split_text(pieces, by_length=by_length)
     letters = split_text(list("".join(pieces)), by_length=by_length)
     # What was streamed as reasoning before the end is the one thing cutting may change, where
     # the block turned out to be the answer: there it does not count.
-    if whole.repeated:
-        whole.reasoning = cut.reasoning = letters.reasoning = ""
-    assert cut == letters == whole
+    if uncut.repeated:
+        uncut.reasoning = cut.reasoning = letters.reasoning = ""
+    assert cut == letters == uncut
 
 
 @given(TEXTS, st.booleans())
-def test_nothing_is_lost_and_nothing_said_twice(text: str, by_length: bool) -> None:
+def test_nothing_is_lost_and_nothing_repeated(text: str, by_length: bool) -> None:
     parts = split_text([text], by_length=by_length)
-    said = parts.content if parts.repeated else parts.reasoning + parts.content
-    assert without_tags_and_breaks(said) == without_tags_and_breaks(text)
+    shown = parts.content if parts.repeated else parts.reasoning + parts.content
+    assert without_tags_and_breaks(shown) == without_tags_and_breaks(text)
 
 
 @given(CUT_TEXTS, st.booleans())
-def test_piece_by_piece_it_says_what_the_whole_text_says(
+def test_piece_by_piece_the_split_is_that_of_the_complete_text(
     pieces: list[str], by_length: bool
 ) -> None:
     parts, text = split_text(pieces, by_length=by_length), "".join(pieces)
@@ -279,7 +307,7 @@ def test_piece_by_piece_it_says_what_the_whole_text_says(
 
 
 def slow_split_text(text: str, *, by_length: bool) -> Parts:
-    """The slow twin: looks at the whole text of a block that the prompt opened."""
+    """The slow twin: looks at the complete text of a block that the prompt opened."""
     end = re.search(f"{THINK_CLOSE}|{TOOL_CALL}", text)
     if end is not None:
         content = re.sub(rf"^\s*{THINK_CLOSE}", "", text[end.end() :])

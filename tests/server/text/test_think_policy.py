@@ -4,8 +4,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+from mi_runtime.request import Phase, TokenEvent
 from server.config import ConfigError
-from server.text.reasoning_parser import TextSplitter
+from server.text.reasoning_parser import Split, TextSplitter
 from server.text.think_policy import ThinkBlocks
 from server.text.vocabulary import Vocabulary
 
@@ -24,7 +25,7 @@ def test_a_policy_has_the_tags_the_cap_and_the_closing_sequence() -> None:
     assert VOCABULARY.token_text(policy.open_id) == "<think>"
     assert VOCABULARY.token_text(policy.close_id) == "</think>"
     assert list(policy.closing) == VOCABULARY.encode(CLOSING)
-    assert not policy.soft_ends  # thousands of ids: the engine was told them once
+    assert not policy.soft_ends  # thousands of ids: the engine got them once, at start
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,8 @@ def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
     assert policy is not None
     assert not policy.close_aliases
     splitter = rules.splitter(opened_by_prompt=True, tools=True)
-    assert splitter.feed("<tool_call>", tokenizer.token_to_id("<tool_call>")).content == ""
+    tag = TokenEvent("r", tokenizer.token_to_id("<tool_call>"), phase=Phase.INSIDE)
+    assert splitter.feed("<tool_call>", tag) == Split(reasoning="<tool_call>")
     assert splitter.inside_block
 
 
@@ -88,9 +90,7 @@ def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
     ("closing", "tail"),
     [(CLOSING, "\n\n"), ("</think>", ""), ("\n</think>\n\nAnswer: ", ""), ("</think> \n", "")],
 )
-def test_a_block_that_a_grammar_waits_behind_must_close_and_without_text(
-    closing: str, tail: str
-) -> None:
+def test_a_block_before_a_grammar_must_close_without_text(closing: str, tail: str) -> None:
     policy = blocks(closing).policy(opened_by_prompt=True, cap=7, constrained=True)
     assert policy is not None
     assert policy.forbid_eos

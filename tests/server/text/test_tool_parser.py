@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.tool_parser import CallDelta, ToolCalls, joined
+from server.text.tool_parser import CallDelta, ToolCallParser, join_deltas
 
 Call = tuple[str, str]  # name, arguments
 
@@ -16,13 +16,13 @@ Call = tuple[str, str]  # name, arguments
 def parse(*pieces: str) -> tuple[str, list[Call]]:
     """Content and calls of an answer that comes in these pieces."""
     content, deltas = parse_deltas(*pieces)
-    functions: list[Any] = [call["function"] for call in joined(deltas)]
+    functions: list[Any] = [call["function"] for call in join_deltas(deltas)]
     return content, [(it["name"], it["arguments"]) for it in functions]
 
 
 def parse_deltas(*pieces: str) -> tuple[str, list[CallDelta]]:
     numbers = itertools.count()
-    calls = ToolCalls(make_id=lambda: f"call_{next(numbers)}")
+    calls = ToolCallParser(make_id=lambda: f"call_{next(numbers)}")
     said = [calls.feed(piece) for piece in pieces]
     said.append(calls.finish())
     deltas = [delta for one in said for delta in one.calls]

@@ -4,14 +4,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
-from server.text.vocabulary import TokenText, Vocabulary
+from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 VOCABULARY = Vocabulary(build_tokenizer())
 TOKENS = st.lists(st.integers(0, VOCABULARY.size - 1), max_size=30)
 
 
 def spoken(vocabulary: Vocabulary, ids: list[int]) -> str:
-    text = TokenText(vocabulary)
+    text = IncrementalDetokenizer(vocabulary)
     return "".join([*(text.feed(token_id) for token_id in ids), text.finish()])
 
 
@@ -35,13 +35,13 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(ids: list[int]) -> None:
 
 
 def test_a_character_comes_out_whole() -> None:
-    text = TokenText(VOCABULARY)
+    text = IncrementalDetokenizer(VOCABULARY)
     pieces = [text.feed(token_id) for token_id in VOCABULARY.encode("🙂")]
     assert pieces == ["", "", "", "🙂"]
 
 
 def test_a_character_cut_short_leaves_a_mark() -> None:
-    text = TokenText(VOCABULARY)
+    text = IncrementalDetokenizer(VOCABULARY)
     assert text.feed(VOCABULARY.encode("🙂")[0]) == ""
     assert text.finish() == "\ufffd"
 

@@ -1,5 +1,5 @@
-"""A request for an answer, understood: the endpoints make it of what is on the wire, `respond`
-answers it. What the two share in understanding stands here.
+"""A request for an answer that was read and checked: `chat` and `completions` prepare it, and
+`submission` hands it to the engine. What both endpoints share in preparing it is defined here.
 """
 
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from mi_runtime.request import Dial, EngineInfo, SamplingParams
 from server.access.callers import Caller
-from server.answer.chat_format import CHAT, Form
+from server.access.deadline import Deadline
 from server.answer.echo import Echo
+from server.answer.format import Format
 from server.engine.sampling import seed_of_choice
 from server.ops.request_log import Trace
 from server.routing.reasoning_options import budgets, read_reasoning_options
@@ -20,7 +21,7 @@ from server.wire.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
-class AskedChoice:
+class PreparedChoice:
     """What one choice starts from."""
 
     dial: Dial
@@ -30,20 +31,21 @@ class AskedChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A request for an answer, understood."""
+class PreparedRequest:
+    """A request that can be submitted to the engine."""
 
     wire: GenerationRequest
     routing: RoutingDecision
-    choices: Sequence[AskedChoice]
+    choices: Sequence[PreparedChoice]
     engine: EngineInfo
     trace: Trace
     caller: Caller
-    form: Form = CHAT
-    prompts: int = 1  # each of them with as many choices
+    deadline: Deadline
+    format: Format
+    prompts: int = 1  # each has the same number of choices
     include_reasoning: bool = True
     tools: bool = False  # the model may call some
-    grammar: str | None = None  # that every choice's answer obeys
+    grammar: str | None = None  # that the answer of every choice follows
 
     @property
     def prompt_tokens(self) -> int:
@@ -53,40 +55,43 @@ class Asked:
         return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))
 
 
-def route(
+def choose_dials(
     wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
 ) -> RoutingDecision:
-    """The dials of a request, with the answer's and the cap."""
-    routing = service.lambda_reader.read(
+    """Returns the dials of a request, with the answer's dial and the cap.
+
+    Raises `InvalidRequest` or `ModelNotFound`.
+    """
+    named = service.lambda_reader.read(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
     )
     if not service.prompts.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
-    routing = service.lambda_reader.with_answer(routing, wire.answer_lambda)
+    named = service.lambda_reader.with_answer(named, wire.answer_lambda)
     return service.routing.route(
-        routing, read_reasoning_options(wire), under_load=service.under_load()
+        named, read_reasoning_options(wire), under_load=service.under_load()
     )
 
 
 def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
-    """Where the engine follows no think block."""
+    """Raises `InvalidRequest` for a field that needs the engine to follow a think block."""
     fields = {"answer_lambda": wire.answer_lambda, **budgets(wire)}
     for param, value in fields.items():
         if value is not None and value >= 0:
             raise InvalidRequest(f"`{param}` {why}", param=param)
 
 
-def copies(start: AskedChoice, count: int) -> list[AskedChoice]:
-    """The `n` choices at one λ, which differ in what they draw."""
-    sampling = start.sampling
+def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
+    """Returns the `n` choices of one dial, which differ in their seeds."""
+    sampling = choice.sampling
     return [
-        replace(start, sampling=replace(sampling, seed=seed_of_choice(sampling.seed, index)))
+        replace(choice, sampling=replace(sampling, seed=seed_of_choice(sampling.seed, index)))
         for index in range(count)
     ]
 
 
-def note(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
-    """What the request's line in the log says of it."""
+def note_request(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
+    """Adds the request to its line in the log."""
     trace.notes |= {
         "model": wire.model,
         "lambda": routing.header,

@@ -1,8 +1,8 @@
-"""The process: uvicorn with a shutdown of our own, and the exit code.
+"""Runs uvicorn with a graceful shutdown, and determines the exit code of the process.
 
-uvicorn's answer to SIGTERM closes the listening socket at once. Here the socket stays: `/ready`
-and new requests get a 503 while running answers finish, within `drain_timeout`, and only then
-the server goes. An engine that ended stops the server as well, with a code that says so.
+On SIGTERM uvicorn closes the listening socket at once. Here the socket stays open: `/ready` and new
+requests get a 503 while running answers finish, for at most `drain_timeout`, and only then the
+server stops. The end of the engine process stops the server as well, with its own exit code.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from typing import Final
 
 import uvicorn
 
-from mi_runtime.request import EngineInfo
 from server.api.app import create_app
+from server.api.ready_message import ready_message
 from server.exit_codes import ExitCode
 from server.service import Service
 
 logger = logging.getLogger(__name__)
 
 FAREWELL_SECONDS: Final = 1.0
-"""How long a server without its engine stays: streams end with their error, and probes of
-`/health` see the 503."""
+"""How long a server stays after its engine ended, so that streams can end with their error and
+probes of `/health` see the 503."""
 
 
 def run(service: Service) -> int:
-    """Serve until a signal or the engine's end; returns the process's exit code."""
+    """Serves until a signal or the end of the engine. Returns the exit code of the process."""
     server = _Server(service)
     server.run()
     return server.exit_code
@@ -54,7 +54,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=5,  # for what the drain time left over
+                timeout_graceful_shutdown=5,  # after the drain
             )
         )
         self._service = service
@@ -71,7 +71,7 @@ class _Server(uvicorn.Server):
         self._announcement = asyncio.create_task(self._announce())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. A second one: go at once."""
+        """Drains after the first signal; stops at once after a second one."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
             return
@@ -99,61 +99,26 @@ class _Server(uvicorn.Server):
         return True
 
     async def _announce(self) -> None:
-        """Once loaded, print what to try."""
+        """Reports that the engine is loaded."""
         engine = self._service.engine
         await engine.settled.wait()
         if engine.info is None:
             return
-        address, name, info = self._address(), self._service.settings.model_name, engine.info
-        if self._service.settings.log_format == "json":
-            logger.info("Ready", extra={"fields": {"address": address, "model": name}})
+        address, service = self._address(), self._service
+        model = service.settings.model_name
+        if service.settings.log_format == "json":
+            logger.info("Ready", extra={"fields": {"address": address, "model": model}})
             return
-        key = " -H 'Authorization: Bearer KEY'" if self._service.keys else ""
-        print(
-            f"Ready: {name} ({told(info)}profile {self._service.routing.name}) at {address}\n"
-            f"Try:\n"
-            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '"
-            f'{{"model": "{name}", "reasoning_lambda": 0.6, "messages": [{{"role": "user", '
-            f'"content": "a=6,b=a-2,c=b+6,d=c-3. d?"}}]}}\'',
-            flush=True,
+        message = ready_message(
+            model=model,
+            profile=service.routing.name,
+            address=address,
+            info=engine.info,
+            needs_key=bool(service.keys),
         )
+        print(message, flush=True)
 
     def _address(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         scheme = "http" if self._service.settings.ssl_certfile is None else "https"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def told(info: EngineInfo) -> str:
-    """The engine, as the operator is told of it: what it is and what it chose at start."""
-    return (
-        f"{info.model_type}, {_numbers(info)} on {info.device}, context {info.max_model_len}, "
-        f"weights {_size(info.weight_bytes)}, {_size(info.peak_bytes)} at the peak of loading; "
-        f"attention {info.attention}; {_products(info)}{_recorded(info)}"
-    )
-
-
-def _numbers(info: EngineInfo) -> str:
-    """The number formats of the weights."""
-    return (
-        info.dtype if info.delta_dtype == "none" else f"{info.dtype} and {info.delta_dtype} delta"
-    )
-
-
-def _products(info: EngineInfo) -> str:
-    """What was measured of pair products, where there was a choice."""
-    return f"pair kernels {info.pair_kernels}; " if info.pair_kernels else ""
-
-
-def _recorded(info: EngineInfo) -> str:
-    return "" if info.graphs == "none" else f"decode steps: {info.graphs}; "
-
-
-def _size(count: int) -> str:
-    """Bytes, with three digits that count."""
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB" if value < 999.5 else f"{value:.0f} GB"

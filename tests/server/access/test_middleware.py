@@ -39,12 +39,12 @@ def rejections(client: TestClient, reason: str) -> float | None:
 
 
 def first_answer(service: Service, headers: dict[str, str]) -> tuple[int, int]:
-    """Status of a request whose body nobody may ask for, and how often it was asked for."""
-    asked, statuses = 0, []
+    """Returns the status of a request, and how often its body was read."""
+    reads, statuses = 0, []
 
     async def receive() -> Any:
-        nonlocal asked
-        asked += 1
+        nonlocal reads
+        reads += 1
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
@@ -53,7 +53,7 @@ def first_answer(service: Service, headers: dict[str, str]) -> tuple[int, int]:
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": raw}
     asyncio.run(create_app(service)(scope | {"query_string": b""}, receive, send))
-    return statuses[0], asked
+    return statuses[0], reads
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_full_queue_reads_no_body(
     assert first_answer(service, {}) == (503, 0)
 
 
-def test_a_key_over_its_requests_is_told_when_to_come_back(make_client: MakeClient) -> None:
+def test_a_key_over_its_requests_hears_when_to_come_back(make_client: MakeClient) -> None:
     client = make_client(api_key=["sk-one", "sk-two"], rate_limit_requests=2)
     for _ in range(2):
         assert chat(client, "say x", ONE, stream=True).status_code == 200
@@ -159,8 +159,8 @@ def test_without_keys_each_address_has_a_quota(make_client: MakeClient) -> None:
 
 def test_the_salt_of_a_request_is_its_keys_and_its_own(keyed: TestClient) -> None:
     def salt(headers: dict[str, str], **fields: Any) -> str:
-        said = chat(keyed, "request", headers, **fields).json()["choices"][0]["message"]["content"]
-        found: str = json.loads(said)["cache_salt"]
+        text = chat(keyed, "request", headers, **fields).json()["choices"][0]["message"]["content"]
+        found: str = json.loads(text)["cache_salt"]
         return found
 
     salts = [salt(ONE), salt(TWO), salt(ONE, cache_salt="x"), salt(TWO, cache_salt="x")]
@@ -183,9 +183,9 @@ def test_the_log_names_the_key_and_never_shows_it(
     with caplog.at_level("DEBUG"):
         chat(client, "say x", ONE)
         chat(client, "say x", {"Authorization": "Bearer sk-wrong"})
-    told = [it.fields for it in caplog.records if it.name == "server.ops.request_log"]
-    assert told[-2]["key"] == "search team"
-    assert told[-1]["error"] == "invalid_api_key"
+    lines = [it.fields for it in caplog.records if it.name == "server.ops.request_log"]
+    assert lines[-2]["key"] == "search team"
+    assert lines[-1]["error"] == "invalid_api_key"
     assert not [it for it in caplog.records if "sk-" in str(vars(it))]
 
 
@@ -202,11 +202,11 @@ def test_by_default_no_other_origin_may_read(make_client: MakeClient) -> None:
 
 def test_a_known_origin_may_ask_first_and_read_even_refusals(make_client: MakeClient) -> None:
     client = make_client(api_key=["sk-one"], cors_origin=["https://page.example"])
-    asked = PAGE | {
+    preflight = PAGE | {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
     }
-    allowed = client.options("/v1/chat/completions", headers=asked)
+    allowed = client.options("/v1/chat/completions", headers=preflight)
     assert allowed.status_code == 200
     assert allowed.headers["Access-Control-Allow-Origin"] == PAGE["Origin"]
     assert "authorization" in allowed.headers["Access-Control-Allow-Headers"]

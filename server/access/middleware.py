@@ -1,6 +1,6 @@
-"""The gate before every route: who is it, and is the quota left? Answered from the headers alone.
+"""Checks the key and the quota of every request by its headers alone, and charges the quota.
 
-A request that is refused here costs no body, no JSON and no tokenizer. What gets through carries
+A request that is refused here costs no body, no JSON and no tokenizer. One that is let through has
 its `Caller` and its `Deadline` in the state of its scope.
 """
 
@@ -19,8 +19,8 @@ from server.wire.errors import ApiError
 OPEN_PATHS: Final = QUIET_PATHS | {"/version", "/"}
 
 
-class Gate:
-    """ASGI middleware inside the request log, which tells the refusals."""
+class AccessMiddleware:
+    """ASGI middleware. It stands inside the request log, which records the refusals."""
 
     def __init__(
         self,
@@ -29,39 +29,39 @@ class Gate:
         keys: KeyRing,
         limits: RateLimits,
         request_timeout: float | None,
-        rejected: Callable[[str], None],
+        count_refusal: Callable[[str], None],
     ) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
         self._request_timeout = request_timeout
-        self._rejected = rejected  # is told the code of every refusal
+        self._count_refusal = count_refusal  # receives the code of the error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or path_of(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
+        trace: Trace = scope["state"]["trace"]
         try:
-            caller = self._admit(scope)
+            caller = self._check(scope, trace)
         except ApiError as error:
-            self._rejected(error.code)
-            scope["state"]["trace"].notes["error"] = error.code
+            self._count_refusal(error.code)
+            trace.notes["error"] = error.code
             await error_response(error)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
-            trace: Trace = scope["state"]["trace"]
-            self._limits.spend(caller, trace.notes.get("completion", 0))
+            self._limits.spend(caller, trace.completion_tokens)
 
-    def _admit(self, scope: Scope) -> Caller:
-        """Raises `InvalidApiKey`, `RateLimited`, and `InvalidRequest` for a bad time-out."""
+    def _check(self, scope: Scope, trace: Trace) -> Caller:
+        """Returns the caller. Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad
+        timeout."""
         headers = dict(scope["headers"])
-        trace: Trace = scope["state"]["trace"]
         caller = self._caller(scope, headers.get(b"authorization", b""))
         if caller.name is not None:
             trace.notes["key"] = caller.name
-        scope["state"]["deadline"] = Deadline.asked(headers, self._request_timeout, trace.arrived)
+        scope["state"]["deadline"] = Deadline.of(headers, self._request_timeout, trace.arrived)
         if scope["method"] == "POST":
             self._limits.take_request(caller)
         scope["state"]["caller"] = caller

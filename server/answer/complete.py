@@ -1,0 +1,36 @@
+"""Writes an answer that is not streamed as one JSON object."""
+
+from typing import Any
+
+from server.answer.answer import Answer, AnswerHead
+from server.answer.format import CompleteChoice, Format
+
+
+async def complete_answer(answer: Answer, format: Format) -> dict[str, Any]:
+    """Waits for the end of the answer. Raises what `Answer.chunks` raises."""
+    head = answer.head
+    choices = await _gather(answer)
+    return {
+        **head.fields(format.object),
+        "choices": [_choice(index, it, head, format) for index, it in enumerate(choices)],
+        "usage": answer.usage,
+        "routing": head.routing_body(forced_close=answer.forced_close),
+    }
+
+
+async def _gather(answer: Answer) -> list[CompleteChoice]:
+    choices = [CompleteChoice() for _ in answer.choices]
+    async for chunks in answer.chunks():
+        for chunk in chunks:
+            choices[chunk.index].add(chunk)
+    return choices
+
+
+def _choice(index: int, choice: CompleteChoice, head: AnswerHead, format: Format) -> dict[str, Any]:
+    return {
+        "index": index,
+        **format.complete_payload(choice, head),
+        "logprobs": format.logprobs(choice.logprobs) if head.logprobs else None,
+        "finish_reason": choice.finish_reason,
+        **head.routing.of_choice(index),
+    }

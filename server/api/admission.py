@@ -1,0 +1,32 @@
+"""Admits a request for an answer, and counts those that are refused.
+
+Admission is checked twice: here, before the body is read, and in `submission`, once the request's
+size is known. Keys and quotas were checked before, by the access middleware.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+
+from mi_runtime.request import EngineInfo
+from server.access.deadline import Deadline
+from server.service import Service
+from server.wire.errors import DeadlineExceeded, RateLimited, Unavailable
+
+
+@asynccontextmanager
+async def admission(request: Request, service: Service) -> AsyncIterator[EngineInfo]:
+    """Yields the facts of the engine; inside the block the request is prepared and submitted.
+
+    Raises `Unavailable`, `RateLimited` or `DeadlineExceeded`, also for the work inside the block.
+    """
+    deadline: Deadline = request.state.deadline
+    try:
+        engine = service.admit()
+        service.engine.check_room()
+        async with deadline.enforced():
+            yield engine
+    except (Unavailable, RateLimited, DeadlineExceeded) as error:
+        service.metrics.rejected(error.code)
+        raise

@@ -1,0 +1,15 @@
+"""What FastAPI gives to handlers besides the request."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.service import Service
+
+
+def _service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceOfApp = Annotated[Service, Depends(_service_of)]

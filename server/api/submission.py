@@ -1,0 +1,127 @@
+"""Submits a prepared request to the engine, one engine request for each choice.
+
+Every refusal is raised here or earlier, before a status is sent.
+"""
+
+import time
+
+from mi_runtime.request import EngineRequest, ThinkPolicy
+from server.answer.answer import Answer, AnswerHead
+from server.answer.choice import Choice, ObserveReasoning, observe_nothing
+from server.api.prepared_request import PreparedChoice, PreparedRequest
+from server.service import Service
+from server.text.prompt import Prompt
+from server.text.reasoning_parser import PlainText, Splitter
+
+
+def submit(prepared: PreparedRequest, service: Service) -> Answer:
+    """Returns the answer that begins. Raises `Unavailable`, `RateLimited` or `InvalidRequest`."""
+    requests = _engine_requests(prepared, service)
+    service.admit()
+    service.rate_limits.check_tokens(prepared.caller)
+    generation = service.engine.submit(requests)
+    prepared.deadline.limit(generation)
+    _count_submission(prepared, service)
+    choices = {
+        request.request_id: _choice(index, prepared, service)
+        for index, request in enumerate(requests)
+    }
+    return Answer(_head(prepared), choices, generation, prepared.trace)
+
+
+def _engine_requests(prepared: PreparedRequest, service: Service) -> list[EngineRequest]:
+    number = next(service.request_numbers)
+    routing = prepared.routing
+    return [
+        EngineRequest(
+            request_id=f"{number}-{index}",
+            prompt=choice.prompt.token_ids,
+            dial=choice.dial,
+            sampling=choice.sampling,
+            think=_think_policy(choice.prompt, prepared, service),
+            cache_salt=prepared.caller.cache_salt(prepared.wire.cache_salt),
+            answer_dial=None if routing.answer == choice.dial else routing.answer,
+            priority=prepared.wire.priority,
+            grammar=prepared.grammar,
+        )
+        for index, choice in enumerate(prepared.choices)
+    ]
+
+
+def _think_policy(
+    prompt: Prompt, prepared: PreparedRequest, service: Service
+) -> ThinkPolicy | None:
+    if prompt.is_raw:
+        return None
+    return service.think_blocks.policy(
+        opened_by_prompt=prompt.opens_block,
+        cap=prepared.routing.cap,
+        tools=prepared.tools,
+        constrained=prepared.grammar is not None,
+    )
+
+
+def _count_submission(prepared: PreparedRequest, service: Service) -> None:
+    service.metrics.routed(prepared.routing)
+    trace = prepared.trace
+    trace.notes["prepare_s"] = round(time.perf_counter() - trace.arrived, 4)
+    service.rate_limits.spend(prepared.caller, prepared.prompt_tokens)
+
+
+def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
+    choice, vocabulary = prepared.choices[index], service.prompts.vocabulary
+    wants_logprobs = prepared.wire.alternatives is not None
+    return Choice(
+        index,
+        vocabulary=vocabulary,
+        splitter=_splitter(choice.prompt, prepared, service),
+        stop=prepared.wire.stop_strings,
+        meter=service.metrics.meter(
+            choice.dial.reasoning_lambda,
+            len(choice.prompt.token_ids),
+            prepared.trace.arrived,
+            cap=prepared.routing.cap,
+        ),
+        write_logprobs=prepared.format.logprobs_writer(vocabulary) if wants_logprobs else None,
+        echo=choice.echo,
+        observe=_observer(choice, prepared, service),
+        tools=prepared.tools,
+    )
+
+
+def _splitter(prompt: Prompt, prepared: PreparedRequest, service: Service) -> Splitter:
+    if prompt.is_raw:
+        return PlainText()
+    return service.think_blocks.splitter(opened_by_prompt=prompt.opens_block, tools=prepared.tools)
+
+
+def _observer(
+    choice: PreparedChoice, prepared: PreparedRequest, service: Service
+) -> ObserveReasoning:
+    """Returns what adds a choice's reasoning tokens to the observations of its routing class.
+
+    Raw prompts and dials by blend group are not observed: they belong to no class's curve.
+    """
+    name, value = prepared.routing.routing_class, choice.dial.reasoning_lambda
+    has_tags = service.prompts.vocabulary.has_think_tags
+    if choice.prompt.is_raw or choice.dial.groups or name is None or not has_tags:
+        return observe_nothing
+    observations = service.routing.observed_lengths
+    return lambda tokens, cut: observations.add(name, value, tokens, cut=cut)
+
+
+def _head(prepared: PreparedRequest) -> AnswerHead:
+    trace = prepared.trace
+    prefixed = f"{prepared.format.id_prefix}-{trace.request_id}"
+    return AnswerHead(
+        id=trace.request_id if trace.given else prefixed,
+        created=int(time.time()),
+        model=prepared.wire.model,
+        system_fingerprint=f"fp_{prepared.engine.fingerprint[:16]}",
+        routing=prepared.routing,
+        prompt_tokens=prepared.prompt_tokens,
+        prompts=prepared.prompts,
+        include_usage=prepared.wire.include_usage,
+        include_reasoning=prepared.include_reasoning,
+        logprobs=prepared.wire.alternatives is not None,
+    )
