@@ -66,14 +66,14 @@ class ServerProcess:
         return child
 
     def wait_ready(self) -> "ServerProcess":
-        wait_until(lambda: READY.search(self.output) or self.process.poll() is not None, 60)
+        wait_until(lambda: READY.search(self.output) or self.process.poll() is not None, 120)
         match = READY.search(self.output)
         assert match is not None, self.output
         self.url = match[1]
         return self
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path)
+        return httpx.get(self.url + path, timeout=60)
 
     def gauge(self, name: str) -> float:
         match = re.search(rf"^{name}{{.*}} (\S+)$", self.get("/metrics").text, re.MULTILINE)
@@ -91,7 +91,7 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def exit_code(self) -> int:
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -103,7 +103,7 @@ class ServerProcess:
                 self.process.wait()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"

@@ -88,7 +88,7 @@ def rejections(server: ServerProcess) -> int:
 
 def assert_still_right(server: ServerProcess) -> None:
     body = server.chat_body("a=6,b=a-2,c=b+6,d=c-3. d?", temperature=0, reasoning_lambda=1)
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).json()
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == "Answer: 7"
 
 
@@ -125,8 +125,8 @@ def connect(server: ServerProcess, small_buffers: bool = False) -> socket.socket
     address = urlsplit(server.url)
     assert address.hostname is not None
     connection = socket.socket()
-    if small_buffers:  # the segment size bounds the server's buffer
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
+    if small_buffers:  # the window and the segments bound the server's buffer as well
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
     connection.settimeout(30)
     connection.connect((address.hostname, address.port or 80))
@@ -173,8 +173,8 @@ def test_many_clients_that_leave_leave_nothing_behind(
     for path, phase in islice(ways, ABORTS):
         leave(server, path, phase)
     # Who left before the request was read, or was refused, was never accepted.
-    wait_until(lambda: (endings(server) - before)["abort"] >= ABORTS // 2, 60)
-    wait_until(server.is_idle, 60)
+    wait_until(lambda: (endings(server) - before)["abort"] >= ABORTS // 2)
+    wait_until(server.is_idle)
     ended = endings(server) - before
     assert set(ended) == {"abort"}
     assert ended["abort"] <= ABORTS - (rejections(server) - refused)
@@ -185,18 +185,19 @@ def test_many_clients_that_leave_leave_nothing_behind(
 def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(
     server: ServerProcess, wait_until: WaitUntil
 ) -> None:
-    wordy = long_answer(server, n=3, max_tokens=500, logprobs=True, top_logprobs=20)
+    wordy = long_answer(server, n=3, max_tokens=200, logprobs=True, top_logprobs=20)
     body = json.dumps(wordy | {"stream": True}).encode()
     with closing(connect(server, small_buffers=True)) as connection:
         connection.sendall(raw_request(body, "Connection: close"))
         connection.recv(1)
         assert_still_right(server)
-        wait_until(server.is_idle, 60)  # the engine is done with it, unread
+        wait_until(server.is_idle)  # the engine is done with it, unread
         in_kernel = bytes_in_kernel(connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
         received = b"".join(iter(lambda: connection.recv(1 << 20), b"")).decode()
     assert len(received) - in_kernel > 100_000  # the server itself held these
     assert terminal_events(received) == ["length"] * 3
-    assert received.count('"top_logprobs":[') == 3 * 500
+    assert received.count('"top_logprobs":[') == 3 * 200
     assert "data: [DONE]" in received
 
 
@@ -241,7 +242,7 @@ BROKEN_BODIES = {
 
 @pytest.mark.parametrize("body", BROKEN_BODIES.values(), ids=BROKEN_BODIES)
 def test_a_broken_body_is_a_400_in_the_one_shape(server: ServerProcess, body: bytes) -> None:
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=30)
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=60)
     assert response.status_code == 400
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -255,7 +256,7 @@ def test_the_extremes_of_sampling_still_draw_tokens(
 ) -> None:
     fields = value | {"repetition_penalty": penalty, "presence_penalty": -2}
     body = long_answer(server, **{"max_tokens": 20, "temperature": 1} | fields)
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] == 20
 
 

@@ -95,7 +95,7 @@ def test_a_killed_sweep_takes_its_server_along_and_goes_on_where_it_was(
     process = subprocess.Popen(
         [sys.executable, "-m", "server.cli", "sweep", *words], cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 6, 60)
+    wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 6, 120)
     below = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()

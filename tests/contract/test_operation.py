@@ -20,7 +20,7 @@ Start = Callable[..., ServerProcess]
 def streamed(process: ServerProcess, content: str, **fields: Any) -> Iterator[str]:
     body = process.chat_body(content, stream=True, **fields)
     with (
-        httpx.Client(timeout=20) as client,
+        httpx.Client(timeout=60) as client,
         client.stream("POST", f"{process.url}/v1/chat/completions", json=body) as response,
     ):
         assert response.status_code == 200
@@ -73,7 +73,7 @@ def test_deadlines_are_kept_while_draining(start_fake: Start) -> None:
 
 def test_logs_for_machines_are_one_object_a_line(start_fake: Start) -> None:
     process = start_fake("--log-format", "json", wait=False)
-    wait_until(lambda: '"event": "Ready"' in process.output, 60)
+    wait_until(lambda: '"event": "Ready"' in process.output)
     (ready,) = [json.loads(line) for line in process.output.splitlines()]
     process.url = ready["address"]
     answer = httpx.post(f"{process.url}/v1/chat/completions", json=process.chat_body("say x"))
@@ -161,7 +161,7 @@ def test_with_a_certificate_the_server_speaks_tls(
 ) -> None:
     flags = ["--ssl-certfile", str(certificate[0]), "--ssl-keyfile", str(certificate[1])]
     process = start_fake(*flags, wait=False)
-    wait_until(lambda: "https://" in process.output, 60)
+    wait_until(lambda: "https://" in process.output)
     url = next(line.split()[-1] for line in process.output.splitlines() if "Ready" in line)
     trusted = ssl.create_default_context(cafile=str(certificate[0]))
     assert httpx.get(f"{url}/health", verify=trusted).status_code == 200
@@ -184,7 +184,7 @@ def without_opentelemetry(*arguments: str) -> subprocess.CompletedProcess[str]:
         f"from server.cli import main; sys.exit(main({['serve', *arguments]!r}))"
     )
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
 

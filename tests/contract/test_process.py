@@ -26,7 +26,7 @@ def stream(process: Any, content: str, **fields: Any) -> Iterator[Iterator[str]]
     """The lines of a stream, which is open once the block is entered."""
     body = process.chat_body(content, stream=True, **fields)
     with (
-        httpx.Client(timeout=20) as client,
+        httpx.Client(timeout=60) as client,
         client.stream("POST", f"{process.url}/v1/chat/completions", json=body) as response,
     ):
         assert response.status_code == 200
@@ -208,7 +208,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
 

@@ -291,7 +291,7 @@ def test_odd_bytes_and_headers_get_a_described_answer(server: ServerProcess) -> 
             REFUSAL.validate(response.json())
         statuses.add(response.status_code)
 
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         ask()
     assert {200, 400} <= statuses
 

@@ -43,7 +43,7 @@ def as_format(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("value", LAMBDAS)
-@pytest.mark.parametrize("temperature", [0, 1, 2])
+@pytest.mark.parametrize("temperature", [0, 2])
 def test_an_answer_is_an_instance_of_its_schema_and_thinking_is_the_models_choice(
     client: openai.OpenAI, value: float, temperature: float
 ) -> None:
@@ -51,7 +51,7 @@ def test_an_answer_is_an_instance_of_its_schema_and_thinking_is_the_models_choic
         client,
         response_format=as_format(SCHEMA, strict=True),
         temperature=temperature,
-        n=4,
+        n=4 if temperature else 1,
         seed=1,
         extra={"reasoning_lambda": value, "thinking_token_budget": -1},
     )

@@ -107,7 +107,7 @@ def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
         client.__enter__()
         opened.append(client)
         if wait:
-            _wait_until(lambda: client.get("/ready").status_code == 200)
+            _wait_until(lambda: service.engine.info is not None)
         return client
 
     yield make
@@ -120,7 +120,7 @@ def client(make_client: ClientFactory) -> TestClient:
     return make_client()
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
