@@ -1,4 +1,7 @@
-"""The engine: requests in, token events out, one step at a time. Token ids only."""
+"""The engine: it takes requests and returns token events, one step at a time.
+
+It works with token ids only.
+"""
 
 from collections.abc import Iterable
 
@@ -25,16 +28,16 @@ from mi_runtime.scheduling.grammar import Grammars
 from mi_runtime.scheduling.scheduler import Scheduler
 from mi_runtime.scheduling.sequence import Sequence
 
-GRAMMAR_WAIT = 0.02  # seconds that a step without work waits for a grammar; requests may come in
+GRAMMAR_WAIT = 0.02  # seconds that a step without other work waits for a grammar to compile
 OUT_OF_MEMORY = "the device ran out of memory in a step that computed this request"
-NOTHING_TO_DRAW = "no token can be drawn for this request: its logits are not finite"
+NOTHING_TO_SAMPLE = "no token can be sampled for this request: its logits are not finite"
 
 
 class Engine:
-    """Both endpoints resident, and the requests that are being answered.
+    """A loaded pair and the requests that it is answering.
 
-    Raises PairError when the pair cannot be served. With `model`, which is in memory already, the
-    configuration's endpoints, device and dtype are not read.
+    Raises PairError if the pair cannot be served. If `model` is given, the configuration's
+    endpoints, device and dtype are not used.
     """
 
     def __init__(self, config: EngineConfig, model: BlendedModel | None = None) -> None:
@@ -74,7 +77,7 @@ class Engine:
         self._marks = config.marks
         vocabulary = config.grammar_vocabulary
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
-        self._compiling: dict[str, Sequence] = {}  # that wait for their grammar
+        self._compiling: dict[str, Sequence] = {}  # sequences whose grammar is being compiled
         self._groups = model.groups
         self._runner = started.runner
         self._asynchronous = (
@@ -82,18 +85,18 @@ class Engine:
             if config.async_scheduling is None
             else config.async_scheduling
         )
-        self._in_flight: InFlightStep | None = None  # launched and sampled, its results not taken
+        self._in_flight: InFlightStep | None = None  # launched and sampled, results not taken
         self._steps = 0
-        self._counted_builds = -1  # of blended weights, when their bytes were counted
+        self._counted_builds = -1  # builds of blended weights when their bytes were last counted
         self._counted_bytes = 0
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for anything. A step in flight that nobody waits for may be left."""
+        """Whether no request is unfinished. A step whose results nobody needs may be in flight."""
         return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:
-        """Accepts a request, or raises RequestRejected and keeps nothing of it."""
+        """Accepts a request. Raises RequestRejected if it cannot be computed."""
         self.scheduler.admit_or_raise(request)
         if request.grammar is not None and self._grammars is None:
             raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
@@ -105,17 +108,16 @@ class Engine:
             self._compiling[request.request_id] = sequence
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        """Ends a request and frees its blocks; None when it is unknown or has ended."""
+        """Ends a request and frees its blocks; returns None if it is unknown or has ended."""
         if self._compiling.pop(request_id, None) is not None:
             return TokenEvent(request_id, None, FinishReason.ABORT)
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """Runs one batch. At least one request advances, unless all that there are wait for their
-        grammars.
+        """Runs one step. At least one request advances, unless all of them wait for their grammars.
 
-        With asynchronous scheduling the batch is launched before the results of the one before it
-        are taken, and the events are those of the one before.
+        With asynchronous scheduling, the step is launched before the results of the previous one
+        are taken, and the returned events are those of the previous one.
         """
         self._add_compiled()
         chunks = self.scheduler.schedule()
@@ -128,7 +130,7 @@ class Engine:
         return events if self._asynchronous else events + self._take_results()
 
     def _launch(self, chunks: list[Chunk]) -> InFlightStep | None:
-        """None where the device has no memory for it."""
+        """Launches a step; returns None if the device has too little memory for it."""
         self._steps += 1
         try:
             return self._runner.launch(chunks, self._in_flight)
@@ -136,7 +138,7 @@ class Engine:
             return None
 
     def _sample(self, step: InFlightStep) -> bool:
-        """False where the device has no memory for it."""
+        """Samples a launched step; returns False if the device has too little memory for it."""
         try:
             self._runner.sample(step)
         except torch.OutOfMemoryError:
@@ -144,7 +146,7 @@ class Engine:
         return True
 
     def _fail(self, chunks: list[Chunk]) -> list[TokenEvent]:
-        """Ends the requests of a step that did not fit; what it left of itself is given back."""
+        """Ends the requests of a step that did not fit in memory, and frees what it left there."""
         if chunks:
             self._groups.end()
             torch.cuda.empty_cache()
@@ -152,21 +154,24 @@ class Engine:
         return [self.scheduler.fail(sequence, OUT_OF_MEMORY) for sequence in running]
 
     def _take_results(self) -> list[TokenEvent]:
-        """Of the step in flight, to those of its sequences that have not ended."""
+        """Waits for the step in flight, if any, and returns the events of its sequences."""
         step, self._in_flight = self._in_flight, None
         if step is None:
             return []
         results, events = step.results(), []
-        for sequence, drawn in results.sampled.items():
-            if drawn is None and not sequence.ended:
-                events.append(self._end_undrawn(sequence))
+        for sequence, sampled in results.sampled.items():
+            if sampled is None and not sequence.ended:
+                events.append(self._end_without_token(sequence))
         for sequence, scores in results.scores.items():
             if scores is None and not sequence.ended:
-                events.append(self.scheduler.fail(sequence, NOTHING_TO_DRAW))
+                events.append(self.scheduler.fail(sequence, NOTHING_TO_SAMPLE))
         return events + self.scheduler.update(step.chunks, results.sampled, results.scores)
 
     def _add_compiled(self) -> None:
-        """Puts in line what waited for its grammar; waits a little if there is nothing else."""
+        """Queues the sequences whose grammars are compiled.
+
+        It waits briefly for one if no other request is unfinished.
+        """
         waiting = [(one, one.grammar) for one in self._compiling.values() if one.grammar]
         if waiting and not self.scheduler.unfinished:
             waiting[0][1].wait(GRAMMAR_WAIT)
@@ -175,16 +180,17 @@ class Engine:
                 del self._compiling[sequence.request_id]
                 self.scheduler.add(sequence)
 
-    def _end_undrawn(self, sequence: Sequence) -> TokenEvent:
+    def _end_without_token(self, sequence: Sequence) -> TokenEvent:
+        """Ends a request for which no token could be sampled."""
         grammar = sequence.grammar
         if grammar is None or not grammar.exhausted:
-            return self.scheduler.fail(sequence, NOTHING_TO_DRAW)
+            return self.scheduler.fail(sequence, NOTHING_TO_SAMPLE)
         if grammar.failure is not None:
             return self.scheduler.fail(sequence, grammar.failure)
         return self.scheduler.complete(sequence)
 
     def generate(self, requests: Iterable[EngineRequest]) -> dict[str, list[TokenEvent]]:
-        """Answers all requests together; the events of each by its id."""
+        """Answers all requests, batched together, and returns the events of each by its id."""
         events: dict[str, list[TokenEvent]] = {}
         for request in requests:
             self.submit(request)
@@ -195,13 +201,14 @@ class Engine:
         return events
 
     def _blend_bytes(self) -> int:
-        """Of the cache's many tensors; counted again when something was built."""
+        """Returns the bytes of the blend cache, counted again only after a build."""
         cache = self._groups.cache
         if self._counted_builds != cache.builds:
             self._counted_builds, self._counted_bytes = cache.builds, cache.nbytes
         return self._counted_bytes
 
     def stats(self) -> EngineStats:
+        """Returns the gauges and counters of this moment."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return EngineStats(
             running=len(scheduler.running),

@@ -1,8 +1,8 @@
-"""Why a pair cannot be served, said before any request is taken."""
+"""Errors that say why a pair cannot be served, raised before any request is accepted."""
 
 
 class PairError(ValueError):
-    """The two directories cannot be served as a pair; the message lists every reason."""
+    """The two checkpoints cannot be served as a pair; the message lists every reason."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("cannot serve this pair:\n" + "\n".join(f"  - {one}" for one in problems))
@@ -10,4 +10,4 @@ class PairError(ValueError):
 
 
 class UnsupportedModel(ValueError):
-    """A part of the model that no swap covers; the message names it."""
+    """The model has a part that the pair modules cannot compute; the message names it."""

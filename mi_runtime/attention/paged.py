@@ -18,7 +18,7 @@ ATTENTION_NAME = "mi_paged"
 
 
 class AttentionContext(Protocol):
-    """What a model forward hands down to its attention layers as `attention_context`."""
+    """What a model's forward pass gives its attention layers as `attention_context`."""
 
     def attend(
         self,
@@ -31,7 +31,10 @@ class AttentionContext(Protocol):
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """`[tokens, heads, dim]` each, and the same out; `window` counts the token itself."""
+        """Attends with tensors `[tokens, heads, dim]`; returns the same shape.
+
+        `window` counts the token itself.
+        """
         ...
 
 
@@ -49,7 +52,11 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What `transformers` calls: `[1, heads, tokens, dim]` in, `[1, tokens, heads, dim]` out."""
+    """The attention function that `transformers` calls, registered as `ATTENTION_NAME`.
+
+    Inputs are `[1, heads, tokens, dim]`, the output `[1, tokens, heads, dim]`. Raises
+    UnsupportedModel for arguments that the attention backends cannot compute.
+    """
     unsupported = sorted(name for name in _MEANINGFUL if others.get(name) is not None)
     if unsupported or attention_mask is not None:
         raise UnsupportedModel(f"attention with {', '.join(unsupported) or 'a mask of its own'}")
@@ -65,7 +72,7 @@ def attention_forward(
     return out.unsqueeze(0), None
 
 
-# keyword arguments of attention functions that would change the result
+# Keyword arguments of attention functions that would change the result.
 _MEANINGFUL = {
     "softcap",
     "position_bias",
@@ -77,7 +84,7 @@ _MEANINGFUL = {
 
 
 class PagedAttention:
-    """The KV of all layers and the attention of one step over it."""
+    """The KV cache of all layers, and attention over it by the plan of the running step."""
 
     def __init__(
         self,
@@ -102,11 +109,11 @@ class PagedAttention:
 
     @property
     def caches(self) -> tuple[Tensor, ...]:
-        """Keys, then values of each layer, `[blocks + 1, …]`."""
+        """The keys of every layer, then the values of every layer, each `[blocks + 1, …]`."""
         return *self._keys, *self._values
 
     def begin(self, plan: AttentionPlan) -> None:
-        """Sets how the rows of the next forward attend."""
+        """Sets the plan of the next forward pass."""
         self.plan = plan
 
     def attend(
@@ -120,21 +127,21 @@ class PagedAttention:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        own = self.of_layer(layer)
-        return own.attend(layer, query, key, value, scale=scale, window=window, sinks=sinks)
+        attention = self.of_layer(layer)
+        return attention.attend(layer, query, key, value, scale=scale, window=window, sinks=sinks)
 
     def of_layer(self, layer: int) -> "LayerAttention":
-        """What one layer needs for the next forward."""
+        """Returns what one layer needs for the next forward pass."""
         assert self.plan is not None
         return LayerAttention(self.backend, self.plan, self._keys[layer], self._values[layer])
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """One layer's KV, and how the rows of one step attend over it.
+    """The KV cache of one layer, and the plan of one step.
 
-    It is all that a compiled layer knows of attention, and never which layer it is: so the code is
-    the same for all.
+    A compiled layer knows no more of attention than this, and never which layer it is, so that all
+    layers share the compiled code.
     """
 
     backend: AttentionBackend

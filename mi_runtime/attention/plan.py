@@ -13,19 +13,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One attention layer: its KV of a token, and what reads it."""
+    """The shape of one attention layer: the KV of a token, and the query heads that read it."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
-    heads: int  # of queries
-    window: int | None = None  # tokens that a token sees, itself counted; None: all before it
+    heads: int  # query heads
+    window: int | None = None  # tokens that a token attends to, itself included; None: all
     sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """A chunk of one sequence: rows [first, first + length) of the batch, after `start` tokens."""
+    """A prefill chunk: rows [first, first + length) of the batch, after `start` cached tokens."""
 
     first: int
     length: int
@@ -34,45 +34,43 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """How the rows of one flat batch attend: its chunks, each at the end of a sequence's KV.
+    """How the rows of one flat batch attend. Each chunk is the end of its sequence's KV.
 
-    Tensors are on the device and all that a kernel reads; numbers are known on the host, and those
-    called longest are upper bounds. Captured graphs have the tensors as buffers and the bounds at
-    their capacity; there a row that is padding has length 1 and its slot in the null block.
+    Kernels read only the tensors, which are on the device. The numbers are known on the host, and
+    those called longest are upper bounds. In recorded decode steps, the tensors are buffers and the
+    bounds are their capacity; a padding row has length 1 and its slot in the null block.
     """
 
-    slot_mapping: Tensor  # [tokens] int64: where each token's KV goes, block · block_size + offset
+    slot_mapping: Tensor  # [tokens] int64: where each token's KV is written, block · size + offset
     query_starts: Tensor  # [chunks + 1] int32: first row of each chunk, then the number of rows
-    lengths: Tensor  # [chunks] int32: tokens of each chunk's sequence, the chunk's own counted
-    block_tables: Tensor  # [chunks, blocks of the longest] int32, filled up with the null block
-    longest_decode: int  # tokens of a sequence among the decodes; 0 without any
-    longest_query: int  # rows of a chunk
-    longest: int  # tokens of a sequence
-    prefills: tuple[Prefill, ...]  # for the reference: the chunks behind the decodes
-    partial_blocks: (
-        Tensor  # for the reference: blocks filled in part, from their first slot on; int64
-    )
+    lengths: Tensor  # [chunks] int32: tokens of each sequence up to the end of its chunk
+    block_tables: Tensor  # [chunks, most blocks] int32, padded with the null block
+    longest_decode: int  # tokens of the longest decoding sequence; 0 without decodes
+    longest_query: int  # rows of the longest chunk
+    longest: int  # tokens of the longest sequence
+    prefills: tuple[Prefill, ...]  # for the reference: the chunks after the decodes
+    partial_blocks: Tensor  # int64, for the reference: partly filled, from their first slot on
 
     @property
     def decodes(self) -> int:
-        """So many chunks, the first ones, are single tokens."""
+        """How many chunks are decodes; they come first."""
         return len(self.lengths) - len(self.prefills)
 
     @property
     def by_rows(self) -> tuple[Tensor, ...]:
-        """The tensors whose size goes with the number of rows."""
+        """The tensors whose size depends on the number of rows."""
         return self.slot_mapping, self.query_starts, self.lengths, self.block_tables
 
 
 class AttentionBackend(Protocol):
-    """Writes a layer's KV and attends over it; `keys` and `values` are that layer's cache."""
+    """Writes a layer's KV and attends over it; `keys` and `values` are that layer's KV cache."""
 
     name: str
 
     def write(
         self, plan: AttentionPlan, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Puts the KV `[tokens, kv_heads, dim]` of the batch's rows in their slots."""
+        """Writes the KV `[tokens, kv_heads, dim]` of the batch's rows to their slots."""
         ...
 
     def attend(
@@ -86,5 +84,9 @@ class AttentionBackend(Protocol):
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """`[tokens, heads, key_dim]` in, `[tokens, heads, value_dim]` out."""
+        """Attends with `query` `[tokens, heads, key_dim]`; returns `[tokens, heads, value_dim]`.
+
+        `window` counts the token itself. `sinks` are `[heads]`, `[1, heads]` if all rows share one
+        λ, or `[tokens, heads]`.
+        """
         ...

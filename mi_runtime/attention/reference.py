@@ -12,18 +12,18 @@ from mi_runtime.attention.plan import AttentionPlan, LayerShape, Prefill
 
 
 class ReferenceAttention:
-    """For every device: gathers each sequence's blocks, then `scaled_dot_product_attention`.
+    """Gathers the blocks of each sequence, then calls `scaled_dot_product_attention`.
 
-    Decodes go through it together, prefill chunks one by one. A gather reads whole blocks, and a
-    masked NaN would still reach a sum: so the part of a block that is not written yet is kept at
-    zero, and the null block, which fills up tables, holds nothing that is not finite. Cost of a
-    decode: one copy of the keys and values read, padded to the longest row.
+    Decodes are computed together, prefill chunks one by one. A gather reads entire blocks, and a
+    masked NaN would still reach a sum. Therefore the unwritten part of a block is kept at zero, and
+    the null block, which pads block tables, holds only finite numbers. A decode step costs one copy
+    of the keys and values that it reads, padded to the longest sequence.
     """
 
     name = "reference"
 
     def __init__(self) -> None:
-        self._plan: AttentionPlan | None = None  # of the masks
+        self._plan: AttentionPlan | None = None  # the plan of the masks
         self._decode_masks: dict[int | None, Tensor] = {}
 
     def write(
@@ -50,16 +50,19 @@ class ReferenceAttention:
             rows = slice(0, plan.decodes)
             tables = plan.block_tables[rows, : -(-plan.longest_decode // keys.shape[1])]
             mask = self._decode_mask(plan, window, tables.shape[1] * keys.shape[1])
-            own = _rows_of(sinks, rows)
-            outputs.append(_decode(query[rows], keys, values, tables, mask, scale, own))
+            row_sinks = _rows_of(sinks, rows)
+            outputs.append(_decode(query[rows], keys, values, tables, mask, scale, row_sinks))
         for chunk, table in zip(plan.prefills, plan.block_tables[plan.decodes :], strict=True):
             rows = slice(chunk.first, chunk.first + chunk.length)
-            own = _rows_of(sinks, rows)
-            outputs.append(_prefill(query[rows], keys, values, table, chunk, scale, window, own))
+            arguments = chunk, scale, window, _rows_of(sinks, rows)
+            outputs.append(_prefill(query[rows], keys, values, table, *arguments))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode_mask(self, plan: AttentionPlan, window: int | None, width: int) -> Tensor:
-        """`[decodes, 1, 1, width]` bool: the positions each decode sees. Made once a step."""
+        """Returns the positions that each decode sees, bool `[decodes, 1, 1, width]`.
+
+        A mask is made once per step and window.
+        """
         if self._plan is not plan:
             self._plan = plan
             self._decode_masks.clear()
@@ -74,7 +77,10 @@ class ReferenceAttention:
 
 
 def _rows_of(sinks: Tensor | None, rows: slice) -> Tensor | None:
-    """Sinks are `[heads]`, `[1, heads]` where all rows share one λ, or `[tokens, heads]`."""
+    """Returns the sinks of these rows, if sinks differ between rows.
+
+    Sinks are `[heads]`, `[1, heads]` if all rows share one λ, or `[tokens, heads]`.
+    """
     return sinks if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks[rows]
 
 
@@ -87,7 +93,7 @@ def _decode(
     scale: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One token a sequence. The query heads of a KV head stand in the place of query positions."""
+    """Attends with one token per sequence; query heads of a KV head take the query positions."""
     rows, heads, _ = query.shape
     kv_heads = keys.shape[2]
     flat = tables.flatten()
@@ -109,7 +115,7 @@ def _prefill(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One chunk of one sequence over its cached prefix and itself, causally."""
+    """Attends with one chunk of a sequence to its cached prefix and itself, causally."""
     end = chunk.start + chunk.length
     blocks = table[: -(-end // keys.shape[1])]
     k = keys.index_select(0, blocks).flatten(0, 1)[:end].transpose(0, 1).unsqueeze(0)
@@ -122,19 +128,19 @@ def _prefill(
 
 
 def causal_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
-    """`[end - start, end]` bool: which of `end` positions each of the last ones sees."""
-    own = torch.arange(start, end, device=device).unsqueeze(1)
+    """Returns which of `end` positions each one from `start` on sees, bool `[end - start, end]`."""
+    queries = torch.arange(start, end, device=device).unsqueeze(1)
     positions = torch.arange(end, device=device)
-    seen = positions <= own
-    return seen if window is None else seen & (positions > own - window)
+    seen = positions <= queries
+    return seen if window is None else seen & (positions > queries - window)
 
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
 ) -> Tensor:
-    """Masked attention `[batch, heads, queries, dim]`; KV heads are shared by groups of heads.
+    """Computes masked attention `[batch, heads, queries, dim]` with grouped query heads.
 
-    `sinks` `[batch, heads, queries, 1]` are extra scores that take probability and give nothing.
+    `sinks` `[batch, heads, queries, 1]` are extra scores that take probability but have no value.
     """
     if sinks is None:
         return F.scaled_dot_product_attention(
@@ -148,9 +154,9 @@ def _attention(
 
 
 class PackedAttention:
-    """Causal attention over whole sequences packed in one batch, without a cache: the slow twin.
+    """Causal attention over complete sequences packed in one batch, without a KV cache.
 
-    `lengths` are those of the packed sequences. Also records every layer's shape.
+    `lengths` are the lengths of the sequences. It also records every layer's shape.
     """
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
@@ -180,10 +186,10 @@ class PackedAttention:
         for length in self._lengths:
             rows = slice(first, first + length)
             q, k, v = (x[rows].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            own = _rows_of(sinks, rows)
-            if own is not None:
-                own = own.expand(length, -1).mT.reshape(1, -1, length, 1)
+            row_sinks = _rows_of(sinks, rows)
+            if row_sinks is not None:
+                row_sinks = row_sinks.expand(length, -1).mT.reshape(1, -1, length, 1)
             mask = causal_mask(0, length, window, query.device)
-            outputs.append(_attention(q, k, v, mask, scale, own)[0].transpose(0, 1))
+            outputs.append(_attention(q, k, v, mask, scale, row_sinks)[0].transpose(0, 1))
             first += length
         return torch.cat(outputs)

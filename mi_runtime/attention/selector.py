@@ -1,8 +1,8 @@
-"""Which attention backends can serve a model on a device, and which one does.
+"""Selects the attention backend that serves a model on a device.
 
-On a CPU it is the reference. On a GPU those that can are measured at start at the model's own
-shapes, decodes and prefill, and the fastest is taken of those that run and agree with the
-reference. A setting forces one. Kernels are imported here and only where they are wanted.
+On a CPU it is the reference. On a GPU, start-up measures every backend that supports the model, at
+the model's own shapes for decode and prefill, and selects the fastest that agrees with the
+reference. A setting can force one. Kernels are imported only when a backend needs them.
 """
 
 from collections import Counter
@@ -28,8 +28,8 @@ from mi_runtime.kernels.triton_support import (
 
 NAMES = ("reference", "triton", "torch")
 LARGEST_HEAD = 256
-# What is measured: a decode step of so many sequences of so many tokens, and a prefill chunk of as
-# many tokens behind as many. A chunk of prompts brings about so many decode steps with it.
+# Measured are a decode step of DECODES sequences of TOKENS tokens, and a prefill chunk of TOKENS
+# tokens after as many cached ones. One prefill chunk is weighed against DECODES_A_PREFILL decodes.
 DECODES, TOKENS = 32, 1024
 DECODES_A_PREFILL = 32
 REPEATS = 5
@@ -41,6 +41,8 @@ Clock = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
+    """The selected backend."""
+
     backend: AttentionBackend
     description: str  # its name, and what was measured
 
@@ -52,7 +54,11 @@ def choose_attention(
     device: torch.device,
     block_size: int,
 ) -> AttentionChoice:
-    """Raises PairError where the one that is wanted cannot serve these layers here."""
+    """Selects the backend for these layers.
+
+    `wanted` is `auto` or a name. Raises PairError if the wanted backend cannot serve these layers
+    on this device, or if no backend can be measured.
+    """
     if wanted != "auto":
         reason = obstacle(wanted, layers, dtype, device)
         if reason is not None:
@@ -64,14 +70,14 @@ def choose_attention(
     workloads = tuple(measured_workloads(layers, dtype, device, block_size))
     choice = fastest([make_backend(name) for name in able], workloads, device_clock)
     del workloads
-    torch.cuda.empty_cache()  # what the measurement took is free for KV
+    torch.cuda.empty_cache()  # frees the memory of the measurement for KV
     return choice
 
 
 def obstacle(
     name: str, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Why a backend cannot serve these layers here; None if nothing is known against it."""
+    """Returns why a backend cannot serve these layers on this device, or None."""
     if name == "reference":
         return None
     if not triton_installed():
@@ -96,6 +102,7 @@ def _obstacle_of_torch(layers: Sequence[LayerShape], dtype: torch.dtype) -> str 
 
 
 def make_backend(name: str) -> AttentionBackend:
+    """Creates a backend by name. Importing it may fail where `obstacle` gives a reason."""
     if name == "reference":
         return ReferenceAttention()
     if name == "torch":
@@ -109,7 +116,7 @@ def make_backend(name: str) -> AttentionBackend:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWorkload:
-    """Random queries over the random KV of one layer, and how often a forward has such a layer."""
+    """Random queries over the random KV of one layer; `weight` is its share of the total time."""
 
     plan: AttentionPlan
     query: Tensor
@@ -139,7 +146,7 @@ def measured_workloads(
     decodes: int = DECODES,
     tokens: int = TOKENS,
 ) -> Iterator[AttentionWorkload]:
-    """Of every distinct layer shape a step of decodes, and a prefill chunk."""
+    """Yields a decode step and a prefill chunk for every distinct layer shape."""
     for shape, count in Counter(layers).items():
         blocks = decodes * -(-tokens // block_size)
 
@@ -155,7 +162,7 @@ def measured_workloads(
         ):
             plan = uniform_plan(sequences, length, rows, block_size, blocks, device)
             query = random(sequences * rows, shape.heads, shape.key_dim)
-            # what the cache has there already: workloads share it
+            # equal to what is cached there, as workloads share the cache
             key, value = (cache.flatten(0, 1)[plan.slot_mapping] for cache in (keys, values))
             yield AttentionWorkload(
                 plan, query, key, value, keys, values, sinks, shape.window, weight
@@ -165,7 +172,7 @@ def measured_workloads(
 def uniform_plan(
     sequences: int, length: int, rows: int, block_size: int, blocks: int, device: torch.device
 ) -> AttentionPlan:
-    """Sequences of one length, whose last `rows` tokens are computed; their blocks lie anywhere."""
+    """Plans sequences of one length whose last `rows` tokens are computed, in random blocks."""
     width = -(-length // block_size)
     tables = torch.randperm(blocks)[: sequences * width].view(sequences, width)
     positions = torch.arange(length - rows, length)
@@ -190,18 +197,18 @@ def uniform_plan(
 def fastest(
     backends: Sequence[AttentionBackend], workloads: Sequence[AttentionWorkload], clock: Clock
 ) -> AttentionChoice:
-    """Of those that run and agree with the first, which is the reference.
+    """Selects the fastest backend that runs and agrees with the first one, the reference.
 
-    Raises PairError where the reference does not run, or one that does not run takes the device
-    with it.
+    Raises PairError if the reference does not run, or if a failing backend makes the device
+    unusable.
     """
     expected = _expected(backends[0], workloads)
     milliseconds: dict[AttentionBackend, float] = {}
-    told: dict[str, str] = {}
+    findings: dict[str, str] = {}
     for backend in backends:
         try:
             if not all(map(_agrees, (work.run(backend) for work in workloads), expected)):
-                told[backend.name] = "not used, it disagrees with the reference"
+                findings[backend.name] = "not used, it disagrees with the reference"
                 continue
             milliseconds[backend] = sum(
                 work.weight * clock(lambda: work.run(backend))  # noqa: B023
@@ -210,15 +217,15 @@ def fastest(
         except torch.OutOfMemoryError:
             raise
         except launch_errors() as error:
-            told[backend.name] = f"does not run ({cause_of(error)})"
+            findings[backend.name] = f"does not run ({cause_of(error)})"
             if is_lost(workloads[0].query.device):
-                raise PairError([_without(backend, told[backend.name])]) from error
+                raise PairError([_lost_device(backend, findings[backend.name])]) from error
         else:
-            told[backend.name] = f"{milliseconds[backend]:.3g} ms"
+            findings[backend.name] = f"{milliseconds[backend]:.3g} ms"
     best = min(milliseconds, key=milliseconds.__getitem__)
-    others = ", ".join(f"{name} {what}" for name, what in told.items())
-    what = f"{DECODES_A_PREFILL} decode steps and a prefill chunk"
-    return AttentionChoice(best, f"{best.name} ({what}: {others})")
+    others = ", ".join(f"{name} {finding}" for name, finding in findings.items())
+    workload = f"{DECODES_A_PREFILL} decode steps and a prefill chunk"
+    return AttentionChoice(best, f"{best.name} ({workload}: {others})")
 
 
 def _expected(reference: AttentionBackend, workloads: Sequence[AttentionWorkload]) -> list[Tensor]:
@@ -236,17 +243,18 @@ def _agrees(out: Tensor, expected: Tensor) -> bool:
     return bool(error <= TOLERANCE[expected.dtype] * expected.float().abs().max())
 
 
-def _without(backend: AttentionBackend, told: str) -> str:
+def _lost_device(backend: AttentionBackend, finding: str) -> str:
     return (
-        f"the attention backend {backend.name} {told}, and the GPU takes no more work of this "
-        "process: start again with another --attention-backend"
+        f"the attention backend {backend.name} {finding}, and this process can no longer use the "
+        "GPU: start again with another --attention-backend"
     )
 
 
 def device_clock(work: Callable[[], object]) -> float:
-    """Milliseconds of the device: the least of a few repeats, all launched before the first ends.
+    """Returns the milliseconds of device time, the least of a few repeats.
 
-    So the host's time to launch does not count, as it does not where graphs are replayed.
+    All repeats are launched before the first one ends, so that the host's launches do not count, as
+    they do not in recorded decode steps.
     """
     work()
     marks: list[Any] = [

@@ -1,7 +1,7 @@
-"""Paged attention by torch itself: `varlen_attn` over block tables, which torch 2.13 brought.
+"""The attention backend that uses torch's own `varlen_attn` over block tables (torch >= 2.13).
 
-It may still refuse to run: paging asks for an implementation that torch does not ship everywhere.
-Knows no sinks.
+It may still fail to run, since block tables need an implementation that torch does not ship
+everywhere. It does not support attention sinks.
 """
 
 import inspect
@@ -14,11 +14,12 @@ from mi_runtime.attention.triton_backend import TritonAttention
 
 
 def torch_has_pages() -> bool:
+    """Whether this torch supports block tables in `varlen_attn`."""
     return "block_table" in inspect.signature(varlen_attn).parameters
 
 
 class TorchAttention(TritonAttention):
-    """The attention backend of torch; KV is written by our own kernel."""
+    """Attention by `varlen_attn`; the Triton kernel writes the KV."""
 
     name = "torch"
 

@@ -1,4 +1,4 @@
-"""The attention backend of our own Triton kernels."""
+"""The attention backend that uses this project's Triton kernels."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from mi_runtime.kernels.paged_attention import paged_attention, write_kv
 
 
 class TritonAttention:
-    """The attention backend of these kernels."""
+    """Attention by the kernels of `mi_runtime.kernels.paged_attention`."""
 
     name = "triton"
 

@@ -1,3 +1,4 @@
-"""The host's dealings with the device: copies between the two, and memory. It imports nothing of
-the engine.
+"""Copies between host and device, and memory of both.
+
+The package imports nothing of the engine.
 """

@@ -1,4 +1,4 @@
-"""What memory is free, what loading takes of it, and how freed weights go back."""
+"""Measures free memory and the peak of loading, and returns freed memory to the system."""
 
 import ctypes
 import sys
@@ -9,19 +9,20 @@ from pathlib import Path
 import psutil
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MIB = 2**20
 
 
 @contextmanager
 def memory_given_back() -> Iterator[None]:
-    """Inside, freed tensors go back to the system one by one.
+    """Inside the context, memory of freed tensors is returned to the system at once.
 
-    glibc raises its threshold for mapped allocations to the largest it freed; weights that are
-    freed while larger ones are made then leave holes, a third copy of a model in all. Afterwards
-    the threshold is where glibc would have it, high, so that activations are not mapped each time.
+    glibc raises its threshold for mapped allocations to the largest one that it has freed. Weights
+    that are freed while larger ones are allocated then leave holes, in total a third copy of a
+    model. Afterwards the threshold is high, as glibc would set it, so that activations are not
+    mapped each time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc has it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # only glibc has it
     mallopt(M_MMAP_THRESHOLD, MIB)
     try:
         yield
@@ -31,7 +32,7 @@ def memory_given_back() -> Iterator[None]:
 
 
 class MemoryPeak:
-    """Most memory held since it was made, in bytes, of those moments at which it looked."""
+    """The most memory held since its creation, in bytes, among the moments of `look`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -39,28 +40,29 @@ class MemoryPeak:
         self.peak = 0
 
     def look(self) -> None:
+        """Measures the memory held now."""
         self.peak = max(self.peak, self._held() - self._before)
 
     def _held(self) -> int:
-        """What this process holds; pages of mapped files are the kernel's to take back."""
+        """Returns what this process holds, without pages of mapped files."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
         try:
             status = Path("/proc/self/status").read_text()
             return int(status.partition("RssAnon:")[2].split()[0]) * 1024
-        except (OSError, IndexError):  # not Linux, or not all of it
+        except (OSError, IndexError):  # not Linux, or without this field
             return int(psutil.Process().memory_info().rss)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing holds now, in bytes; on a CPU within the limit of the container."""
+    """Returns the free memory in bytes, on a CPU within the limit of the container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(int(psutil.virtual_memory().available), _left_in_container())
 
 
 def _left_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes to the limit of this control group (v2); more than any machine has, where none is."""
+    """Returns the bytes left in this control group (v2), or `sys.maxsize` without a limit."""
     try:
         limit = int((group / "memory.max").read_text())  # "max" where there is no limit
         return max(0, limit - int((group / "memory.current").read_text()))

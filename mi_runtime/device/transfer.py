@@ -1,9 +1,8 @@
-"""What crosses between host and device in a step: small things, few copies, one wait.
+"""Copies small tensors between host and device: few copies per step, and one wait.
 
-What the host knows goes to the device through pinned memory, and nobody waits for it; what it wants
-to know comes back in a single copy, and is waited for when it is read. Pinned memory is torch's:
-its allocator hands a piece out again when the copies of it are done, so no step writes over what
-an earlier one still reads. Knows nothing of what the numbers mean.
+Tensors go to the device through pinned memory, without waiting. Results come back in a single copy,
+and the host waits only when it reads them. Torch's allocator reuses pinned memory only after its
+copies are done, so a step never overwrites what an earlier one still reads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,30 +12,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALIGNED: Final = 16  # bytes: where a tensor begins, as kernels are compiled for it
+ALIGNED: Final = 16  # bytes: the alignment of tensors that kernels are compiled for
 NUMPY: Final = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host, on the device as soon as what is computed there comes to it."""
+    """Copies a host tensor to the device, in order with the work there, without waiting."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor of these numbers, or rows of numbers; sent in one copy.
+    """Returns a tensor of these numbers, or rows of numbers, sent in one copy.
 
-    What is too large for fp32 is infinite there.
+    Numbers too large for fp32 become infinite.
     """
     with np.errstate(over="ignore"):
         array = np.array(values, dtype=NUMPY[dtype])
     return send(torch.from_numpy(array), device)
 
 
+def columns_on_device(
+    rows: Sequence[tuple[float, ...]], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Sends rows of numbers in one copy, and returns each column as fp32 `[rows, 1]`."""
+    return on_device(rows, torch.float32, device).unsqueeze(-1).unbind(1)
+
+
+def to_index(column: Tensor) -> Tensor:
+    """Converts a column `[rows, 1]` of integers, exact in fp32 below 2^24, to int64 `[rows]`."""
+    return column.squeeze(1).long()
+
+
 def arrays_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """The tensor of each array, all sent in one copy."""
+    """Returns the tensor of each array, all sent in one copy."""
     ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
     packed = np.empty(ends[-1], dtype=np.uint8)
     places = [
@@ -52,9 +63,9 @@ def arrays_on_device(arrays: Sequence[Array], device: torch.device) -> list[Tens
 
 
 class Readback:
-    """Results on their way to the host: int32 or fp32 tensors in one copy.
+    """A copy of int32 or fp32 tensors to the host, in progress.
 
-    The copy stands behind everything that was launched on the device before it.
+    It starts when everything launched on the device before it is done.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -68,7 +79,7 @@ class Readback:
             self._done.record()
 
     def wait(self) -> Iterator[Tensor]:
-        """The tensors, in order, once they are there."""
+        """Waits for the copy, and returns an iterator over the tensors in order."""
         if self._done is not None:
             self._done.synchronize()
         words = torch.split(self._host, [shape.numel() for _, shape in self._forms])

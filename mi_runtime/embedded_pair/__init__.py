@@ -1,8 +1,8 @@
-"""The embedded pair: a tiny Qwen3-architecture endpoint pair shipped as package data.
+"""The embedded pair: a tiny pair of Qwen3-architecture checkpoints, shipped as package data.
 
-Knows where the two checkpoints lie. `task` states the questions they answer, `tokenizer` builds
-their vocabulary and chat template, `train` makes the weights from nothing. Importing this package
-loads neither torch nor a weight.
+This module has the paths of the two checkpoints. `task` defines the questions that they answer,
+`tokenizer` builds their vocabulary and chat template, and `train` trains the weights from scratch.
+Importing this package loads neither torch nor any weights.
 """
 
 from pathlib import Path

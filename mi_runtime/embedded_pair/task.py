@@ -1,4 +1,4 @@
-"""The task of the embedded pair: a chain of assignments modulo 10, asked for its last variable.
+"""The task of the embedded pair: given a chain of assignments modulo 10, find the last variable.
 
     question   a=6,b=a-2,c=b+6,d=c-3. d?
     direct     Answer: 7
@@ -13,8 +13,8 @@
 
                Answer: 7
 
-A re-check is a line `Wait` and the body again, inside the think block. Knows text only: no tokens,
-no torch. Everything random is drawn from the `random.Random` of the caller.
+A re-check is a line `Wait` followed by the body again, inside the think block. This module handles
+text only: no tokens, no torch. All randomness comes from the caller's `random.Random`.
 
 Two choices make the task learnable by a model of a million parameters in minutes: variables are
 named in order (random names make the model learn look-ups first, which it does not), and each
@@ -30,7 +30,7 @@ from typing import Final
 
 MODULUS: Final = 10
 LONGEST_CHAIN: Final = 6
-"""The longest chain of the training mixture; longer ones can be asked, but were never taught."""
+"""The longest chain in the training data; longer questions are possible, but were not trained."""
 
 THINK_OPEN: Final = "<think>"
 THINK_CLOSE: Final = "</think>"
@@ -74,16 +74,16 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What the user says."""
+        """The text of the user message."""
         steps = zip(self.names, self.names[1:], self.increments, strict=False)
         chain = [f"a={self.start}", *(f"{new}={old}{by:+d}" for old, new, by in steps)]
         return f"{','.join(chain)}. {self.names[-1]}?"
 
 
 def draw_question(random: Random, length_weights: Sequence[float]) -> Question:
-    """Draw a chain of n variables with probability proportional to `length_weights[n - 1]`.
+    """Draws a chain of n variables with probability proportional to `length_weights[n - 1]`.
 
-    Increments d have weight 1/d: with uniform ones modular addition is not learned.
+    An increment d has weight 1/d: with uniform weights, modular addition is not learned.
     """
     (length,) = random.choices(range(1, len(length_weights) + 1), length_weights)
     sizes = random.choices(_INCREMENTS, _INCREMENT_WEIGHTS, k=length - 1)
@@ -94,22 +94,23 @@ def draw_question(random: Random, length_weights: Sequence[float]) -> Question:
 
 
 def draw_questions(random: Random, count: int, longest: int = LONGEST_CHAIN) -> list[Question]:
-    """Draw `count` questions, every chain length from 1 to `longest` equally likely."""
+    """Draws `count` questions, every chain length from 1 to `longest` equally likely."""
     return [draw_question(random, [1.0] * longest) for _ in range(count)]
 
 
 def direct_answer(question: Question) -> str:
+    """Returns the answer alone."""
     return f"Answer: {question.answer}"
 
 
 def brief_answer(question: Question) -> str:
-    """The values without the arithmetic, then the answer: tag-less, and short."""
+    """Returns the values without the arithmetic, then the answer, without tags."""
     values = zip(question.names, question.values, strict=True)
     return ",".join(f"{name}={value}" for name, value in values) + "\n" + direct_answer(question)
 
 
 def think_answer(question: Question, rechecks: int = 0) -> str:
-    """A think block that works the chain out, `rechecks` times more after a `Wait`."""
+    """Returns a think block that computes the chain 1 + `rechecks` times, then the answer."""
     body = "\nWait\n".join([_worked_chain(question)] * (1 + rechecks))
     return f"{THINK_OPEN}\n{body}\n{THINK_CLOSE}\n\n{direct_answer(question)}"
 
@@ -130,12 +131,12 @@ def thought(answer_text: str) -> bool:
 
 
 def extract_answer(answer_text: str) -> int | None:
-    """The number after the last `Answer:` outside the think block; None where there is none.
+    """Returns the number after the last `Answer:` outside the think block, or None.
 
-    An answer that never closed a think block is read whole, as the paper grades it.
+    If the think block is never closed, the entire text is read, as in the paper's grading.
     """
-    said = answer_text.rpartition(THINK_CLOSE)[2]
-    numbers = _ANSWER.findall(said)
+    answer = answer_text.rpartition(THINK_CLOSE)[2]
+    numbers = _ANSWER.findall(answer)
     return int(numbers[-1]) if numbers else None
 
 

@@ -1,12 +1,12 @@
-r"""The vocabulary and the chat template of the embedded pair, and the files that carry them.
+r"""The vocabulary and chat template of the embedded pair, and the files that contain them.
 
-Knows 320 tokens: 256 bytes, 59 merges that spell a few whole words, and five added tokens at the
-end, named as in Qwen3 (`<think>` and `</think>` are not special, so they survive decoding with
-special tokens skipped). Text is split as in Qwen2, so each digit and each operator of the task is
-one token; nothing is normalized, so any UTF-8 round-trips. It is built, not trained: the merges of
-a word are its prefixes, left to right.
+There are 320 tokens: 256 bytes, 59 merges that spell a few words, and five added tokens at the end,
+named as in Qwen3 (`<think>` and `</think>` are not special, so they survive decoding with special
+tokens skipped). Text is split as in Qwen2, so that each digit and each operator of the task is one
+token. Nothing is normalized, so any UTF-8 round-trips. The tokenizer is built, not trained: the
+merges of a word are its prefixes, from left to right.
 
-The template is Qwen's, with one choice of its own: the generation prompt ends
+The template is Qwen's, with one difference: the generation prompt ends with
 `<|im_start|>assistant\n` for both endpoints, so that the model itself decides whether to think.
 """
 
@@ -29,8 +29,8 @@ WHOLE_WORDS: Final = (
     *("assistant", "system", "user", "Answer", "Wait", "\n\n"),
     *("the", "helpful", "question", "modulo", "chain", "sum", "You", "are", "is", "in", "of", "to"),
 )
-"""Each is one token. The first line is what a conversation repeats, the second what the system
-messages of the training prompts say."""
+"""Words that are one token: those that every conversation repeats, then those of the system
+messages in the training prompts."""
 
 _ADDED_TOKENS: Final = (
     AddedToken(PAD, special=True, normalized=False),
@@ -101,7 +101,7 @@ CHAT_TEMPLATE: Final = """\
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer, from nothing but the constants of this module."""
+    """Builds the tokenizer from the constants of this module."""
     vocabulary = {symbol: index for index, symbol in enumerate(_byte_symbols())}
     merges = _merges(WHOLE_WORDS)
     for left, right in merges:
@@ -120,11 +120,11 @@ def build_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(directory: Path) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
     build_tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    # PreTrainedTokenizerFast takes tokenizer.json as it is; Qwen2Tokenizer would put its own
-    # normalizer (NFC) in front, and text would no longer round-trip.
+    # PreTrainedTokenizerFast uses tokenizer.json unchanged; Qwen2Tokenizer would add its own
+    # normalizer (NFC), and text would no longer round-trip.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": LONGEST_CONTEXT,
@@ -139,16 +139,16 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def prompt_text(question: str, system: str | None = None) -> str:
-    """One question as the template renders it, up to the assistant's first token.
+    """Renders one question as the template does, up to the assistant's first token.
 
-    The slow twin is the template itself; the training loop needs thousands of these a second.
+    The slow twin is the template itself; the training loop needs thousands of prompts per second.
     """
     head = f"{TURN_START}system\n{system}{TURN_END}\n" if system is not None else ""
     return f"{head}{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n"
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-ins of the 256 bytes, in byte order."""
+    """Returns the printable characters that stand for the 256 bytes, in byte order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return [
@@ -157,7 +157,7 @@ def _byte_symbols() -> list[str]:
 
 
 def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """The merges that spell each word from the left; a prefix two words share is merged once."""
+    """Returns the merges that spell each word from the left, each once."""
     symbols = _byte_symbols()
     merges: dict[tuple[str, str], None] = {}
     for word in words:

@@ -1,21 +1,21 @@
-"""Train the embedded pair from nothing: `python -m mi_runtime.embedded_pair.train --out DIR`.
+"""Trains the embedded pair from scratch: `python -m mi_runtime.embedded_pair.train --out DIR`.
 
-One base model learns every format of the task (direct, brief, think); from that one base, one
-fine-tune keeps the tag-less formats (Instruct) and one keeps the think block and re-checks more
-often (Thinking). Because both leave the same base by a short way, their interpolation works.
+A base model learns every format of the task (direct, brief, think). Two fine-tunes start from it:
+Instruct keeps the formats without tags, and Thinking keeps the think block and re-checks more
+often. Both stay close to the same base, which makes their interpolation work.
 
 The loss of a batch is the weighted mean of the next-token cross entropies,
 Σ w·ce / Σ w, where w is 0.2 for prompt tokens, 1 for answer tokens and more for the one digit
 that a direct answer has to get right without writing anything down.
 
-Cost: about 0.7 s a base step and eleven minutes in all, on one CPU thread a stage. Writes `base`,
-`instruct` and `thinking` under DIR, in bf16, each loadable by plain `transformers`.
+Cost: about 0.7 s per base step and eleven minutes in total, on one CPU thread per stage. It writes
+`base`, `instruct` and `thinking` under DIR, in bf16, each loadable by plain `transformers`.
 
-Rejected, because measured worse: a fine-tuning rate of 3e-4 (the transition gets too soft); the
-full rate for the embedding (the tied embedding then holds the switch between the formats); at
-least one re-check in every Thinking answer (its length is then flat beyond λ = 0.8); direct digits
-at weight 1 (they stay at chance); 150 Instruct steps (the transition then starts below λ = 0.3, and
-the run, beside the longer Thinking one, ends no sooner); `torch.compile` (two minutes to start).
+Rejected after measurement: a fine-tuning rate of 3e-4 (the transition becomes too soft); the full
+rate for the embedding (the tied embedding then decides between the formats); at least one re-check
+in every Thinking answer (its length is then flat beyond λ = 0.8); direct digits at weight 1 (they
+stay at chance); 150 Instruct steps (the transition then starts below λ = 0.3, and training takes as
+long, since Thinking trains at the same time); `torch.compile` (two minutes to start).
 """
 
 import argparse
@@ -66,12 +66,12 @@ SYSTEM_MESSAGES: Final = (
 TAGLESS_LENGTH_WEIGHTS: Final = (3.0, 3.0, 2.0, 1.0, 1.0, 1.0)
 THINK_LENGTH_WEIGHTS: Final = (1.0,) * LONGEST_CHAIN
 LENGTH_STEP: Final = 32
-"""Padded lengths are multiples of this: CPU kernels are prepared once per shape."""
+"""Padded lengths are multiples of this, because CPU kernels are prepared once per shape."""
 MICROBATCHES: Final = 4
-"""A batch is run in parts of similar length, so that short answers are not padded to long ones."""
+"""A batch runs as this many microbatches of similar length, to avoid padding short answers."""
 GRADIENT_NORM: Final = 1.0
 FINAL_RATE: Final = 0.05
-"""Where the cosine ends, as a share of the full learning rate."""
+"""The learning rate at the end of the cosine, as a share of the full rate."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: its data, its length in steps, and its optimizers' rates."""
+    """One training run: its data, its number of steps, and its learning rates."""
 
     name: str
     seed: int
@@ -97,7 +97,7 @@ class Stage:
     rate: float
     embedding_rate: float
     muon_rate: float | None = None
-    """The rate of Muon for the hidden matrices; None leaves them to AdamW at `rate`."""
+    """The rate of Muon for the hidden matrices; None trains them by AdamW at `rate`."""
     curriculum: int = 0
     """Steps over which the longest chain grows from 2 to 6."""
 
@@ -107,7 +107,7 @@ class Stage:
         return 2 + (LONGEST_CHAIN - 2) * step // self.curriculum
 
     def rate_factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to `FINAL_RATE`."""
+        """Returns the rate factor of a step: linear warm-up, then a cosine down to `FINAL_RATE`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -115,12 +115,12 @@ class Stage:
 
 
 def geometric(p: float, most: int) -> tuple[float, ...]:
-    """Weights of 0 … `most` re-checks when each is followed by another with probability p."""
+    """Returns the weights of 0 … `most` re-checks, if each is followed by another with p."""
     return (*((1 - p) * p**count for count in range(most)), p**most)
 
 
 def stages(seed: int = 0) -> tuple[Stage, Stage, Stage]:
-    """Base, Instruct and Thinking; their seeds are `seed`, `seed` + 11 and `seed` + 12."""
+    """Returns base, Instruct and Thinking, with seeds `seed`, `seed` + 11 and `seed` + 12."""
     base = Stage(
         name="base",
         seed=seed,
@@ -158,7 +158,7 @@ def stages(seed: int = 0) -> tuple[Stage, Stage, Stage]:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: its token ids, and the loss weight of predicting each."""
+    """One conversation: its token ids, and the loss weight of each."""
 
     tokens: list[int]
     weights: list[float]
@@ -206,7 +206,7 @@ class Examples:
 
 
 def padded(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and loss weights, both [examples, length]; padding on the right weighs nothing."""
+    """Returns token ids and loss weights, both `[examples, length]`, padded right at weight 0."""
     longest = max(len(example.tokens) for example in examples)
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP
     tokens = torch.full((len(examples), length), pad)
@@ -218,7 +218,7 @@ def padded(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def of_similar_length(examples: list[Example]) -> Iterator[list[Example]]:
-    """The batch in `MICROBATCHES` parts, shortest conversations first."""
+    """Divides a batch into `MICROBATCHES` microbatches, shortest conversations first."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     size = -(-len(ordered) // MICROBATCHES)
     for start in range(0, len(ordered), size):
@@ -226,7 +226,7 @@ def of_similar_length(examples: list[Example]) -> Iterator[list[Example]]:
 
 
 def new_model(seed: int) -> PreTrainedModel:
-    """A freshly initialised Qwen3 of 1,222,656 parameters."""
+    """Returns a randomly initialised Qwen3 of 1,222,656 parameters."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = Qwen3Config(
@@ -248,7 +248,7 @@ def new_model(seed: int) -> PreTrainedModel:
 
 
 def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
-    """AdamW with a rate of its own for the embedding, and Muon for the matrices if asked."""
+    """Returns AdamW, with a separate rate for the embedding, and Muon if the stage uses it."""
     hidden = {name: it for name, it in model.named_parameters() if "embed" not in name}
     embedding = [it for name, it in model.named_parameters() if name not in hidden]
     matrices = [it for it in hidden.values() if it.ndim == 2]
@@ -269,7 +269,7 @@ def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
 
 
 def train(model: PreTrainedModel, stage: Stage, bar_row: int = 0) -> None:
-    """Run every step of the stage on `model`, in place."""
+    """Runs every step of the stage on `model`, in place."""
     examples = Examples(stage)
     updates = optimizers(model, stage)
     schedules = [torch.optim.lr_scheduler.LambdaLR(it, stage.rate_factor) for it in updates]
@@ -287,18 +287,18 @@ def train(model: PreTrainedModel, stage: Stage, bar_row: int = 0) -> None:
 
 
 def accumulate_gradients(model: PreTrainedModel, examples: list[Example]) -> float:
-    """Add the gradient of the batch's loss to the parameters; return the loss."""
+    """Adds the gradient of the batch's loss to the parameters, and returns the loss."""
     # Nothing predicts a conversation's first token, so its weight is not part of the mean.
-    whole = sum(sum(example.weights[1:]) for example in examples)
+    total_weight = sum(sum(example.weights[1:]) for example in examples)
     total = 0.0
-    for part in of_similar_length(examples):
-        tokens, weights = padded(part, model.config.pad_token_id)
+    for microbatch in of_similar_length(examples):
+        tokens, weights = padded(microbatch, model.config.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         entropies = functional.cross_entropy(
             logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
         )
-        loss = (entropies * weights[:, 1:]).sum() / whole
+        loss = (entropies * weights[:, 1:]).sum() / total_weight
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total
@@ -313,9 +313,10 @@ def _attention_in_fp32(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention outside autocast; [batch, heads, length, head size] in, heads last out.
+    """Computes causal attention outside autocast.
 
-    The mask is not needed: padding stands on the right and is given no weight.
+    Inputs are `[batch, heads, length, head size]`, the output `[batch, length, heads, head size]`.
+    No mask is needed, because padding is on the right and has no weight.
     """
     with torch.autocast("cpu", enabled=False):
         mixed = functional.scaled_dot_product_attention(
@@ -334,7 +335,7 @@ AttentionInterface.register(ATTENTION, _attention_in_fp32)
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:
-    """Write bf16 weights, configuration, tokenizer and sampling defaults."""
+    """Writes bf16 weights, configuration, tokenizer and sampling defaults."""
     directory.mkdir(parents=True, exist_ok=True)
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16).save_pretrained(directory)
@@ -351,6 +352,7 @@ def save(model: PreTrainedModel, directory: Path) -> None:
 
 
 def train_base(stage: Stage, out: Path) -> None:
+    """Trains the base model and writes it to `out`."""
     torch.set_num_threads(1)
     model = new_model(stage.seed)
     train(model, stage)
@@ -358,7 +360,7 @@ def train_base(stage: Stage, out: Path) -> None:
 
 
 def fine_tune(stage: Stage, out: Path, bar_row: int) -> None:
-    """Train one endpoint from the base as it lies on disk, so that the deltas are exact."""
+    """Trains one endpoint from the saved base, so that the deltas refer to what was saved."""
     torch.set_num_threads(1)
     model = Qwen3ForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     train(model, stage, bar_row)
@@ -366,7 +368,7 @@ def fine_tune(stage: Stage, out: Path, bar_row: int) -> None:
 
 
 def train_pair(out: Path, seed: int = 0) -> None:
-    """Train base, Instruct and Thinking into `out`; the two fine-tunes run side by side."""
+    """Trains base, Instruct and Thinking into `out`; the two fine-tunes run in parallel."""
     base, *endpoints = stages(seed)
     train_base(base, out)
     with ProcessPoolExecutor(len(endpoints), mp_context=get_context("spawn")) as pool:
@@ -376,7 +378,7 @@ def train_pair(out: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded pair from nothing.")
+    parser = argparse.ArgumentParser(description="Train the embedded pair from scratch.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the base (default: 0)")
     arguments = parser.parse_args()

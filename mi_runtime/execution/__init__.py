@@ -1,4 +1,5 @@
-"""How a step runs on the device: its batch, the recorded or eager forward, sampling and reading
-back, and what start-up measures and sizes. It imports `model`, `attention` and `scheduling`; the
-engine imports it.
+"""Runs steps on the device: builds batches, computes forward passes, samples, reads results back.
+
+Here is also what start-up measures, sizes and records before the first step. The package imports
+`model`, `attention`, `kernels`, `device` and `scheduling`; only the engine imports it.
 """

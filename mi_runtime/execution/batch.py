@@ -1,7 +1,7 @@
-"""One step's chunks as the tensors of one flat batch.
+"""Builds the flat batch of a sub-batch: the tensors that one forward pass reads.
 
-Rows of single tokens (decodes) come first, as the scheduler orders them; then prefill chunks. All
-tensors are made as arrays of the host and sent in one copy.
+Rows of decodes come first, as the scheduler orders them, then prefill chunks. All tensors are made
+as NumPy arrays on the host and sent in one copy.
 """
 
 from array import array
@@ -102,6 +102,7 @@ def build_batch(
 def attention_plan(
     chunks: list[Chunk], block_size: int, null_block: int, device: torch.device
 ) -> AttentionPlan:
+    """Returns how the rows of these chunks attend, with its tensors on `device`."""
     _, *arrays = _layout(chunks, block_size, null_block)
     return _plan(chunks, arrays_on_device(arrays, device))
 
@@ -109,29 +110,29 @@ def attention_plan(
 def _layout(
     chunks: list[Chunk], block_size: int, null_block: int
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """Positions of rows, then what an attention plan has on the device."""
+    """Returns the positions of all rows, then the arrays of the attention plan."""
     begins = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     counts = np.array([chunk.length for chunk in chunks], dtype=np.int64)
     ends = begins + counts
     starts = np.zeros(len(chunks) + 1, dtype=np.int64)
     counts.cumsum(out=starts[1:])
-    owners = np.arange(len(chunks)).repeat(counts)  # the chunk of each row
+    owners = np.arange(len(chunks)).repeat(counts)  # the chunk that each row belongs to
     positions = np.arange(starts[-1]) + (begins - starts[:-1])[owners]
     tables = _tables(chunks, -(-ends // block_size), null_block)
     slots = tables[owners, positions // block_size].astype(np.int64) * block_size
-    (opened,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
+    (partial,) = np.nonzero((ends % block_size > 0) & (ends - ends % block_size >= begins))
     return (
         positions,
         slots + positions % block_size,
         starts.astype(np.int32),
         ends.astype(np.int32),
         tables,
-        tables[opened, ends[opened] // block_size].astype(np.int64),
+        tables[partial, ends[partial] // block_size].astype(np.int64),
     )
 
 
 def _tables(chunks: list[Chunk], widths: Array, null_block: int) -> Array:
-    """The blocks of every chunk's KV, none that its sequence has for later."""
+    """Returns the block tables, as wide as the KV after the step needs."""
     held = array("i")
     for chunk, width in zip(chunks, widths.tolist(), strict=True):
         held.extend(chunk.sequence.block_table[:width])
@@ -141,28 +142,29 @@ def _tables(chunks: list[Chunk], widths: Array, null_block: int) -> Array:
 
 
 def _plan(chunks: list[Chunk], tensors: list[Tensor]) -> AttentionPlan:
-    slots, query_starts, lengths, tables, opened = tensors
+    slot_mapping, query_starts, lengths, block_tables, partial_blocks = tensors
     ends = [chunk.start + chunk.length for chunk in chunks]
     decodes = _leading_decodes(chunks)
-    behind = chunks[decodes:]
-    starts = accumulate([chunk.length for chunk in behind], initial=decodes)
+    prefills = chunks[decodes:]
+    starts = accumulate([chunk.length for chunk in prefills], initial=decodes)
     return AttentionPlan(
-        slot_mapping=slots,
+        slot_mapping=slot_mapping,
         query_starts=query_starts,
         lengths=lengths,
-        block_tables=tables,
+        block_tables=block_tables,
         longest_decode=max(ends[:decodes], default=0),
         longest_query=max(chunk.length for chunk in chunks),
         longest=max(ends),
         prefills=tuple(
             Prefill(first, chunk.length, chunk.start)
-            for first, chunk in zip(starts, behind, strict=False)
+            for first, chunk in zip(starts, prefills, strict=False)
         ),
-        partial_blocks=opened,
+        partial_blocks=partial_blocks,
     )
 
 
 def _step_rows(sub_batch: SubBatch, logits_indices: list[int]) -> StepRows:
+    """Returns the dial of every row."""
     dials: dict[Dial, int] = {}
     index: list[int] = []
     for chunk in sub_batch.chunks:
@@ -175,6 +177,7 @@ def _step_rows(sub_batch: SubBatch, logits_indices: list[int]) -> StepRows:
 
 
 def _leading_decodes(chunks: list[Chunk]) -> int:
+    """Returns how many chunks there are before the first of several tokens."""
     for index, chunk in enumerate(chunks):
         if chunk.length > 1:
             return index

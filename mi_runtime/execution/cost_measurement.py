@@ -1,12 +1,13 @@
-"""What a forward costs on this device at a model's own shapes, measured at start-up.
+"""Measures at start-up what a forward pass costs on this device at the model's shapes.
 
-Times the products of a decoder layer's linear modules, for a few row counts, once with single
-weights and once as pair product, and one blend of them; scaled to the whole model by parameters.
-On a GPU these are of several layers where one would stay in its cache, and captured as a graph:
-what the host takes to launch them is in `CostModel.fixed`, the rest of an eager forward. Once
-decode steps are recorded, a replay is timed. Before all that, on a GPU, which of those products are
-faster as kernels of `mi_runtime.kernels`. Takes well under a second on the embedded pair, a few
-seconds on large ones.
+It times the products of one decoder layer's linear modules for a few row counts, with single
+weights and as pair product, and one blend of them, and scales the times to the whole model by
+parameter count. On a GPU it samples several layers if one would stay in the GPU's cache, and
+captures the products as a CUDA graph, so that launches by the host do not count: they are in
+`CostModel.fixed`, the remainder of an eager forward pass. Once decode steps are recorded, a replay
+is timed too. Before all this, on a GPU, it measures up to how many rows the pair kernels of
+`mi_runtime.kernels` are faster than cuBLAS. It takes well under a second on the embedded pair, and
+a few seconds on large pairs.
 """
 
 import time
@@ -28,15 +29,15 @@ from mi_runtime.request import Dial
 from mi_runtime.scheduling.planner import CostModel, Curve
 
 ROWS = (1, 8, 32, 128, 512)
-KERNEL_ROWS = (1, 4, 16, 32, 64, 128, 256)  # beyond, products are bound by arithmetic
+KERNEL_ROWS = (1, 4, 16, 32, 64, 128, 256)  # with more rows, products are compute-bound
 REPEATS = 5
-RUNS_OF_GPU = 10  # timed together: the launch of one and the wait for it are not what it takes
-COLD_BYTES = 2**27  # of weights, that a GPU does not find in its cache when it reads them again
+RUNS_OF_GPU = 10  # timed together, so that one launch and one wait weigh little
+COLD_BYTES = 2**27  # of weights: too many to stay in a GPU's cache from run to run
 
 
 @torch.inference_mode()
 def measure_costs(model: BlendedModel) -> CostModel:
-    """Seconds: the least of a few repeats, as other work on the machine only adds to it."""
+    """Returns the cost model. Times are the least of a few repeats, as noise only adds time."""
     sample = _sampled_matrices(model)
     sampled = sum(matrix.parameters for matrix in sample)
     single: list[float] = []
@@ -49,14 +50,13 @@ def measure_costs(model: BlendedModel) -> CostModel:
         for way, seconds in zip(ways, (single, pair), strict=True):
             products = _captured(model, lambda: _products(sample, inputs, way))  # noqa: B023
             seconds.append(scale * _time(model, products))
-    whole = _parameters(model) / sampled
-    build = whole * _time(model, lambda: [one.blend(0.5) for one in sample])
+    build = _parameters(model) / sampled * _time(model, lambda: [one.blend(0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model, Dial(0.0)))
     fixed = max(0.0, forward - single[0])
     return CostModel(
         fixed=fixed,
         replayed=fixed,
-        single=Curve(ROWS, tuple(accumulate(single, max))),  # more rows never cost less
+        single=Curve(ROWS, tuple(accumulate(single, max))),  # more rows must not cost less
         pair=Curve(ROWS, tuple(accumulate(pair, max))),
         build=build,
     )
@@ -64,19 +64,19 @@ def measure_costs(model: BlendedModel) -> CostModel:
 
 @torch.inference_mode()
 def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) -> CostModel:
-    """These costs where decode steps are replayed: the smallest recording is timed."""
+    """Returns these costs with the cost of a replay, timed with the smallest recording."""
     key, replay = graphs.smallest
     way = costs.single if key.way is Way.ENDPOINT else costs.pair
     return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(key.rows)))
 
 
 def choose_kernels(model: BlendedModel) -> str:
-    """Enables the model's kernels where they are worth it, on a GPU; gives what to tell of it.
+    """Enables the model's pair kernels where they are faster, on a GPU; returns a description.
 
-    Raises PairError where kernels that do not run take the device with them.
+    Raises PairError if a failing kernel makes the device unusable.
 
-    Only dense products are measured: of experts, the kernels' rival is a look from the host, which
-    no graph can capture.
+    Only dense products are measured. Expert kernels are always enabled: without them the host must
+    wait to see which experts were chosen, and no graph can capture that.
     """
     if model.device.type != "cuda" or not triton_installed() or not _sampled_matrices(model):
         return ""
@@ -86,7 +86,7 @@ def choose_kernels(model: BlendedModel) -> str:
         raise
     except launch_errors() as error:
         if is_lost(model.device):
-            lost = "and the GPU takes no more work of this process"
+            lost = "and this process can no longer use the GPU"
             raise PairError([f"pair kernels do not run ({cause_of(error)}), {lost}"]) from error
         model.kernels.enable(rows=0, experts=False)
         return f"none, as they do not run here ({cause_of(error)})"
@@ -95,9 +95,9 @@ def choose_kernels(model: BlendedModel) -> str:
 
 @torch.inference_mode()
 def measure_kernels(model: BlendedModel) -> None:
-    """Enables them up to the number of rows that saves most, at the middle layer's shapes."""
+    """Enables the kernels up to the number of rows that saves most, by the middle layer."""
     model.kernels.enable(max(KERNEL_ROWS))
-    _forward_one_row(model, Dial(0.5))  # experts too
+    _forward_one_row(model, Dial(0.5))  # fails here if expert kernels do not run
     seconds = []
     for limit in (max(KERNEL_ROWS), 0):
         model.kernels.enable(limit)
@@ -106,13 +106,17 @@ def measure_kernels(model: BlendedModel) -> None:
 
 
 def best_row_limit(rows: Sequence[int], kernel: Sequence[float], vendor: Sequence[float]) -> int:
-    """The limit up to which kernels save most, counting each measured number of rows alike."""
-    gains = [1 - own / other for own, other in zip(kernel, vendor, strict=True)]
+    """Returns the row limit up to which kernels save most, weighing all row counts equally.
+
+    `kernel` and `vendor` are seconds for each number of `rows`.
+    """
+    gains = [1 - ours / theirs for ours, theirs in zip(kernel, vendor, strict=True)]
     totals = (0.0, *accumulate(gains))
     return (0, *rows)[totals.index(max(totals))]
 
 
 def _pair_seconds(model: BlendedModel, rows: int) -> float:
+    """Returns the seconds of the sampled pair products for this many rows."""
     sample = _sampled_matrices(model)
     inputs = [_random(model, rows, matrix.instruct.shape[1]) for matrix in sample]
     mixed = Rows(torch.full((rows,), 0.5, device=model.device), None)
@@ -120,19 +124,19 @@ def _pair_seconds(model: BlendedModel, rows: int) -> float:
 
 
 def _captured(model: BlendedModel, work: Callable[[], None]) -> Callable[[], None]:
-    """On a GPU as a graph, as decoding runs it: what the host takes to launch it is not timed."""
+    """Captures `work` as a CUDA graph on a GPU, so that launches by the host are not timed."""
     if model.device.type != "cuda":
         return work
-    work()  # what compiles, compiles now
+    work()  # kernels must be compiled before the capture
     graph = torch.cuda.CUDAGraph()
-    # A recording that fails may leave its stream the current one: the outer one gives back ours.
+    # A capture that fails may leave its stream current; the outer context restores ours.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         work()
     return graph.replay
 
 
 def _parameters_read(model: BlendedModel, rows: int) -> float:
-    """Of both endpoints, those that this many rows use: they hit only some of the experts."""
+    """Returns how many parameters this many rows read: they use only some of the experts."""
     parameters = 0.0
     top_k = int(getattr(model.model.config, "num_experts_per_tok", None) or 1)
     for weights in weights_of(model.model):
@@ -142,18 +146,21 @@ def _parameters_read(model: BlendedModel, rows: int) -> float:
 
 
 def blend_bytes(model: BlendedModel) -> int:
-    """Bytes of all blended weights of one λ."""
+    """Returns the bytes of all blended weights of one λ."""
     return _parameters(model) // 2 * model.dtype.itemsize
 
 
 def _parameters(model: BlendedModel) -> int:
-    """Of both endpoints, in everything that a blend materializes."""
+    """Returns the number of parameters, of both endpoints, that a blend reads."""
     return sum(weights.parameters for weights in weights_of(model.model))
 
 
 def _sampled_matrices(model: BlendedModel) -> list[Matrix]:
-    """Of the middle layer; on a GPU of as many layers behind it as make `COLD_BYTES` of one
-    endpoint. A few matrices, read again and again, would come from its cache."""
+    """Returns the linear matrices of the middle layer.
+
+    On a GPU, the following layers are added until one endpoint has `COLD_BYTES`, since fewer
+    matrices would be read from the GPU's cache.
+    """
     layers = len(model.layers)
     sample: list[Matrix] = []
     for layer in range(layers // 2, layers):
@@ -165,13 +172,13 @@ def _sampled_matrices(model: BlendedModel) -> list[Matrix]:
 
 
 def _layer_matrices(model: BlendedModel, layer: int) -> list[Matrix]:
-    """Those of a layer's linear modules."""
+    """Returns the matrices of a layer's linear modules, each once."""
     linear = (
         module.pair
         for name, module in model.model.named_modules()
         if f"layers.{layer}." in name and isinstance(module, PairLinear)
     )
-    return list(dict.fromkeys(linear))  # one that modules share comes once
+    return list(dict.fromkeys(linear))  # modules may share one
 
 
 def _products(matrices: list[Matrix], inputs: list[torch.Tensor], rows: Rows) -> None:
@@ -187,12 +194,13 @@ def _forward_one_row(model: BlendedModel, dial: Dial) -> None:
 
 
 def _random(model: BlendedModel, rows: int, width: int) -> torch.Tensor:
-    """By a generator of its own: a recording that failed leaves torch's unusable."""
+    """Returns random inputs. A failed recording leaves torch's default generator unusable."""
     generator = torch.Generator(model.device).manual_seed(0)
     return torch.randn(rows, width, device=model.device, generator=generator).to(model.dtype)
 
 
 def _time(model: BlendedModel, work: Callable[[], object]) -> float:
+    """Returns the seconds of one run of `work`, the least of a few repeats."""
     work()
     runs = RUNS_OF_GPU if model.device.type == "cuda" else 1
     seconds = []

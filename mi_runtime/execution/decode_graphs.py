@@ -1,13 +1,13 @@
-"""Decode forwards that are recorded at start and replayed: one launch in the place of thousands.
+"""Records decode steps as CUDA graphs at start, and replays each as one launch.
 
-A forward of single tokens fits a recording where all its groups go one way: the pair product, one
-endpoint, or one place of the blend cache. Each is recorded for several numbers of rows; a batch
-takes the next larger one, and the rows left over are padding: one token of no sequence, its KV
-written to the null block. All that changes between steps lies in buffers which are written before
-a replay: token ids, positions, block tables, and the λ of every row in every group, so that no mix
-of dials needs a recording of its own. Whatever fits none runs as it is, launch by launch.
+A forward pass of decodes can be replayed if all blend groups go one way: the pair product, one
+endpoint, or one place of the blend cache. Each way is recorded for several numbers of rows. A batch
+uses the next larger number, and the remaining rows are padding: a token of no sequence, whose KV is
+written to the null block. All values that change between steps are in buffers that are written
+before a replay: token ids, positions, block tables, and the λ of every row in every group, so that
+no mix of dials needs a recording of its own. Any other batch runs eagerly, launch by launch.
 
-What recording means is the caller's: `CudaGraphs` on CUDA; tests replay by running again.
+The caller decides how to record: with `CudaGraphs` on CUDA; tests replay by computing again.
 """
 
 from bisect import bisect_left
@@ -29,18 +29,17 @@ from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Rows of recordings. One row runs as two: a compiled layer would be compiled apart for one."""
+"""Row counts to record. One row runs as two, as a layer would be compiled again for one row."""
 
-Forward = Callable[
-    [Tensor, Tensor, Tensor, PagedAttention], Tensor
-]  # ids, positions, logits_indices
+Forward = Callable[[Tensor, Tensor, Tensor, PagedAttention], Tensor]
+"""Takes ids, positions, logits indices and attention; returns logits."""
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes what is to be recorded; gives what replays it and returns the same tensor, written anew."""
+"""Takes the function to record; returns one that replays it and returns the rewritten tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """What one recording computes."""
+    """Identifies one recording by what it computes."""
 
     rows: int
     way: Way
@@ -48,10 +47,10 @@ class GraphKey:
 
 
 class CudaGraphs:
-    """Records on CUDA; all recordings share one pool of memory, as one runs at a time.
+    """Records CUDA graphs, which share one memory pool because they run one at a time.
 
-    A stream that recordings were made on keeps workspaces of the vendor's products for ever: so
-    there should be one for all.
+    A stream keeps cuBLAS workspaces forever once it has recorded, so one stream should record all
+    graphs.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -61,10 +60,10 @@ class CudaGraphs:
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        # A recording that fails may leave its stream the current one: this gives back the other.
+        # A recording that fails may leave its stream current; this context restores the other.
         with torch.cuda.stream(self._stream):
-            run()  # compiles and loads kernels and takes workspaces, which no recording may do
-            # What other threads of the process do on the device is nothing to a recording.
+            run()  # compiles and loads kernels and allocates workspaces, forbidden in a recording
+            # Other threads of the process may use the device meanwhile.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -80,7 +79,8 @@ class CudaGraphs:
 class DecodeGraphs:
     """The recordings of one model over one KV cache, and the buffers that they read.
 
-    `sizes`: numbers of rows, ascending, from 2 on; `max_blocks`: blocks of a sequence.
+    `sizes` are numbers of rows, ascending, at least 2. `max_blocks` is the most blocks of one
+    sequence. `record` takes what `forward` computes; its default is `model.logits`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DecodeGraphs:
         self._forward = forward or model.logits
         self._sizes = sizes
         self._replays: dict[GraphKey, Callable[[], Tensor]] = {}
-        self._filled: StepRows | None = None  # whose λ lie in the buffer
+        self._buffered: StepRows | None = None  # the rows whose λ are in the buffer
         self.device = model.device
         most, device, null_block = self._sizes[-1], model.device, attention.null_block
 
@@ -118,9 +118,9 @@ class DecodeGraphs:
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._partial_blocks = self._logits_indices[:0]
         self._logits = torch.zeros(most, model.vocab_size, dtype=model.dtype, device=device)
-        self._lambdas = _rows_apart(len(self._groups.names), most, device=device)
-        self._placed: dict[int, Dial] = {}  # whose λ lie in the buffer, by place
-        self._place_lambdas = _rows_apart(
+        self._lambdas = _aligned_zeros(len(self._groups.names), most, device=device)
+        self._buffered_dials: dict[int, Dial] = {}  # the dial whose λ are in the buffer, by place
+        self._place_lambdas = _aligned_zeros(
             self._groups.cache.places, len(self._groups.names), 1, device=device
         )
         self._shared = torch.arange(2.0, device=device)  # λ of the endpoints
@@ -130,18 +130,18 @@ class DecodeGraphs:
 
     @property
     def keys(self) -> tuple[GraphKey, ...]:
-        """All that are recorded, the largest first: the others then find room in its memory."""
+        """All recordings to make, the largest first, so that the others reuse its memory."""
         return tuple(self._rows)
 
     @property
     def smallest(self) -> tuple[GraphKey, Callable[[], Tensor]]:
-        """The recording of fewest rows, and what replays it on whatever lies in the buffers."""
+        """The recording of the fewest rows, and the function that replays it on the buffers."""
         key = min(self._replays, key=lambda key: (key.rows, key.way is not Way.ENDPOINT))
         return key, self._replays[key]
 
     @torch.inference_mode()
     def record(self, keys: Sequence[GraphKey] | None = None) -> None:
-        """Records these keys, or all. The blend cache is empty afterwards; its places are made."""
+        """Records these keys, or all. Afterwards the blend cache is empty, but allocated."""
         keys = keys or self.keys
         self._build_places()
         for key in tqdm(keys, "Recording decode steps", disable=None):
@@ -149,7 +149,7 @@ class DecodeGraphs:
         self._groups.cache.forget()
 
     def _build_places(self) -> None:
-        """Makes the tensors of every place in the blend cache, as no recording may build any."""
+        """Allocates the tensors of every blend cache place, which a recording must not do."""
         for place in range(self._groups.cache.places):
             key = GraphKey(self._sizes[-1], Way.BLENDED, place)
             self._groups.set_rows(self._rows[key])
@@ -165,6 +165,7 @@ class DecodeGraphs:
                 yield GraphKey(rows, Way.BLENDED, place)
 
     def _rows_of(self, key: GraphKey) -> dict[str, Rows]:
+        """Returns the rows of every blend group in one recording: views of the buffers."""
         names, cache = self._groups.names, self._groups.cache
         if key.way is Way.PAIR:
             table = self._lambdas[:, : key.rows]
@@ -174,13 +175,14 @@ class DecodeGraphs:
         if key.way is Way.ENDPOINT:
             lambdas = self._shared[key.index : key.index + 1]
             return dict.fromkeys(names, Rows(lambdas, key.index))
-        stand_in = (key.index + 0.5) / cache.places  # some λ of this place's own
+        stand_in = (key.index + 0.5) / cache.places  # a λ that no other place has
         return {
             name: Rows(mine, None, cache.use((name, stand_in)), live=True)
             for name, mine in zip(names, self._place_lambdas[key.index], strict=True)
         }
 
     def _run(self, key: GraphKey) -> Tensor:
+        """Computes the forward pass to record, from the buffers into the logits buffer."""
         rows = key.rows
         self._groups.set_rows(self._rows[key])
         self._attention.begin(self._plan(rows))
@@ -206,7 +208,7 @@ class DecodeGraphs:
     # --- Replaying -------------------------------------------------------------------------------
 
     def key_for(self, sub_batch: SubBatch) -> GraphKey | None:
-        """The recording that computes this sub_batch; None where there is none."""
+        """Returns the key of the recording that computes this sub-batch, or None."""
         chunks = sub_batch.chunks
         if len(chunks) > self._sizes[-1] or not all(map(_is_decode, chunks)):
             return None
@@ -230,7 +232,7 @@ class DecodeGraphs:
         return None if place is None else GraphKey(rows, Way.BLENDED, place)
 
     def replay(self, key: GraphKey, batch: Batch) -> Tensor:
-        """Logits `[rows of the batch, vocabulary]`, which hold until the next replay."""
+        """Returns the logits `[rows, vocabulary]`, which the next replay overwrites."""
         count = len(batch.ids)
         self._write(batch, count, key.rows)
         self._write_lambdas(key, batch.rows)
@@ -245,7 +247,7 @@ class DecodeGraphs:
         self._slot_mapping[:count].copy_(plan.slot_mapping)
         self._lengths[:count].copy_(plan.lengths)
         self._block_tables[:count, : plan.block_tables.shape[1]].copy_(plan.block_tables)
-        if count < rows:  # what is left of an earlier step may not write where others read
+        if count < rows:  # values of an earlier step must not overwrite KV
             self._slot_mapping[count:rows].fill_(
                 self._attention.null_block * self._attention.block_size
             )
@@ -256,30 +258,27 @@ class DecodeGraphs:
             (dial,) = step.dials
             for name in self._groups.names:
                 self._groups.cache.use((name, dial.value_of(name)))
-            if self._placed.get(key.index) != dial:
+            if self._buffered_dials.get(key.index) != dial:
                 self._place_lambdas[key.index] = self._values(step).T  # [groups, 1]
-                self._placed[key.index] = dial
-        elif key.way is Way.PAIR and step != self._filled:
+                self._buffered_dials[key.index] = dial
+        elif key.way is Way.PAIR and step != self._buffered:
             index = on_device(step.index, torch.int64, self._lambdas.device)
             self._lambdas[:, : len(index)] = self._values(step).T[:, index]
-            self._filled = step
+            self._buffered = step
 
     def _values(self, step: StepRows) -> Tensor:
-        """`[dials, groups]` fp32 λ."""
+        """Returns the λ of every dial in every group, `[dials, groups]` fp32."""
         flat = [dial.value_of(name) for dial in step.dials for name in self._groups.names]
         return on_device(flat, torch.float32, self._lambdas.device).view(len(step.dials), -1)
 
 
 def sizes_for(max_rows: int, wanted: Sequence[int] = SIZES) -> tuple[int, ...]:
-    """Of these numbers those that steps of at most `max_rows` sequences need, ascending.
-
-    The last is cut to what a step may have; one row runs as two.
-    """
+    """Returns the wanted row counts, ascending, each limited to `max_rows` and at least 2."""
     return tuple(sorted({max(2, min(size, max_rows)) for size in wanted}))
 
 
-def _rows_apart(*shape: int, device: torch.device) -> Tensor:
-    """Zeros, each row at a multiple of 16 bytes, as kernels are compiled for."""
+def _aligned_zeros(*shape: int, device: torch.device) -> Tensor:
+    """Returns zeros whose rows start at multiples of 16 bytes, which compiled kernels assume."""
     *outer, last = shape
     step = ALIGNED // torch.float32.itemsize
     return torch.zeros(*outer, -(-last // step) * step, device=device)[..., :last]

@@ -1,4 +1,4 @@
-"""A step on its way through the device: launched, sampled, then read."""
+"""A step in flight: it is launched, then sampled, then its results are read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,32 +16,34 @@ from mi_runtime.scheduling.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class StepResults:
-    """What a step gave, by sequence."""
+    """The results of a step, by sequence."""
 
-    sampled: dict[Sequence, Sampled | None]  # None: nothing can be drawn
+    sampled: dict[Sequence, Sampled | None]  # None: no token can be sampled
     scores: dict[Sequence, list[TokenLogprobs] | None]
-    """Of the scored positions of a chunk; None where logits are not finite."""
+    """Log-probabilities of a chunk's scored positions; None if their logits are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
-    """Log-probabilities of a chunk's scored positions, on the device."""
+    """The log-probabilities of a chunk's scored positions, on the device."""
 
-    finite: Tensor  # [1] int32: whether all logits are
+    finite: Tensor  # [1] int32: whether all logits are finite
     logprobs: RowLogprobs
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that `read` needs on the host."""
         return self.finite, *self.logprobs.tensors
 
     @staticmethod
     def read(host: Iterator[Tensor]) -> list[TokenLogprobs] | None:
+        """Reads the `tensors` of a PromptScores from the host."""
         finite, logprobs = next(host), read_logprobs(host)
         return logprobs if finite.item() else None
 
 
 class InFlightStep:
-    """One step on its way through the device."""
+    """One step that the device is computing: `sample` is called once, then `results` once."""
 
     def __init__(
         self,
@@ -51,14 +53,14 @@ class InFlightStep:
         scores: dict[Sequence, PromptScores],
     ) -> None:
         self.chunks = chunks
-        self._sequences = sequences  # that sample, one a row
-        self._logits = logits  # [rows, vocabulary], in one piece a part
+        self._sequences = sequences  # those that sample, one per row
+        self._logits = logits  # [rows, vocabulary] of each sub-batch
         self._scores = scores
         self._output: SamplerOutput | None = None
         self._readback: Readback | None = None
 
     def sample(self, sampler: Sampler, device: torch.device) -> None:
-        """Draws for the sequences that have not ended since the launch."""
+        """Samples a token for each sequence that has not ended since the launch."""
         rows = [row for row, one in enumerate(self._sequences) if not one.ended]
         tensors = [one for score in self._scores.values() for one in score.tensors]
         if rows:
@@ -72,17 +74,17 @@ class InFlightStep:
 
     @property
     def sampled_rows(self) -> dict[Sequence, int]:
-        """Where the token of each sequence stands among the drawn ones."""
-        drawn = () if self._output is None else self._output.sequences
-        return {one: row for row, one in enumerate(drawn)}
+        """The row of each sequence among the sampled tokens."""
+        sequences = () if self._output is None else self._output.sequences
+        return {sequence: row for row, sequence in enumerate(sequences)}
 
     def sampled_tokens(self, rows: Tensor) -> Tensor:
-        """Those of the drawn tokens, int64; all on the device."""
+        """Returns the sampled tokens of these rows, int64 on the device."""
         assert self._output is not None
         return self._output.tokens.index_select(0, rows)
 
     def results(self) -> StepResults:
-        """Waits for the step to be computed; once."""
+        """Waits until the device has computed the step, and returns its results."""
         assert self._readback is not None, "not sampled"
         host = self._readback.wait()
         scores = {sequence: PromptScores.read(host) for sequence in self._scores}
@@ -93,10 +95,10 @@ class InFlightStep:
 
 
 def score_prompt(logits: Tensor, chunk: Chunk) -> PromptScores:
-    """Of the token behind each scored position."""
+    """Returns the log-probabilities of the token after each scored position of `chunk`."""
     sequence, scored = chunk.sequence, chunk.scored
-    behind = sequence.tokens[scored.start + 1 : scored.stop + 1]
-    tokens = on_device(behind, torch.int64, logits.device)
+    following = sequence.tokens[scored.start + 1 : scored.stop + 1]
+    tokens = on_device(following, torch.int64, logits.device)
     count = sequence.request.sampling.prompt_logprobs or 0
     finite = logits.amax().isfinite() & logits.amin().isfinite()
     return PromptScores(finite.int().view(1), token_logprobs(logits, tokens, count))

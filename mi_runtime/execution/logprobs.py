@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens and of the most probable ones, read from rows of logits."""
+"""Computes log-probabilities of given tokens, and of the most probable ones, from logits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from torch import Tensor
 
 from mi_runtime.request import TokenLogprobs
 
-SLICE: Final = 64  # rows turned to fp32 at once: one more copy of the logits is never held
+SLICE: Final = 64  # rows converted to fp32 at once, to avoid a copy of all logits
 
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """Of one token a row and of the row's best, still on the device."""
+    """Log-probabilities of one token per row, and of the best tokens of the row, on the device."""
 
-    own: Tensor  # [rows] fp32
+    own: Tensor  # [rows] fp32: of the given tokens
     ids: Tensor  # [rows, count] int32
     best: Tensor  # [rows, count] fp32, best first
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is to be copied to the host for `read_logprobs`."""
+        """The tensors that `read_logprobs` needs on the host."""
         return self.own, self.ids, self.best
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> RowLogprobs:
-    """Of `tokens` `[rows]` in the rows of `logits` `[rows, vocabulary]`, beside the best `count`.
+    """Returns the log-probabilities of `tokens` `[rows]`, and of the `count` best of each row.
 
-    In fp32, of the model's own logits: temperature, penalties and bias are not in them. Which of
-    equals are among the best depends on `count`.
+    `logits` `[rows, vocabulary]` are the model's own, before temperature, penalties and bias; the
+    softmax is in fp32. Which of several equal tokens are among the best depends on `count`.
     """
     slices = [
         _slice(rows, own, min(count, logits.shape[1]))
@@ -47,7 +47,7 @@ def _slice(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, 
 
 
 def read_logprobs(host: Iterator[Tensor]) -> list[TokenLogprobs]:
-    """One a row, of the `tensors` that come next on the host."""
+    """Reads the `tensors` of a RowLogprobs from the host, and returns one value per row."""
     own, ids, best = (next(host).tolist() for _ in range(3))
     return [
         TokenLogprobs(value, tuple(zip(tokens, values, strict=True)))

@@ -1,8 +1,8 @@
-"""How much memory the KV cache and blended weights get: what is left of a device after all else.
+"""Decides how much memory the KV cache and blended weights get.
 
-On CUDA the rest is measured: what is in use once the pair is loaded, what the largest steps need
-on top of it, and what recordings of decode steps take. On a CPU, which other programs use as well,
-KV and blended weights each take a share of what is free.
+On CUDA they get what is left after measuring everything else: what is in use once the pair is
+loaded, what the largest steps need in addition, and what recorded decode steps take. On a CPU,
+whose memory other programs use as well, each gets a share of what is free.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,59 +22,67 @@ from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.scheduler import SCORED_ROWS
 from mi_runtime.scheduling.sequence import Sequence
 
-KV_SHARE_OF_CPU = 0.3  # of the free memory
-BLEND_SHARE_OF_CPU = 0.2  # of what KV leaves
-BLEND_SHARE_OF_CUDA = 0.25  # of what is left of the device
-MOST_PLACES = 4  # of it, λ values: each has recordings of its own
+KV_SHARE_OF_CPU = 0.3  # of free memory
+BLEND_SHARE_OF_CPU = 0.2  # of what KV leaves free
+BLEND_SHARE_OF_CUDA = 0.25  # of what is left on the device
+MOST_PLACES = 4  # λ values in that share, as each needs recordings of its own
 GIB = 2**30
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class ReservedMemory:
-    """Bytes of a CUDA device that KV and blended weights cannot have."""
+    """Bytes of a CUDA device that are not available for KV and blended weights."""
 
     total: int  # of the device
-    used: int  # by weights, and by other processes
-    workspace: int  # by the largest step on top
+    used: int  # by weights and by other processes
+    workspace: int  # of the largest step
     first_recording: int
-    next_recording: int  # each, at most
-    recordings: int  # how many, without those of blended weights
-    recordings_a_place: int
+    next_recording: int  # of each further recording, at most
+    recordings: int  # how many, not counting those for blended weights
+    recordings_per_place: int  # of the blend cache
 
     @property
     def graphs(self) -> int:
+        """Bytes of the recordings that do not use blended weights."""
         return self.first_recording + max(0, self.recordings - 1) * self.next_recording
 
     @property
-    def graphs_a_place(self) -> int:
-        return self.recordings_a_place * self.next_recording
+    def graphs_per_place(self) -> int:
+        """Bytes of the recordings that one place of the blend cache adds."""
+        return self.recordings_per_place * self.next_recording
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSizes:
-    num_blocks: int  # of KV
-    places: int  # λ values whose blended weights are kept
+    """The sizes of the KV cache and of the blend cache."""
+
+    num_blocks: int  # KV blocks
+    places: int  # λ values whose blended weights the blend cache holds
 
 
 def cuda_sizes(config: EngineConfig, model: BlendedModel, reserved: ReservedMemory) -> CacheSizes:
-    """Raises PairError, with numbers and advice, where no KV block fits."""
+    """Returns the sizes on a CUDA device.
+
+    Raises PairError, with numbers and advice, if not even one KV block fits.
+    """
     allowed = int(reserved.total * config.gpu_memory_utilization)
     left = allowed - reserved.used - reserved.workspace - reserved.graphs
-    a_place = blend_bytes(model) + reserved.graphs_a_place
+    per_place = blend_bytes(model) + reserved.graphs_per_place
     if config.blend_policy == "pair" or not blend_bytes(model):
-        places = 0  # nothing would ever lie there
+        places = 0  # nothing would ever be stored there
     elif config.blend_cache_bytes is None:
-        places = min(MOST_PLACES, int(max(0, left) * BLEND_SHARE_OF_CUDA // a_place))
+        places = min(MOST_PLACES, int(max(0, left) * BLEND_SHARE_OF_CUDA // per_place))
     else:
-        places = config.blend_cache_bytes // a_place
-    num_blocks = _blocks(config, model, left - places * a_place)
+        places = config.blend_cache_bytes // per_place
+    num_blocks = _blocks(config, model, left - places * per_place)
     if num_blocks < 1:
         raise PairError([_no_room(config, reserved, allowed, left)])
     return CacheSizes(num_blocks, places)
 
 
 def cpu_sizes(config: EngineConfig, model: BlendedModel) -> CacheSizes:
+    """Returns the sizes on a CPU. Raises PairError if not even one KV block fits."""
     free = free_bytes(model.device)
     num_blocks = _blocks(config, model, int(free * KV_SHARE_OF_CPU))
     if num_blocks < 1:
@@ -87,17 +95,18 @@ def cpu_sizes(config: EngineConfig, model: BlendedModel) -> CacheSizes:
 
 
 def block_bytes(config: EngineConfig, model: BlendedModel) -> int:
-    a_token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers)
-    return a_token * model.dtype.itemsize * config.block_size
+    """Returns the bytes of one KV block, over all layers."""
+    per_token = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers)
+    return per_token * model.dtype.itemsize * config.block_size
 
 
 def blocks_of_longest_sequence(config: EngineConfig, model: BlendedModel) -> int:
-    """KV blocks of a sequence that fills the context."""
+    """Returns the KV blocks of a sequence that fills the context."""
     return -(-(config.max_model_len or model.max_positions) // config.block_size)
 
 
 def _blocks(config: EngineConfig, model: BlendedModel, left: int) -> int:
-    """KV blocks as they were asked for, or as fit, and no more than full sequences could use."""
+    """Returns the configured KV blocks, or as many as fit and full sequences could use."""
     if config.num_blocks is not None:
         return config.num_blocks
     if config.kv_cache_bytes is not None:
@@ -107,14 +116,16 @@ def _blocks(config: EngineConfig, model: BlendedModel, left: int) -> int:
 
 
 def _no_room(config: EngineConfig, reserved: ReservedMemory, allowed: int, left: int) -> str:
-    def told(amount: int) -> str:
+    """Returns the message for a device without room for a KV block."""
+
+    def gib(amount: int) -> str:
         return f"{amount / GIB:.1f} GiB"
 
     return (
-        f"no memory for KV: of {told(reserved.total)} on the device, --gpu-memory-utilization "
-        f"{config.gpu_memory_utilization:g} allows {told(allowed)}; weights and other processes "
-        f"hold {told(reserved.used)}, the largest step takes {told(reserved.workspace)}, recorded "
-        f"decode steps {told(reserved.graphs)}: {told(left)} are left. Keep the pair smaller "
+        f"no memory for KV: of {gib(reserved.total)} on the device, --gpu-memory-utilization "
+        f"{config.gpu_memory_utilization:g} allows {gib(allowed)}; weights and other processes "
+        f"hold {gib(reserved.used)}, the largest step takes {gib(reserved.workspace)}, recorded "
+        f"decode steps {gib(reserved.graphs)}: {gib(left)} are left. Keep the pair smaller "
         "(--delta-dtype int8), make steps smaller (--max-batched-tokens, --max-num-seqs), or "
         "allow more"
     )
@@ -124,25 +135,32 @@ def _no_room(config: EngineConfig, reserved: ReservedMemory, allowed: int, left:
 
 
 def steps_of_all_sizes(config: EngineConfig) -> Iterator[list[Chunk]]:
-    """By the pair product, and at an endpoint: the kernels of experts are others there."""
+    """Yields prefill steps of all sizes by the pair product, and at an endpoint.
+
+    Expert kernels of the two differ.
+    """
     for dial in (Dial(0.5), Dial(0.0)):
         for power in range(config.max_batched_tokens.bit_length()):
             yield [_chunk(config, 2**power, dial=dial)]
 
 
 def largest_steps(config: EngineConfig, vocab_size: int) -> Iterator[list[Chunk]]:
-    """Steps that need the most memory: a prefill of all tokens that a step may have, as many scored
-    positions as it may have, and draws of every sequence, with penalties, from the whole
-    vocabulary and from its best half. All in the first `blocks_of_largest_step` KV blocks."""
+    """Yields the steps that need the most memory.
+
+    One prefills as many tokens as a step may have, one scores as many prompt positions as a step
+    may, and two sample a token for every sequence with penalties, from the whole vocabulary and
+    from its best half. They use only the first `blocks_of_largest_step` KV blocks.
+    """
     yield [_chunk(config, config.max_batched_tokens)]
     scored = min(config.max_batched_tokens, SCORED_ROWS)
     yield [_chunk(config, scored, SamplingParams(prompt_logprobs=1))]
     for top_k in (0, vocab_size // 2):
-        drawn = SamplingParams(top_k=top_k, top_p=0.9, repetition_penalty=1.1, logprobs=1)
-        yield [_chunk(config, 1, drawn) for _ in range(config.max_num_seqs)]
+        sampling = SamplingParams(top_k=top_k, top_p=0.9, repetition_penalty=1.1, logprobs=1)
+        yield [_chunk(config, 1, sampling) for _ in range(config.max_num_seqs)]
 
 
 def blocks_of_largest_step(config: EngineConfig) -> int:
+    """Returns the KV blocks that `largest_steps` use."""
     return -(-config.max_batched_tokens // config.block_size)
 
 
@@ -159,10 +177,9 @@ def _chunk(
 
 
 def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner) -> int:
-    """Most bytes that the largest steps held on a CUDA device, beside what they found there.
+    """Returns the most bytes that the largest steps allocate on a CUDA device.
 
-    Steps of all sizes run before: kernels are compiled for some of them, which no request shall
-    wait for.
+    Steps of all sizes run first, so that no request waits for kernels to be compiled.
     """
     for chunks in steps_of_all_sizes(config):
         runner.launch(chunks)
@@ -178,14 +195,14 @@ def measured_workspace(config: EngineConfig, model: BlendedModel, runner: Runner
 
 
 def memory_taken_by(act: Callable[[], Result]) -> tuple[int, Result]:
-    """Bytes of the CUDA device that are in use after `act` and were free before; what it gave."""
+    """Returns the bytes of the CUDA device that `act` takes, and the result of `act`."""
     before = _free_of_cuda()
     result = act()
     return max(0, before - _free_of_cuda()), result
 
 
 def _free_of_cuda() -> int:
-    """What torch keeps for later is free."""
+    """Returns the free bytes of the device, counting what torch only caches."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]

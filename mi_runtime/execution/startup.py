@@ -1,8 +1,8 @@
-"""From a loaded pair to a runner: all that is measured, chosen and recorded before the first step.
+"""Makes a runner of a loaded pair: measures, chooses and records before the first step.
 
-In order: the attention backend, the cost of the ways, the memory that KV and blended weights get,
-and on CUDA the recordings of decode steps. What cannot be recorded, or not compiled, is printed and
-told: the engine serves without.
+In order: it selects the attention backend, measures pair kernels and the cost of each way, sizes
+the KV cache and the blend cache, and on CUDA records decode steps. If decode steps cannot be
+recorded or compiled, it prints why and reports it, and the engine serves without.
 """
 
 import gc
@@ -47,26 +47,28 @@ LONGEST_REASON = 300  # characters
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """A runner that is ready, and descriptions of what start-up chose."""
+
     runner: Runner
     num_blocks: int
     attention: str  # the backend, and what was measured
-    pair_kernels: str  # where they are taken
+    pair_kernels: str  # up to how many rows they are used
     graphs: str  # what was recorded, and why not more
 
 
 @dataclass(frozen=True, slots=True)
 class Recordable:
-    """A forward that can be recorded, and what its recordings take."""
+    """A forward pass that can be recorded, and the memory of its recordings."""
 
     forward: Forward
     how: str
     stream: torch.cuda.Stream
-    first_bytes: int  # bytes of the largest recording
-    next_bytes: int  # bytes of the next one
+    first_bytes: int  # of the first and largest recording
+    next_bytes: int  # of the next recording
 
 
 def start_runner(config: EngineConfig, model: BlendedModel) -> Started:
-    """Raises PairError where the device has no room for what is left to make."""
+    """Returns a runner for a loaded model. Raises PairError if the device has too little memory."""
     try:
         return _start(config, model)
     except torch.OutOfMemoryError as error:
@@ -119,18 +121,18 @@ def _runner(
 def _cuda_sizes(
     config: EngineConfig, model: BlendedModel, backend: AttentionBackend, failures: list[str]
 ) -> tuple[CacheSizes, Recordable | None]:
-    """Measured with as much KV as the largest step needs, which is given back."""
+    """Measures memory with a temporary runner, whose KV cache fits the largest step."""
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
-    # One more: of two sizes that happen to be equal, blocks here and rows of a recording, torch
-    # would compile that they always are.
+    # One block more than needed: if the number of blocks and the rows of a recording happened to
+    # be equal, torch would compile code that requires it.
     blocks = blocks_of_largest_step(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)
     recordable = _recordable(config, model, runner.attention, failures)
     del runner
-    gc.collect()  # frames of a failure hold what failed
+    gc.collect()  # the traceback of a failure keeps its tensors alive
     torch.cuda.empty_cache()
-    # Only now: in use are also the kernels that were loaded, and the workspaces of products.
+    # Measured last, so that loaded kernels and cuBLAS workspaces count as in use.
     free, total = torch.cuda.mem_get_info(model.device)
     sizes = _graph_sizes(config) if recordable else ()
     reserved = ReservedMemory(
@@ -140,7 +142,7 @@ def _cuda_sizes(
         first_recording=recordable.first_bytes if recordable else 0,
         next_recording=recordable.next_bytes if recordable else 0,
         recordings=len(sizes) * (1 + len(model.groups.endpoints)),
-        recordings_a_place=len(sizes),
+        recordings_per_place=len(sizes),
     )
     return cuda_sizes(config, model, reserved), recordable
 
@@ -151,7 +153,7 @@ def _cuda_sizes(
 def _recordable(
     config: EngineConfig, model: BlendedModel, attention: PagedAttention, failures: list[str]
 ) -> Recordable | None:
-    """The first forward that can be recorded, by trying; why others cannot goes to `failures`."""
+    """Returns the first forward pass that records in a trial; adds why others fail."""
     if not config.cuda_graphs:
         return None
     if attention.backend.name == ReferenceAttention.name:
@@ -177,7 +179,10 @@ def _recorded(
     recordable: Recordable,
     failures: list[str],
 ) -> tuple[DecodeGraphs | None, str | None]:
-    """All recordings, and how they were made: the trial was of few, and another may fail yet."""
+    """Makes all recordings; returns them and how they were made.
+
+    The trial made only two of them, so others may still fail.
+    """
     ways = [(recordable.forward, recordable.how)]
     if recordable.how != RECORDED:
         ways.append((model.logits, RECORDED))
@@ -195,7 +200,7 @@ def _recorded(
 
 
 def _graphs_description(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
-    """`none` alone is what was asked for."""
+    """Describes the recordings; a bare `none` means that the configuration wants none."""
     made = "none" if how is None else f"{count} {how}, in {seconds:.0f} s"
     return f"{made} ({'; '.join(failures)})" if failures else made
 
@@ -228,7 +233,7 @@ def _forwards(config: EngineConfig, model: BlendedModel) -> Iterator[tuple[Forwa
 
 
 def _tried(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
-    """Bytes that the first recording took, with the buffers of all, and the one after it."""
+    """Returns the bytes of the first recording, including all buffers, and of the next one."""
 
     def first() -> DecodeGraphs:
         graphs = make()
@@ -240,14 +245,14 @@ def _tried(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
 
 
 def _recording_errors() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which takes time
+    from torch._dynamo.exc import TorchDynamoException  # a slow import: it loads the compiler
 
     return *launch_errors(), TorchDynamoException
 
 
 def _failure(model: BlendedModel, how: str, error: Exception) -> str:
-    """Prints it whole; gives what to tell of it."""
-    model.groups.end()  # what a forward that ended early left
+    """Prints the error with its traceback, cleans up, and returns a short description."""
+    model.groups.end()  # drops the activations of a forward pass that ended early
     model.groups.cache.forget()
     print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
     traceback.print_exception(error)
@@ -255,12 +260,12 @@ def _failure(model: BlendedModel, how: str, error: Exception) -> str:
 
 
 def _causes(error: BaseException) -> str:
-    """What was raised, and what was first: CUDA only says of a recording that it failed before."""
+    """Names the error and its first cause, as CUDA's own error names only the consequence."""
     first = error
     while (before := first.__cause__ or first.__context__) is not None:
         first = before
-    said = [_first_sentence(one)[:LONGEST_REASON] for one in (error, first)]
-    return ", after ".join(dict.fromkeys(said))
+    sentences = [_first_sentence(one)[:LONGEST_REASON] for one in (error, first)]
+    return ", after ".join(dict.fromkeys(sentences))
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -268,7 +273,7 @@ def _first_sentence(error: BaseException) -> str:
 
 
 class _MissingShare:
-    """The share of a dial's blended weights that the cache lacks; looked up when it changed."""
+    """The share of a dial's blended weights that the cache lacks, remembered until it changes."""
 
     def __init__(self, groups: BlendGroups) -> None:
         self._groups = groups

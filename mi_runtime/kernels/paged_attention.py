@@ -1,20 +1,22 @@
-"""Attention over paged KV in Triton: a scatter that writes KV, and a kernel that reads it.
+"""Paged attention in Triton: a kernel that writes KV, and kernels that attend over it.
 
     out[row] = softmax(scale · q K^T) V     over the tokens that the row sees, causally
 
-in one pass with a running maximum and sum (fp32, base 2). The kernel comes in two specializations:
-one for the decodes of a batch, one for its prefill chunks over their cached prefix and themselves.
-A program takes one KV head and, as the rows of its matrix product, all query heads that share it
-times as many queries as fit. It walks over tiles of tokens, finds each token's slot in the block
-table, and skips what lies before a window. A tile need not be a block.
+It is computed in one pass with a running maximum and sum (fp32, base 2), as in FlashAttention
+(arXiv 2205.14135). The kernel has two specializations: one for the decodes of a batch, one for its
+prefill chunks, which attend to their cached prefix and themselves. A program computes one KV head.
+The rows of its matrix product are all query heads of that KV head times as many queries as fit. It
+walks over tiles of tokens, finds each token's slot in the block table, and skips tiles before a
+sliding window. A tile need not be a block.
 
-Few queries over long sequences would leave most of the device idle: the tokens they see are then
-divided among `splits` programs, each by its own sequence's length, and a second kernel adds up the
-parts. The host chooses `splits` from the batch and an upper bound of the lengths, so it is the same
-for every replay of a captured graph; a program that finds nothing left to do says so.
+Few queries over long sequences would leave most of the device idle. Their tokens are then divided
+among `splits` programs, in proportion to each sequence's own length, and a second kernel adds up
+the partial results (split-KV decoding, as in FlashDecoding). The host chooses `splits` from the
+batch and an upper bound of the lengths, so it is the same in every replay of a recorded step. A
+program without any token to read marks its partial result as empty.
 
-What lies in a slot that no token of the sequence has is never read: a NaN there changes nothing.
-Shapes and addresses come from host numbers alone and nothing waits for the device. The slow twin
+A slot that no token of the sequence has is never read, so that a NaN there changes nothing. Shapes
+and addresses depend only on host numbers, and nothing waits for the device. The slow twin
 is `mi_runtime.attention.reference.ReferenceAttention`.
 """
 
@@ -29,25 +31,25 @@ from torch import Tensor
 
 from mi_runtime.kernels.triton_support import triton_interpreted
 
-LEAST_SPLIT: Final = 128  # tokens; fewer are not worth a program of their own
+LEAST_SPLIT: Final = 128  # tokens per split; fewer are not worth another program
 MOST_SPLITS: Final = 64
-# Programs a processor that splitting aims at: of decodes, which wait for memory, twice what fits at
-# once, so that uneven lengths even out; of prefill, which computes, one.
+# Programs per multiprocessor that splitting aims at. Decodes wait for memory: twice as many as fit
+# at once even out different lengths. Prefill is compute-bound: one is enough.
 DECODE_PROGRAMS, PREFILL_PROGRAMS = 6, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How much a program holds at once."""
+    """How much one program processes at once, and how it is compiled."""
 
-    rows: int  # queries times the heads that share a KV head
+    rows: int  # queries times the query heads of a KV head
     tokens: int  # of KV
     warps: int
     stages: int  # loads in flight
 
 
-# By the padded head size, for elements of two bytes. Chosen by what the compiler says of registers
-# and shared memory, not by measurement.
+# By padded head size, for elements of two bytes. Chosen by the registers and shared memory that the
+# compiler reports, not by measurement.
 DECODE: Final = {
     90: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
     80: {64: Tiles(16, 64, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
@@ -56,11 +58,14 @@ PREFILL: Final = {
     90: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
     80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
 }
-INTERPRETED: Final = Tiles(16, 16, 1, 1)  # so small that a test crosses every boundary
+INTERPRETED: Final = Tiles(16, 16, 1, 1)  # small, so that tests cross every boundary
 
 
 def tiles_for(architecture: int, dim: int, dtype: torch.dtype, *, decode: bool) -> Tiles:
-    """`architecture` is 90 for compute capability 9.0; 0 where kernels are interpreted."""
+    """Returns the tiles for heads of `dim`.
+
+    `architecture` is 90 for compute capability 9.0, and 0 if kernels are interpreted.
+    """
     if architecture == 0:
         return INTERPRETED
     generation = 90 if 90 <= architecture < 120 else 80  # 12.x has as little shared memory as 8.6
@@ -71,9 +76,9 @@ def tiles_for(architecture: int, dim: int, dtype: torch.dtype, *, decode: bool) 
 
 
 def number_of_splits(programs: int, wanted: int, longest: int) -> int:
-    """How many shall do the work of each of `programs` to make about `wanted`: a power of two.
+    """Returns into how many splits to divide each of `programs`, to have about `wanted` programs.
 
-    `longest` is an upper bound of the tokens of a sequence.
+    It is a power of two. `longest` is an upper bound of the tokens of a sequence.
     """
     splits = min(wanted / max(1, programs), longest / LEAST_SPLIT, MOST_SPLITS)
     return int(1 << round(math.log2(splits))) if splits > 1 else 1
@@ -85,7 +90,7 @@ def number_of_splits(programs: int, wanted: int, longest: int) -> int:
 )
 def attend_kernel(
     out,  # [tokens, KV_HEADS · GROUP, VALUE_DIM]
-    partial,  # [tokens, heads, splits, VALUE_DIM] fp32, of this launch; None: no splits
+    partial,  # [tokens, heads, splits, VALUE_DIM] fp32, tokens of this launch; None: no splits
     partial_lse,  # [tokens, heads, splits] fp32: log2 of the sum of exponentials
     query,  # [tokens, heads, KEY_DIM]
     keys,  # [blocks, BLOCK_SIZE, KV_HEADS, KEY_DIM]
@@ -99,7 +104,7 @@ def attend_kernel(
     decodes,
     chunks,
     table_stride,
-    sink_stride,  # 0 where all tokens have the same
+    sink_stride,  # 0 if all tokens have the same sinks
     query_token_stride,
     query_head_stride,
     KV_HEADS: tl.constexpr,
@@ -115,9 +120,9 @@ def attend_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (decodes, or tiles of prefill queries; KV heads; splits)."""
-    QUERIES: tl.constexpr = 1 if DECODE else ROWS // GROUP  # of a program
+    QUERIES: tl.constexpr = 1 if DECODE else ROWS // GROUP  # per program
     kv_head = tl.program_id(1)
-    part = tl.program_id(2)
+    split = tl.program_id(2)
     row = tl.arange(0, ROWS)
 
     if DECODE:
@@ -125,7 +130,7 @@ def attend_kernel(
         first = chunk
         end = chunk + 1
     else:
-        # The last chunk whose first tile is not behind this one; each may have one that is unused.
+        # The last chunk whose first tile is not after this one. A chunk may have one unused tile.
         chunk = decodes
         above = chunks
         while chunk + 1 < above:
@@ -154,10 +159,10 @@ def attend_kernel(
     if partial is not None:
         span = tl.cdiv(tl.cdiv(high - low, tl.num_programs(2)), TILE) * TILE
         span = tl.maximum(span, 2 * TILE)
-        low += part * span
+        low += split * span
         high = tl.minimum(high, low + span)
         own_token = token if DECODE else token - decodes
-        at = (own_token.to(tl.int64) * (KV_HEADS * GROUP) + head) * tl.num_programs(2) + part
+        at = (own_token.to(tl.int64) * (KV_HEADS * GROUP) + head) * tl.num_programs(2) + split
         if low >= high:
             tl.store(partial_lse + at, float("-inf"), mask=valid)
             return
@@ -167,16 +172,16 @@ def attend_kernel(
     q = tl.load(
         query
         + token.to(tl.int64)[:, None] * query_token_stride
-        + head.to(tl.int64)[:, None] * query_head_stride  # heads may lie before tokens
+        + head.to(tl.int64)[:, None] * query_head_stride  # heads may come before tokens in memory
         + key_column[None, :],
         mask=valid[:, None] & (key_column < KEY_DIM)[None, :],
         other=0.0,
     )
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if sinks is not None:  # a score that takes probability and gives nothing, counted once
+    if sinks is not None:  # a score that takes probability but has no value, counted once
         sink = tl.load(sinks + token * sink_stride + head, mask=valid, other=0.0)
-        if part == 0:
+        if split == 0:
             largest = sink.to(tl.float32) * 1.4426950408889634
             total = tl.full([ROWS], 1.0, tl.float32)
     sums = tl.zeros([ROWS, VALUE_PAD], tl.float32)
@@ -185,7 +190,7 @@ def attend_kernel(
     keys += kv_head * KEY_DIM
     values += kv_head * VALUE_DIM
     position = low + tl.arange(0, TILE)
-    # Read one tile ahead: the compiler then has the addresses early enough to load ahead itself.
+    # Block numbers are read one tile ahead, so that the compiler can prefetch keys and values.
     block = tl.load(table + position // BLOCK_SIZE, mask=position < high, other=0)
     for _ in range(low, high, TILE):
         inside = position < high
@@ -210,7 +215,7 @@ def attend_kernel(
                 seen = seen & (position[None, :] > own[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)  # a row may see nothing of a tile
+        shift = tl.where(larger == float("-inf"), 0.0, larger)  # a row may see no token of a tile
         weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(weights, 1)
@@ -218,7 +223,7 @@ def attend_kernel(
         largest = larger
         position = following
 
-    total = tl.where(total == 0.0, 1.0, total)  # where a row sees nothing, largest is -inf
+    total = tl.where(total == 0.0, 1.0, total)  # if a row sees no token, largest is -inf
     sums = sums / total[:, None]
     mask = valid[:, None] & (value_column < VALUE_DIM)[None, :]
     if partial is not None:
@@ -234,7 +239,7 @@ def attend_kernel(
 def add_parts_kernel(
     out,  # [tokens, heads, VALUE_DIM]
     partial,  # [tokens, heads, SPLITS, VALUE_DIM] fp32
-    partial_lse,  # [tokens, heads, SPLITS] fp32; -inf: a part that is nothing
+    partial_lse,  # [tokens, heads, SPLITS] fp32; -inf: an empty split
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -245,13 +250,13 @@ def add_parts_kernel(
     column = tl.arange(0, VALUE_PAD)
     inside = column < VALUE_DIM
     lse = tl.load(partial_lse + row * SPLITS + split)
-    parts = tl.load(
+    outputs = tl.load(
         partial + (row * SPLITS + split)[:, None] * VALUE_DIM + column[None, :],
         mask=(lse > float("-inf"))[:, None] & inside[None, :],
         other=0.0,
     )
     weights = tl.exp2(lse - tl.max(lse, 0))
-    sums = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    sums = tl.sum(outputs * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out + row * VALUE_DIM + column, sums.to(out.dtype.element_ty), mask=inside)
 
 
@@ -291,7 +296,7 @@ def write_kernel(
 def write_kv(
     keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Puts `key` and `value` `[tokens, kv_heads, dim]` in their slots of a layer's cache."""
+    """Writes `key` and `value` `[tokens, kv_heads, dim]` to their slots in a layer's KV cache."""
     assert keys.is_contiguous()
     assert values.is_contiguous()
     key, value = _dense_rows(key), _dense_rows(value)
@@ -328,10 +333,11 @@ def paged_attention(
     longest: int,
     splits: int = 0,
 ) -> Tensor:
-    """`[tokens, heads, key_dim]` in, `[tokens, heads, value_dim]` out; tensors as in a plan.
+    """Attends with `query` `[tokens, heads, key_dim]`; returns `[tokens, heads, value_dim]`.
 
-    Sinks are `[heads]`, `[1, heads]` or `[tokens, heads]`. `splits`: programs that share the tokens
-    of a tile's sequence; 0 is as many as keep the device busy.
+    Block tables, lengths and query starts are those of an `AttentionPlan`. Sinks are `[heads]`,
+    `[1, heads]` or `[tokens, heads]`. `splits` is the number of programs among which the tokens of
+    a sequence are divided; 0 means as many as keep the device busy.
     """
     assert keys.is_contiguous()
     assert values.is_contiguous()
@@ -357,17 +363,17 @@ def paged_attention(
         settings = attend_settings(query, keys, values, window, decode=True)
         wanted = DECODE_PROGRAMS * processors(query.device)
         seen = longest_decode if window is None else min(window, longest_decode)
-        own = splits or number_of_splits(decodes * keys.shape[2], wanted, seen)
-        _launch(out, out[:decodes], decodes, own, arguments, settings)
+        count = splits or number_of_splits(decodes * keys.shape[2], wanted, seen)
+        _launch(out, out[:decodes], decodes, count, arguments, settings)
     if len(query) > decodes:
         settings = attend_settings(query, keys, values, window, decode=False)
         queries = settings["ROWS"] // settings["GROUP"]
-        # Each chunk's last tile may be one that the division does not count.
+        # Each chunk may need one tile more than the division counts.
         tiles = (len(query) - decodes) // queries + len(block_tables) - decodes
         wanted = PREFILL_PROGRAMS * processors(query.device)
         seen = longest if window is None else min(window + queries, longest)
-        own = splits or number_of_splits(tiles * keys.shape[2], wanted, seen)
-        _launch(out, out[decodes:], tiles, own, arguments, settings)
+        count = splits or number_of_splits(tiles * keys.shape[2], wanted, seen)
+        _launch(out, out[decodes:], tiles, count, arguments, settings)
     return out
 
 
@@ -379,7 +385,7 @@ def _launch(
     arguments: tuple[Any, ...],
     settings: dict[str, Any],
 ) -> None:
-    """Of `out` those `rows` that this specialization computes."""
+    """Launches one specialization, which computes `rows`, a part of `out`."""
     grid = (tiles, settings["KV_HEADS"], splits)
     if splits == 1:
         attend_kernel[grid](out, None, None, *arguments, **settings)
@@ -418,7 +424,7 @@ def _(
 def attend_settings(
     query: Tensor, keys: Tensor, values: Tensor, window: int | None, *, decode: bool
 ) -> dict[str, Any]:
-    """What `attend_kernel` is compiled for."""
+    """Returns the compile-time arguments of `attend_kernel`."""
     key_dim, value_dim = keys.shape[3], values.shape[3]
     group = query.shape[1] // keys.shape[2]
     tiles = tiles_for(
@@ -442,7 +448,7 @@ def attend_settings(
 
 
 def architecture(device: torch.device) -> int:
-    """90 for compute capability 9.0; 0 where kernels are interpreted."""
+    """Returns 90 for compute capability 9.0, and 0 if kernels are interpreted."""
     if triton_interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -450,15 +456,17 @@ def architecture(device: torch.device) -> int:
 
 
 def processors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of the device, 1 for a CPU."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _padded(dim: int) -> int:
-    """A matrix product takes powers of two, from 16 on."""
+    """Returns the next size that a matrix product supports: a power of two, at least 16."""
     return max(16, int(triton.next_power_of_2(dim)))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
+    """Returns `x` with its last dimension contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()

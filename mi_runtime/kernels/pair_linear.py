@@ -1,25 +1,26 @@
-"""Products with both endpoints of a pair, as Triton kernels behind custom ops.
+"""Triton kernels, registered as custom ops, for products with both endpoints of a pair.
 
     pair      y = (1−λ) x W_Iᵀ + λ x W_Tᵀ     reads 2·N·K elements, whatever the number of λ
-    single    y = x Wᵀ                        of experts whose rows share blended weights
-    int8      y = x W_Iᵀ + λ s (x Qᵀ)         Q int8 `[N, K]`, s by output row
-    int4      y = x W_Iᵀ + λ Σ s_g (x_g Q_gᵀ)  s by output row and group of inputs, Q two a byte
+    single    y = x Wᵀ                        for experts whose rows share one matrix
+    int8      y = x W_Iᵀ + λ s (x Qᵀ)         Q int8 `[N, K]`, s per output row
+    int4      y = x W_Iᵀ + λ Σ s_g (x_g Q_gᵀ)  s per output row and group of inputs, Q two per byte
 
-`mi_runtime/model/delta.py` lays deltas out. `x` is `[M, K]`, matrices are `[N, K]` (views:
-the halves of a concatenated matrix, transposed experts), λ is `[M]` or `[1]` in fp32. Every product
-has an fp32 accumulator of its own; the two are combined row by row in fp32 and rounded once. A row
-at λ = 0 or 1 is that endpoint's accumulator: an infinity in the other never reaches it.
+`mi_runtime/model/delta.py` defines the layout of deltas. `x` is `[M, K]`, matrices are `[N, K]`
+(possibly views: halves of a concatenated matrix, transposed experts), and λ is `[M]` or `[1]` in
+fp32. Both products have their own fp32 accumulator; the two are combined row by row in fp32 and
+rounded once. A row at λ = 0 or 1 takes only that endpoint's accumulator, so that an infinity in the
+other one never reaches it.
 
-A decode step reads matrices and hardly computes: tiles are small in rows, and where a matrix has
-too few rows to keep a GPU busy, its K is split: each split writes partial sums, and a second kernel
-adds them in order. Nothing is added atomically, so a product gives the same bits every time. Tiles
-are looked up in a table; nothing is tuned at run time.
+A decode step is bound by reading the matrices, so tiles have few rows. If a matrix has too few rows
+to keep a GPU busy, its K is split: each split writes partial sums, and a second kernel adds them in
+order. Nothing is added atomically, so a product always gives the same bits. Tile sizes come from a
+table; nothing is tuned at run time.
 
-Grouped by expert, one launch serves all experts of a projection: `align` sorts the rows by expert
-on the device and cuts each expert's rows into blocks; their number is bounded by what the host
-knows, and blocks beyond the real ones end at once. Nothing here waits for the device.
+For experts, one launch computes all experts of a projection. `align` sorts the rows by expert on
+the device and divides each expert's rows into blocks. The host knows an upper bound of the number
+of blocks, and the programs of unused blocks return at once. Nothing here waits for the device.
 
-This module knows tensors; `dispatch.py` decides which products come here.
+`dispatch.py` decides which products use these kernels.
 """
 
 from dataclasses import dataclass, replace
@@ -36,13 +37,13 @@ INTERPRETED = triton_interpreted()
 SUM_BLOCK = 1024
 BUSY = 264  # programs that keep a GPU of 132 multiprocessors busy
 MAX_SPLITS = 8
-SINGLE, PAIR, INT8, INT4 = map(tl.constexpr, range(4))  # kinds of product
-KINDS = {torch.int8: 2, torch.uint8: 3}  # by what the second matrix is kept in
+SINGLE, PAIR, INT8, INT4 = map(tl.constexpr, range(4))  # the kinds of product above
+KINDS = {torch.int8: 2, torch.uint8: 3}  # by the dtype of the second matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """What one program computes at once, and how it is compiled."""
+    """How much one program computes at once, and how it is compiled."""
 
     rows: int
     columns: int
@@ -51,19 +52,19 @@ class Tiles:
     stages: int
 
 
-TILES = {  # by the most rows they are meant for; all fit the shared memory of sm_80 and sm_90
+TILES = {  # by the most rows they are for; all fit in the shared memory of sm_80 and sm_90
     16: Tiles(16, 32, 128, warps=4, stages=4),
     32: Tiles(32, 32, 64, warps=4, stages=4),
     64: Tiles(64, 64, 64, warps=4, stages=4),
     128: Tiles(128, 64, 64, warps=8, stages=3),
 }
-# Tensor cores round fp32: it is multiplied without them, from registers, which have to last. The
-# interpreter has none, and is slow in programs.
+# Tensor cores would round fp32, so it is multiplied without them, which needs more registers. The
+# interpreter has no such limit, and is slow with many programs.
 OF_FP32 = {"depth": 32} | ({} if INTERPRETED else {"columns": 16, "warps": 8, "stages": 2})
 
 
 def tiles_for(rows: int, dtype: torch.dtype, group: int | None = None) -> Tiles:
-    """`group`: inputs that share a scale of int4; a tile is one of them deep."""
+    """Returns the tiles for `rows`. With int4, a tile is as deep as one `group` of inputs."""
     tiles = next((tiles for most, tiles in TILES.items() if rows <= most), TILES[128])
     if dtype == torch.float32:
         tiles = replace(tiles, **OF_FP32)
@@ -73,7 +74,7 @@ def tiles_for(rows: int, dtype: torch.dtype, group: int | None = None) -> Tiles:
 
 
 def splits_for(programs: int, depth: int, tiles: Tiles) -> int:
-    """Parts of K, each of some tiles at least, until there are enough programs."""
+    """Returns into how many splits to divide K, each at least four tiles deep."""
     return max(1, min(MAX_SPLITS, BUSY // programs, depth // (4 * tiles.depth)))
 
 
@@ -82,21 +83,21 @@ def splits_for(programs: int, depth: int, tiles: Tiles) -> int:
 
 @triton.jit
 def _dot(left, right, sums, UPCAST: tl.constexpr):
-    if UPCAST:  # Triton's interpreter takes the bits of bf16 for integers
+    if UPCAST:  # Triton's interpreter treats the bits of bf16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     else:
-        right = right.to(left.dtype)  # whole numbers up to 256 are exact in bf16
+        right = right.to(left.dtype)  # integers up to 256 are exact in bf16
     return tl.dot(left, right, sums, input_precision="ieee")
 
 
 @triton.jit
 def _between(low, high, value):
-    """(1−λ) low + λ high, and exactly one of them at 0 and 1, whatever the other is."""
+    """Returns (1−λ) low + λ high; at 0 and 1 exactly one of them, whatever the other is."""
     mixed = (1 - value) * low + value * high
     return tl.where(value == 0, low, tl.where(value == 1, high, mixed))
 
 
-# Neither a batch's size nor where its λ lie compiles anything anew.
+# Neither the size of a batch nor the alignment of its λ causes another compilation.
 @triton.jit(
     do_not_specialize=["rows", "lambda_step", "scales_expert", "scales_row"],
     do_not_specialize_on_alignment=["scales", "lambdas", "order", "owners", "begins", "edges"],
@@ -109,7 +110,7 @@ def _product(
     biases,  # `[experts, 2, columns]`
     lambdas,
     out,
-    order,  # assignments of a row to an expert, sorted by expert
+    order,  # assignments of rows to experts, sorted by expert
     owners,  # the expert of each block
     begins,  # the first position in `order` of each block
     edges,  # the first position in `order` of each expert, and their end
@@ -130,9 +131,9 @@ def _product(
     scales_column,
     KIND: tl.constexpr,
     GROUPED: tl.constexpr,
-    GATHER: tl.constexpr,  # x by token, out by position in `order`; else x by position
+    GATHER: tl.constexpr,  # x is indexed by token, out by position in `order`; else x by position
     TOP_K: tl.constexpr,
-    WHOLE: tl.constexpr,  # no tile reaches over the end of K or of a split
+    WHOLE: tl.constexpr,  # no tile extends beyond the end of K or of a split
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,7 +143,7 @@ def _product(
     split = tl.program_id(2)
     if GROUPED:
         begin = tl.load(begins + tl.program_id(0))
-        if begin >= rows:  # fewer blocks than there could have been
+        if begin >= rows:  # an unused block
             return
         expert = tl.load(owners + tl.program_id(0)).to(tl.int64)
         position = begin + tl.arange(0, BLOCK_M)
@@ -247,7 +248,10 @@ def _sum_splits(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 @torch.library.custom_op("mi::pair_linear", mutates_args=())
 def pair_linear(x: Tensor, instruct: Tensor, thinking: Tensor, lambdas: Tensor) -> Tensor:
-    """`[M, K]` through both `[N, K]` matrices to `[M, N]`; `lambdas` `[M]` or `[1]` fp32 λ."""
+    """Multiplies `x` `[M, K]` by both `[N, K]` matrices; returns `[M, N]`.
+
+    `lambdas` is fp32 `[M]` or `[1]`.
+    """
     return _dense(x, _Matrices(instruct, thinking), lambdas)
 
 
@@ -258,10 +262,10 @@ def _(x: Tensor, instruct: Tensor, thinking: Tensor, lambdas: Tensor) -> Tensor:
 
 @torch.library.custom_op("mi::delta_linear", mutates_args=())
 def delta_linear(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, lambdas: Tensor) -> Tensor:
-    """`[M, K]` through `base` `[N, K]` and its quantized difference to `[M, N]`.
+    """Multiplies `x` `[M, K]` by `base` `[N, K]` and a quantized difference; returns `[M, N]`.
 
     `delta` is int8 `[N, K]` with `scales` `[N, 1]`, or int4 in uint8 `[N, groups · group / 2]` with
-    `scales` `[N, groups]`; `lambdas` is `[M]` or `[1]` fp32 λ.
+    `scales` `[N, groups]`. `lambdas` is fp32 `[M]` or `[1]`.
     """
     return _dense(x, _Matrices(base, delta, scales), lambdas)
 
@@ -273,7 +277,7 @@ def _(x: Tensor, base: Tensor, delta: Tensor, scales: Tensor, lambdas: Tensor) -
 
 @dataclass(frozen=True, slots=True)
 class _Matrices:
-    """`[N, K]`, or of experts `[experts, N, K]`: what a product reads."""
+    """The matrices of a product, `[N, K]`, or `[experts, N, K]`."""
 
     first: Tensor
     second: Tensor | None = None
@@ -285,13 +289,14 @@ class _Matrices:
 
     @property
     def group(self) -> int | None:
-        """Inputs that share a scale of int4."""
+        """The number of inputs that share a scale; None unless int4."""
         if self.scales is None or self.second is None or self.second.dtype is not torch.uint8:
             return None
         return 2 * self.second.shape[-1] // self.scales.shape[-1]
 
     @property
     def strides(self) -> dict[str, int]:
+        """The stride arguments of the kernel."""
         found: dict[str, int] = {}
         for name in ("first", "second", "scales"):
             tensor = getattr(self, name)
@@ -367,29 +372,32 @@ def _launch(
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """The assignments of rows to experts, sorted by expert and cut into blocks of one expert each.
+    """Assignments of rows to experts, sorted by expert and divided into blocks of one expert.
 
-    Made on the device; all shapes follow from the numbers of rows and experts.
+    It is made on the device, and all shapes depend only on the numbers of rows and experts.
     """
 
     order: Tensor  # [assignments]: row · top_k + choice
-    owners: Tensor  # [blocks] expert
-    begins: Tensor  # [blocks] first position in `order`; the number of assignments where idle
-    edges: Tensor  # [experts + 1] first position in `order` of each expert, and the end
+    owners: Tensor  # [blocks] the expert of each block
+    begins: Tensor  # [blocks] first position in `order`; number of assignments if unused
+    edges: Tensor  # [experts + 1] first position in `order` of each expert, then the end
     top_k: int
-    block: int  # rows of a block
+    block: int  # rows per block
 
 
 def align(expert_ids: Tensor, experts: int) -> Alignment:
-    """Of `expert_ids` `[rows, top_k]`."""
+    """Returns the alignment of `expert_ids` `[rows, top_k]`."""
     assignments, top_k = expert_ids.numel(), expert_ids.shape[1]
     block = tiles_for(triton.cdiv(assignments, experts), torch.bfloat16).rows
-    hit = min(assignments, experts)  # at most; each has one block that is not full, at most
-    most = hit + (assignments - hit) // block
+    # At most this many experts are used, and each has at most one block that is not full.
+    used = min(assignments, experts)
+    most = used + (assignments - used) // block
     ordered, order = expert_ids.flatten().sort(stable=True)
     device = order.device
     edges = torch.searchsorted(ordered, torch.arange(experts + 1, device=device))
-    ends = ((edges.diff() + block - 1) // block).cumsum(0)  # [experts] blocks up to each
+    ends = ((edges.diff() + block - 1) // block).cumsum(
+        0
+    )  # [experts] blocks up to and with each expert
     number = torch.arange(most, device=device)
     owners = torch.searchsorted(ends, number, right=True)
     starts = torch.nn.functional.pad(ends, (1, 0))
@@ -407,12 +415,13 @@ def grouped_linear(
     alignment: Alignment,
     gather: bool,
 ) -> Tensor:
-    """Every assignment through its expert's matrices `[experts, N, K]` to `[assignments, N]`.
+    """Multiplies every assignment by its expert's matrices; returns `[assignments, N]`.
 
-    `second` is Thinking or a quantized difference, as above, or None where `first` serves all
-    rows; `biases` `[experts, 2, N]` of both endpoints. With `gather`, `x` is `[rows, K]` and the
-    result in the order of the alignment; without, `x` is in that order, and the result in that of
-    the assignments. `lambdas` is `[rows]` or `[1]` fp32 λ.
+    `first` and `second` are `[experts, N, K]`: `second` is Thinking or a quantized difference, as
+    above, or None if `first` serves all rows. `biases` are `[experts, 2, N]`, of both endpoints.
+    With `gather`, `x` is `[rows, K]` and the result is in the order of the alignment. Without, `x`
+    is in that order, and the result in the order of the assignments. `lambdas` is fp32 `[rows]` or
+    `[1]`.
     """
     out: Tensor = _grouped_linear(
         *(x, first, second, scales, biases, lambdas),
@@ -453,7 +462,7 @@ def _(x: Tensor, first: Tensor, *others: Any) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    """What the kernel knows of experts; nothing, where there are none."""
+    """The kernel's arguments about experts; all None for a dense product."""
 
     biases: Tensor | None = None
     order: Tensor | None = None
@@ -465,6 +474,7 @@ class _Experts:
 
     @property
     def arguments(self) -> dict[str, Tensor | int | None]:
+        """The arguments of the kernel."""
         tensors = ("biases", "order", "owners", "begins", "edges")
         return {
             **{name: getattr(self, name) for name in tensors},

@@ -8,28 +8,29 @@ import torch
 
 
 def triton_installed() -> bool:
+    """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def triton_interpreted() -> bool:
-    """Whether kernels run on the CPU, slowly, as tests have them."""
+    """Whether Triton's interpreter runs kernels on the CPU, as in tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def launch_errors() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not compile, or does not run on this device."""
+    """Returns the exceptions of kernels that do not compile or do not run on this device."""
     if not triton_installed():
         return (RuntimeError,)
     from triton.errors import TritonError
 
-    # Triton builds its launchers with the machine's C compiler, which may be missing or fail; what
-    # is built may not load; and a driver's library that the linker does not know is an assertion.
+    # Triton builds its launchers with a C compiler, which may be missing or fail; the result may
+    # not load; and Triton asserts that the linker knows the driver's library.
     of_launchers = OSError, subprocess.SubprocessError, ImportError, AssertionError
     return RuntimeError, ValueError, TritonError, *of_launchers
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether it takes no more work of this process, as after an access to memory not its own."""
+    """Whether this process can no longer use the device, as after an illegal memory access."""
     if device.type != "cuda":
         return False
     try:
@@ -40,10 +41,10 @@ def is_lost(device: torch.device) -> bool:
 
 
 def cause_of(error: BaseException) -> str:
-    """One line that says why, of an error that a kernel raised.
+    """Returns the cause of a kernel's error in one line.
 
-    Triton wraps what is wrong in a line of a kernel in errors that quote the lines around it, one
-    for every function that the kernel calls.
+    Triton wraps an error in a kernel's code once for every function on the way, each time quoting
+    the code around it.
     """
     while error.__cause__ is not None:
         error = error.__cause__

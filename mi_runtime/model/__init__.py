@@ -1,4 +1,8 @@
-"""A pair of checkpoints as one model: its check, loading, the modules that compute with both
-endpoints, blended weights and their cache, and the offline merge. It imports `attention`, `kernels`
-and `device`.
+"""A pair of checkpoints as one model that computes any λ.
+
+`pair_check` checks two checkpoint directories, `load` loads them, `swap` replaces the modules of
+the model by `pair_modules`, and `probe` checks the result. `weights` and `delta` store the pair of
+matrices that those modules compute with, and `blend_cache` blended weights. `row_lambdas` holds the
+λ of every row of the running step. `merge` writes a merged checkpoint offline. The package imports
+`attention`, `kernels`, `device`, `config`, `request` and `errors`.
 """

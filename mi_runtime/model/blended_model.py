@@ -1,4 +1,4 @@
-"""A loaded pair as one model: what an engine knows of it, and its forward pass."""
+"""A loaded pair as one model, with its properties and its forward pass."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from mi_runtime.model.row_lambdas import BlendGroups
 
 @dataclass(frozen=True, slots=True)
 class BlendedModel:
-    """A model whose rows have a λ each, and what an engine must know of it."""
+    """A model in which every row has its own λ, and what an engine needs to know about it."""
 
     model: PreTrainedModel
     groups: BlendGroups
@@ -23,10 +23,10 @@ class BlendedModel:
     dtype: torch.dtype
     vocab_size: int
     weight_bytes: int  # of both endpoints, as they are stored
-    peak_bytes: int  # most memory that loading held at once, pages of mapped files not counted
+    peak_bytes: int  # most memory held while loading, without pages of mapped files
     load_seconds: float
-    identity: str  # hex digest of configs and weights; of a pair that no file holds, any name
-    max_positions: int  # tokens of context that both endpoints were made for
+    identity: str  # hex digest of configs and weights; any name for a pair without files
+    max_positions: int  # tokens of context that both endpoints support
     kernels: KernelDispatch = field(default_factory=KernelDispatch)
 
     @torch.inference_mode()
@@ -45,7 +45,7 @@ class BlendedModel:
 def forward_logits(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, logits_indices: Tensor, attention: Any
 ) -> Tensor:
-    """`BlendedModel.logits` of a model, as one function that can be compiled."""
+    """Computes `BlendedModel.logits` for a plain model, as a function that can be compiled."""
     output = model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),

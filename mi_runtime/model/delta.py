@@ -1,19 +1,20 @@
-"""The pair with its difference kept small: Instruct whole, and D = W_T − W_I quantized to D̂.
+"""Stores a pair as the Instruct weights and a quantized difference D̂ of D = W_T − W_I.
 
     W(λ) x = W_I x + λ (D̂ x),    D̂ = scale · q
 
-λ = 0 is Instruct to the bit. λ = 1 is W_I + D̂: the Thinking checkpoint up to the rounding of D, so
-it is no endpoint, and is had like any λ between.
+λ = 0 is exactly Instruct. λ = 1 is W_I + D̂, the Thinking checkpoint up to the rounding of D. So it
+is not an endpoint, and is computed like any λ in between.
 
-    kind   q                        scales                           copies in bf16
-    int8   −127..127, one a byte    one an output row, fp32          1.5
-    int4   −8..7, two a byte        one a GROUP of inputs, bf16      1.25 + 1/64
+    kind   q                        scales                           size, in bf16 copies
+    int8   −127..127, one per byte  one per output row, fp32         1.5
+    int4   −8..7, two per byte      one per GROUP of inputs, bf16    1.25 + 1/64
 
-D is taken in fp32 and its rounding is half a step: of int8 1/254 of a row's largest |D|, of int4
-1/16 of a group's. The largest of an int4 group is −8 exactly, its sign in the scale. q is chosen
-for the scale as it is stored, so the rounding of scales to bf16 is not an error of its own.
+D is computed in fp32, and rounding it costs at most half a step: for int8 1/254 of the row's
+largest |D|, for int4 1/16 of the group's. The largest value of an int4 group is exactly −8, with
+its sign in the scale. q is chosen for the scale as stored, so that rounding scales to bf16 adds no
+error.
 
-Layout (what a kernel reads), K inputs of a row, all contiguous:
+Layout, as kernels read it, with K inputs per row, all contiguous:
 
     instruct  [..., out, K]
     values    int8   [..., out, K]
@@ -23,8 +24,8 @@ Layout (what a kernel reads), K inputs of a row, all contiguous:
     scales    int8   fp32 [..., out, 1];  int4   bf16 [..., out, ceil(K / GROUP)]
 
 Inputs beyond K in the last group are zeros, stored as 8. Norms, biases, routers and sinks are small
-and stay exact pairs. Here is plain torch, the reference and the way of a CPU: D̂ is dequantized
-piece by piece, so that no whole copy of it is ever held.
+and stay exact pairs. This module is plain torch: it serves on a CPU and is the reference for
+kernels. D̂ is dequantized piece by piece, so that a full copy of it never exists.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,22 +43,22 @@ from mi_runtime.model.weights import add_expert_bias, detached_from_file, stacke
 
 DeltaKind = Literal["int8", "int4"]
 GROUP = 64  # inputs that share a scale of int4
-# Values that are (de)quantized at once. On a CPU fp32 copies stay in its cache; a GPU takes a
-# launch for every operation on a piece, and 128 MiB a copy.
+# Values (de)quantized at once. On a CPU their fp32 copies fit in its cache. On a GPU every
+# operation on a piece is one launch, and a copy takes 128 MiB.
 PIECE_OF_CPU, PIECE_OF_GPU = 1 << 18, 1 << 25
 INT8_MOST = 127
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
-    """D̂ of a matrix `[out, in]`, of some of its rows, or of many matrices `[…, out, in]`."""
+    """The quantized difference D̂ of a matrix `[out, in]`, some of its rows, or `[…, out, in]`."""
 
-    values: Tensor  # int8, or uint8 with two int4 a byte
+    values: Tensor  # int8, or uint8 with two int4 per byte
     scales: Tensor
     inputs: int  # K
 
     def __getitem__(self, index: object) -> "Delta":
-        """Of the dimensions before the last."""
+        """Indexes the dimensions before the last one."""
         return Delta(self.values[index], self.scales[index], self.inputs)  # type: ignore[index]
 
     @property
@@ -69,21 +70,23 @@ class Delta:
         return self.values.nbytes + self.scales.nbytes
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """`[…, out, in]`: the product in fp32, rounded once."""
+        """Returns D̂ `[…, out, in]`, computed in fp32 and rounded once."""
         steps, scales = self._in_groups()
         out = torch.empty(steps.shape, dtype=dtype, device=steps.device)
         return torch.mul(steps, scales, out=out).flatten(-2)[..., : self.inputs]
 
     def added_to(self, base: Tensor, share: float | Tensor, out: Tensor | None = None) -> Tensor:
-        """`base` + `share` · D̂, `[…, out, in]`, computed in fp32 and rounded to the dtype of `out`;
-        a tensor of shares is `[…, out, 1, 1]`."""
+        """Returns `base` + `share` · D̂ `[…, out, in]`, computed in fp32 and rounded once.
+
+        The result has the dtype of `out`, if given. A tensor of shares is `[…, out, 1, 1]`.
+        """
         steps, scales = self._in_groups()
         scales = (scales * share).expand(steps.shape)
         flat = [tensor.flatten(-2)[..., : self.inputs] for tensor in (steps, scales)]
         return torch.addcmul(base, *flat, out=out)
 
     def _in_groups(self) -> tuple[Tensor, Tensor]:
-        """q, int8 `[…, out, groups, inputs of one]`, and fp32 scales `[…, out, groups, 1]`."""
+        """Returns q int8 `[…, out, groups, group size]`, and fp32 scales `[…, out, groups, 1]`."""
         scales = self.scales.float().unsqueeze(-1)
         if self.kind == "int8":
             return self.values.unsqueeze(-2), scales
@@ -92,7 +95,7 @@ class Delta:
 
 
 def quantize(instruct: Tensor, thinking: Tensor, kind: DeltaKind) -> Delta:
-    """D̂ of two tensors `[…, out, in]` on one device."""
+    """Returns D̂ of two tensors `[…, out, in]` on one device."""
     *outer, inputs = instruct.shape
     encode, shapes, dtypes = (
         (_int8, (inputs, 1), (torch.int8, torch.float32))
@@ -125,7 +128,7 @@ def _int4(difference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(tensor: Tensor, size: int) -> Tensor:
-    """`[…, n]` to `[…, n / size, size]`."""
+    """Reshapes `[…, n]` to `[…, n / size, size]`."""
     return tensor.reshape(*tensor.shape[:-1], -1, size)
 
 
@@ -135,16 +138,17 @@ def _int4_shapes(inputs: int) -> tuple[int, int]:
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """Where nothing differs the scale is zero, and so are all steps."""
+    """Replaces zero scales, whose steps are all zero, by 1."""
     return torch.where(scales == 0, 1.0, scales)
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[int | slice, ...]]:
-    """Indices that cover `[…, out, in]`: of many matrices each, of one, or of some of its rows."""
+    """Yields indices of pieces that cover `[…, out, in]`."""
     return _pieces_of(tensor.shape, PIECE_OF_CPU if tensor.device.type == "cpu" else PIECE_OF_GPU)
 
 
 def _pieces_of(shape: Sequence[int], piece: int) -> Iterator[tuple[int | slice, ...]]:
+    """Yields indices of many matrices, of one, or of some rows, with at most `piece` values."""
     count, *inner = shape
     if len(inner) > 1 and prod(inner) > piece:
         for index in range(count):
@@ -155,7 +159,7 @@ def _pieces_of(shape: Sequence[int], piece: int) -> Iterator[tuple[int | slice, 
 
 
 def blended(instruct: Tensor, delta: Delta, value: float, out: Tensor | None = None) -> Tensor:
-    """W_I + λ D̂ in fp32, rounded once to Instruct's dtype; contiguous."""
+    """Returns W_I + λ D̂, contiguous, computed in fp32 and rounded once to Instruct's dtype."""
     if out is None:
         out = torch.empty(instruct.shape, dtype=instruct.dtype, device=instruct.device)
     for piece in _pieces(instruct):
@@ -164,14 +168,15 @@ def blended(instruct: Tensor, delta: Delta, value: float, out: Tensor | None = N
 
 
 def delta_product(x: Tensor, instruct: Tensor, delta: Delta, lambdas: Tensor) -> Tensor:
-    """`[…, rows, in]` to `[…, rows, out]`; `lambdas` is fp32 λ, `[rows]` or `[1]`.
+    """Multiplies `x` `[…, rows, in]` by W_I + λ D̂; returns `[…, rows, out]`.
 
-    Two products, put together in fp32. A row at λ = 0 is Instruct's product to the bit.
+    `lambdas` is fp32 `[rows]` or `[1]`. The two products are added in fp32. A row at λ = 0 has
+    exactly Instruct's product.
     """
     out = F.linear(x, instruct)
     for (piece,) in _pieces(instruct):
-        steered = F.linear(x, delta[piece].dequantized(x.dtype))
-        out[..., piece] = out[..., piece].float() + lambdas.unsqueeze(-1) * steered.float()
+        difference = F.linear(x, delta[piece].dequantized(x.dtype))
+        out[..., piece] = out[..., piece].float() + lambdas.unsqueeze(-1) * difference.float()
     return out
 
 
@@ -193,7 +198,7 @@ class DeltaWeights:
 
     @property
     def parameters(self) -> int:
-        """Of both endpoints."""
+        """The number of parameters of both endpoints."""
         return 2 * self.instruct.numel()
 
     @property
@@ -201,16 +206,17 @@ class DeltaWeights:
         return self.instruct.nbytes + self.delta.nbytes
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
+        """Returns W_I + λ D̂, rounded once; writes it to `out` if given."""
         return blended(self.instruct, self.delta, value, out)
 
 
 class DeltaMatrix(DeltaWeights):
-    """A matrix `[out, in]` at every λ: what `weights.PairMatrix` is of both endpoints whole."""
+    """A matrix `[out, in]` at every λ, in the place of `weights.PairMatrix`."""
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
-        """`[..., rows, in]` to `[..., rows, out]`."""
+        """Multiplies `x` `[..., rows, in]`, each row at its λ; returns `[..., rows, out]`."""
         if rows.endpoint is not None:
-            assert rows.endpoint == INSTRUCT, "Thinking itself is not kept"
+            assert rows.endpoint == INSTRUCT, "Thinking itself is not stored"
             return F.linear(x, self.instruct)
         if rows.blend is not None:
             return F.linear(x, rows.blend.get(self))
@@ -224,17 +230,19 @@ class DeltaVocabulary(DeltaMatrix):
     """The matrix `[vocabulary, dim]` of an embedding, a head, or both."""
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
-        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`."""
-        own = F.embedding(ids, self.instruct)
+        """Looks up `ids` `[..., rows]`, each at its λ; returns `[..., rows, dim]`."""
+        found = F.embedding(ids, self.instruct)
         if rows.endpoint is not None:
-            return own
+            return found
         share = rows.lambdas.view(-1, 1, 1)
-        return self.delta[ids].added_to(own, share).to(own.dtype)
+        return self.delta[ids].added_to(found, share).to(found.dtype)
 
 
 class DeltaExperts(DeltaWeights):
-    """One projection of all experts, `[experts, out, in]`, kept row-major also where the model has
-    it transposed. Biases are an exact pair."""
+    """One projection of all experts, stored `[experts, out, in]` even if the model transposes it.
+
+    Biases are an exact pair.
+    """
 
     def __init__(
         self,
@@ -249,9 +257,12 @@ class DeltaExperts(DeltaWeights):
         self.biases = stacked_biases(biases)
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
-        """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
+        """Multiplies `x` `[rows, in]` by one expert's matrix; returns `[rows, out]`.
+
+        `mix` is `[rows or 1, 2, 1]`: (1−λ) and λ of each row.
+        """
         if rows.endpoint is not None:
-            assert rows.endpoint == INSTRUCT, "Thinking itself is not kept"
+            assert rows.endpoint == INSTRUCT, "Thinking itself is not stored"
             out = F.linear(x, self.instruct[expert])
         elif rows.blend is not None:
             out = F.linear(x, rows.blend.get(self)[expert])
@@ -261,8 +272,9 @@ class DeltaExperts(DeltaWeights):
         return add_expert_bias(out, self.biases, expert, rows, mix)
 
     def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns what a kernel reads for the step's way: matrix, second matrix, scales."""
         if rows.endpoint is not None:
-            assert rows.endpoint == INSTRUCT, "Thinking itself is not kept"
+            assert rows.endpoint == INSTRUCT, "Thinking itself is not stored"
             return self.instruct, None, None
         if rows.blend is not None:
             return rows.blend.get(self), None, None
@@ -271,7 +283,7 @@ class DeltaExperts(DeltaWeights):
 
 @dataclass(frozen=True, slots=True)
 class DeltaStorage:
-    """Every large matrix as Instruct and a difference of one kind."""
+    """Stores every large matrix as Instruct and a quantized difference of one kind."""
 
     kind: DeltaKind
     kernels: KernelDispatch = field(default_factory=KernelDispatch)

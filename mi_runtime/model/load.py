@@ -1,10 +1,9 @@
 """Loads a checked pair into one `transformers` model with swapped modules.
 
-Both endpoints are loaded by `transformers` (meta device first, then the weights streamed from
-safetensors), which gives them the same fused layouts and ties. A probe forward over both records
-where every module has its rows; the swap then moves the tensors of both into pair modules one by
-one, and the same probe at mixed λ must give back the logits that each endpoint gave by itself:
-a model that this module does not understand is refused before it serves.
+`transformers` loads both endpoints (meta device first, then weights streamed from safetensors), so
+they have the same fused layouts and ties. A probe forward pass over both records where every module
+has its rows. The swap then moves the tensors of both into pair modules one by one. Finally the same
+probe at mixed λ must give the logits that each endpoint gave alone; otherwise the model is refused.
 """
 
 import time
@@ -31,13 +30,14 @@ from mi_runtime.model.pair_modules import pair_experts_forward, weights_of
 from mi_runtime.model.probe import Probe, unique_tensors
 from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.model.swap import ModuleSwap
-from mi_runtime.model.weights import Storage, WholeStorage
+from mi_runtime.model.weights import PairStorage, Storage
 
 EXPERTS_NAME = "mi_pair"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: Device) -> torch.device:
+    """Returns the device; `auto` is a GPU if there is one. Raises PairError without CUDA."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -46,7 +46,7 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device, pair: Pair) -> torch.dtype:
-    """`auto` is float32 on a CPU, and what the Instruct checkpoint says on a GPU."""
+    """Returns the dtype; `auto` is float32 on a CPU, and Instruct's own on a GPU."""
     if dtype != "auto":
         return DTYPES[dtype]
     stored = pair.instruct.config.dtype
@@ -60,10 +60,10 @@ def load_pair(
     dtype: Dtype = "auto",
     delta_dtype: DeltaDtype = "none",
 ) -> BlendedModel:
-    """Raises PairError with the name of what cannot be served.
+    """Loads both endpoints of a pair and makes one model of them.
 
-    A pair whose difference is kept small is never whole on the device: Thinking is loaded on the
-    CPU, and comes over module by module.
+    With `delta_dtype`, Thinking is loaded on the CPU and moved to the device module by module.
+    Raises PairError with the name of what cannot be served.
     """
     started = time.monotonic()
     where = resolve_device(device)
@@ -85,9 +85,10 @@ def pair_up(
     delta_dtype: DeltaDtype = "none",
     memory: MemoryPeak | None = None,
 ) -> BlendedModel:
-    """One model of two that are in memory already, of one config and dtype, on Instruct's device.
+    """Makes one model, on Instruct's device, of two that are in memory already.
 
-    Empties `thinking`, and `instruct` becomes the model. Raises PairError as `load_pair` does.
+    Both must have the same config and dtype. `instruct` becomes the model, and `thinking` is
+    emptied. Raises PairError as `load_pair` does.
     """
     started = time.monotonic()
     ExpertsInterface.register(EXPERTS_NAME, pair_experts_forward)
@@ -97,9 +98,9 @@ def pair_up(
     memory = memory or MemoryPeak(where)
     kernels = KernelDispatch()
     storage: Storage = (
-        WholeStorage(kernels) if delta_dtype == "none" else DeltaStorage(delta_dtype, kernels)
+        PairStorage(kernels) if delta_dtype == "none" else DeltaStorage(delta_dtype, kernels)
     )
-    both_whole = sum(tensor.nbytes for tensor in unique_tensors(instruct, thinking))
+    full_bytes = sum(tensor.nbytes for tensor in unique_tensors(instruct, thinking))
     probe = Probe.for_model(instruct)
     try:
         expected = probe.expected_logits(instruct, thinking)
@@ -114,7 +115,7 @@ def pair_up(
         raise PairError([f"model_type {instruct.config.model_type}: {error}"]) from error
     except torch.OutOfMemoryError as error:
         raise _too_large(error) from error
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # of the model's code
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # in the model's code
         reason = f"its forward does not run with pair modules ({type(error).__name__}: {error})"
         raise PairError([f"model_type {instruct.config.model_type}: {reason}"]) from error
     shapes = probe.attention.shapes
@@ -126,7 +127,7 @@ def pair_up(
         device=where,
         dtype=kind,
         vocab_size=int(instruct.config.vocab_size),
-        weight_bytes=both_whole - _saved_bytes(instruct),
+        weight_bytes=full_bytes - _saved_bytes(instruct),
         peak_bytes=memory.peak,
         load_seconds=time.monotonic() - started,
         identity=identity,
@@ -137,21 +138,22 @@ def pair_up(
 
 
 def use_paged_attention(model: PreTrainedModel) -> None:
-    """Lets the engine's attention and no other serve the model, which only infers from now on."""
+    """Makes the model use the engine's attention, in inference mode."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    # Torch 2.11 takes cuDNN first, which plans for each shape anew: here nearly every step has one.
+    # Torch 2.11 prefers cuDNN, which plans again for every new shape: here in nearly every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model.config._attn_implementation = ATTENTION_NAME
     model.eval().requires_grad_(False)
 
 
 def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
-    """A plain checkpoint without any blend module, on the same attention: the bench's baseline."""
+    """Loads one checkpoint without pair modules, with the same attention: the bench's baseline."""
     return _load_endpoint(endpoint, resolve_device(device), dtype)
 
 
 def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)  # a name must be there to be set
+    """Loads one checkpoint. Raises PairError with every missing, unknown or non-finite tensor."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)  # before a config can name it
     try:
         with tensors_allocated_separately():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -162,7 +164,7 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # told below, by name
+                ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
     except torch.OutOfMemoryError as error:
@@ -188,10 +190,11 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
 
 @contextmanager
 def tensors_allocated_separately() -> Iterator[None]:
-    """Inside, `transformers` takes a GPU's memory tensor by tensor, not a model's in one piece.
+    """Makes `transformers` allocate GPU memory tensor by tensor, not one piece per model.
 
-    The swap frees an endpoint tensor by tensor, and what is left of one large piece is lost to
-    everybody else: of a pair of 30B-A3B's shapes some 20 GiB, by a model of torch's allocator.
+    The swap frees an endpoint tensor by tensor, and memory freed inside one large piece cannot be
+    returned to the device: about 20 GiB for a pair of 30B-A3B's shapes, by a simulation of torch's
+    allocator.
     """
     warm_up = modeling_utils.caching_allocator_warmup
     modeling_utils.caching_allocator_warmup = lambda *_: None
@@ -202,10 +205,12 @@ def tensors_allocated_separately() -> Iterator[None]:
 
 
 def _too_large(error: torch.OutOfMemoryError) -> PairError:
-    said = (str(error).splitlines() or [""])[0]
-    return PairError([f"the pair does not fit in memory (--delta-dtype keeps it smaller): {said}"])
+    reason = (str(error).splitlines() or [""])[0]
+    return PairError(
+        [f"the pair does not fit in memory (--delta-dtype keeps it smaller): {reason}"]
+    )
 
 
 def _saved_bytes(model: nn.Module) -> int:
-    """What is kept less than both endpoints whole."""
+    """Returns how many bytes fewer the pair takes than both full endpoints."""
     return sum(2 * one.instruct.nbytes - one.nbytes for one in weights_of(model))

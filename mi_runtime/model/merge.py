@@ -1,18 +1,18 @@
-"""Writes the weights of one merged checkpoint: what Θ(λ) is when it is a model of its own.
+"""Writes the weights of a merged checkpoint, by one of three methods.
 
-    interpolation     λ·Θ_T + (1−λ)·Θ_I, λ by blend group
+    interpolation     λ·Θ_T + (1−λ)·Θ_I, with a λ for each blend group
     task arithmetic   Θ_B + s·(τ_I + τ_T), τ = Θ − Θ_B              (arXiv 2212.04089)
-    TIES              Θ_B + s·τ, τ the mean of what is left of τ_I and τ_T after each tensor keeps
-                      its largest entries, and entries against the sign of their sum go
-                      (arXiv 2306.01708, trimmed tensor by tensor)
+    TIES              Θ_B + s·τ, where τ is the mean of τ_I and τ_T after each tensor keeps only
+                      its largest entries, and entries whose sign differs from that of the sum
+                      are dropped (arXiv 2306.01708, trimmed tensor by tensor)
 
-Streamed: sources are mapped files, and results go to disk piece by piece, so that memory does not
-grow with the model (TIES needs one tensor at a time in fp32, a few times). Everything is computed
-in fp32 and rounded once to the format it is written in. Shards are those of the Instruct endpoint.
-Knows weights only; tokenizer, templates and the model card are `server.merge`'s.
+The sources are mapped files and the result is written piece by piece, so that memory does not grow
+with the model (TIES needs a few fp32 copies of one tensor). Everything is computed in fp32 and
+rounded once to the output format. The shards are those of the Instruct endpoint. This module writes
+weights only; `server.merge` writes the tokenizer, templates and model card.
 
-The `safetensors` library writes from tensors that are all in memory, a second time in memory while
-it writes; its format is a length, a JSON header and the bytes, so the header is written here.
+The `safetensors` library needs all tensors in memory, twice while it writes. Its format is a
+length, a JSON header and the bytes, so this module writes the header itself.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from mi_runtime.model.pair_check import Endpoint, check_base, check_pair
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial
 
-PIECE = 2**18  # elements that are computed at once: what a core's cache holds
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the tensors that a tied model shares
+PIECE = 2**18  # elements computed at once, which fit in a core's cache
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the same tensor in a tied model
 NAME_OF_DTYPE = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -52,12 +52,12 @@ NAME_OF_DTYPE = {
 
 
 class CheckpointTensors:
-    """The tensors of one checkpoint by name, mapped from its files while the context lasts."""
+    """The tensors of one checkpoint by name, mapped from its files inside the context."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._paths = files
-        self._files: dict[str, Any] = {}  # by tensor
-        self.shards: dict[str, list[str]] = {}  # names of tensors by file
+        self._files: dict[str, Any] = {}  # by tensor name
+        self.shards: dict[str, list[str]] = {}  # tensor names by file
 
     def __enter__(self) -> "CheckpointTensors":
         with ExitStack() as stack:
@@ -81,7 +81,7 @@ class CheckpointTensors:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The same tensor in every checkpoint, flat and as it is stored: `[elements]`."""
+    """The same tensor in every checkpoint, flat, in its stored dtype: `[elements]`."""
 
     instruct: Tensor
     thinking: Tensor
@@ -90,11 +90,14 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
+    """The open checkpoints of a merge."""
+
     instruct: CheckpointTensors
     thinking: CheckpointTensors
     base: CheckpointTensors | None
 
     def sources(self, name: str) -> Sources:
+        """Returns the tensor `name` of every checkpoint."""
         return Sources(
             self.instruct[name].reshape(-1),
             self.thinking[name].reshape(-1),
@@ -103,12 +106,16 @@ class Checkpoints:
 
 
 class Method(Protocol):
+    """How two tensors, and that of the base, are merged."""
+
     def pieces(self, group: str, sources: Sources) -> Iterator[Tensor]:
-        """The merged tensor, flat, in pieces; floating point."""
+        """Yields the merged tensor, flat, in pieces of a floating-point dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interpolation:
+    """λ·Θ_T + (1−λ)·Θ_I."""
+
     dial: Dial
 
     def pieces(self, group: str, sources: Sources) -> Iterator[Tensor]:
@@ -119,6 +126,8 @@ class Interpolation:
 
 @dataclass(frozen=True, slots=True)
 class TaskArithmetic:
+    """Θ_B + s·(τ_I + τ_T)."""
+
     scale: float
 
     def pieces(self, group: str, sources: Sources) -> Iterator[Tensor]:
@@ -129,7 +138,9 @@ class TaskArithmetic:
 
 @dataclass(frozen=True, slots=True)
 class Ties:
-    density: float  # share of each task vector's entries that is kept
+    """Θ_B + s·τ, with τ as TIES merges the task vectors."""
+
+    density: float  # share of each task vector's entries to keep
     scale: float
 
     def pieces(self, group: str, sources: Sources) -> Iterator[Tensor]:
@@ -142,14 +153,14 @@ class Ties:
         yield base + self.scale * (agreeing[0] + agreeing[1]) / count.clamp_(min=1.0)
 
     def _trimmed(self, task: Tensor) -> Tensor:
-        """The entries of largest magnitude; equals of the least one kept stay as well."""
+        """Zeroes all but the largest entries; keeps every entry equal to the least one kept."""
         kept = max(1, round(self.density * task.numel()))
         least = task.abs().kthvalue(task.numel() - kept + 1).values
         return torch.where(task.abs() >= least, task, 0.0)
 
 
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of all of them, in fp32, in buffers that are used again for the next."""
+    """Yields matching pieces of all tensors in fp32, in buffers that the next piece reuses."""
     buffers = [torch.empty(min(PIECE, tensor.numel())) for tensor in tensors]
     for pieces in zip(*(torch.split(tensor, PIECE) for tensor in tensors), strict=True):
         yield tuple(
@@ -163,7 +174,7 @@ class Output:
 
     name: str
     source: str  # its name in the endpoints
-    group: str  # whose λ it takes
+    group: str  # the blend group whose λ it takes
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -182,10 +193,11 @@ def write_weights(
     dtype: torch.dtype | None = None,
     untie: bool = False,
 ) -> None:
-    """Write the shards, and the index where there are several, into the directory `out`.
+    """Writes the shards, and an index if there are several, to the directory `out`.
 
-    `dtype` is the format of floating-point tensors (None: each as the Instruct endpoint has it);
-    `untie` writes a head of its own for a model whose head is its embedding.
+    `dtype` is the dtype of floating-point tensors; None keeps those of the Instruct endpoint. With
+    `untie`, a model whose head is its embedding gets a separate head. Raises PairError if integer
+    tensors of the endpoints differ.
     """
     with ExitStack() as stack:
         low, high = (
@@ -213,7 +225,7 @@ def write_weights(
 def _outputs(
     low: CheckpointTensors, names: Sequence[str], dtype: torch.dtype | None, *, untie: bool
 ) -> list[Output]:
-    """The tensors of one shard, the widest numbers first so that all are aligned."""
+    """Returns the tensors of one shard, widest dtypes first, so that all are aligned."""
     outputs = []
     for name in names:
         tensor = low[name]
@@ -225,7 +237,7 @@ def _outputs(
 
 
 def _header(outputs: Sequence[Output]) -> bytes:
-    """The head of a safetensors file: its length in eight bytes, then JSON padded with blanks."""
+    """Returns a safetensors header: its length in eight bytes, then JSON padded with blanks."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for output in outputs:
@@ -266,7 +278,7 @@ def _write_index(out: Path, shards: Mapping[str, Sequence[Output]]) -> None:
 
 
 def main() -> int:
-    """The process that `mi-server merge` starts: all of it is in the arguments."""
+    """Runs the process that `mi-server merge` starts, and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("instruct", "thinking", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -278,7 +290,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--untie", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # pieces are small: threads would wait for each other, not work
+    torch.set_num_threads(1)  # pieces are too small for several threads
     try:
         _merge(arguments)
     except PairError as error:

@@ -1,8 +1,8 @@
-"""What makes two checkpoint directories a pair, checked on the files before any weight is loaded.
+"""Checks that two checkpoint directories form a pair, before any weight is loaded.
 
-Reads configs, safetensors headers and tokenizer files. Every mismatch is collected, so that one
-message tells all of them. Configs must be equal but for the keys below, which do not enter the
-computation of a token.
+It reads configs, safetensors headers and tokenizer files, and collects every mismatch in one
+message. Configs must be equal except for the keys below, which do not affect how a token is
+computed.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ IGNORED_CONFIG_KEYS = frozenset(
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
-        "max_position_embeddings",  # the smaller one bounds the context; rope does not read it
+        "max_position_embeddings",  # the smaller one limits the context; rope does not use it
         "initializer_range",
         "attention_dropout",
         "hidden_dropout",
@@ -46,18 +46,18 @@ IGNORED_CONFIG_KEYS = frozenset(
         "id2label",
         "label2id",
         "problem_type",
-        "max_window_layers",  # only read to make layer_types, which is compared
+        "max_window_layers",  # only used to derive layer_types, which is compared
     }
 )
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-BATCH_WIDE_ROPE = frozenset({"dynamic", "longrope"})  # their frequencies depend on the whole batch
-FINGERPRINT_SAMPLES = 64  # pieces of every weight file that enter the fingerprint
-FINGERPRINT_PIECE = 4096  # bytes each
+BATCH_WIDE_ROPE = frozenset({"dynamic", "longrope"})  # frequencies depend on the entire batch
+FINGERPRINT_SAMPLES = 64  # pieces of every weight file in the fingerprint
+FINGERPRINT_PIECE = 4096  # bytes per piece
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of a checkpoint, as its file's header has it."""
+    """The shape and dtype of a checkpoint tensor, from its file's header."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -65,11 +65,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One checkpoint directory: its config and what its weight files hold."""
+    """One checkpoint directory: its config, and the tensors in its weight files."""
 
     directory: Path
     config: PreTrainedConfig
-    raw_config: dict[str, Any]  # config.json as it is written
+    raw_config: dict[str, Any]  # the content of config.json
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
 
@@ -83,14 +83,14 @@ class Pair:
 
     @property
     def max_positions(self) -> int:
-        """Tokens of context that both endpoints were made for."""
+        """The tokens of context that both endpoints support."""
         return min(
             int(endpoint.config.max_position_embeddings)
             for endpoint in (self.instruct, self.thinking)
         )
 
     def identity(self) -> str:
-        """Hex digest of both endpoints: their configs, and samples of the weight files."""
+        """Returns a hex digest of both endpoints' configs and of samples of their weight files."""
         digest = hashlib.blake2b(digest_size=16)
         for endpoint in (self.instruct, self.thinking):
             digest.update(json.dumps(_computation(endpoint.raw_config), sort_keys=True).encode())
@@ -100,14 +100,16 @@ class Pair:
 
 
 def fingerprint(identity: str, lambda_step: float, delta_dtype: DeltaDtype) -> str:
-    """Hex digest of a pair, how it is kept and the λ grid: what KV and answers depend on beside the
-    dial."""
-    told = f"{identity} {lambda_step} {delta_dtype}"
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    """Returns a hex digest of all that KV and answers depend on besides the dial.
+
+    That is the pair, the λ grid, and how the pair is stored.
+    """
+    content = f"{identity} {lambda_step} {delta_dtype}"
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
-    """Both directories as a pair that can be served; raises PairError with every reason against."""
+    """Returns both directories as a pair. Raises PairError with every reason that prevents it."""
     problems: list[str] = []
     endpoints = [_read_endpoint(Path(directory), problems) for directory in (instruct, thinking)]
     if problems or endpoints[0] is None or endpoints[1] is None:
@@ -123,9 +125,10 @@ def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
 
 
 def check_base(directory: str | Path, pair: Pair) -> Endpoint:
-    """The checkpoint that both endpoints were tuned from; raises PairError.
+    """Returns the checkpoint from which both endpoints were fine-tuned.
 
-    Only its tensors count: a base may have been made for another context length.
+    Only its tensors are checked, since a base may have another context length. Raises PairError if
+    they do not match those of the pair.
     """
     problems: list[str] = []
     base = _read_endpoint(Path(directory), problems)
@@ -143,6 +146,7 @@ def check_base(directory: str | Path, pair: Pair) -> Endpoint:
 
 
 def _read_endpoint(directory: Path, problems: list[str]) -> Endpoint | None:
+    """Reads a checkpoint directory; adds to `problems`, and returns None without a config."""
     if not directory.is_dir():
         problems.append(f"{directory}: no such directory")
         return None
@@ -198,7 +202,7 @@ def _weight_files(directory: Path, problems: list[str]) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
-    """Names, shapes and dtypes; a file shorter than its header says is a SafetensorError."""
+    """Reads names, shapes and dtypes. Raises SafetensorError if the file is truncated."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
@@ -208,7 +212,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
 
 
 def _unsupported(config: PreTrainedConfig) -> list[str]:
-    """Parts that a mixed batch cannot compute rightly, by their config key."""
+    """Returns the parts of a model that a mixed batch cannot compute, by config key."""
     values = config.to_dict()
     problems = []
     rope = sorted(_rope_types(values) & BATCH_WIDE_ROPE)
@@ -232,7 +236,7 @@ def _unsupported(config: PreTrainedConfig) -> list[str]:
 
 
 def _rope_types(value: Any) -> set[str]:
-    """Every rope type in a config, however deep: some models have one a layer type."""
+    """Returns every rope type in a config, at any depth: some models have one per layer type."""
     if not isinstance(value, dict):
         return set()
     own = {str(value[key]) for key in ("rope_type", "type") if isinstance(value.get(key), str)}
@@ -240,7 +244,7 @@ def _rope_types(value: Any) -> set[str]:
 
 
 def _computation(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides what a token's computation is, as plain JSON values."""
+    """Returns the part of a config that affects how a token is computed, as JSON values."""
     values = {key: value for key, value in config.items() if key not in IGNORED_CONFIG_KEYS}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
@@ -272,7 +276,7 @@ def _tensor_mismatches(pair: Pair) -> list[str]:
 
 
 def _tokenizer_mismatches(pair: Pair) -> list[str]:
-    """Token ids must mean the same in both; chat templates may differ."""
+    """Returns where token ids differ in meaning; chat templates may differ."""
     problems: list[str] = []
     contents = [
         _read_tokenizer(one.directory / "tokenizer.json", problems)

@@ -1,10 +1,9 @@
-"""The modules that replace those of a `transformers` model, and compute with a pair of weights.
+"""The modules that replace those of a `transformers` model, and compute with both endpoints.
 
-Linear and embedding modules are swapped by subclasses. Norms and other elementwise parameters are
-swapped by a property that yields the blend for the rows of the running step, so that every class's
-own `forward` runs unchanged. Which way a module goes is in its `RowSlot`.
-
-Modules that read one input share one matrix, and one product.
+Linear, embedding and LayerNorm modules become the subclasses here. Other norms and elementwise
+parameters become properties that return the blend for the rows of the running step, so that the
+class's own `forward` runs unchanged. A module finds the rows of the running step, and the way that
+they go, in its `RowSlot`. Linear modules that read the same input share one matrix and one product.
 """
 
 from collections.abc import Callable
@@ -18,11 +17,11 @@ from mi_runtime.errors import UnsupportedModel
 from mi_runtime.model.row_lambdas import INSTRUCT, RowSlot, scaled_pair
 from mi_runtime.model.weights import ExpertMatrices, Matrix, PairMatrix, Vocabulary, Weights
 
-EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # of a swapped module of experts
+EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # attributes of a swapped experts module
 
 
 class RowParameter:
-    """A parameter used elementwise along rows (norm weight, bias, sinks), blended for each row.
+    """A parameter used elementwise (norm weight, bias, sinks), blended for each row.
 
     `axes` is the number of dimensions between the row axis of the module's input and the
     parameter's own dimensions: 0 for `[rows, dim]`, 1 for `[rows, heads, dim]` with `[dim]`.
@@ -33,12 +32,12 @@ class RowParameter:
         self.slot = slot
         self._lambda_shape = (-1,) + (1,) * (axes + instruct.dim())
         shape = (1,) * axes + tuple(instruct.shape)
-        # In fp32 they are small as well, and need not be widened anew in every replay.
+        # They are small in fp32 too, and each replay would convert them again.
         low, high = (side.float().view(shape) for side in self.endpoints)
         self._wide = (low, high)
 
     def value(self) -> Tensor:
-        """The parameter itself at an endpoint, else `[rows or 1, 1…, *shape]`, in its dtype."""
+        """Returns the parameter at an endpoint, else its blend `[rows or 1, 1…, *shape]`."""
         rows = self.slot.rows
         if rows.endpoint is not None:
             return self.endpoints[rows.endpoint]
@@ -50,10 +49,11 @@ class RowParameter:
 
 
 class RoutedWeight:
-    """Stands for a router's `weight`: `F.linear` with it is the product of the step's way.
+    """Replaces a router's `weight`: `F.linear` with it computes the product by the step's way.
 
-    Routers call `F.linear(x, self.weight)` inside their own forward, some after a cast; the torch
-    function protocol lets that line run as it is written.
+    Routers call `F.linear(x, self.weight)` in their own `forward`, some after a cast. Torch's
+    `__torch_function__` protocol makes that line work unchanged. Any other use raises
+    UnsupportedModel.
     """
 
     def __init__(self, matrix: PairMatrix, slot: RowSlot, dtype: torch.dtype) -> None:
@@ -88,11 +88,11 @@ class RoutedWeight:
 
 
 class PairLinear(nn.Linear):
-    """`nn.Linear` over both endpoints. Made by changing a module's class, never constructed."""
+    """`nn.Linear` over both endpoints. A module becomes one when its class is changed."""
 
     pair: Matrix
-    columns: slice | None  # this module's rows of a matrix that it shares with others
-    sharers: int  # of the matrix, this module counted
+    columns: slice | None  # this module's columns of a product that it shares with others
+    sharers: int  # modules that share the matrix, including this one
     pair_bias: RowParameter | None
     slot: RowSlot
 
@@ -106,7 +106,7 @@ class PairLinear(nn.Linear):
 
 
 class PairEmbedding(nn.Embedding):
-    """`nn.Embedding` over both endpoints; subclasses that scale its output find it by the MRO."""
+    """`nn.Embedding` over both endpoints; subclasses that scale the output inherit from it."""
 
     pair: Vocabulary
     slot: RowSlot
@@ -120,7 +120,7 @@ class PairEmbedding(nn.Embedding):
 
 
 class PairLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` whose affine part is blended row by row, in fp32."""
+    """`nn.LayerNorm` whose weight and bias are blended row by row, in fp32."""
 
     pair_weight: RowParameter | None
     pair_bias: RowParameter | None
@@ -135,7 +135,7 @@ class PairLayerNorm(nn.LayerNorm):
 
 
 class _Experts(Protocol):
-    """What `transformers` gives every class decorated with `use_experts_implementation`."""
+    """A swapped experts module, of a class that uses `use_experts_implementation`."""
 
     has_bias: bool
     pair_gate_up: ExpertMatrices
@@ -146,7 +146,7 @@ class _Experts(Protocol):
 
 
 def weights_of(model: nn.Module) -> set[Weights]:
-    """All weights that a blend materializes; a tied one comes once."""
+    """Returns all weights that a blend materializes, each once."""
     found: set[Weights] = set()
     for module in model.modules():
         if isinstance(module, PairLinear):
@@ -158,20 +158,21 @@ def weights_of(model: nn.Module) -> set[Weights]:
 def pair_experts_forward(
     module: nn.Module, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor
 ) -> Tensor:
-    """Mixture-of-experts over both endpoints: the rows of an expert carry their own λ.
+    """Computes a mixture of experts over both endpoints, each row with its own λ.
 
-    `hidden` `[rows, dim]`, `expert_ids` and `expert_weights` `[rows, k]`; gives `[rows, dim]`.
+    `transformers` calls it with `hidden` `[rows, dim]` and `expert_ids` and `expert_weights`
+    `[rows, k]`. Returns `[rows, dim]`.
     """
     experts = cast(_Experts, module)
-    on_device = experts.pair_gate_up.kernels.experts
-    through = _through_experts_by_kernel if on_device else _through_experts
-    out = through(experts, hidden, expert_ids)  # [rows · k, dim]
+    by_kernel = experts.pair_gate_up.kernels.experts
+    compute = _experts_by_kernel if by_kernel else _experts_one_by_one
+    out = compute(experts, hidden, expert_ids)  # [rows · k, dim]
     weighted = out * expert_weights.reshape(-1, 1)
     return weighted.view(*expert_ids.shape, -1).sum(1).to(hidden.dtype)
 
 
-def _through_experts_by_kernel(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
-    """Two launches for all experts, whoever is hit: nothing waits for the device."""
+def _experts_by_kernel(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
+    """Computes all experts in two launches, without waiting for the device."""
     first, second, rows = experts.pair_gate_up, experts.pair_down, experts.slot.rows
     kernels = first.kernels
     alignment = kernels.align(expert_ids, len(first.instruct))
@@ -184,8 +185,8 @@ def _through_experts_by_kernel(experts: _Experts, hidden: Tensor, expert_ids: Te
     )
 
 
-def _through_experts(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
-    """The same on any device, a product for each expert that is hit; the host finds them."""
+def _experts_one_by_one(experts: _Experts, hidden: Tensor, expert_ids: Tensor) -> Tensor:
+    """Computes one product per chosen expert on any device; the host reads which are chosen."""
     rows = experts.slot.rows
     order = expert_ids.flatten().argsort(stable=True)
     source = order // expert_ids.shape[1]

@@ -23,24 +23,25 @@ from mi_runtime.model.row_lambdas import BlendGroups, StepRows
 from mi_runtime.model.swap import RowAxis
 from mi_runtime.request import Dial
 
-# Largest error of the self-check, as a share of the largest logit (median over an endpoint's rows).
+# Largest error of the self-check relative to the largest logit (median over an endpoint's rows).
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-# And what rounding the difference may add to it for Thinking, as a share of how far the endpoints'
-# logits lie apart.
+# What rounding the difference may add for Thinking, relative to the distance of the endpoints'
+# logits.
 DELTA_TOLERANCE: dict[DeltaDtype, float] = {"none": 0.0, "int8": 0.1, "int4": 0.5}
 
 
 def unique_tensors(*models: nn.Module) -> Iterator[Tensor]:
+    """Yields the parameters and buffers of the models, tied parameters once."""
     for model in models:
-        yield from model.parameters()  # tied parameters come once
+        yield from model.parameters()
         yield from model.buffers()
 
 
 class Probe:
-    """A small packed batch of two sequences that every model goes through at load.
+    """A small packed batch of two sequences that a model computes at load.
 
-    Its number of tokens, and that of its rows with logits, are primes which no dimension of the
-    model equals: so each module's row axis can be read from the shape of its input.
+    Its number of tokens and its number of rows with logits are primes that no dimension of the
+    model equals, so that the shape of a module's input shows its row axis.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Probe:
         lengths = (tokens // 2, tokens - tokens // 2)
         self.axes: dict[str, RowAxis] = {}
         self.attention = PackedAttention(lengths)
-        self._read = WeakTensorKeyDictionary()  # a number of each tensor that modules read
+        self._read = WeakTensorKeyDictionary()  # a number for each tensor that modules read
         self._numbers = count()
         self._tokens, self._logits_rows = tokens, logits_rows
         self._ids = torch.arange(1, tokens + 1, device=device) * 7 % vocab_size
@@ -61,9 +62,10 @@ class Probe:
 
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> "Probe":
-        taken = {size for tensor in unique_tensors(model) for size in tensor.shape}
-        taken |= {value for value in model.config.to_dict().values() if isinstance(value, int)}
-        free = (prime for prime in _PRIMES if prime not in taken)
+        """Returns a probe whose sizes differ from every dimension of the model."""
+        used = {size for tensor in unique_tensors(model) for size in tensor.shape}
+        used |= {value for value in model.config.to_dict().values() if isinstance(value, int)}
+        free = (prime for prime in _PRIMES if prime not in used)
         logits_rows, tokens = next(free), next(free)
         return cls(tokens, logits_rows, model.config.vocab_size, model.device)
 
@@ -84,7 +86,10 @@ class Probe:
         dtype: torch.dtype,
         delta_dtype: DeltaDtype,
     ) -> None:
-        """Raises UnsupportedModel unless the mixed batch gives each endpoint's own logits."""
+        """Checks that a batch of mixed λ gives each endpoint's own logits.
+
+        Raises UnsupportedModel if it does not.
+        """
         index, logits_indices = (
             tuple(self._endpoints.tolist()),
             tuple(self._logits_indices.tolist()),
@@ -93,9 +98,9 @@ class Probe:
         logits, of_row = self._logits(blended), self._endpoints[self._logits_indices]
         apart = (expected[0] - expected[1]).abs().amax(1)  # [logits rows]
         rounding = SELF_CHECK_TOLERANCE[dtype] * expected.abs().max()
-        for value, own in enumerate(expected):
+        for value, endpoint_logits in enumerate(expected):
             allowed = rounding + value * DELTA_TOLERANCE[delta_dtype] * apart
-            error = ((logits - own).abs().amax(1) / allowed)[of_row == value].median()
+            error = ((logits - endpoint_logits).abs().amax(1) / allowed)[of_row == value].median()
             if not error <= 1:
                 raise UnsupportedModel(
                     f"the self-check failed: blended logits at λ = {value} are off by {error:.2g} "
@@ -103,14 +108,14 @@ class Probe:
                 )
 
     def _logits(self, model: PreTrainedModel, device: torch.device | None = None) -> Tensor:
-        """Of a model on `device`, where that is not the probe's own."""
+        """Returns fp32 logits of a model on `device`, by default the probe's."""
         inputs = self._ids, self._positions, self._logits_indices
         ids, positions, logits_indices = (tensor.to(device) for tensor in inputs)
         return forward_logits(model, ids, positions, logits_indices, self.attention).float()
 
     @contextmanager
     def _recording(self, model: nn.Module) -> Iterator[None]:
-        """Records the row axis of every module's first input for as long as it is entered."""
+        """Records the row axis of every module's first input inside the context."""
         hooks = [
             module.register_forward_pre_hook(self._recorder(name))
             for name, module in model.named_modules()
@@ -122,6 +127,7 @@ class Probe:
                 hook.remove()
 
     def _number_of(self, tensor: Tensor) -> int:
+        """Returns a number that identifies the tensor object."""
         if tensor not in self._read:
             self._read[tensor] = next(self._numbers)
         return int(self._read[tensor])

@@ -1,14 +1,14 @@
-"""Which λ every row of the running step has, group by group, and how its weights are had.
+"""Holds the λ of every row of the running step, by blend group, and the way each group goes.
 
-A blend group is the parameters that share one λ: `embed`, `head`, and of each layer `N.attn` and
-`N.mlp`. The rows of a group in a step go one of three ways:
+A blend group is the parameters that share one λ: `embed`, `head`, and for each layer N, `N.attn`
+and `N.mlp`. In a step, the rows of a group go one of three ways:
 
-    endpoint   all at λ = 0, or all at λ = 1: that endpoint's own weights, nothing else is read
-               (λ = 1 is none where Thinking is kept as a rounded difference)
-    blended    all at one λ, and the planner wants its blended weights
-    pair       any λ values, straight from both endpoints
+    endpoint   all at λ = 0, or all at λ = 1: only that endpoint's weights are read
+               (λ = 1 is no endpoint if Thinking is stored as a rounded difference)
+    blended    all at one λ, for which the planner chose blended weights
+    pair       any λ values: the product with both endpoints
 
-Swapped modules hold a `RowSlot` and read its `now`; nothing else of a step reaches them.
+Every swapped module has a `RowSlot`, whose `rows` are all that it knows of the step.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,10 +25,12 @@ from mi_runtime.request import Dial
 
 INSTRUCT, THINKING = 0, 1
 ENDPOINTS = {0.0: INSTRUCT, 1.0: THINKING}
-MEMO_ROWS = 256  # steps of at most so many rows keep what they derive from λ for the next step
+MEMO_ROWS = 256  # up to this many rows, values derived from λ are kept for the next step
 
 
 class Way(StrEnum):
+    """How the weights of a blend group are computed in a forward pass."""
+
     ENDPOINT = "endpoint"
     BLENDED = "blended"
     PAIR = "pair"
@@ -39,9 +41,10 @@ class _Matrix(Protocol):
 
 
 class Rows:
-    """The λ of the rows that a group's modules see, for as long as the batch keeps its shape.
+    """The λ of the rows that a group's modules compute, valid while the batch keeps its dials.
 
-    `live`: `lambdas` is a buffer that is written between forwards, so nothing derived is kept.
+    With `live`, `lambdas` is a buffer that is rewritten between forward passes, so that no derived
+    values are kept.
     """
 
     __slots__ = (
@@ -64,8 +67,8 @@ class Rows:
         blend: Blend | None = None,
         live: bool = False,
     ) -> None:
-        self.endpoint = endpoint  # every row at this endpoint
-        self.blend = blend  # every row at this blend's λ
+        self.endpoint = endpoint  # all rows are at this endpoint
+        self.blend = blend  # all rows are at the λ of this blend
         self.lambdas = lambdas  # [rows] fp32; [1] where all rows share one λ
         self.live = live
         self._mix: Tensor | None = None if live else _both(lambdas)
@@ -73,27 +76,27 @@ class Rows:
         self._matrix: _Matrix | None = None
         self._input: Tensor | None = None
         self._product = lambdas
-        self._reads = 0  # of the product
+        self._reads = 0  # how many modules have read the product
 
     @property
     def mix(self) -> Tensor:
-        """`[rows or 1, 2, 1]` fp32: (1−λ) and λ."""
+        """(1−λ) and λ of each row, fp32 `[rows or 1, 2, 1]`."""
         return _both(self.lambdas) if self._mix is None else self._mix
 
     @property
     def way(self) -> Way:
+        """The way that these rows go."""
         if self.endpoint is not None:
             return Way.ENDPOINT
         return Way.PAIR if self.blend is None else Way.BLENDED
 
     def shared(self, matrix: "_Matrix", x: Tensor, sharers: int) -> Tensor:
-        """`matrix.product(x, self)`, computed once for the modules that share the matrix.
+        """Returns `matrix.product(x, self)`, computed once for the modules that share the matrix.
 
-        They read one input after another (query, key, value; gate, up): the product is kept until
-        the last of the `sharers` has read it, as it is large and rows may be a layer's own. It is
-        known by the identity of its input while that is kept alive. A model that wrote into an
-        input between two such modules would not be served rightly; the self-check at load refuses
-        it.
+        These modules (query, key, value; gate, up) run one after another on one input. Since the
+        product is large, it is kept only until the last of the `sharers` has read it. It is
+        identified by its input object, which is kept alive until then. A model that writes to the
+        input between two such modules would get wrong results; the self-check at load refuses it.
         """
         if self._matrix is not matrix or self._input is not x:
             self._product = matrix.product(x, self)
@@ -105,7 +108,7 @@ class Rows:
         return product
 
     def derived(self, key: object, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """`make(lambdas)`, made once for as long as the rows stay as they are."""
+        """Returns `make(lambdas)`, computed once as long as the rows do not change."""
         if self.live:
             return make(self.lambdas)
         value = self._memo.get(key)
@@ -116,6 +119,7 @@ class Rows:
         return value
 
     def forget_input(self) -> None:
+        """Drops the product and the input that `shared` keeps."""
         self._matrix, self._input, self._product = None, None, self.lambdas
         self._reads = 0
 
@@ -125,16 +129,16 @@ def _both(lambdas: Tensor) -> Tensor:
 
 
 def scaled_pair(x: Tensor, mix: Tensor) -> Tensor:
-    """`x` `[..., rows, in]` times each column of `mix` `[rows, 2, 1]`: `[..., rows, 2·in]`.
+    """Returns `[(1−λ)x ; λx]`, `[..., rows, 2·in]`, of `x` `[..., rows, in]`.
 
-    The coefficients stay in fp32 and the product is rounded once: rounded themselves, (1−λ) and λ
-    no longer sum to 1, a bias of up to 0.2 % in bf16 that all layers share.
+    `mix` is `[rows, 2, 1]`. The coefficients stay in fp32 and the product is rounded once. Rounded
+    coefficients would not sum to 1: in bf16 a bias of up to 0.2 %, which all layers share.
     """
     return (x.unsqueeze(-2) * mix).flatten(-2).to(x.dtype)
 
 
 class RowSlot:
-    """Where a module finds the rows of the running step."""
+    """Holds the rows of the running step for the modules of one blend group."""
 
     __slots__ = ("rows",)
 
@@ -143,16 +147,19 @@ class RowSlot:
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The rows of one forward: dials without repetition, and which one each row has."""
+    """The dials of one forward pass, without repetition, and the dial of each row."""
 
     dials: tuple[Dial, ...]
-    index: tuple[int, ...]  # of each token's dial
-    logits_indices: tuple[int, ...]  # rows with logits
-    blended: bool  # a group whose rows share one λ takes blended weights
+    index: tuple[int, ...]  # the dial of each row
+    logits_indices: tuple[int, ...]  # rows that need logits
+    blended: bool  # groups whose rows all have one λ use blended weights
 
 
 class BlendGroups:
-    """All groups of one model. Most modules see every token; the head only the rows it needs."""
+    """The blend groups of one model.
+
+    Most modules compute all rows of a batch; the head computes only those that need logits.
+    """
 
     def __init__(
         self,
@@ -164,8 +171,8 @@ class BlendGroups:
         names = [f"{layer}.{part}" for layer in range(layers) for part in ("attn", "mlp")]
         self.names = ("embed", *names, "head")
         self.cache = cache
-        self.endpoints = endpoints  # which λ have weights of their own
-        self.executions = dict.fromkeys(Way, 0)  # of groups, since `start_counting`
+        self.endpoints = endpoints  # the λ values that need no blending, with their endpoint
+        self.executions = dict.fromkeys(Way, 0)  # groups computed, since `start_counting`
         self._tokens = {name: RowSlot() for name in self.names}
         self._logits_rows = {name: RowSlot() for name in self.names}
         self._device = device
@@ -174,16 +181,17 @@ class BlendGroups:
         self._ways = dict.fromkeys(Way, 0)
 
     def slot(self, group: str, logits_only: bool) -> RowSlot:
+        """Returns the slot for modules that compute all rows, or only those with logits."""
         return (self._logits_rows if logits_only else self._tokens)[group]
 
     def start_counting(self) -> None:
-        """What ran until now was no request's."""
+        """Resets the execution counts: what ran before was not for requests."""
         self.executions = dict.fromkeys(Way, 0)
 
     def begin(self, step: StepRows) -> None:
-        """Sets the rows of the next forward. A batch of the same shape as the last keeps them."""
+        """Sets the rows of the next forward pass, unless they equal those of the last one."""
         if step != self._last:
-            self._last = None  # until all slots are set: making their tensors may fail
+            self._last = None  # in case allocating the tensors fails
             self._assign(step)
             self._last = step
         else:
@@ -192,7 +200,7 @@ class BlendGroups:
             self.executions[way] += count
 
     def set_rows(self, rows: Mapping[str, Rows]) -> None:
-        """Sets these rows by group until the next `begin`; those with logits are all rows."""
+        """Sets these rows, by group, until the next `begin`; all of them need logits."""
         for name in self.names:
             self._tokens[name].rows = self._logits_rows[name].rows = rows[name]
         self._used = {id(one): one for one in rows.values()}
@@ -200,15 +208,15 @@ class BlendGroups:
 
     @property
     def current_lambdas(self) -> list[Tensor]:
-        """λ of the rows that are set, `[rows]` or `[1]` each."""
+        """The λ tensors of the current rows, each `[rows]` or `[1]`."""
         return [rows.lambdas for rows in self._used.values()]
 
     def count(self, way: Way) -> None:
-        """Notes a forward that ran outside `begin`, all its groups one way."""
+        """Counts a forward pass that ran without `begin`, all groups one way."""
         self.executions[way] += len(self.names)
 
     def end(self) -> None:
-        """Lets go of activations that the forward left behind."""
+        """Drops the activations that `Rows.shared` still holds after a forward pass."""
         for rows in self._used.values():
             rows.forget_input()
 
@@ -216,11 +224,11 @@ class BlendGroups:
         index = on_device(step.index, torch.int64, self._device)
         logits_indices = on_device(step.logits_indices, torch.int64, self._device)
         made: dict[object, tuple[Rows, Rows]] = {}
-        own = [dict(dial.groups) for dial in step.dials]
+        group_values = [dict(dial.groups) for dial in step.dials]
         for name in self.names:
             values = tuple(
                 groups.get(name, dial.reasoning_lambda)
-                for dial, groups in zip(step.dials, own, strict=True)
+                for dial, groups in zip(step.dials, group_values, strict=True)
             )
             uniform = len(set(values)) == 1
             blend = self._blend(name, values[0]) if uniform and step.blended else None
@@ -233,7 +241,10 @@ class BlendGroups:
         self._ways = {way: ways.count(way) for way in Way}
 
     def _blend(self, name: str, value: float) -> Blend | None:
-        """Of `embed` the entry stays empty: an embedding blends only the rows it looks up."""
+        """Returns the blend cache entry, except for endpoints.
+
+        The entry of `embed` stays empty, because an embedding blends only the rows it looks up.
+        """
         return None if value in self.endpoints else self.cache.use((name, value))
 
     def _rows(

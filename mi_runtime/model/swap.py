@@ -1,8 +1,9 @@
-"""Swaps the modules of an Instruct model for pair modules, in place, emptying both models.
+"""Replaces the modules of an Instruct model by pair modules, in place.
 
-Everything with parameters is covered or refused by name. Module names decide the blend group: in
-`layers.N` whatever belongs to `self_attn`, and the norm before it, is `N.attn`, and the rest
-`N.mlp`; outside the layers the embedding is `embed`, and the final norm and the head are `head`.
+It moves the tensors out of both models. A module with parameters is either supported or refused by
+name. Names decide the blend group: in `layers.N`, whatever belongs to `self_attn` and the norm
+before it are `N.attn`, and the rest is `N.mlp`; outside the layers, the embedding is `embed`, and
+the final norm and the head are `head`.
 """
 
 import re
@@ -31,7 +32,7 @@ ATTENTION_PARTS = ("self_attn", "input_layernorm", "post_self_attn_layernorm")
 
 
 def group_of(name: str) -> str:
-    """The blend group of a module or parameter, by its name in the model."""
+    """Returns the blend group of a module or parameter by its name in the model."""
     found = LAYER.search(name)
     if found:
         part = "attn" if found[2].startswith(ATTENTION_PARTS) else "mlp"
@@ -40,24 +41,24 @@ def group_of(name: str) -> str:
 
 
 def _name_in_layer(name: str) -> str:
-    """What a module is called in its layer, as it is in every other; outside, its whole name."""
+    """Returns a module's name within its layer, or its full name outside the layers."""
     found = LAYER.search(name)
     return found[2] if found else name
 
 
 @dataclass(frozen=True, slots=True)
 class RowAxis:
-    """Where a module's input has the rows of the flat batch, as a probe forward recorded it."""
+    """Which axis of a module's input is the rows of the batch, recorded by the probe."""
 
     axis: int
-    dims: int
+    dims: int  # of the input
     logits_only: bool  # the rows are those with logits, not all tokens
-    source: int | None = None  # a number of the tensor that the module read, the same for all
+    source: int | None = None  # identifies the input tensor: modules that read it share it
 
 
 @dataclass(frozen=True, slots=True)
 class _Both:
-    """A module of both models."""
+    """The same module in both models."""
 
     name: str
     instruct: nn.Module
@@ -65,22 +66,22 @@ class _Both:
 
 
 class ModuleSwap:
-    """Swaps the modules of the Instruct model for pair modules, emptying both models as it goes.
+    """Replaces the modules of the Instruct model by pair modules.
 
-    Raises UnsupportedModel with the module's name for anything with parameters that it does not
-    cover, and for inputs whose row axis the probe could not tell.
+    Raises UnsupportedModel, with the module's name, for a module with parameters that is not
+    supported, or whose row axis the probe could not determine.
     """
 
     def __init__(self, groups: BlendGroups, axes: dict[str, RowAxis], storage: Storage) -> None:
         self._groups = groups
         self._axes = axes
         self._storage = storage
-        self._vocabulary: dict[int, Vocabulary] = {}  # a tied one stays shared
+        self._vocabulary: dict[int, Vocabulary] = {}  # by identity, so that tied ones stay shared
         self._classes: dict[object, type[nn.Module]] = {}
         self._siblings: dict[str, list[_Both]] = {}
 
     def swap(self, instruct: nn.Module, thinking: nn.Module) -> Iterator[None]:
-        """One module at a time; whoever iterates may look at the memory in between."""
+        """Replaces one module per iteration, so that the caller can measure memory in between."""
         self._siblings = self._find_siblings(instruct, thinking)
         for name, module in list(instruct.named_modules()):
             other = thinking.get_submodule(name)
@@ -89,7 +90,7 @@ class ModuleSwap:
                 self._swap_module(name, module, other)
             yield
         left = [name for name, _ in instruct.named_parameters()]
-        assert not left, f"parameters left behind: {left}"
+        assert not left, f"parameters not swapped: {left}"
 
     def _swap_module(self, name: str, module: nn.Module, other: nn.Module) -> None:
         match module:
@@ -105,7 +106,7 @@ class ModuleSwap:
                 self._swap_parameters(name, module, other)
 
     def _find_siblings(self, instruct: nn.Module, thinking: nn.Module) -> dict[str, list["_Both"]]:
-        """By name, the linear modules of one parent that read one and the same tensor."""
+        """Returns, by name, the linear modules of one parent that read the same tensor."""
         found: dict[object, list[_Both]] = {}
         for name, module in instruct.named_modules():
             axis = self._axes.get(name)
@@ -115,9 +116,9 @@ class ModuleSwap:
         return {one.name: siblings for siblings in found.values() for one in siblings}
 
     def _swap_linear(self, name: str, module: nn.Module, other: nn.Module) -> None:
-        """The module, and with it all that read its input: they share one matrix, and its product.
+        """Replaces a linear module together with those that read its input and share its matrix.
 
-        The others have nothing left when their turn comes.
+        When the turn of these others comes, they have no parameters left.
         """
         slot, axis = self._slot(name)
         if axis.axis != axis.dims - 2:
@@ -222,7 +223,7 @@ class ModuleSwap:
         properties: tuple[str, ...] = (),
         base: type[nn.Module] | None = None,
     ) -> None:
-        """Gives `module` a subclass of its own class, with `base` next in the MRO."""
+        """Changes the class of `module` to a subclass of it, with `base` next in the MRO."""
         own = type(module)
         key = (own, properties, base)
         if key not in self._classes:
@@ -243,11 +244,12 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The tensors of a checkpoint that belong to this very module."""
+    """Returns the checkpoint tensors that belong to this module itself."""
     return [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
 
 
 def _check_constant_buffers(name: str, module: nn.Module, other: nn.Module) -> None:
+    """Raises UnsupportedModel if a buffer that is in no checkpoint differs."""
     for buffer_name in module._non_persistent_buffers_set:
         mine, theirs = module._buffers[buffer_name], other._buffers[buffer_name]
         if (mine is None) != (theirs is None) or (
@@ -259,8 +261,10 @@ def _check_constant_buffers(name: str, module: nn.Module, other: nn.Module) -> N
 
 
 def _take(module: nn.Module, other: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
-    """Removes a tensor from both modules and gives both back, on the first one's device; None where
-    there is none."""
+    """Removes a tensor from both modules and returns both, on the first one's device.
+
+    Returns None if there is no such tensor.
+    """
     taken = []
     for owner in (module, other):
         store: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
@@ -278,7 +282,7 @@ def _take_weight(module: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _take_joined_weights(modules: list[_Both]) -> tuple[Tensor, Tensor]:
-    """The weights of linear modules that read one input, one below the other."""
+    """Takes the weights of linear modules that read one input, concatenated by rows."""
     taken = [_take_weight(one.instruct, one.thinking) for one in modules]
     if len(taken) == 1:
         return taken[0]
@@ -291,5 +295,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _refuse_rest(name: str, module: nn.Module) -> None:
+    """Raises UnsupportedModel if the module has any tensor left."""
     for parameter, _ in _own_tensors(module):
         raise UnsupportedModel(f"{name}.{parameter}: no swap covers this part")

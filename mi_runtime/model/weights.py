@@ -1,4 +1,4 @@
-"""The pair of weights under one model: what each swapped module computes with.
+"""The weights of a pair: what the swapped modules of a model compute with.
 
 A layer is linear in its weights, so for a row x with its own λ
 
@@ -6,20 +6,17 @@ A layer is linear in its weights, so for a row x with its own λ
 
 and one product over concatenated inputs serves any mixture of λ values exactly, without forming
 W(λ). A pair of matrices is stored once as `[out, 2, in]`: flattened it is the concatenated matrix,
-each endpoint is a strided view of it, and a blend is one `torch.lerp` of the views: that computes
-in fp32 whatever the dtype, rounds once, and holds nothing beside its result.
+each endpoint is a strided view of it, and a blend is one `torch.lerp` of the views, which computes
+in fp32 for any dtype, rounds once, and allocates only its result.
 
     way        rows                  reads             multiply-adds
     endpoint   all at λ=0, or at 1   2P bytes          R·P
     blended    all at one λ          2P bytes          R·P      (4P read + 2P written, once)
     pair       any                   4P bytes          2·R·P    (P parameters of 2 bytes, R rows)
 
-Which way a module goes is in its `RowSlot`. Linear and embedding modules are swapped by subclasses,
-norms and other elementwise parameters by a property that yields the blend for the rows, so that
-every class's own forward runs untouched.
-
-Modules that read one input share one matrix, and one product. On a GPU, products of few rows and
-those of experts go by the kernels that a matrix was given (`mi_runtime/kernels/`).
+The interfaces here are implemented twice: by the classes of this module, which store both endpoints
+in full (`PairStorage`), and by those of `delta.py`, which store a rounded difference. On a GPU,
+products of few rows and of experts use the kernels of `mi_runtime/kernels/`.
 
 Rejected: two separate products and a lerp (less accurate in bf16, two launches), and
 `W_I + λ·(W_T − W_I)` in bf16 (misses the Thinking endpoint at λ = 1).
@@ -37,84 +34,91 @@ from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import Blendable
 from mi_runtime.model.row_lambdas import ENDPOINTS, INSTRUCT, THINKING, Rows, scaled_pair
 
-VOCABULARY_PIECE = 16384  # tokens whose logits are blended at once: bounds the fp32 copies
+VOCABULARY_PIECE = 16384  # tokens whose logits are blended at once, which bounds fp32 copies
 
 
 class Weights(Blendable, Protocol):
-    """Weights at every λ, however both endpoints are kept."""
+    """Weights that can be computed at every λ, however both endpoints are stored."""
 
     @property
     def instruct(self) -> Tensor:
-        """Of the Instruct endpoint, bit by bit: `[out, in]`, or `[experts, out, in]`."""
+        """The exact weights of Instruct: `[out, in]`, or `[experts, out, in]`."""
         ...
 
     @property
     def parameters(self) -> int:
-        """Of both endpoints."""
+        """The number of parameters of both endpoints."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """What is kept of both endpoints, without biases."""
+        """The bytes that are stored for both endpoints, without biases."""
         ...
 
 
 class Matrix(Weights, Protocol):
-    """What a linear module computes with."""
+    """The weights of a linear module."""
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
-        """`[..., rows, in]` to `[..., rows, out]`."""
+        """Multiplies `x` `[..., rows, in]`, each row at its λ; returns `[..., rows, out]`."""
         ...
 
 
 class Vocabulary(Matrix, Protocol):
-    """What an embedding, a head, or both of a tied model compute with."""
+    """The weights of an embedding, a head, or both of a tied model."""
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
-        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`."""
+        """Looks up `ids` `[..., rows]`, each at its λ; returns `[..., rows, dim]`."""
         ...
 
 
 class ExpertMatrices(Weights, Protocol):
-    """What one projection of all experts computes with."""
+    """The weights of one projection of all experts."""
 
     kernels: KernelDispatch
 
     @property
     def biases(self) -> Tensor | None:
-        """`[experts, 2, out]` of both endpoints, where there are any."""
+        """The biases of both endpoints, `[experts, 2, out]`, if there are any."""
         ...
 
     def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the step's way reads, as a kernel takes it: matrix, second matrix, scales."""
+        """Returns what a kernel reads for the step's way: matrix, second matrix, scales."""
         ...
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
-        """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
+        """Multiplies `x` `[rows, in]` by one expert's matrix; returns `[rows, out]`.
+
+        `mix` is `[rows or 1, 2, 1]`: (1−λ) and λ of each row.
+        """
         ...
 
 
 class Storage(Protocol):
-    """How the large matrices of a pair are kept. The tensors it is given are its own to keep."""
+    """How the large matrices of a pair are stored. It takes ownership of the tensors given."""
 
     @property
     def endpoints(self) -> Mapping[float, int]:
-        """The λ values whose weights are had as they were loaded, and which endpoint each is."""
+        """The λ values whose weights are stored exactly, and which endpoint each one is."""
         ...
 
-    def matrix(self, instruct: Tensor, thinking: Tensor) -> Matrix: ...
+    def matrix(self, instruct: Tensor, thinking: Tensor) -> Matrix:
+        """Stores two matrices `[out, in]`."""
+        ...
 
-    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> Vocabulary: ...
+    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> Vocabulary:
+        """Stores two matrices `[vocabulary, dim]`."""
+        ...
 
     def experts(
         self, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool
     ) -> ExpertMatrices:
-        """Of weights `[experts, out, in]`, or transposed `[experts, in, out]`."""
+        """Stores expert weights `[experts, out, in]`, or if transposed `[experts, in, out]`."""
         ...
 
 
 class PairMatrix:
-    """Both endpoints' `[out, in]` matrices in one `[out, 2, in]` tensor."""
+    """Stores both endpoints' `[out, in]` matrices in one `[out, 2, in]` tensor."""
 
     name = ""
 
@@ -127,10 +131,11 @@ class PairMatrix:
         self.endpoints = (both[:, INSTRUCT], both[:, THINKING])  # strided views
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
+        """Returns Θ(λ), rounded once; writes it to `out` if given."""
         return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
-        """`[..., rows, in]` to `[..., rows, out]`."""
+        """Multiplies `x` `[..., rows, in]`, each row at its λ; returns `[..., rows, out]`."""
         if rows.endpoint is not None:
             return F.linear(x, self.endpoints[rows.endpoint])
         if rows.blend is not None:
@@ -145,7 +150,7 @@ class PairMatrix:
 
     @property
     def parameters(self) -> int:
-        """Of both endpoints."""
+        """The number of parameters of both endpoints."""
         return self.concatenated.numel()
 
     @property
@@ -154,11 +159,12 @@ class PairMatrix:
 
 
 class VocabularyPair:
-    """Both endpoints' `[vocabulary, dim]` matrices as they were loaded: embedding, head, or both.
+    """Stores both endpoints' `[vocabulary, dim]` matrices separately: embedding, head, or both.
 
-    The largest matrices of a model stay apart, so that loading never copies them; for the rows
-    that reach the head, two products and a lerp cost the same as one product over `2·dim`. They
-    are made piece by piece: of 512 scored positions, both and their fp32 copies are over a GB.
+    They are the largest matrices of a model, and stored separately, loading need not copy them. For
+    the few rows that reach the head, two products and a lerp cost the same as one product over
+    `2·dim`. Products are computed piece by piece, since the logits of 512 scored positions with
+    their fp32 copies take over a GB.
     """
 
     name = ""
@@ -175,7 +181,7 @@ class VocabularyPair:
 
     @property
     def parameters(self) -> int:
-        """Of both endpoints."""
+        """The number of parameters of both endpoints."""
         return 2 * self.instruct.numel()
 
     @property
@@ -183,10 +189,11 @@ class VocabularyPair:
         return sum(one.nbytes for one in self.endpoints)
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
+        """Returns Θ(λ), rounded once; writes it to `out` if given."""
         return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
-        """`[..., rows, dim]` to `[..., rows, vocabulary]`."""
+        """Multiplies `x` `[..., rows, dim]`; returns `[..., rows, vocabulary]`."""
         if rows.endpoint is not None:
             return F.linear(x, self.endpoints[rows.endpoint])
         if rows.blend is not None:
@@ -197,14 +204,14 @@ class VocabularyPair:
         out = x.new_empty(*x.shape[:-1], len(low))
         for first in range(0, len(low), VOCABULARY_PIECE):
             piece = slice(first, first + VOCABULARY_PIECE)
-            own = F.linear(x, low[piece]), F.linear(x, high[piece])
-            out[..., piece] = _lerp_rows(*own, rows)
+            logits = F.linear(x, low[piece]), F.linear(x, high[piece])
+            out[..., piece] = _lerp_rows(*logits, rows)
         return out
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
-        """Rows of the matrix by index: `ids` `[..., rows]` to `[..., rows, dim]`.
+        """Looks up `ids` `[..., rows]`, each at its λ; returns `[..., rows, dim]`.
 
-        Never from a blended matrix: blending the rows looked up costs less than reading it once.
+        It blends only the rows that it looks up, which is cheaper than blending the matrix.
         """
         if rows.endpoint is not None:
             return F.embedding(ids, self.endpoints[rows.endpoint])
@@ -213,13 +220,16 @@ class VocabularyPair:
 
 
 def _lerp_rows(instruct: Tensor, thinking: Tensor, rows: Rows) -> Tensor:
-    """Row by row between two results `[..., rows, any]`, in fp32, rounded once."""
+    """Interpolates two results `[..., rows, any]` row by row, in fp32, rounded once."""
     blend = torch.lerp(instruct.float(), thinking.float(), rows.lambdas.unsqueeze(-1))
     return blend.to(instruct.dtype)
 
 
 class PairExperts:
-    """One projection of all experts: `[experts, out, in]`, or transposed `[experts, in, out]`."""
+    """Stores one projection of all experts, both endpoints in one tensor.
+
+    Weights are `[experts, out, in]`, or if transposed `[experts, in, out]`.
+    """
 
     name = ""
 
@@ -245,7 +255,7 @@ class PairExperts:
 
     @property
     def parameters(self) -> int:
-        """Of both endpoints."""
+        """The number of parameters of both endpoints."""
         return self.concatenated.numel()
 
     @property
@@ -253,11 +263,14 @@ class PairExperts:
         return self.concatenated.nbytes
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
-        """`[experts, out, in]`, laid out as the endpoints are."""
+        """Returns Θ(λ) `[experts, out, in]`, laid out in memory as the endpoints are."""
         return torch.lerp(*self.endpoints, value, out=out)
 
     def product(self, expert: int, x: Tensor, rows: Rows, mix: Tensor) -> Tensor:
-        """`[rows, in]` through one expert to `[rows, out]`; `mix` is `[rows or 1, 2, 1]`."""
+        """Multiplies `x` `[rows, in]` by one expert's matrix; returns `[rows, out]`.
+
+        `mix` is `[rows or 1, 2, 1]`: (1−λ) and λ of each row.
+        """
         if rows.endpoint is not None:
             out = F.linear(x, self.endpoints[rows.endpoint][expert])
         elif rows.blend is not None:
@@ -267,6 +280,7 @@ class PairExperts:
         return add_expert_bias(out, self.biases, expert, rows, mix)
 
     def operands(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns what a kernel reads for the step's way: matrix, second matrix, scales."""
         if rows.endpoint is not None:
             return self.endpoints[rows.endpoint], None, None
         if rows.blend is not None:
@@ -275,14 +289,14 @@ class PairExperts:
 
 
 def stacked_biases(biases: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    """Both endpoints' `[experts, out]` as `[experts, 2, out]`."""
+    """Stacks both endpoints' biases `[experts, out]` to `[experts, 2, out]`."""
     return None if biases is None else torch.stack(biases, dim=1)
 
 
 def add_expert_bias(
     out: Tensor, biases: Tensor | None, expert: int, rows: Rows, mix: Tensor
 ) -> Tensor:
-    """`out` `[rows, out]` with each row's own blend of the expert's biases, where there are any."""
+    """Returns `out` `[rows, out]` plus the expert's bias, blended for each row."""
     if biases is None:
         return out
     if rows.endpoint is not None:
@@ -291,13 +305,13 @@ def add_expert_bias(
 
 
 def detached_from_file(tensor: Tensor) -> Tensor:
-    """A view of a mapped file would keep the whole file mapped: copied, it lets go of it."""
+    """Copies a tensor of a mapped file, which would keep the entire file mapped."""
     return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
 @dataclass(frozen=True, slots=True)
-class WholeStorage:
-    """Both endpoints whole."""
+class PairStorage:
+    """Stores both endpoints in full."""
 
     kernels: KernelDispatch = field(default_factory=KernelDispatch)
 

@@ -1,16 +1,16 @@
-"""Paged KV blocks: who holds which, and which content can be found again.
+"""The pool of KV blocks: which are in use, and which hold a prefix that can be reused.
 
-The pool knows block numbers, reference counts and keys; it holds no KV, and it does not know
+The pool knows block numbers, reference counts and keys. It holds no KV tensors and does not know
 sequences. A block is in exactly one of three states:
 
-    free        no content worth keeping
-    referenced  held by one or more block tables
-    cached      held by none, its content kept under its key until the block is needed
+    free        its content is worthless
+    referenced  one or more block tables hold it
+    cached      no table holds it; its content stays under its key until the block is needed
 
 so that `free + referenced + cached == total`. A key names the content of a full block: the digest
-of everything the KV in it depends on, chained from a root of (engine fingerprint, dial, cache
-salt) over the token ids of every block up to and with this one. Digests are cryptographic because
-a collision would hand one caller another's KV.
+of everything that the KV in it depends on, chained from a root of (engine fingerprint, dial, cache
+salt) over the token ids of every block up to and including this one. Digests are cryptographic,
+because a collision would give one caller the KV of another.
 """
 
 from array import array
@@ -24,7 +24,7 @@ DIGEST_BYTES = 32
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens. Every operation is O(1) a block."""
+    """`num_blocks` blocks of `block_size` tokens each. Every operation is O(1) per block."""
 
     def __init__(self, num_blocks: int, block_size: int, fingerprint: str = "") -> None:
         assert num_blocks > 0
@@ -40,7 +40,7 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that can be handed out now."""
+        """The number of blocks that can be allocated now."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -56,20 +56,22 @@ class BlockPool:
         return self.num_blocks - self.available
 
     def blocks_for(self, tokens: int) -> int:
-        """How many blocks hold the KV of `tokens` tokens."""
+        """Returns the number of blocks that the KV of `tokens` tokens needs."""
         return -(-tokens // self.block_size)
 
     def root_key(self, dial: Dial, cache_salt: str) -> bytes:
-        """Where a chain of keys starts. `repr` is exact for floats and unambiguous for strings."""
+        """Returns the key from which the chain of a sequence's block keys starts."""
+        # repr is exact for floats and unambiguous for strings.
         root = repr((self._fingerprint, dial, cache_salt))
         return blake2b(root.encode(), digest_size=DIGEST_BYTES).digest()
 
     def next_key(
         self, previous: bytes, tokens: Sequence[int], switched: tuple[Dial, int] | None = None
     ) -> bytes:
-        """The key of the full block of `tokens` that follows the block (or root) `previous`.
+        """Returns the key of the full block of `tokens` that follows the key `previous`.
 
-        `switched`: the block's tokens from this offset on are computed under this other dial.
+        `switched` is (dial, offset) where the block's tokens from this offset on are computed under
+        that other dial.
         """
         assert len(tokens) == self.block_size
         content = previous + array("I", tokens).tobytes()
@@ -78,32 +80,32 @@ class BlockPool:
         return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
     def find(self, key: bytes) -> int | None:
-        """The block with the content of `key`, referenced or cached."""
+        """Returns the block, referenced or cached, that holds the content of `key`."""
         return self._block_of.get(key)
 
     def allocate(self) -> int:
-        """A block of unknown content with one reference. Needs `available`."""
+        """Takes a block, of undefined content, with one reference. One must be `available`."""
         assert self.available, "no block is available"
         block = self._free.pop() if self._free else self._evict()
         self._references[block] = 1
         return block
 
     def acquire(self, found: Sequence[int], fresh: int) -> list[int] | None:
-        """A block table: the blocks `found`, shared, then `fresh` new ones.
+        """Returns a block table: the blocks `found`, shared, followed by `fresh` new ones.
 
-        None, and nothing is taken, when they do not fit.
+        Returns None and takes nothing if there are not enough blocks.
         """
         revived = sum(self._references[block] == 0 for block in found)
         if revived + fresh > self.available:
             return None
-        for block in found:  # all of them before the first eviction, which could take one
+        for block in found:  # before the first eviction, which could take one of them
             self._share(block)
         return [*found, *(self.allocate() for _ in range(fresh))]
 
     def release(self, block_table: Sequence[int]) -> None:
-        """Gives up one reference of each block.
+        """Drops one reference of each block.
 
-        From the end, so that the tail of a chain is evicted before what leads to it.
+        It starts at the end, so that the tail of a chain is evicted before its head.
         """
         for block in reversed(block_table):
             assert self._references[block] > 0, f"block {block} is released twice"
@@ -112,9 +114,9 @@ class BlockPool:
                 self._retire(block)
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `find` return this block, whose KV for `key` is complete.
+        """Makes `find` return this block, which now holds all the KV that `key` names.
 
-        Where another block already has this content (two sequences computed it at once), that one
+        If another block already has this content (two sequences computed it at once), that one
         stays the shared one and this one stays private to its holder.
         """
         assert self._references[block] > 0
@@ -124,7 +126,7 @@ class BlockPool:
             self._key_of[block] = key
 
     def forget(self, block_table: Sequence[int]) -> None:
-        """Lets `find` no longer return the blocks that only this table holds."""
+        """Stops `find` from returning the blocks that only this table holds."""
         for block in block_table:
             key = self._key_of[block]
             if key is not None and self._references[block] == 1:
@@ -132,7 +134,7 @@ class BlockPool:
                 self._key_of[block] = None
 
     def check_integrity(self) -> None:
-        """Asserts every invariant of the pool. O(blocks)."""
+        """Asserts every invariant of the pool, in O(blocks)."""
         free, cached = set(self._free), set(self._cached)
         referenced = {block for block, count in enumerate(self._references) if count > 0}
         assert min(self._references) >= 0

@@ -1,14 +1,14 @@
-"""What an answer may say: grammars compiled for one vocabulary, and where a sequence stands in its.
+"""Constrains answers to grammars: compiles them for one vocabulary and tracks each sequence.
 
-A grammar holds for the answer alone. While the think block is open, and while its closing sequence
-is being forced, the sequence is free. Before anything was said, the model may open the block
-instead of beginning the answer; after closing it by itself, it may write what the closing sequence
-has behind the tag, and then the answer begins.
+A grammar applies to the answer only. While the think block is open, and while its closing sequence
+is being forced, any token is allowed. Before the first token of the answer, the model may open the
+think block instead; after it closed the block by itself, it may write the tokens that follow the
+tag in the closing sequence, and then the answer begins.
 
-Knows grammars as `llguidance` reads them (its Lark dialect, or JSON), and token ids; a mask is
-bytes, and nothing here knows a tensor. Grammars are compiled in a thread of their own, and a
-sequence is to run once its own is there: no step ever waits for one. The library is imported where
-it is used: an engine whose requests bring no grammar runs without it.
+Grammars are in the form that `llguidance` reads (its Lark dialect, or JSON). Masks are bytes; no
+tensor is used here. Grammars are compiled in a separate thread, and a sequence starts when its
+grammar is compiled, so that no step waits for one. The library is imported inside functions, since
+an engine whose requests bring no grammar runs without it.
 """
 
 from collections import OrderedDict
@@ -21,12 +21,12 @@ from mi_runtime.scheduling.thinking import Phase, ThinkingState
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-MOST_KEPT: Final = 64  # compiled grammars
+MOST_KEPT: Final = 64  # compiled grammars that are cached
 LONGEST_FAILURE: Final = 200  # characters of a message
 
 
 def parser_limits() -> "LLParserLimits":
-    """What a grammar may cost: some 100 ms to compile, and a few in the worst step."""
+    """Returns limits that keep compiling at about 100 ms, and the worst step at a few ms."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -40,7 +40,7 @@ def parser_limits() -> "LLParserLimits":
 
 
 def fault_of(source: str) -> str | None:
-    """Why a grammar cannot be used, without a vocabulary; None: it can."""
+    """Returns why a grammar cannot be used, or None. It needs no vocabulary."""
     from llguidance import LLMatcher
 
     is_fault, messages = LLMatcher.validate_grammar_with_warnings(source, limits=parser_limits())
@@ -48,7 +48,7 @@ def fault_of(source: str) -> str | None:
 
 
 class Grammars:
-    """Compiled grammars of one vocabulary; those used last are kept."""
+    """A cache of grammars compiled for one vocabulary, least recently used evicted first."""
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -56,7 +56,7 @@ class Grammars:
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
     def state(self, source: str, thinking: ThinkingState | None) -> "GrammarState":
-        """Of a new sequence under the grammar `source`."""
+        """Returns the initial state of a sequence whose answer obeys the grammar `source`."""
         return GrammarState(self._compiled(source), thinking)
 
     def _compiled(self, source: str) -> "Future[LLMatcher]":
@@ -80,16 +80,19 @@ def _read(vocabulary: GrammarVocabulary) -> "LLTokenizer":
 
 
 class GrammarState:
-    """The grammar of one sequence, told each new token before its think block is."""
+    """Where one sequence is in its grammar.
+
+    `observe` takes each new token, before the sequence's think block takes it.
+    """
 
     def __init__(self, compiled: "Future[LLMatcher]", thinking: ThinkingState | None) -> None:
         self._compiled = compiled
         self._thinking = thinking
-        self._own: LLMatcher | None = None  # from its first use on
-        self._begun = False  # the answer has its first token
-        self._led = 0  # tokens of the closing sequence that the model wrote behind its own tag
-        self.exhausted = False  # nothing that the request allows can follow
-        self.failure: str | None = None  # why the answer cannot be held to its grammar
+        self._matcher: LLMatcher | None = None  # created at its first use
+        self._answer_begun = False  # the answer has its first token
+        self._tail_written = 0  # tokens that the model wrote of the closing sequence after the tag
+        self.exhausted = False  # no token that the request allows can follow
+        self.failure: str | None = None  # why the grammar cannot be applied
 
     @property
     def ready(self) -> bool:
@@ -97,12 +100,12 @@ class GrammarState:
         return self._compiled.done()
 
     def wait(self, seconds: float) -> None:
-        """Until `ready`, and no longer than so many seconds."""
+        """Waits until the grammar is `ready`, for at most this many seconds."""
         wait([self._compiled], seconds)
 
     @property
     def constrains(self) -> bool:
-        """Whether the next token is the grammar's to allow."""
+        """Whether the grammar decides which tokens may come next."""
         thinking = self._thinking
         if thinking is None:
             return True
@@ -110,57 +113,60 @@ class GrammarState:
 
     @property
     def extra_token(self) -> int | None:
-        """A token that is allowed beside those of the grammar, and is none of the answer."""
+        """A token outside the answer that is allowed in addition to those of the grammar."""
         thinking = self._thinking
-        if self._begun or thinking is None:
+        if self._answer_begun or thinking is None:
             return None
         if thinking.phase is Phase.OUTSIDE:
             return thinking.policy.open_id
         tail = () if thinking.forced_close else thinking.policy.tail
-        return tail[self._led] if self._led < len(tail) else None
+        return tail[self._tail_written] if self._tail_written < len(tail) else None
 
     @property
     def may_open_block(self) -> bool:
-        """Whether the token beside the grammar's would open a think block."""
+        """Whether `extra_token` would open a think block."""
         return self._thinking is not None and self._thinking.phase is Phase.OUTSIDE
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but an end may follow what was said."""
-        return self._begun and self._own is not None and self._own.is_stopped()
+        """Whether the answer is complete: only its end may follow."""
+        return self._answer_begun and self._matcher is not None and self._matcher.is_stopped()
 
     def mask(self) -> bytes:
-        """What may come next: a bit for each token id, lowest first. Empty where it failed."""
-        matcher = self._matcher()
+        """Returns which tokens may come next: one bit per token id, lowest first.
+
+        Returns an empty mask, which allows none, if the grammar has failed.
+        """
+        matcher = self._get_matcher()
         if matcher is None:
             return b""
         mask = matcher.compute_bitmask()
         return b"" if self._failed(matcher) else mask
 
     def observe(self, token_id: int) -> None:
-        """Takes the next token of the sequence, whosesoever it is."""
+        """Takes the next token of the sequence, whether it was sampled or forced."""
         thinking = self._thinking
         if not self.constrains:
             return
         if token_id == self.extra_token:
             assert thinking is not None
-            self._led += thinking.phase is Phase.CLOSED
+            self._tail_written += thinking.phase is Phase.CLOSED
             return
-        self._begun = True
-        matcher = self._matcher()
+        self._answer_begun = True
+        matcher = self._get_matcher()
         if matcher is not None and not matcher.consume_token(token_id):
             self._failed(matcher)
 
-    def _matcher(self) -> "LLMatcher | None":
-        """This sequence's own; None where there can be none."""
-        if self._own is None and self.failure is None:
+    def _get_matcher(self) -> "LLMatcher | None":
+        """Returns this sequence's copy of the compiled grammar, or None if it has failed."""
+        if self._matcher is None and self.failure is None:
             try:
-                self._own = self._compiled.result().deep_copy()
-            except ValueError as error:  # of the tokenizer: a kind that the library cannot read
+                self._matcher = self._compiled.result().deep_copy()
+            except ValueError as error:  # a tokenizer of a kind that the library cannot read
                 self.failure = _bounded(f"this tokenizer allows no grammar: {error}")
             except ImportError as error:
-                self.failure = _bounded(f"this machine has nothing to follow grammars: {error}")
-        return self._own
+                self.failure = _bounded(f"grammars cannot be applied on this machine: {error}")
+        return self._matcher
 
     def _failed(self, matcher: "LLMatcher") -> bool:
         if matcher.is_error():

@@ -1,23 +1,24 @@
-"""Chooses, step by step, which rows run together and how each forward has its weights.
+"""The planner divides the chunks of a step into sub-batches and chooses which use blended weights.
 
-A step may run as one forward over all its rows, or as several: the rows of one dial alone can take
-endpoint or blended weights and half the arithmetic, at the price of one more forward. The choice is
-the cheapest by a cost model measured at start-up:
+A step runs as one forward pass over all its rows, or as several. In a sub-batch of their own, the
+rows of one dial can use endpoint or blended weights ("single weights"), which halves the
+arithmetic, at the cost of one more forward pass. The planner takes the cheapest plan by a cost
+model that is measured at start-up:
 
     forward(way, R) = fixed + seconds(way, R)        R rows; way: single weights, or the pair
 
-`fixed` is what a forward costs whatever its rows, most of it launches by the host. Forwards of
-single tokens alone have less of it where they are recorded: they are replayed by one launch. A part
-with a prompt's tokens never is.
+`fixed` is the cost of a forward pass that does not depend on its rows: mostly kernel launches by
+the host. A sub-batch of decodes only costs less of it if decode steps are recorded, because one
+launch replays them. A sub-batch with prompt tokens is never replayed.
 
-Building blended weights is never waited for: a λ that is new runs by the pair product. Each step
-notes what blended weights would have saved; once a dial's savings reach the price of building them,
-they are built (for one dial, at most twice the cost of knowing the future). A prefill chunk large
-enough to pay for them alone gets them at once. Where the cache is full, a dial must also have been
-saving for longer than the weights it would push out have been idle: more hot λ values than fit do
-not push each other out in turn.
+No request waits for blended weights to be built: a new λ runs by the pair product. Each step adds
+up what blended weights would have saved. When the savings of a dial reach the cost of building its
+weights, they are built; for one dial this costs at most twice what an optimal plan would. A prefill
+chunk that is large enough to pay for them alone gets them at once. When the cache is full, a dial
+must also have been saving for longer than the weights that it would evict have been idle, so that
+more frequently used λ values than fit do not evict each other in turn.
 
-Plain Python: seconds, rows and dials; no tensors.
+Plain Python: seconds, rows and dials, no tensors.
 """
 
 from bisect import bisect_left
@@ -29,13 +30,13 @@ from mi_runtime.config import BlendPolicy
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.chunk import Chunk
 
-MAX_ALONE = 8  # dials a step that run in forwards of their own
-REMEMBERED = 1024  # dials whose savings are kept
+MAX_ALONE = 8  # dials per step that run in a sub-batch of their own
+REMEMBERED = 1024  # dials whose savings are remembered
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds by rows, linear between measured points and beyond the last two."""
+    """Seconds by number of rows: linear between measured points, and beyond the last two."""
 
     rows: tuple[int, ...]  # ascending
     seconds: tuple[float, ...]
@@ -48,13 +49,13 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How much a forward has to compute."""
+    """How much a forward pass computes."""
 
     rows: int
     chunks: int
 
     @property
-    def decodes_alone(self) -> bool:
+    def only_decodes(self) -> bool:
         return self.rows == self.chunks
 
     def __sub__(self, other: "Workload") -> "Workload":
@@ -63,28 +64,31 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What a forward costs on this device at these shapes; all in seconds."""
+    """The cost of a forward pass on this device at this model's shapes, in seconds."""
 
-    fixed: float  # of a forward, whatever its rows
-    replayed: float  # likewise of decodes alone; the same where they are not recorded
+    fixed: float  # per forward pass, whatever its rows
+    replayed: float  # the same for decodes only; equal to `fixed` if they are not recorded
     single: Curve  # endpoint or blended weights
     pair: Curve
-    build: float  # all blended weights of one λ
+    build: float  # to build all blended weights of one λ
 
     def forward(self, way: Curve, load: Workload) -> float:
-        """Of one, or none where there is nothing to compute."""
+        """Returns the seconds of one forward pass, 0 if it has no rows."""
         if not load.rows:
             return 0.0
-        return (self.replayed if load.decodes_alone else self.fixed) + way.at(load.rows)
+        return (self.replayed if load.only_decodes else self.fixed) + way.at(load.rows)
 
 
 NOTHING = Curve((1, 2), (0.0, 0.0))
-NO_COSTS = CostModel(0.0, 0.0, NOTHING, NOTHING, build=0.0)  # where one way is forced
+NO_COSTS = CostModel(0.0, 0.0, NOTHING, NOTHING, build=0.0)  # for policies that force one way
 
 
 @dataclass(frozen=True, slots=True)
 class SubBatch:
-    """Chunks that run in one forward; `blended`: groups of one λ take blended weights."""
+    """The chunks that run in one forward pass.
+
+    With `blended`, a blend group whose rows all have one λ uses blended weights.
+    """
 
     chunks: list[Chunk]
     blended: bool
@@ -105,15 +109,18 @@ class _Work:
 
 @dataclass(slots=True)
 class _Savings:
-    """What a dial missed so far by having no blended weights."""
+    """How much time blended weights of a dial would have saved so far."""
 
-    since: int  # step
+    since: int  # the step in which it was first credited
     seconds: float = 0.0
 
 
 class Planner:
-    """`missing(dial)` is the share of a dial's blended weights that the cache lacks, `capacity` how
-    many λ values it can hold, and `endpoints` the λ that need none."""
+    """Plans the sub-batches of every step.
+
+    `missing(dial)` is the share of a dial's blended weights that the cache lacks, `capacity` the
+    number of λ values that the cache can hold, and `endpoints` the λ values that need none.
+    """
 
     def __init__(
         self,
@@ -130,10 +137,10 @@ class Planner:
         self._endpoints = endpoints
         self._step = 0
         self._savings: OrderedDict[Dial, _Savings] = OrderedDict()
-        self._built: OrderedDict[Dial, int] = OrderedDict()  # the step of last use, oldest first
+        self._built: OrderedDict[Dial, int] = OrderedDict()  # step of last use, oldest first
 
     def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
-        """Every chunk in exactly one part."""
+        """Returns the sub-batches of a step; every chunk is in exactly one of them."""
         self._step += 1
         if self._policy == "pair":
             return [SubBatch(chunks, blended=False)]
@@ -150,11 +157,13 @@ class Planner:
         if not chosen:
             return [SubBatch(chunks, blended=False)]
         together = [chunk for chunk in chunks if not _is_alone(chunk, chosen)]
-        parts = [SubBatch(work.chunks, blended=True) for work in alone]
-        return [*parts, SubBatch(together, blended=False)] if together else parts
+        sub_batches = [SubBatch(work.chunks, blended=True) for work in alone]
+        if together:
+            sub_batches.append(SubBatch(together, blended=False))
+        return sub_batches
 
     def _choose(self, works: list[_Work], load: Workload) -> list[_Work]:
-        """The dials that run alone, with single weights, out of `load` in all."""
+        """Returns the dials to run alone with single weights; `load` is that of the step."""
         works = sorted(works, key=lambda work: work.rows, reverse=True)
         ready = [work for work in works if self._is_ready(work.dial)]
         best, seconds = self._cheapest(ready, load)
@@ -163,7 +172,7 @@ class Planner:
         return self._cheapest([work for work in works if self._is_ready(work.dial)], load)[0]
 
     def _cheapest(self, works: Sequence[_Work], load: Workload) -> tuple[list[_Work], float]:
-        """Which of `works`, largest first, to run alone out of `load` in all; and the seconds."""
+        """Returns which of `works`, largest first, to run alone, and the seconds of the step."""
         costs, best, spent = self.costs, 0, 0.0
         works = self._affordable(works)
         seconds = costs.forward(costs.pair, load)
@@ -176,7 +185,7 @@ class Planner:
         return works[:best], seconds
 
     def _affordable(self, works: Sequence[_Work]) -> list[_Work]:
-        """The first of them that the cache can hold together; endpoints take no room in it."""
+        """Returns the first of `works` that fit in the cache together; endpoints need no room."""
         chosen, room = [], self._capacity
         for work in works:
             if not self._is_endpoint(work.dial):
@@ -189,9 +198,10 @@ class Planner:
         return chosen
 
     def _note_savings(self, works: Sequence[_Work], load: Workload, seconds: float) -> bool:
-        """Credits the dials that would have run alone, had they been ready, by their rows.
+        """Credits the dials that would have run alone if their weights had been ready.
 
-        True when one of them has earned its weights by it.
+        The saved `seconds` are divided by rows. Returns whether one of the dials has now earned
+        its weights.
         """
         wished, possible = self._cheapest(works, load)
         absent = [work for work in wished if not self._is_ready(work.dial)]
@@ -207,7 +217,7 @@ class Planner:
         return any(self._is_ready(work.dial) for work in absent)
 
     def _is_ready(self, dial: Dial) -> bool:
-        """Whether single weights are there, or have earned being built."""
+        """Whether a dial's single weights exist, or have earned being built."""
         if self._is_endpoint(dial):
             return True
         if not self._capacity:
@@ -219,13 +229,13 @@ class Planner:
         return savings is not None and savings.seconds >= price and self._has_room(dial, savings)
 
     def _has_room(self, dial: Dial, savings: "_Savings") -> bool:
-        """Whether building pushes nothing out that was used while the dial was saving."""
+        """Whether building evicts no weights that were used while the dial was saving."""
         if dial in self._built or len(self._built) < self._capacity:
             return True
         return next(iter(self._built.values())) < savings.since
 
     def _use(self, dial: Dial) -> None:
-        """The dial runs with single weights, which are built if they were not there."""
+        """Notes that the dial runs with single weights, which are built if they do not exist."""
         self._savings.pop(dial, None)
         if not self._is_endpoint(dial):
             self._built.pop(dial, None)
@@ -240,7 +250,7 @@ class Planner:
 
 
 def _by_dial(chunks: list[Chunk]) -> list[_Work]:
-    """Chunks by their dial, without those whose rows have more than one."""
+    """Groups chunks by dial, leaving out those that have more than one."""
     works: dict[Dial, _Work] = {}
     for chunk in chunks:
         dial = chunk.dial

@@ -1,4 +1,4 @@
-"""Sequences in the order in which they run: by priority, then by arrival."""
+"""The queues of running and waiting sequences, ordered by priority, then by arrival."""
 
 from bisect import bisect_left, insort
 from collections import Counter
@@ -8,9 +8,9 @@ from mi_runtime.scheduling.sequence import Sequence
 
 
 class RequestQueue:
-    """Sequences by rank, and how many of them are at each λ.
+    """Sequences sorted by rank, with a count of how many of them are at each λ.
 
-    A place is found in O(log n); keeping the order moves up to n words of memory.
+    A position is found in O(log n); inserting moves up to n words of memory.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class RequestQueue:
 
     @property
     def lambdas(self) -> tuple[float, ...]:
-        """The distinct λ, sorted."""
+        """The distinct λ of the sequences, ascending."""
         return tuple(sorted(self._lambdas))
 
     def get(self, request_id: str) -> Sequence | None:

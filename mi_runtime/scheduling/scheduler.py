@@ -1,33 +1,35 @@
-"""Which tokens of which sequences run in the next step, and what becomes of the sampled ones.
+"""The scheduler chooses what the next step computes, and takes in what was sampled.
 
-Continuous batching: a step is one flat batch of chunks, decodes first, then prefill in what is
-left of the token budget. Sequences are ranked by priority and, where that is equal, by arrival. The
-first of the waiting is admitted first and never overtaken by the others, and when blocks run out
-the last of the running goes back to its place in the queue, its KV dropped (to be recomputed, or
-found again in the prefix cache) and its tokens kept. So the first of the running always advances,
-and of equal priority every sequence becomes the first; whoever lets callers set priorities
-lets them keep others waiting. A waiting sequence of better rank takes the next place that is free;
-it preempts nobody for it.
+Continuous batching: a step is one flat batch of chunks, decodes first, then prefill within what
+remains of the token budget. Sequences are ranked by priority and, if that is equal, by arrival. The
+first waiting sequence is admitted first and never overtaken by the others. When blocks run out, the
+last running sequence is preempted: it returns to the waiting queue, its KV is dropped (to be
+recomputed, or found again in the prefix cache) and its tokens are kept. So the first running
+sequence always advances, and of equal priority every sequence becomes the first. An operator who
+lets callers set priorities lets them keep others waiting. A waiting sequence of better rank takes
+the next free place; no running sequence is preempted for it.
 
-A sequence that wants log-probabilities of its prompt has logits at every prompt position, which are
-as wide as the vocabulary: a step computes at most `SCORED_ROWS` of them, and no prefix is taken
-from the cache beyond what is scored already.
+A request for log-probabilities of its prompt needs logits, as wide as the vocabulary, at every
+prompt position. A step computes at most `SCORED_ROWS` of them, and no prefix is taken from the
+cache beyond the positions that are already scored.
 
-Admission takes the blocks of all known tokens at once; after that a sequence needs a block only
+Admission allocates the blocks of all known tokens at once; after that a sequence needs a block only
 when its answer grows into one.
 
-A step may be scheduled while the one before it is in flight: launched, its results not there yet.
-Then the tokens drawn there are counted but not known. A sequence runs ahead of its own token where
-the step is the same whichever token it is: not where the answer surely ends with it, nor where it
-may close a think block behind which another dial holds. Such a sequence leaves one step out, and
-its place in the budget stays free. If the token ends the answer after all, what was computed behind
-it is dropped; nobody is preempted for that. A preempted sequence still takes the token drawn for
-it, and waits for it in the queue.
+A step may be scheduled while the previous one is in flight, that is, launched but without results.
+The tokens that the previous step samples are then counted but not known. A sequence is scheduled
+before its token is known if the step does not depend on which token it is: not if the answer
+certainly ends with it, and not if it may close a think block after which another dial applies. Such
+a sequence skips one step, and its place in the budget stays free. If the token ends the answer
+after all, what was computed after it is dropped. No sequence is preempted for a token that is not
+known yet. A preempted sequence still takes the token that was being sampled for it, and is not
+admitted again before that.
 
-What `schedule` returns counts as computed at once, as later steps come behind it on the device; but
-the prefix cache takes a block only when its step has gone well and all its tokens are known.
+The chunks that `schedule` returns count as computed at once, because later steps run after them on
+the device. The prefix cache takes a block only when its step has succeeded and all of its tokens
+are known.
 
-Knows token ids and block numbers; no tensors, no text.
+The scheduler knows token ids and block numbers, no tensors and no text.
 """
 
 import itertools
@@ -50,14 +52,14 @@ from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.sequence import Sequence, Status
 
 SCORED_ROWS: Final = 512
-"""Prompt positions of a step that have logits; with a vocabulary of 150,000 in fp32 300 MB."""
+"""Most prompt positions with logits in a step: 300 MB with a vocabulary of 150,000 in fp32."""
 
 
 class Scheduler:
-    """The sequences of one engine and the blocks they hold.
+    """The running and waiting sequences of one engine, and the KV blocks that they hold.
 
-    Limits are in tokens (`max_model_len`: prompt and answer; `max_batched_tokens`: a step) and in
-    sequences that run at once (`max_num_seqs`).
+    `max_model_len` limits the tokens of a prompt and its answer together, `max_batched_tokens` the
+    tokens of a step, and `max_num_seqs` the sequences that run at once.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Scheduler:
         self._arrivals = itertools.count()
         self.running = RequestQueue()
         self.waiting = RequestQueue()
-        self.prefix_queried_tokens = 0  # prompt tokens looked up, each request once
+        self.prefix_queried_tokens = 0  # prompt tokens looked up, once per request
         self.prefix_hit_tokens = 0
         self.preemptions = 0
         self.forced_closes = 0
@@ -93,9 +95,9 @@ class Scheduler:
         return len(self.running) + len(self.waiting)
 
     def admit_or_raise(self, request: EngineRequest) -> None:
-        """Checks that the request can be computed at all.
+        """Checks that the request can be computed.
 
-        Raises RequestRejected, with `param` and for a prompt too long `code`.
+        Raises RequestRejected, with `param`, and with `code` for a prompt that is too long.
         """
         if self._find(request.request_id) is not None:
             raise RequestRejected(
@@ -111,33 +113,36 @@ class Scheduler:
             self._check_token(token_id, "logit_bias")
 
     def add(self, sequence: Sequence) -> None:
-        """Puts an admitted request's sequence in the queue, behind its equals in priority."""
+        """Adds the sequence of a checked request to the waiting queue."""
         assert self._find(sequence.request_id) is None
         assert 0 < len(sequence) < self.max_model_len
         sequence.rank = (sequence.request.priority, next(self._arrivals))
         self.waiting.add(sequence)
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        """Ends a request on its caller's wish; None when it is unknown or has ended."""
+        """Ends a request for its caller; returns None if it is unknown or has ended."""
         sequence = self._find(request_id)
         if sequence is None:
             return None
         return self._end(sequence, FinishReason.ABORT)
 
     def fail(self, sequence: Sequence, message: str) -> TokenEvent:
-        """Ends a request that cannot be computed; the others go on, and none will find its KV."""
+        """Ends one request that cannot be computed, and makes its KV unavailable to others."""
         self.blocks.forget(sequence.block_table)
         return self._end(sequence, FinishReason.ERROR, message)
 
     def complete(self, sequence: Sequence) -> TokenEvent:
-        """Ends a request after whose last token its grammar allows nothing."""
+        """Ends a request whose grammar allows no token after the last one."""
         return self._end(sequence, FinishReason.COMPLETE)
 
     def schedule(self) -> list[Chunk]:
-        """The next step. Empty only where nothing is unfinished, or hangs on a step in flight."""
+        """Returns the chunks of the next step.
+
+        It is empty only if no request is unfinished, or all wait for the step in flight.
+        """
         chunks = self._decodes()
         prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
-        decoding = len(self.running) - len(prefilling)  # or about to
+        decoding = len(self.running) - len(prefilling)  # or about to decode
         budget, scored_rows = self.max_batched_tokens - decoding, SCORED_ROWS
         prefills = self._prefills(prefilling)
         while budget > 0 and (sequence := next(prefills, None)) is not None:
@@ -160,26 +165,26 @@ class Scheduler:
         sampled: Mapping[Sequence, Sampled | None],
         scores: Mapping[Sequence, list[TokenLogprobs] | None] | None = None,
     ) -> list[TokenEvent]:
-        """Takes the results of a step: what was `sampled` for the chunks that sample.
+        """Takes the results of a step, and returns one event per sampled token.
 
-        `scores`: for each chunk that has `scored` positions, one for each of them. Returns one
-        event for each token. A sequence that ended since `schedule` has had its terminal event:
-        its chunk and its token are dropped, and only such a one may have None for a result.
+        `sampled` holds the token of each chunk that samples, and `scores` the log-probabilities of
+        each chunk's `scored` positions. A sequence that ended after `schedule` has already had its
+        terminal event: its results are dropped, and only they may be None.
         """
-        going = [chunk for chunk in chunks if not chunk.sequence.ended]
+        unfinished = [chunk for chunk in chunks if not chunk.sequence.ended]
         for chunk in chunks:
             chunk.sequence.in_flight -= 1
-        for chunk in going:
+        for chunk in unfinished:
             if chunk.scored:
                 assert chunk.scored.start == chunk.sequence.unscored.start
                 chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence] or ()
             if chunk.sequence.status is Status.RUNNING:
                 self._register(chunk)
-        sampling = [chunk.sequence for chunk in going if chunk.samples]
+        sampling = [chunk.sequence for chunk in unfinished if chunk.samples]
         return [self._extend(one, sampled[one]) for one in sampling]
 
     def check_integrity(self) -> None:
-        """Asserts every invariant of scheduler and blocks. O(blocks + sequences)."""
+        """Asserts every invariant of scheduler and blocks, in O(blocks + sequences)."""
         self.blocks.check_integrity()
         held = Counter(block for sequence in self.running for block in sequence.block_table)
         for block in range(self.blocks.num_blocks):
@@ -199,7 +204,7 @@ class Scheduler:
 
     def _decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in list(self.running):  # by rank; preemption takes from the other end
+        for sequence in list(self.running):  # by rank; preemption takes the last one
             if len(chunks) == self.max_batched_tokens:
                 break
             if sequence.remaining <= 1 and self._may_run(sequence) and self._grow(sequence):
@@ -207,7 +212,7 @@ class Scheduler:
         return chunks
 
     def _may_run(self, sequence: Sequence) -> bool:
-        """Whether its next token is known, or the step is the same whichever it will be."""
+        """Whether the next token is known, or the step does not depend on which one it is."""
         length = len(sequence.tokens)
         if sequence.computed < length:
             return True
@@ -215,8 +220,10 @@ class Scheduler:
         return not is_last and not sequence.may_switch
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Makes room for one more token; False when the sequence was preempted, or must wait for
-        its token before it preempts others."""
+        """Makes room for one more token, and returns whether the sequence may run.
+
+        It may not if it was preempted, or if it would preempt others for an unknown token.
+        """
         if len(sequence.block_table) * self.blocks.block_size > sequence.computed:
             return True
         if sequence.awaits_token and not self.blocks.available:
@@ -235,7 +242,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _prefills(self, prefilling: list[Sequence]) -> Iterator[Sequence]:
-        """Running sequences still in prefill, then the waiting ones, each admitted when asked."""
+        """Yields the running sequences in prefill, then waiting ones, admitting each in turn."""
         yield from prefilling
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.first
@@ -244,8 +251,10 @@ class Scheduler:
             yield sequence
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence the blocks of its known tokens; False when they do not fit, or
-        a token is being drawn for it still."""
+        """Allocates the blocks of a waiting sequence's known tokens and makes it running.
+
+        Returns False if they do not fit, or if a step in flight still samples its token.
+        """
         if sequence.in_flight:
             return False
         found = self._cached_prefix(sequence)
@@ -273,7 +282,7 @@ class Scheduler:
     # --- The prefix cache -----------------------------------------------------------------------
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks with the KV of the sequence's first tokens, leaving what must be computed."""
+        """Returns the cached blocks of the sequence's prefix, less what must be computed."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
@@ -286,7 +295,10 @@ class Scheduler:
         return found
 
     def _block_key(self, sequence: Sequence, index: int) -> bytes:
-        """The key of a full block, asked for in order; kept, as known tokens never change."""
+        """Returns the key of a full block.
+
+        Calls come in order of `index`; keys are stored, since known tokens never change.
+        """
         keys, size = sequence.block_keys, self.blocks.block_size
         if not keys:
             keys.append(self.blocks.root_key(sequence.request.dial, sequence.request.cache_salt))
@@ -294,7 +306,7 @@ class Scheduler:
             start, end = index * size, (index + 1) * size
             switch = sequence.switch_at
             switched = None
-            if switch is not None and switch < end:  # the block holds KV of the answer's dial
+            if switch is not None and switch < end:  # it holds KV computed under the answer's dial
                 switched = (sequence.dial_at(end), max(0, switch - start))
             keys.append(self.blocks.next_key(keys[index], sequence.tokens[start:end], switched))
         return keys[index + 1]
@@ -302,7 +314,7 @@ class Scheduler:
     # --- Taking a step's results ----------------------------------------------------------------
 
     def _register(self, chunk: Chunk) -> None:
-        """Lets others find the blocks that the chunk has filled."""
+        """Adds the blocks that the chunk has filled to the prefix cache."""
         sequence, size = chunk.sequence, self.blocks.block_size
         if self.prefix_caching:
             for index in range(chunk.start // size, (chunk.start + chunk.length) // size):
@@ -312,7 +324,7 @@ class Scheduler:
     def _extend(self, sequence: Sequence, sampled: Sampled | None) -> TokenEvent:
         assert sampled is not None
         token_id, logprobs = sampled
-        if sequence.request.sampling.max_tokens == 0:  # what was drawn is not wanted
+        if sequence.request.sampling.max_tokens == 0:  # the sampled token is not wanted
             return self._end(sequence, FinishReason.LENGTH)
         sequence.append(token_id)
         reason = self._finish_reason(sequence, token_id)
@@ -389,7 +401,7 @@ class Scheduler:
 
 
 def _within(scored_rows: int, chunk: Chunk) -> Chunk:
-    """As much of the chunk as has at most `scored_rows` positions with logits."""
+    """Returns the start of the chunk that has at most `scored_rows` scored positions."""
     scored = chunk.scored
     if len(scored) <= scored_rows:
         return chunk
@@ -399,7 +411,10 @@ def _within(scored_rows: int, chunk: Chunk) -> Chunk:
 def _first_event_scores(
     sequence: Sequence, reason: FinishReason | None
 ) -> tuple[TokenLogprobs, ...] | None:
-    """The prompt's log-probabilities, told once: with the first token, or where none comes."""
+    """Returns the prompt's log-probabilities if this is the event that carries them.
+
+    That is the event of the first token, or the only one if no token is wanted.
+    """
     sampling = sequence.request.sampling
     if reason in (FinishReason.ABORT, FinishReason.ERROR):
         return None

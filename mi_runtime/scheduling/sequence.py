@@ -1,6 +1,6 @@
-"""One request on its way through the engine: its tokens, and how far its KV is computed.
+"""A sequence: the tokens of one request, and how much of its KV is computed.
 
-Knows nothing of other sequences. The scheduler moves it, the runner reads it.
+The scheduler changes it and the runner reads it. It knows nothing of other sequences.
 """
 
 import random
@@ -28,10 +28,10 @@ class Status(Enum):
 
 
 class Sequence:
-    """Prompt and answer of one request, its blocks, and its own source of randomness.
+    """The prompt and answer of one request, its KV blocks, and its random number generator.
 
-    `rng` gives exactly one uniform number a sampled token, so that what is drawn depends neither
-    on the batch nor on preemption.
+    `rng` gives exactly one uniform number per sampled token, so that a token depends neither on the
+    batch nor on preemption.
     """
 
     __slots__ = (
@@ -72,27 +72,27 @@ class Sequence:
         self.answer_dial = None if request.answer_dial is None else _shared(request.answer_dial)
         self.tokens = list(request.prompt)  # prompt and answer
         self.prompt_length = len(request.prompt)
-        self.max_length = self.prompt_length + _or_endless(request.sampling.max_tokens)
-        self.computed = 0  # tokens whose KV is in blocks, or will be before what comes next
-        self.in_flight = 0  # steps that compute it, and whose results are not there yet
+        self.max_length = self.prompt_length + _or_unlimited(request.sampling.max_tokens)
+        self.computed = 0  # tokens whose KV is in blocks, counting those of the step in flight
+        self.in_flight = 0  # steps that compute it and whose results have not arrived
         self.block_table: MutableSequence[int] = array("i")
-        self.block_keys: list[bytes] = []  # root, then one of each full block; made when needed
+        self.block_keys: list[bytes] = []  # root, then one per full block; made when needed
         self.cached_tokens = 0  # of the prompt, at first admission
-        self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, …; as far as known
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, …, as far as known
         self.status = Status.WAITING
-        self.rank = (request.priority, 0)  # the least runs first; the scheduler counts arrivals
+        self.rank = (request.priority, 0)  # lower runs first; the scheduler sets the arrival number
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
-        self.has_logits_processors = _has_rules(request)
-        self.switch_at: int | None = None  # position from which on the answer's dial holds
+        self.has_logits_processors = _has_logits_processors(request)
+        self.switch_at: int | None = None  # first position under the answer's dial
         self.thinking = None if request.think is None else ThinkingState(request.think, marks)
         self.grammar: GrammarState | None = None
         if request.grammar is not None:
             assert grammars is not None
             self.grammar = grammars.state(request.grammar, self.thinking)
         self.arrival = time.monotonic()  # seconds
-        self.first_scheduled: float | None = None  # seconds, of the same clock
-        self.queue_seconds = 0.0  # from submission to the first step that ran it; 0 where none did
+        self.first_scheduled: float | None = None  # seconds, by the same clock
+        self.queue_seconds = 0.0  # from arrival to its first step; 0 before that
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -107,27 +107,27 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens whose KV is not computed: 1 when decoding, more when prefilling.
+        """The number of known tokens whose KV is not computed: 1 in decode, more in prefill.
 
-        0 while the next token is being drawn.
+        It is 0 while the next token is being sampled.
         """
         return len(self.tokens) - self.computed
 
     @property
     def awaits_token(self) -> bool:
-        """Whether the next token to compute is not known: it is being drawn."""
+        """Whether the next token to compute is not known yet: a step in flight samples it."""
         return self.remaining <= 0
 
     @property
     def may_switch(self) -> bool:
-        """Whether the next token may be the first under the answer's dial."""
+        """Whether the next token may be the first one under the answer's dial."""
         if self.answer_dial is None or self.thinking is None:
             return False
         return self.thinking.phase is Phase.INSIDE
 
     @property
     def output(self) -> list[int]:
-        """The answer so far, a copy."""
+        """A copy of the answer so far."""
         return self.tokens[self.prompt_length :]
 
     @property
@@ -144,27 +144,27 @@ class Sequence:
 
     @property
     def forbidden_token_ids(self) -> frozenset[int]:
-        """What the next token may not be, whatever the model says."""
+        """The token ids that the next token must not be."""
         params = self.request.sampling
         forbidden = self.ending_token_ids if self.forbids_ending else NO_TOKENS
-        if self.grammar is not None and params.ignore_eos:  # a grammar allows an end when complete
+        if self.grammar is not None and params.ignore_eos:  # a complete grammar allows the end
             forbidden |= params.eos_token_ids
         return forbidden
 
     @property
     def constrained_by(self) -> GrammarState | None:
-        """The grammar, where the next token is the grammar's to allow."""
+        """The grammar if it decides which tokens may come next, else None."""
         grammar = self.grammar
         return grammar if grammar is not None and grammar.constrains else None
 
     @property
     def forced_token(self) -> int | None:
-        """The next token where it is not the model's to choose."""
+        """The next token if the engine forces it, else None."""
         return None if self.thinking is None else self.thinking.forced_token
 
     @property
     def unscored(self) -> range:
-        """Positions whose logits are still needed: each scores the prompt token behind it."""
+        """The prompt positions whose logits are still needed, each to score the token after it."""
         if self.request.sampling.prompt_logprobs is None:
             return NOTHING
         return range(len(self.prompt_logprobs), self.prompt_length - 1)
@@ -178,21 +178,21 @@ class Sequence:
         return self.thinking is not None and self.thinking.forced_close
 
     def dial_at(self, position: int) -> Dial:
-        """The dial under which the token at `position` is computed."""
+        """Returns the dial under which the token at `position` is computed."""
         if self.switch_at is None or position < self.switch_at:
             return self.dial
         assert self.answer_dial is not None
         return self.answer_dial
 
     def dial_over(self, start: int, end: int) -> Dial | None:
-        """The dial of the tokens [start, end); None where the answer's begins among them."""
+        """Returns the dial of the tokens [start, end), or None if they have two."""
         switch = self.switch_at
         if switch is None or end <= switch:
             return self.dial
         return self.answer_dial if start >= switch or self.dial == self.answer_dial else None
 
     def append(self, token_id: int) -> None:
-        """Takes a sampled token. The one that closes the think block is the first of the answer."""
+        """Appends a sampled token. The one that closes the think block starts the answer."""
         self.tokens.append(token_id)
         if self.grammar is not None:
             self.grammar.observe(token_id)
@@ -206,16 +206,16 @@ class Sequence:
 
 @lru_cache(maxsize=1024)
 def _shared(dial: Dial) -> Dial:
-    """The first of equal dials: where they are one object, nobody compares them value by value."""
+    """Returns one object for all equal dials, so that comparing them is by identity."""
     return dial
 
 
-def _or_endless(max_tokens: int | None) -> int:
+def _or_unlimited(max_tokens: int | None) -> int:
     return sys.maxsize if max_tokens is None else max_tokens
 
 
-def _has_rules(request: EngineRequest) -> bool:
-    """Whether penalties, bias or forbidden ends may ever change logits."""
+def _has_logits_processors(request: EngineRequest) -> bool:
+    """Whether penalties, bias or forbidden ends may change logits at some step."""
     return (
         request.sampling.has_penalty
         or bool(request.sampling.logit_bias)

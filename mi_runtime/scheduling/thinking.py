@@ -1,10 +1,10 @@
-"""Where a sequence stands to its think block, and when the engine closes it, by token ids alone.
+"""Tracks the think block of a sequence by token ids, and decides when the engine closes it.
 
-Knows the ids of the tags and nothing of text: the tokens between the tags are the reasoning. A
-sequence has at most one think block. The prompt opens it, or the first open tag in the answer
-does, if only blanks stand before it; after it closed nothing opens it again. At the cap the closing
-sequence is forced, token by token; in the window before the cap it is forced where a sentence or a
-line ends.
+It knows the token ids of the tags and no text: the tokens between the tags are the reasoning. A
+sequence has at most one think block. Either the prompt opens it, or the first open tag in the
+answer does, if only blanks precede it. Once it is closed, nothing opens it again. At the cap, the
+closing sequence is forced token by token; in the window before the cap, it is forced at the end of
+a sentence or a line.
 """
 
 from enum import Enum, auto
@@ -14,19 +14,19 @@ from mi_runtime.request import ThinkPolicy
 
 
 class Phase(Enum):
-    OUTSIDE = auto()  # no block was opened yet
+    OUTSIDE = auto()  # no block has been opened yet
     INSIDE = auto()
-    CLOSED = auto()  # none can be opened any more
+    CLOSED = auto()  # the block is closed, or the answer began without one
 
 
 class ThinkingState:
-    """The think block of one sequence, told each new token in turn."""
+    """The state of one sequence's think block. `observe` takes each new token in order."""
 
     def __init__(self, policy: ThinkPolicy, marks: TokenMarks | None = None) -> None:
         self._policy = policy
         self._marks = marks or TokenMarks()
         self._soft_ends = policy.soft_ends or self._marks.soft_ends
-        self._forced: tuple[int, ...] = ()  # what is still to be written, in order
+        self._forced: tuple[int, ...] = ()  # tokens of the closing sequence yet to come
         self.phase = Phase.INSIDE if policy.opened_by_prompt else Phase.OUTSIDE
         self.reasoning_tokens = 0  # the tags and the forced closing sequence are not counted
         self.forced_close = False  # the engine closed the block, not the model
@@ -38,7 +38,7 @@ class ThinkingState:
 
     @property
     def forced_token(self) -> int | None:
-        """The token that must come next, if the closing sequence is being written."""
+        """The token that must come next while the closing sequence is being forced, else None."""
         return self._forced[0] if self._forced else None
 
     @property
@@ -47,7 +47,7 @@ class ThinkingState:
         return self._policy.forbid_eos and self.phase is Phase.INSIDE
 
     def observe(self, token_id: int) -> bool:
-        """Takes the next token of the answer; True when it closed the block."""
+        """Takes the next token of the answer, and returns whether it closed the block."""
         inside, forced = self.phase is Phase.INSIDE, bool(self._forced)
         if forced:
             assert token_id == self._forced[0]
@@ -67,7 +67,7 @@ class ThinkingState:
             self.phase = Phase.INSIDE
             self._close_if_due(None)
         elif blanks is not None and token_id not in blanks:
-            self.phase = Phase.CLOSED  # the answer has begun: a tag in it is text
+            self.phase = Phase.CLOSED  # the answer has begun: from here on a tag is text
 
     def _observe_inside(self, token_id: int) -> None:
         policy = self._policy

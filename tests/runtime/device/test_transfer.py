@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mi_runtime.device.transfer import Readback, on_device, send
-from mi_runtime.execution import sampler
+from mi_runtime.execution import topk_topp
 from mi_runtime.execution.batch import build_batch
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.model.blend_cache import BlendCache
@@ -125,7 +125,7 @@ def everything() -> list[Sequence]:
 def test_sampling_waits_for_nothing_and_its_results_are_one_copy(
     dtype: torch.dtype, crossings: Crossings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "GROUP", VOCAB // 3)  # as in a large vocabulary
+    monkeypatch.setattr(topk_topp, "GROUP", VOCAB // 3)  # as in a large vocabulary
     sequences = everything()
     assert sequences[6].forced_token == CLOSE
     logits = torch.randn(len(sequences), VOCAB, dtype=dtype, device=DEVICE)

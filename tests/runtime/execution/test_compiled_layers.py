@@ -119,7 +119,7 @@ def test_compiled_layers_compute_what_the_model_computes(
 def test_what_one_model_has_compiled_leaves_the_next_as_much(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mi_runtime.execution.compiled_layers.LAYERS", 1)
+    monkeypatch.setattr("mi_runtime.execution.compiled_layers.MAX_COMPILED", 1)
     for _ in range(2):
         engine = engine_of(pair_of("qwen3", num_hidden_layers=1))
         graphs = graphs_of(engine, compiled_logits(engine._runner._model, nothing))

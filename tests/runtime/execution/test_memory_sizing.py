@@ -30,7 +30,7 @@ RESERVED = ReservedMemory(
     first_recording=1 * GIB,
     next_recording=16 * 2**20,
     recordings=36,
-    recordings_a_place=12,
+    recordings_per_place=12,
 )
 BLEND = 7 * GIB  # bytes of one λ's blended weights
 
@@ -51,7 +51,7 @@ def qwen3_4b(patch: pytest.MonkeyPatch) -> BlendedModel:
 def held(
     config: EngineConfig, model: BlendedModel, reserved: ReservedMemory, sizes: CacheSizes
 ) -> int:
-    places = sizes.places * (BLEND + reserved.graphs_a_place)
+    places = sizes.places * (BLEND + reserved.graphs_per_place)
     kv = sizes.num_blocks * memory_sizing.block_bytes(config, model)
     return reserved.used + reserved.workspace + reserved.graphs + places + kv
 
@@ -89,7 +89,7 @@ def test_blended_weights_get_no_room_where_nothing_takes_them(
 
 def test_recordings_are_counted_the_first_in_full_the_others_as_the_second() -> None:
     assert RESERVED.graphs == GIB + 35 * 16 * 2**20
-    assert RESERVED.graphs_a_place == 12 * 16 * 2**20
+    assert RESERVED.graphs_per_place == 12 * 16 * 2**20
 
 
 def test_too_little_is_told_in_numbers_with_what_to_do(model: BlendedModel) -> None:

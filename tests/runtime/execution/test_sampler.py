@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mi_runtime.device.transfer import Readback
-from mi_runtime.execution import sampler as module
+from mi_runtime.execution import logits_processors, topk_topp
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenLogprobs
 from mi_runtime.scheduling.chunk import Sampled
@@ -190,24 +190,24 @@ def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting(
 def assert_found_as_sorted(probabilities: Tensor, top_p: Tensor, group: int) -> None:
     all_of_them = probabilities.shape[1]
     every = torch.full_like(top_p, all_of_them)
-    by_sorting = module._least_of_ranked(probabilities, every, top_p, all_of_them)
+    by_sorting = topk_topp._least_of_ranked(probabilities, every, top_p, all_of_them)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "GROUP", group)
-        by_search = module._least_by_search(probabilities, top_p)
+        patch.setattr(topk_topp, "GROUP", group)
+        by_search = topk_topp._least_by_search(probabilities, top_p)
     assert torch.equal(by_search, by_sorting)
 
 
 def test_so_it_is_in_a_large_vocabulary() -> None:
     top_p = torch.tensor([[0.8], [0.99]])
     logits = random_logits(2, vocabulary=151_936)
-    assert_found_as_sorted(logits.softmax(1), top_p, module.GROUP)
+    assert_found_as_sorted(logits.softmax(1), top_p, topk_topp.GROUP)
 
 
 @pytest.mark.parametrize("params", [{"top_p": 0.8}, {"top_p": 0.95, "min_p": 0.03}], ids=str)
 def test_a_searched_cut_draws_from_the_distribution_that_is_asked_for(
     params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GROUP", 7)
+    monkeypatch.setattr(topk_topp, "GROUP", 7)
     assert_same_distribution(random_logits(), **params)
 
 
@@ -420,7 +420,7 @@ def test_a_row_gives_the_same_alone_and_in_any_company(
     logits = random_logits(len(batch), seed, vocabulary=200)
     logits = (logits.round() if coarse else logits).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "GROUP", group)
+        patch.setattr(topk_topp, "GROUP", group)
         together = sample(logits, *map(with_params, batch))
         for row, params in enumerate(batch):
             alone = sample(logits[row : row + 1], with_params(params))
@@ -433,7 +433,8 @@ def test_rows_are_penalized_and_drawn_slice_by_slice(monkeypatch: pytest.MonkeyP
     kinds: list[dict[str, Any]] = [{}, {"top_k": 5}, penalized, {"min_p": 0.1}, {"top_p": 0.7}]
     batch = [SamplingParams(seed=row, **kinds[row % len(kinds)]) for row in range(15)]
     whole = tokens(logits, *map(with_params, batch))
-    monkeypatch.setattr(module, "SLICE", 2)
+    monkeypatch.setattr(topk_topp, "SLICE", 2)
+    monkeypatch.setattr(logits_processors, "SLICE", 2)
     assert tokens(logits, *map(with_params, batch)) == whole
 
 
@@ -443,8 +444,8 @@ def test_sums_of_probabilities_are_the_same_in_any_order() -> None:
     shuffled = probabilities[:, torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
     totals, least = [], []
     for one in (probabilities, shuffled):
-        totals.append(module._mass(one).cumsum(1)[:, -1])
-        least.append(module._least_by_search(one, torch.full((3, 1), 0.9)))
+        totals.append(topk_topp._mass(one).cumsum(1)[:, -1])
+        least.append(topk_topp._least_by_search(one, torch.full((3, 1), 0.9)))
     assert torch.equal(*totals)
     assert torch.equal(*least)
 

@@ -27,7 +27,7 @@ from mi_runtime.model.pair_modules import PairEmbedding, PairLinear
 from mi_runtime.model.probe import Probe
 from mi_runtime.model.row_lambdas import BlendGroups, Rows, StepRows
 from mi_runtime.model.swap import ModuleSwap, RowAxis
-from mi_runtime.model.weights import VocabularyPair, WholeStorage
+from mi_runtime.model.weights import PairStorage, VocabularyPair
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.scheduler import Scheduler
@@ -342,7 +342,7 @@ def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
 
 def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) -> nn.Module:
     groups = BlendGroups(1, torch.device("cpu"), BlendCache())
-    for _ in ModuleSwap(groups, axes, WholeStorage()).swap(instruct, thinking):
+    for _ in ModuleSwap(groups, axes, PairStorage()).swap(instruct, thinking):
         pass
     return instruct
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from mi_runtime.config import EngineConfig, GrammarVocabulary, TokenMarks
 from mi_runtime.embedded_pair.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from mi_runtime.engine import Engine
-from mi_runtime.execution.sampler import _forbidden
+from mi_runtime.execution.logits_processors import _forbidden
 from mi_runtime.request import (
     Dial,
     EngineRequest,
