@@ -74,3 +74,13 @@ def make_engine(qwen3_pair: tuple[Path, Path]) -> MakeEngine:
         return shared_models.engine_of(EngineConfig(instruct, thinking, **{**small, **settings}))
 
     return make
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles of products: Triton's interpreter is slow in programs, not in numbers."""
+    from mi_runtime.kernels import pair_linear
+
+    monkeypatch.setattr(pair_linear, "TILES", {128: pair_linear.Tiles(32, 512, 512, 1, 1)})
+    monkeypatch.setattr(pair_linear, "OF_FP32", {})
+    monkeypatch.setattr(pair_linear, "BUSY", 1)

@@ -69,12 +69,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 OF_EACH_KIND = ("qwen3", "gemma3_text", "phi3", "starcoder2", "qwen2_moe", "glm4_moe", "gpt_oss")
 
 
-def families_of_each_kind() -> list[Any]:
-    """All families, for `parametrize`; those that repeat a kind are left to `make test-long`."""
-    return [
-        pytest.param(family, marks=[] if family in OF_EACH_KIND else pytest.mark.long)
-        for family in FAMILIES
-    ]
+def marks_of(family: str) -> list[Any]:
+    """Leaves a family that repeats a kind to `make test-long`."""
+    return [] if family in OF_EACH_KIND else [pytest.mark.long]
 
 
 def write_pair(

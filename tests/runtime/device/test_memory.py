@@ -70,7 +70,6 @@ def loaded(directories: tuple[Path, Path]) -> dict[str, Loaded]:
     command = [sys.executable, "-c", LOAD, *map(str, directories), settings]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    print(done.stdout)
     return {way: Loaded(*json.loads(line)) for way, line in zip(WAYS, lines, strict=True)}
 
 

@@ -144,7 +144,9 @@ def drive(
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+)
 def test_a_mixed_workload_gets_the_same_tokens_as_step_by_step(
     seed: int, settings: dict[str, Any], build: Build
 ) -> None:
@@ -162,7 +164,9 @@ def test_a_mixed_workload_gets_the_same_tokens_as_step_by_step(
         assert ahead.stats().preemptions
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))]
+)
 def test_whoever_is_aborted_has_the_beginning_of_its_answer_and_the_others_all(
     seed: int, build: Build
 ) -> None:

@@ -27,6 +27,8 @@ from tests.runtime.execution.test_decode_graphs import RunAgain
 from tests.runtime.execution.test_ways import make_subject
 from tests.runtime.families import SLIDING
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 PairOf = Callable[..., tuple[Path, Path]]
 E, B, P = Way.ENDPOINT, Way.BLENDED, Way.PAIR
 

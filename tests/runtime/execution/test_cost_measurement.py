@@ -19,7 +19,7 @@ from mi_runtime.execution.decode_graphs import GraphKey
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.row_lambdas import Way
 from mi_runtime.scheduling.planner import CostModel, Curve
-from tests.runtime.conftest import MakeEngine
+from tests.runtime.conftest import MakeEngine, PairOf
 from tests.runtime.execution.test_decode_graphs import record
 from tests.runtime.shared_models import shared_model
 
@@ -93,12 +93,12 @@ def test_a_gpu_that_is_full_is_no_fault_of_the_kernels(
 
 
 def test_kernels_that_are_slower_take_no_dense_products_but_the_experts(
-    qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interpreted they are slower by far."""
     monkeypatch.setattr(cost_measurement, "KERNEL_ROWS", (1, 2))
     monkeypatch.setattr(cost_measurement, "REPEATS", 1)
-    model = model_of(qwen3_pair)
+    model = model_of(pair_of("qwen3", num_hidden_layers=1))
     measure_kernels(model)
     assert (model.kernels.rows, model.kernels.experts) == (0, True)
 

@@ -21,7 +21,7 @@ from mi_runtime.model.row_lambdas import StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from mi_runtime.scheduling.planner import CostModel, Curve
 from tests.runtime import oracle
-from tests.runtime.families import FAMILIES, VOCABULARY, families_of_each_kind
+from tests.runtime.families import FAMILIES, VOCABULARY, marks_of
 from tests.runtime.shared_models import engine_of
 from tests.runtime.ways import RandomPlanner
 
@@ -112,7 +112,7 @@ def any_subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
     return make_subject(pair_of(request.param))
 
 
-@pytest.fixture(params=families_of_each_kind())
+@pytest.fixture(params=[pytest.param(one, marks=marks_of(one)) for one in FAMILIES])
 def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
     return make_subject(pair_of(request.param))
 

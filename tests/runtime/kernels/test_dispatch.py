@@ -21,6 +21,8 @@ from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from tests.runtime.families import FAMILIES, VOCABULARY
 from tests.runtime.shared_models import shared_model
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 PairOf = Callable[..., tuple[Path, Path]]
 Dials = tuple[Dial, ...]
 
@@ -62,14 +64,6 @@ def by_kernel(kernels: KernelDispatch) -> Iterator[None]:
     kernels.enable(rows=1000)
     yield
     kernels.enable(rows=0, experts=False)
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tiles: Triton's interpreter is slow in programs, not in numbers."""
-    monkeypatch.setattr(pair_linear, "TILES", {128: pair_linear.Tiles(32, 512, 512, 1, 1)})
-    monkeypatch.setattr(pair_linear, "OF_FP32", {})
-    monkeypatch.setattr(pair_linear, "BUSY", 1)
 
 
 @pytest.mark.parametrize(

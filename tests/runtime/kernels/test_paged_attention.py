@@ -126,8 +126,9 @@ class Case:
 LONG = ((39, 1), (0, 1), (69, 1), (126, 1))  # decodes; four splits have two to eight tiles
 
 
-@pytest.mark.parametrize("group", [1, 4, 7])
-@pytest.mark.parametrize("window", [None, 1, 18])
+@pytest.mark.parametrize(
+    ("group", "window"), [(1, None), (1, 18), (4, None), (4, 1), (7, None), (7, 18)]
+)
 def test_prefill_chunks_and_decodes_agree_with_the_reference(
     group: int, window: int | None
 ) -> None:
@@ -142,11 +143,10 @@ def test_heads_of_every_size_agree_with_the_reference(dims: tuple[int, int]) -> 
 
 @pytest.mark.parametrize(("sinks", "window"), [("heads", None), ("shared", 18), ("rows", 18)])
 def test_sinks_of_every_shape_agree_with_the_reference(sinks: str, window: int | None) -> None:
-    Case(sinks=sinks, window=window, splits=4).check()
+    Case(((39, 1), (21, 9), (0, 3)), sinks=sinks, window=window, splits=4).check()
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 8])
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("splits", "window"), [(1, None), (2, 50), (4, None), (8, None), (8, 50)])
 def test_splits_add_up_to_the_whole(splits: int, window: int | None) -> None:
     Case(LONG, splits=splits, window=window, sinks="heads").check()
 
@@ -155,7 +155,7 @@ def test_splits_add_up_to_the_whole(splits: int, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 20])
 def test_splits_of_prefill_chunks_add_up_to_the_whole(splits: int, window: int | None) -> None:
     """With a window a query sees nothing of parts that another one of its tile sees."""
-    chunks = ((50, 1), (90, 20), (0, 37))
+    chunks = ((50, 1), (58, 9), (0, 21))
     Case(chunks, splits=splits, window=window, sinks="rows", kv_heads=1).check()
 
 
@@ -167,7 +167,8 @@ def test_a_tile_need_not_be_a_block(block_size: int) -> None:
 
 def test_half_precision_agrees_with_the_reference_within_its_rounding() -> None:
     """The interpreter multiplies no bfloat16: it takes the bits for whole numbers."""
-    Case(dtype=torch.float16, splits=2, sinks="rows").check(tolerance=4e-3)
+    chunks = ((39, 1), (21, 9), (0, 3))
+    Case(chunks, dtype=torch.float16, splits=2, sinks="rows").check(tolerance=4e-3)
 
 
 def test_many_short_chunks_are_found_by_their_tiles() -> None:

@@ -33,7 +33,7 @@ from tests.runtime.execution.test_ways import (
     make_subject,
     random_tokens,
 )
-from tests.runtime.families import FAMILIES
+from tests.runtime.families import FAMILIES, marks_of
 from tests.runtime.ways import RandomPlanner
 
 APART = 0.1  # as far as endpoints of real pairs lie from each other
@@ -88,13 +88,16 @@ def delta_subject(directories: Directories, kind: DeltaKind, **settings: Any) ->
     return DeltaSubject(directories, engine, kind)
 
 
-SUBJECTS: list[tuple[str, DeltaKind]] = [
-    *((family, "int8") for family in FAMILIES),
-    *((family, "int4") for family in ("qwen3", "gemma3_text", "starcoder2", "mixtral", "gpt_oss")),
-]
+IN_INT4 = ("qwen3", "gemma3_text", "starcoder2", "mixtral", "gpt_oss")
 
 
-@pytest.fixture(params=SUBJECTS, ids=" ".join)
+@pytest.fixture(
+    params=[
+        pytest.param((family, kind), id=f"{family} {kind}", marks=marks_of(family))
+        for kind, families in (("int8", FAMILIES), ("int4", IN_INT4))
+        for family in families
+    ]
+)
 def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> DeltaSubject:
     family, kind = request.param
     return delta_subject(pair_of(family, apart=APART), kind)
