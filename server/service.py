@@ -61,13 +61,13 @@ class Service:
             template=settings.reasoning_template,
             think_threshold=lambda: self.think_threshold,
         )
+        vocabulary = self.prompts.vocabulary
         self.think_blocks = ThinkBlocks.of(
-            self.prompts.vocabulary,
+            vocabulary,
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        self.constraint = GrammarBuilder(self.prompts.vocabulary)
-        vocabulary = self.prompts.vocabulary
+        self.grammars = GrammarBuilder(vocabulary)
         self.sampling = SamplingPolicy.of(instruct, thinking, vocabulary)
         engine.add_vocabulary(
             vocabulary.marks,

@@ -62,7 +62,7 @@ def _grammar_and_prompts(
     wire: ChatRequest, routing: RoutingDecision, service: Service
 ) -> tuple[str | None, list[Prompt]]:
     """Returns the grammar of the answer, if it has one, and the prompt of each dial."""
-    grammar = service.constraint.grammar(wire)
+    grammar = service.grammars.grammar(wire)
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )

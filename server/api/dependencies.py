@@ -7,7 +7,7 @@ from fastapi import Depends, Request
 from server.service import Service
 
 
-def _service_of(request: Request) -> Service:
+async def _service_of(request: Request) -> Service:  # a plain function would run in a thread
     service: Service = request.app.state.service
     return service
 

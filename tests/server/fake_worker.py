@@ -12,8 +12,9 @@ prompt, is a command.
     die           three tokens, then the process    wedge       three tokens, then nothing is
                   exits with code 7                             read or sent any more
 
-A script that writes what its grammar does not allow fails. Commands that describe the request
-ignore its grammar, so that tests can read it.
+Where the grammar of an answer does not allow what the script writes, the grammar is followed, on a
+short way to its end. Commands that describe the request ignore its grammar, so that tests can read
+it.
 """
 
 import argparse
@@ -59,6 +60,7 @@ USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 ENDLESS = ("forever", "fail", "die", "wedge")
 DESCRIPTIONS = ("request", "sampling", "lambda")
 FOREVER = 10**9
+FILLERS = '}]"{:0,a'  # what completes JSON soon, best first, then any text
 FINGERPRINT = "0123456789abcdef" * 4
 
 
@@ -71,22 +73,25 @@ class Script:
             cycle(token_ids) if command in ENDLESS else chain(token_ids, repeat(eos))
         )
 
-    def draw(self, sequence: Sequence, filler: int) -> int | None:
-        """The next token, None if the grammar does not allow it. A forbidden end is `filler`."""
+    def draw(self, sequence: Sequence, fillers: list[int]) -> int | None:
+        """Returns the next token that is allowed, or None if none is.
+
+        Where the written token is not allowed, it is the first of the `fillers` that is.
+        """
         if sequence.forced_token is not None:
             return sequence.forced_token
-        token = next(self._tokens)
-        if token in sequence.forbidden_token_ids:
-            token = filler
-        return token if is_allowed(token, sequence) else None
+        written, forbidden = next(self._tokens), sequence.forbidden_token_ids
+        grammar = sequence.constrained_by
+        if grammar is None:
+            return written if written not in forbidden else fillers[-1]
+        allowed = sorted(tokens_in(grammar.mask()) - forbidden)
+        if written in allowed or written == grammar.extra_token:
+            return written
+        return next((token for token in fillers if token in allowed), next(iter(allowed), None))
 
 
-def is_allowed(token_id: int, sequence: Sequence) -> bool:
-    grammar = sequence.constrained_by
-    if grammar is None or token_id == grammar.extra_token:
-        return True
-    mask = grammar.mask()
-    return bool(mask) and bool(mask[token_id // 8] >> token_id % 8 & 1)
+def tokens_in(mask: bytes) -> set[int]:
+    return {8 * at + bit for at, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1}
 
 
 def describe_request(request: EngineRequest) -> dict[str, Any]:
@@ -133,7 +138,8 @@ class FakeEngine:
     ) -> None:
         self.pipe = pipe
         self.tokenizer = Tokenizer.from_file(str(Path(config.thinking) / "tokenizer.json"))
-        self.eos, self.filler = self.encode("<|im_end|>a")
+        (self.eos,) = self.encode("<|im_end|>")
+        self.fillers = [self.eos, *self.encode(FILLERS)]
         self.marks = config.marks
         vocabulary = config.grammar_vocabulary
         self.grammars = None if vocabulary is None else Grammars(vocabulary)
@@ -239,9 +245,9 @@ class FakeEngine:
         sampled = {}
         for chunk in chunks:
             if chunk.samples:
-                token = self.scripts[chunk.sequence.request_id].draw(chunk.sequence, self.filler)
+                token = self.scripts[chunk.sequence.request_id].draw(chunk.sequence, self.fillers)
                 if token is None:
-                    events.append(self.break_grammar(chunk.sequence))
+                    events.append(self.end_undrawn(chunk.sequence))
                 else:
                     sampled[chunk.sequence] = token, logprobs_of(chunk.sequence, token)
         scores = {chunk.sequence: scores_of(chunk) for chunk in chunks if chunk.scored}
@@ -257,10 +263,11 @@ class FakeEngine:
         ]
         return [self.scheduler.fail(sequence, "the prompt says so") for sequence in running]
 
-    def break_grammar(self, sequence: Sequence) -> TokenEvent:
+    def end_undrawn(self, sequence: Sequence) -> TokenEvent:
         assert sequence.grammar is not None
-        fault = sequence.grammar.failure or "the script writes what its grammar does not allow"
-        return self.scheduler.fail(sequence, fault)
+        if sequence.grammar.failure is not None:
+            return self.scheduler.fail(sequence, sequence.grammar.failure)
+        return self.scheduler.complete(sequence)
 
     def end_on_command(self, command: str, sequence: Sequence) -> None:
         if sequence.output_length == 3 and command == "die":
