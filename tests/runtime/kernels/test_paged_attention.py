@@ -32,6 +32,7 @@ from tests.runtime.paged import (
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("mi_runtime.kernels.paged_attention")
+TritonAttention = pytest.importorskip("mi_runtime.attention.triton_backend").TritonAttention
 
 NUM_BLOCKS = 80
 
@@ -239,7 +240,7 @@ def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_rightly() -> No
     one.block_table = [blocks, 0]
     plan = attention_plan([Chunk(one, 0, 20)], block_size, 1, CPU)
     key, value, query = (torch.randn(20, heads, dim).half() for heads in (1, 1, 2))
-    backend = kernels.TritonAttention()
+    backend = TritonAttention()
     backend.write(plan, keys, values, key, value)
     out = backend.attend(plan, query, keys, values, scale=0.1, window=None, sinks=None)
     assert torch.equal(keys[blocks], key[:16])
@@ -263,7 +264,7 @@ def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int)
         sinks=chance.choice(["none", "shared", "by row"]),
         budget=24,
     )
-    over = attention(work, kernels.TritonAttention())
+    over = attention(work, TritonAttention())
     for cache in (*over._keys, *over._values):
         cache.fill_(torch.nan)
     out = paged(work, over, sequences(work, shuffled_blocks(seed)))
@@ -333,12 +334,12 @@ def test_a_layer_is_traced_with_tensors_of_a_gpu_that_is_not_there() -> None:
     plan = Case().plan()
     with FakeTensorMode(allow_non_fake_inputs=True):
         cuda = torch.device("cuda")
-        tensors = ("slots", "query_starts", "lengths", "tables", "opened")
+        tensors = ("slot_mapping", "query_starts", "lengths", "block_tables", "partial_blocks")
         fake = replace(
             plan,
             **{name: torch.empty_like(getattr(plan, name), device=cuda) for name in tensors},
         )
-        backend = kernels.TritonAttention()
+        backend = TritonAttention()
         over = PagedAttention(
             (LayerShape(2, 64, 32, 8),), NUM_BLOCKS, 4, torch.bfloat16, cuda, backend
         )
