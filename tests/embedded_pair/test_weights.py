@@ -23,13 +23,13 @@ from mi_runtime.embedded_pair.task import draw_questions, is_correct, thought
 from mi_runtime.embedded_pair.tokenizer import prompt_text
 
 ENDPOINTS = [INSTRUCT_DIRECTORY, THINKING_DIRECTORY]
-QUESTIONS = draw_questions(Random(2024), 100)
-LONGEST = 240
+QUESTIONS = draw_questions(Random(2024), 60)
+LONGEST = 140
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What 100 answers at one λ were like."""
+    """What the answers at one λ were like."""
 
     think_rate: float
     accuracy: float
@@ -59,7 +59,7 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def outcome(weight: float) -> Outcome:
-    """Ask the 100 questions once each at T = 0.7."""
+    """Asks the questions once each at T = 0.7."""
     torch.manual_seed(0)
     model = merged_model(weight)
     tokenizer = Tokenizer.from_file(str(INSTRUCT_DIRECTORY / "tokenizer.json"))
