@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mi_runtime.request import TokenEvent
-from server.answer.choice import Choice, Chunk
+from server.answer.choice import AnswerChunk, Choice
 from server.engine.generation import Generation
 from server.ops.request_log import Trace
 from server.routing.routing_decision import RoutingDecision
@@ -87,7 +87,9 @@ class Answer:
             "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
         }
 
-    async def chunks(self, *, wake_after: float | None = None) -> AsyncGenerator[list[Chunk], None]:
+    async def chunks(
+        self, *, wake_after: float | None = None
+    ) -> AsyncGenerator[list[AnswerChunk], None]:
         """Yields the chunks that arrived, and an empty list if none did for `wake_after` seconds.
 
         Raises `ApiError` if a choice or the engine failed, `ClientLeft` if nobody reads.
@@ -111,7 +113,7 @@ class Answer:
             alarm.cancel()
             self._close(unfinished)
 
-    def _take(self, at: float, event: TokenEvent) -> Chunk | None:
+    def _take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
         choice = self._choices[event.request_id]
         if choice.stopped_by_string:
             return None

@@ -4,7 +4,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final
 
 from server.answer.answer import AnswerHead
-from server.answer.choice import Chunk
+from server.answer.choice import AnswerChunk
 from server.answer.format import CompleteChoice, Format, json_text
 from server.answer.logprobs import WriteLogprobs, chat_logprobs
 from server.text.tool_parser import join_deltas
@@ -24,7 +24,7 @@ class ChatFormat(Format):
     def logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         return {"content": entries}
 
-    def payloads(self, chunk: Chunk, head: AnswerHead) -> list[str]:
+    def payloads(self, chunk: AnswerChunk, head: AnswerHead) -> list[str]:
         """A chunk needs several events if its token closed the block and began the content or a
         call."""
         payloads = []

@@ -27,7 +27,7 @@ def observe_nothing(tokens: int, cut: bool) -> None:
 
 
 @dataclass(slots=True)
-class Chunk:
+class AnswerChunk:
     """What one token added to one choice."""
 
     index: int  # of the choice
@@ -82,7 +82,7 @@ class Choice:
         """Whether a stop string ended the answer, which the engine does not know."""
         return self._stop.hit
 
-    def take(self, at: float, event: TokenEvent) -> Chunk | None:
+    def take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
         """Returns the chunk that an event makes, if any. `at`: `time.perf_counter` at its arrival.
 
         Raises `RequestFailed` if the engine failed or aborted the request.
@@ -138,14 +138,14 @@ class Choice:
             self.reasoning_tokens = 0
         return split
 
-    def _chunk(self, split: Split, content: str) -> Chunk | None:
+    def _chunk(self, split: Split, content: str) -> AnswerChunk | None:
         calls: list[CallDelta] = []
         if self._calls is not None:
             content, calls = self._split_calls(content, self._calls)
         if not (content or calls or split.reasoning or self.finish_reason):
             return None
         logprobs, self._logprobs = self._logprobs, []
-        return Chunk(
+        return AnswerChunk(
             self.index,
             content,
             split.reasoning,
@@ -165,11 +165,11 @@ class Choice:
                 self.finish_reason = "tool_calls"
         return split.content, split.calls
 
-    def _with_echo(self, chunk: Chunk | None, event: TokenEvent) -> Chunk:
+    def _with_echo(self, chunk: AnswerChunk | None, event: TokenEvent) -> AnswerChunk:
         """Puts the prompt and its log-probabilities before the first chunk."""
         assert self._echo is not None
         echo, self._echo = self._echo, None
-        chunk = chunk or Chunk(self.index)
+        chunk = chunk or AnswerChunk(self.index)
         chunk.content = echo.text + chunk.content
         if self._write_logprobs is not None and event.prompt_logprobs is not None:
             scores = echo.logprobs(event.prompt_logprobs, self._write_logprobs, self._vocabulary)

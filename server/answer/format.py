@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from server.answer.answer import AnswerHead
-from server.answer.choice import Chunk
+from server.answer.choice import AnswerChunk
 from server.answer.logprobs import WriteLogprobs
 from server.text.tool_parser import CallDelta
 from server.text.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ class CompleteChoice:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: AnswerChunk) -> None:
         if chunk.repeats_reasoning:
             self.reasoning.clear()
         else:
@@ -55,7 +55,7 @@ class Format(ABC):
         """Returns the `logprobs` of a choice or chunk."""
 
     @abstractmethod
-    def payloads(self, chunk: Chunk, head: AnswerHead) -> list[str]:
+    def payloads(self, chunk: AnswerChunk, head: AnswerHead) -> list[str]:
         """Returns the JSON payload of each event that a chunk needs; none if it adds no text."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from server.answer.answer import Answer, AnswerHead
-from server.answer.choice import Chunk
+from server.answer.choice import AnswerChunk
 from server.answer.format import Format, json_text
 from server.engine.generation import ClientLeft
 from server.wire.errors import ApiError, RequestFailed
@@ -75,7 +75,7 @@ class ChunkWriter:
             for index in range(choices)
         ).encode()
 
-    def write(self, chunks: Sequence[Chunk]) -> bytes:
+    def write(self, chunks: Sequence[AnswerChunk]) -> bytes:
         """Writes several chunks as one piece, so that those that came together leave together."""
         return "".join([self._chunk(chunk) for chunk in chunks]).encode()
 
@@ -84,7 +84,7 @@ class ChunkWriter:
         text = f'data: {self._opening},"choices":[],"usage":{json_text(usage)}{routing}}}'
         return f"{text}\n\n".encode()
 
-    def _chunk(self, chunk: Chunk) -> str:
+    def _chunk(self, chunk: AnswerChunk) -> str:
         payloads = self._format.payloads(chunk, self._head)
         if not payloads:
             if not (chunk.finish_reason or chunk.logprobs):
@@ -94,7 +94,7 @@ class ChunkWriter:
         plain = [f"{self._before}{chunk.index},{other}{self._plain_end}" for other in others]
         return "".join(plain) + self._last_event(chunk, last)
 
-    def _last_event(self, chunk: Chunk, payload: str) -> str:
+    def _last_event(self, chunk: AnswerChunk, payload: str) -> str:
         """Writes the event of a chunk that has its logprobs and its finish reason."""
         if chunk.finish_reason is None and not chunk.logprobs:
             return f"{self._before}{chunk.index},{payload}{self._plain_end}"

@@ -4,7 +4,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final
 
 from server.answer.answer import AnswerHead
-from server.answer.choice import Chunk
+from server.answer.choice import AnswerChunk
 from server.answer.format import CompleteChoice, Format
 from server.answer.logprobs import WriteLogprobs, columns, text_logprobs
 from server.text.vocabulary import Vocabulary
@@ -23,7 +23,7 @@ class TextFormat(Format):
     def logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         return columns(entries)
 
-    def payloads(self, chunk: Chunk, head: AnswerHead) -> list[str]:
+    def payloads(self, chunk: AnswerChunk, head: AnswerHead) -> list[str]:
         return [f'"text":{quoted(chunk.content)}'] if chunk.content else []
 
     def complete_payload(self, choice: CompleteChoice, head: AnswerHead) -> dict[str, Any]:

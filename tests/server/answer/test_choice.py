@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
 from mi_runtime.request import FinishReason, Phase, TokenEvent, TokenLogprobs
 from mi_runtime.scheduling.thinking import ThinkingState
-from server.answer.choice import Choice, Chunk
+from server.answer.choice import AnswerChunk, Choice
 from server.answer.echo import Echo
 from server.answer.logprobs import columns, text_logprobs
 from server.ops.metrics import Metrics
@@ -64,7 +64,7 @@ def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
     return events
 
 
-def chunks_of(choice: Choice, ids: list[int], *, opened: bool = False) -> list[Chunk]:
+def chunks_of(choice: Choice, ids: list[int], *, opened: bool = False) -> list[AnswerChunk]:
     """The chunks of these tokens and an end-of-sequence, up to a stop string."""
     chunks = []
     for event in events_of(ids, opened=opened):

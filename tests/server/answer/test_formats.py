@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mi_runtime.request import Dial
 from server.answer.answer import AnswerHead
 from server.answer.chat_format import CHAT
-from server.answer.choice import Chunk
+from server.answer.choice import AnswerChunk
 from server.answer.sse import ChunkWriter
 from server.answer.text_format import TEXT
 from server.routing.routing_decision import RoutingDecision
@@ -65,7 +65,7 @@ def test_the_first_chunk_of_every_choice_has_the_role_and_the_routing() -> None:
 
 @given(st.text(), st.text())
 def test_any_text_is_written_as_json_would(content: str, reasoning: str) -> None:
-    written = read(chat_writer().write([Chunk(1, content, reasoning)]))
+    written = read(chat_writer().write([AnswerChunk(1, content, reasoning)]))
     expected = []
     if reasoning:
         expected.append(event({"reasoning_content": reasoning, "reasoning": reasoning}, index=1))
@@ -75,18 +75,21 @@ def test_any_text_is_written_as_json_would(content: str, reasoning: str) -> None
 
 
 def test_chunks_that_came_together_are_written_together() -> None:
-    written = chat_writer().write([Chunk(0, "a"), Chunk(1, "b"), Chunk(0, "c")])
+    written = chat_writer().write([AnswerChunk(0, "a"), AnswerChunk(1, "b"), AnswerChunk(0, "c")])
     assert [it["choices"][0]["delta"]["content"] for it in read(written)] == ["a", "b", "c"]
 
 
 def test_the_last_chunk_has_the_reason_and_the_routing() -> None:
-    written = chat_writer().write([Chunk(0, finish_reason="length")])
+    written = chat_writer().write([AnswerChunk(0, finish_reason="length")])
     assert read(written) == [event({}, "length") | ROUTING]
 
 
 def test_with_usage_every_chunk_has_the_key_and_one_more_has_the_numbers() -> None:
     writer = chat_writer(include_usage=True)
-    for written in (writer.first(1), writer.write([Chunk(0, "a"), Chunk(0, finish_reason="stop")])):
+    for written in (
+        writer.first(1),
+        writer.write([AnswerChunk(0, "a"), AnswerChunk(0, finish_reason="stop")]),
+    ):
         assert all(it["usage"] is None for it in read(written))
     (last,) = read(writer.usage({"total_tokens": 5}, forced_close=False))
     assert (last["choices"], last["usage"]) == ([], {"total_tokens": 5})
@@ -94,13 +97,13 @@ def test_with_usage_every_chunk_has_the_key_and_one_more_has_the_numbers() -> No
 
 def test_reasoning_that_nobody_wants_is_left_out() -> None:
     writer = chat_writer(include_reasoning=False)
-    assert writer.write([Chunk(0, reasoning="r")]) == b""
-    assert read(writer.write([Chunk(0, "a", "r")])) == [event({"content": "a"})]
+    assert writer.write([AnswerChunk(0, reasoning="r")]) == b""
+    assert read(writer.write([AnswerChunk(0, "a", "r")])) == [event({"content": "a"})]
 
 
 def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -> None:
     begun = CallDelta(1, name="f", id="call_0")
-    chunk = Chunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
+    chunk = AnswerChunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
     head_of_call = {"index": 1, "id": "call_0", "type": "function"}
     assert read(chat_writer().write([chunk])) == [
         event({"content": "a"}),
@@ -115,26 +118,28 @@ def test_texts_are_written_in_their_own_field_and_type() -> None:
     choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
     (first,) = read(writer.first(1))
     assert (first["object"], first["choices"]) == ("text_completion", [choice])
-    (middle, last) = read(writer.write([Chunk(0, "a"), Chunk(0, finish_reason="length")]))
+    (middle, last) = read(
+        writer.write([AnswerChunk(0, "a"), AnswerChunk(0, finish_reason="length")])
+    )
     assert middle["choices"] == [choice | {"text": "a"}]
     assert last["choices"] == [choice | {"finish_reason": "length"}]
     assert "routing" in last
 
 
 def test_line_separators_that_json_allows_are_escaped() -> None:
-    assert b"\\u2028" in chat_writer().write([Chunk(0, "\u2028")])
+    assert b"\\u2028" in chat_writer().write([AnswerChunk(0, "\u2028")])
 
 
 def test_logprobs_travel_with_their_chunk() -> None:
     entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
-    (written,) = read(chat_writer(logprobs=True).write([Chunk(0, "a", logprobs=[entry])]))
+    (written,) = read(chat_writer(logprobs=True).write([AnswerChunk(0, "a", logprobs=[entry])]))
     assert written["choices"][0]["logprobs"] == {"content": [entry]}
 
 
 def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
     writer = chat_writer(include_usage=True)
     forced = {"routing": ROUTING["routing"] | {"forced_close": True}}
-    (last,) = read(writer.write([Chunk(0, finish_reason="stop", forced_close=True)]))
+    (last,) = read(writer.write([AnswerChunk(0, finish_reason="stop", forced_close=True)]))
     (usage,) = read(writer.usage({}, forced_close=True))
     assert last["routing"] == usage["routing"] == forced["routing"]
 
@@ -143,8 +148,8 @@ def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> 
     routing = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
     writer = chat_writer(routing=routing)
     first = read(writer.first(2))
-    (middle,) = read(writer.write([Chunk(1, "a")]))
-    (last,) = read(writer.write([Chunk(1, finish_reason="stop")]))
+    (middle,) = read(writer.write([AnswerChunk(1, "a")]))
+    (last,) = read(writer.write([AnswerChunk(1, finish_reason="stop")]))
     assert [it["choices"][0]["reasoning_lambda"] for it in (*first, last)] == [0.2, 1.0, 1.0]
     assert "reasoning_lambda" not in middle["choices"][0]
     assert last["routing"]["reasoning_lambda"] == [0.2, 1.0]
