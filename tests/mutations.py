@@ -56,7 +56,7 @@ MUTATIONS = {
     "blend: experts have a λ that is off by a thousandth": Mutation(
         "mi_runtime/model/weights.py",
         'as the endpoints are."""\n        return torch.lerp(*self.endpoints, value, out=out)',
-        'as the endpoints are."""\n        return torch.lerp(*self.endpoints, value * 0.999, out=out)',
+        'as the endpoints are."""\n        return torch.lerp(*self.endpoints, 0.999 * value, out=out)',
         ("tests/runtime/model", "tests/runtime/execution"),
     ),
     "blend: embeddings have the λ of another row": Mutation(
