@@ -324,7 +324,6 @@ def test_logits_made_in_pieces_are_those_of_the_whole(
 def test_modules_that_share_a_matrix_blend_it_once(pair_of: PairOf) -> None:
     model = shared_model(pair_of("llama"))
     layer = model.model.model.layers[0].self_attn
-    model.groups.cache.budget = 1 << 24
     model.groups.begin(StepRows((Dial(0.3),), (0, 0), (0, 1), blended=True))
     x = torch.randn(1, 2, 48)
     query, key, value = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
