@@ -53,7 +53,7 @@ MUTATIONS = {
         "if fresh > self.available:",
         ("tests/runtime/scheduling",),
     ),
-    "blend: experts have half their λ": Mutation(
+    "blend: experts have λ = 0.9": Mutation(
         "mi_runtime/model/weights.py",
         'as the endpoints are."""\n        return torch.lerp(*self.endpoints, value, out=out)',
         'as the endpoints are."""\n        return torch.lerp(*self.endpoints, 0.999 * value, out=out)',
