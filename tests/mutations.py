@@ -56,7 +56,7 @@ MUTATIONS = {
     "blend: experts have λ = 0.9": Mutation(
         "mi_runtime/model/weights.py",
         'as the endpoints are."""\n        return torch.lerp(*self.endpoints, value, out=out)',
-        'as the endpoints are."""\n        return torch.lerp(*self.endpoints, 0.999 * value, out=out)',
+        'as the endpoints are."""\n        return torch.lerp(*self.endpoints, 0.9, out=out)',
         ("tests/runtime/model", "tests/runtime/execution"),
     ),
     "blend: embeddings have the λ of another row": Mutation(
