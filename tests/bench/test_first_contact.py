@@ -183,8 +183,8 @@ def test_a_step_starts_only_with_the_time_that_it_needs(run: Run) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--only", "a,kernel"], "not 'kernel'"),
-        (["--only", ""], "not ''"),
+        (["--only", "a,kernel"], "unknown: 'kernel'"),
+        (["--only", ""], "unknown: ''"),
         (["--resume", "/nowhere/first_contact.json"], "No such file"),
         (["--resume", __file__], "Extra data"),
         (["--resume", "{other}"], "not a record of first contact"),

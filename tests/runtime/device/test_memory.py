@@ -13,14 +13,14 @@ import torch
 from mi_runtime.config import DeltaDtype
 from tests.runtime.conftest import PairOf
 
-MIDSIZE = {  # 120 MB an endpoint in bf16: large beside what a process holds anyway
+MIDSIZE = {  # 160 MB an endpoint in bf16: large beside what a process holds anyway
     "hidden_size": 768,
     "intermediate_size": 2304,
-    "num_hidden_layers": 9,
+    "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "vocab_size": 2048,
+    "vocab_size": 4096,
 }
 WAYS = {
     "bfloat16": ("bfloat16", "none"),
