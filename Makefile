@@ -7,7 +7,7 @@ PORT ?= 8000
 # torch's CPU build, where there is no NVIDIA driver; the plain package brings gigabytes of CUDA.
 CPU_TORCH ?= torch==2.13.0 --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test test-long lint types pytest format bench pair clean kernel-code \
+.PHONY: serve test test-long test-mutations lint types pytest format bench pair clean kernel-code \
 	gpu-first-contact gpu-test gpu-bench gpu-wheels gpu-kernels gpu-environment gpu-rehearsal
 
 serve: $(VENV)/.installed
@@ -32,6 +32,10 @@ pytest: $(VENV)/.tested
 test-long: $(VENV)/.tested
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
 		--hypothesis-profile long -m "hypothesis or long"
+
+# Breaks lines of the code on purpose; a test must fail for each. Takes five minutes.
+test-mutations: $(VENV)/.tested
+	$(BIN)/python -m tests.mutations
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .

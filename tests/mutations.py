@@ -156,7 +156,7 @@ MUTATIONS = {
         "server/text/tool_parser.py",
         "return self.count > 0 and self._state is not _State.ARGUMENTS",
         "return self.count > 0",
-        ("tests/server/text", "tests/server/answer"),
+        ("tests/server/text", "tests/server/answer", "tests/server/api/test_app_tools.py"),
     ),
 }
 
