@@ -24,14 +24,17 @@ Figures = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="python -m bench.against OTHER MODULE [--rounds N] [-- FLAGS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("other", type=Path, help="a checkout of the commit to compare with")
     parser.add_argument("module", help="a bench that publishes rows, such as bench.serving")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("flags", nargs="*", help="of the bench, after --")
-    arguments = parser.parse_args()
-    command = [sys.executable, "-m", arguments.module, *arguments.flags]
+    words = [*sys.argv[1:], "--"]
+    end = words.index("--")
+    arguments = parser.parse_args(words[:end])
+    command = [sys.executable, "-m", arguments.module, *words[end + 1 : -1]]
     runs: dict[Path, list[Figures]] = {HERE: [], arguments.other.resolve(): []}
     for number in range(arguments.rounds):
         for checkout in sorted(runs, reverse=bool(number % 2)):
