@@ -28,10 +28,8 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "server.cli", "merge", *arguments]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+def merge(*arguments: str) -> int:
+    return main(["merge", *arguments])
 
 
 def served(server: ServerProcess, question: str, dial: Any) -> Any:
@@ -45,8 +43,7 @@ def test_greedy_answers_of_the_export_are_the_servers(
     real_server: ServerProcess, tmp_path: Path, dial: Any
 ) -> None:
     out = tmp_path / "merged"
-    done = run("--lambda", json.dumps(dial), "--dtype", "float32", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    assert merge("--lambda", json.dumps(dial), "--dtype", "float32", "--out", str(out)) == 0
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert model.dtype == torch.float32
@@ -76,7 +73,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_says_what_it_is(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    assert run("--lambda", "0.6", "--out", str(out)).returncode == 0
+    assert merge("--lambda", "0.6", "--out", str(out)) == 0
     card = (out / "README.md").read_text()
     assert "λ = 0.6" in card
     assert "base_model:\n- instruct\n- thinking\n" in card
@@ -92,8 +89,7 @@ def test_a_baseline_is_written_as_well(tmp_path: Path) -> None:
     instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
     for method in ("task-arithmetic", "ties"):
         out = tmp_path / method
-        done = run("--method", method, "--base", str(instruct), "--out", str(out))
-        assert done.returncode == 0, done.stderr
+        assert merge("--method", method, "--base", str(instruct), "--out", str(out)) == 0
         assert f"--method {method} --base instruct --scale" in (out / "README.md").read_text()
 
 
@@ -112,7 +108,7 @@ REFUSED = {
 def test_what_cannot_be_merged_is_exit_code_2_and_writes_nothing(
     tmp_path: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["merge", *flags, "--out", str(tmp_path / "merged")]) == 2
+    assert merge(*flags, "--out", str(tmp_path / "merged")) == 2
     assert reason in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -121,12 +117,14 @@ def test_an_existing_directory_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").write_text("precious")
-    assert main(["merge", "--lambda", "0.6", "--out", str(tmp_path)]) == 2
+    assert merge("--lambda", "0.6", "--out", str(tmp_path)) == 2
     assert (tmp_path / "mine").read_text() == "precious"
     assert "exists already" in capsys.readouterr().err
 
 
-def test_endpoints_that_do_not_match_are_refused_by_name(tmp_path: Path) -> None:
+def test_endpoints_that_do_not_match_are_refused_by_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
     other = tmp_path / "other"
     other.mkdir()
@@ -134,8 +132,9 @@ def test_endpoints_that_do_not_match_are_refused_by_name(tmp_path: Path) -> None
         (other / path.name).write_bytes(path.read_bytes())
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    done = run("--lambda", "0.6", "--thinking", str(other), "--out", str(tmp_path / "merged"))
-    assert done.returncode == 2
-    assert "rms_norm_eps" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "merged").exists()
+    out = tmp_path / "merged"
+    assert merge("--lambda", "0.6", "--thinking", str(other), "--out", str(out)) == 2
+    printed = capfd.readouterr().err
+    assert "rms_norm_eps" in printed
+    assert "Traceback" not in printed
+    assert not out.exists()

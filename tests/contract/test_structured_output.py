@@ -42,8 +42,7 @@ def as_format(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
 # --- response formats ---
 
 
-@pytest.mark.parametrize("value", LAMBDAS)
-@pytest.mark.parametrize("temperature", [0, 2])
+@pytest.mark.parametrize(("value", "temperature"), [(0.0, 1), (0.6, 2), (1.0, 1)])
 def test_an_answer_is_an_instance_of_its_schema_and_thinking_is_the_models_choice(
     client: openai.OpenAI, value: float, temperature: float
 ) -> None:
@@ -51,7 +50,7 @@ def test_an_answer_is_an_instance_of_its_schema_and_thinking_is_the_models_choic
         client,
         response_format=as_format(SCHEMA, strict=True),
         temperature=temperature,
-        n=4 if temperature else 1,
+        n=4,
         seed=1,
         extra={"reasoning_lambda": value, "thinking_token_budget": -1},
     )
@@ -87,7 +86,7 @@ def test_a_fan_out_obeys_at_every_lambda(client: openai.OpenAI) -> None:
 class Answer(BaseModel):
     answer: Literal["one", "two"]
     sure: bool
-    digits: list[int] = Field(max_length=2)
+    digits: list[Literal[1, 2]] = Field(max_length=2)
 
 
 def test_the_clients_parse_gives_an_object_of_the_model(client: openai.OpenAI) -> None:
@@ -114,8 +113,7 @@ def test_a_bad_schema_is_openais_bad_request_error(client: openai.OpenAI) -> Non
 # --- tools ---
 
 
-@pytest.mark.parametrize("value", LAMBDAS)
-@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize(("value", "temperature"), [(0.0, 1.5), (0.6, 0), (1.0, 1.5)])
 def test_a_required_call_is_one_of_the_tools_with_valid_arguments(
     client: openai.OpenAI, value: float, temperature: float
 ) -> None:
@@ -191,7 +189,8 @@ def test_a_call_and_its_answer_go_back_to_the_model(client: openai.OpenAI) -> No
 
 def test_in_auto_an_answer_without_a_call_is_text(client: openai.OpenAI) -> None:
     for strict in (False, True):
-        answer = ask(client, tools=[tool("add", strict=strict)], extra={"reasoning_lambda": 0.0})
+        tools = [tool("add", strict=strict)]
+        answer = ask(client, tools=tools, max_tokens=60, extra={"reasoning_lambda": 0.0})
         (choice,) = answer.choices
         assert choice.message.tool_calls is None
         assert choice.message.content

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def vocabulary(instruct_directory: Path) -> Vocabulary:
 ServiceFactory = Callable[..., Service]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFactory:
     """A service on the fake worker: `make_service("--fail-load", "why", max_waiting=0)`."""
 
@@ -95,29 +96,39 @@ def wait_until() -> Callable[..., None]:
     return _wait_until
 
 
-@pytest.fixture
-def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
-    """A client of an app on the fake worker, loaded unless `wait=False`."""
-    opened: list[TestClient] = []
-
-    def make(*worker_flags: str, wait: bool = True, **settings: object) -> TestClient:
-        service = make_service(*worker_flags, **settings)
-        client = TestClient(create_app(service), raise_server_exceptions=False)
+@contextmanager
+def opened(service: Service, wait: bool = True) -> Iterator[TestClient]:
+    """A client of an app on this service, which is loaded unless `wait=False`."""
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
         client.app_state["service"] = service
-        client.__enter__()
-        opened.append(client)
         if wait:
             _wait_until(lambda: service.engine.info is not None)
-        return client
-
-    yield make
-    for client in opened:
-        client.__exit__(None, None, None)
+        yield client
 
 
 @pytest.fixture
-def client(make_client: ClientFactory) -> TestClient:
-    return make_client()
+def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
+    """Opens apps on the fake worker: `make_client("--context", "64", wait=False, max_waiting=0)`."""
+    with ExitStack() as stack:
+        yield lambda *worker_flags, wait=True, **settings: stack.enter_context(
+            opened(make_service(*worker_flags, **settings), wait)
+        )
+
+
+@pytest.fixture(scope="session")
+def shared_client(make_service: ServiceFactory) -> Iterator[TestClient]:
+    with opened(make_service()) as client:
+        yield client
+
+
+@pytest.fixture
+def client(shared_client: TestClient) -> Iterator[TestClient]:
+    """A client of an app without settings, shared by tests that leave it as they found it."""
+    yield shared_client
+    service = shared_client.app_state["service"]
+    assert service.refusal is None, "this test needs a client of its own: `make_client()`"
+    _wait_until(lambda: service.engine.open_requests == 0)
+    _wait_until(lambda: service.engine.stats.running + service.engine.stats.waiting == 0)
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

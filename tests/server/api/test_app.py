@@ -101,7 +101,8 @@ def test_a_stream_says_the_same_as_the_plain_answer(client: TestClient) -> None:
     assert events[0]["routing"] == events[-1]["routing"]
 
 
-def test_a_stream_with_usage_ends_with_the_plain_answers_usage(client: TestClient) -> None:
+def test_a_stream_with_usage_ends_with_the_plain_answers_usage(make_client: MakeClient) -> None:
+    client = make_client()
     events = streamed(client, THOUGHT, stream_options={"include_usage": True})
     assert all(event["usage"] is None for event in events[:-1])
     assert events[-1]["choices"] == []
@@ -279,8 +280,9 @@ def test_unknown_paths_and_methods_have_the_same_shape(client: TestClient) -> No
 
 
 def test_a_request_that_fails_in_the_engine_is_a_500_and_the_next_one_works(
-    client: TestClient,
+    make_client: MakeClient,
 ) -> None:
+    client = make_client()
     check_error(chat(client, "fail"), 500, "internal_error")
     assert message(client, "say ok")["content"] == "ok"
     wanted = 'mi_request_success_total{finished_reason="error",model_name="pair"} 1.0'
@@ -323,14 +325,16 @@ def test_while_loading_requests_are_asked_to_come_back(
     assert message(client, "say x")["content"] == "x"
 
 
-def test_while_draining_requests_are_refused_and_health_is_good(client: TestClient) -> None:
+def test_while_draining_requests_are_refused_and_health_is_good(make_client: MakeClient) -> None:
+    client = make_client()
     client.app_state["service"].draining = True
     check_error(client.get("/ready"), 503, "draining")
     check_error(chat(client, "say x"), 503, "draining")
     assert client.get("/health").status_code == 200
 
 
-def test_an_engine_that_dies_ends_the_answer_and_turns_health(client: TestClient) -> None:
+def test_an_engine_that_dies_ends_the_answer_and_turns_health(make_client: MakeClient) -> None:
+    client = make_client()
     check_error(chat(client, "die"), 503, "engine_dead")
     check_error(client.get("/health"), 503, "engine_dead")
     check_error(client.get("/ready"), 503, "engine_dead")
@@ -411,7 +415,8 @@ def gauge(client: TestClient, name: str) -> float:
     return float(value)
 
 
-def test_the_metrics_follow_real_requests(client: TestClient) -> None:
+def test_the_metrics_follow_real_requests(make_client: MakeClient) -> None:
+    client = make_client()
     answer_to(client, THOUGHT, reasoning_lambda=0.6)
     text = client.get("/metrics").text
     for line in (
@@ -474,8 +479,9 @@ def test_more_messages_than_any_conversation_has_are_refused_by_their_number(
 
 
 def test_the_first_text_of_the_answer_is_timed_not_the_tag_that_opens_its_block(
-    client: TestClient,
+    make_client: MakeClient,
 ) -> None:
+    client = make_client()
     chat(client, "say <think>\na\n</think>\n\nb")
     chat(client, "say <think>\nnever closed", max_tokens=4)
     text = client.get("/metrics").text

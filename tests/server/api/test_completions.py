@@ -319,7 +319,8 @@ def test_texts_count_against_the_same_quota(make_client: MakeClient) -> None:
     assert 1 <= int(refused.headers["Retry-After"]) <= 120
 
 
-def test_an_engine_that_dies_ends_every_text_once_and_is_counted(client: TestClient) -> None:
+def test_an_engine_that_dies_ends_every_text_once_and_is_counted(make_client: MakeClient) -> None:
+    client = make_client()
     response = post(client, ["die", "wait"], stream=True, max_tokens=9)
     *_, last, rest = response.text.split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"

@@ -41,7 +41,7 @@ class Collector:
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     collector = Collector()
-    thread = threading.Thread(target=collector.server.serve_forever)
+    thread = threading.Thread(target=collector.server.serve_forever, args=(0.01,))
     thread.start()
     yield collector
     collector.server.shutdown()
