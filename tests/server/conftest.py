@@ -108,7 +108,7 @@ def opened(service: Service, wait: bool = True) -> Iterator[TestClient]:
 
 @pytest.fixture
 def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
-    """Opens apps on the fake worker: `make_client("--context", "64", wait=False, max_waiting=0)`."""
+    """Opens apps on the fake worker: `make_client("--context", "64", max_waiting=0)`."""
     with ExitStack() as stack:
         yield lambda *worker_flags, wait=True, **settings: stack.enter_context(
             opened(make_service(*worker_flags, **settings), wait)
