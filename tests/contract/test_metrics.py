@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.contract.conftest import ROOT, ServerProcess, wait_until
 
 CHAT = "/v1/chat/completions"
-ENDLESS = 300  # tokens
+ENDLESS = 200  # tokens
 QUESTION = "a=6,b=a-2,c=b+6,d=c-3. d?"
 ROWS = re.findall(
     r"^\| `(mi_\w+)` \| (\w+) \| (.*?) \|",

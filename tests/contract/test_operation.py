@@ -36,7 +36,7 @@ def code(line: str) -> str:
 
 
 def test_a_hung_engine_ends_every_stream_and_the_server(start_fake: Start) -> None:
-    process = start_fake("--engine-timeout", "3")
+    process = start_fake("--engine-timeout", "1.5")
     waiting, wedged = streamed(process, "wait"), streamed(process, "wedge")
     next(waiting)
     *_, last = wedged
