@@ -9,7 +9,7 @@ from starlette.responses import Response
 from mi_runtime.request import EngineInfo
 from server.answer.chat_format import CHAT
 from server.api.admission import admission
-from server.api.body import parse_body, read_body
+from server.api.body import parse_without_blocking, read_body
 from server.api.dependencies import ServiceOfApp
 from server.api.prepared_request import (
     PreparedChoice,
@@ -38,7 +38,7 @@ async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
 async def prepare_chat(request: Request, service: Service, engine: EngineInfo) -> PreparedRequest:
     """Reads and checks a chat request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
-    wire = await parse_body(body, parse_chat_request)
+    wire = await parse_without_blocking(body, parse_chat_request)
     routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
     grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, routing, service)

@@ -15,7 +15,7 @@ from mi_runtime.request import EngineInfo
 from server.answer.echo import Echo
 from server.answer.text_format import TEXT
 from server.api.admission import admission
-from server.api.body import parse_body, read_body
+from server.api.body import parse_without_blocking, read_body
 from server.api.dependencies import ServiceOfApp
 from server.api.prepared_request import (
     PreparedChoice,
@@ -54,7 +54,7 @@ async def prepare_completion(
 ) -> PreparedRequest:
     """Reads and checks a completion request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
-    wire = await parse_body(body, parse_completion_request)
+    wire = await parse_without_blocking(body, parse_completion_request)
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
     routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
     vocabulary = service.prompts.vocabulary
