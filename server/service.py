@@ -18,7 +18,7 @@ from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
 from server.routing.profiles import Profile, load_profile, profile_of
 from server.routing.requested_lambda import LambdaReader
 from server.routing.routing_policy import RoutingPolicy, RoutingSettings
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.grammar_builder import GrammarBuilder
 from server.text.prompt import PromptBuilder
 from server.text.think_policy import ThinkBlocks
@@ -40,8 +40,8 @@ class Service:
     def __init__(
         self,
         settings: Settings,
-        instruct: Endpoint,
-        thinking: Endpoint,
+        instruct: EndpointText,
+        thinking: EndpointText,
         engine: EngineClient,
         tracing: "Tracing | None" = None,
     ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mi_runtime.request import EngineInfo, SamplingParams
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.vocabulary import Vocabulary
 from server.wire.errors import ContextTooLong, InvalidRequest
 from server.wire.generation_request import GenerationRequest
@@ -18,7 +18,9 @@ class SamplingPolicy:
     eos_token_ids: frozenset[int]
 
     @classmethod
-    def of(cls, instruct: Endpoint, thinking: Endpoint, vocabulary: Vocabulary) -> "SamplingPolicy":
+    def of(
+        cls, instruct: EndpointText, thinking: EndpointText, vocabulary: Vocabulary
+    ) -> "SamplingPolicy":
         """Takes the Thinking endpoint's defaults, and the end tokens of both endpoints."""
         ids = set(instruct.eos_token_ids) | set(thinking.eos_token_ids)
         for endpoint in (instruct, thinking):
