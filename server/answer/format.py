@@ -38,7 +38,7 @@ class CompleteChoice:
 
 
 class Format(ABC):
-    """How the answers of one endpoint are written."""
+    """How the answers of one route are written."""
 
     id_prefix: ClassVar[str]
     object: ClassVar[str]  # type of a complete answer

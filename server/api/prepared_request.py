@@ -1,5 +1,5 @@
 """A request for an answer that was read and checked: `chat` and `completions` prepare it, and
-`submission` hands it to the engine. What both endpoints share in preparing it is defined here.
+`submission` hands it to the engine. What both routes share in preparing it is defined here.
 """
 
 from collections.abc import Sequence
