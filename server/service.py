@@ -15,7 +15,7 @@ from server.engine.sampling import SamplingPolicy
 from server.ops.metrics import EngineState, Metrics
 from server.ops.routing_metrics import RoutingCollector, RoutingState
 from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
-from server.routing.profiles import Profile, load_profile, profile_of
+from server.routing.profiles import Profile, find_builtin_profile, load_profile
 from server.routing.requested_lambda import LambdaReader
 from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import EndpointText
@@ -106,7 +106,7 @@ class Service:
         """The operator's profile, or else the built-in one of the loaded pair, if there is one."""
         info, settings = self.engine.info, self.settings
         assert info is not None
-        profile = self._profile or profile_of(
+        profile = self._profile or find_builtin_profile(
             info.pair_identity, settings.instruct_endpoint, settings.thinking_endpoint
         )
         if profile is None:
