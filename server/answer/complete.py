@@ -3,10 +3,10 @@
 from typing import Any
 
 from server.answer.answer import Answer, AnswerHead
-from server.answer.format import CompleteChoice, Format
+from server.answer.answer_format import AnswerFormat, CompleteChoice
 
 
-async def complete_answer(answer: Answer, format: Format) -> dict[str, Any]:
+async def complete_answer(answer: Answer, format: AnswerFormat) -> dict[str, Any]:
     """Waits for the end of the answer. Raises what `Answer.chunks` raises."""
     head = answer.head
     choices = await _gather(answer)
@@ -26,7 +26,9 @@ async def _gather(answer: Answer) -> list[CompleteChoice]:
     return choices
 
 
-def _choice(index: int, choice: CompleteChoice, head: AnswerHead, format: Format) -> dict[str, Any]:
+def _choice(
+    index: int, choice: CompleteChoice, head: AnswerHead, format: AnswerFormat
+) -> dict[str, Any]:
     return {
         "index": index,
         **format.complete_payload(choice, head),

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from server.answer.answer import Answer, AnswerHead
+from server.answer.answer_format import AnswerFormat, json_text
 from server.answer.choice import AnswerChunk
-from server.answer.format import Format, json_text
 from server.engine.generation import ClientLeft
 from server.wire.errors import ApiError, RequestFailed
 
@@ -22,7 +22,7 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 
 async def events(
-    answer: Answer, format: Format, *, keep_alive: float
+    answer: Answer, format: AnswerFormat, *, keep_alive: float
 ) -> AsyncGenerator[bytes, None]:
     """Yields the events of an answer, and a comment if none was due for `keep_alive` seconds.
 
@@ -54,7 +54,7 @@ async def events(
 class ChunkWriter:
     """Writes the chunks of one answer."""
 
-    def __init__(self, head: AnswerHead, format: Format) -> None:
+    def __init__(self, head: AnswerHead, format: AnswerFormat) -> None:
         self._head = head
         self._format = format
         self._opening = json_text(head.fields(format.chunk_object))[:-1]

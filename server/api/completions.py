@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mi_runtime.request import EngineInfo
+from server.answer.completions_format import COMPLETIONS
 from server.answer.echo import Echo
-from server.answer.text_format import TEXT
 from server.api.admission import admission
 from server.api.body import parse_without_blocking, read_body
 from server.api.dependencies import ServiceOfApp
@@ -68,7 +68,7 @@ async def prepare_completion(
         request.state.trace,
         request.state.caller,
         request.state.deadline,
-        TEXT,
+        COMPLETIONS,
         prompts=len(prompts),
     )
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from mi_runtime.request import Dial, EngineInfo, SamplingParams
 from server.access.callers import Caller
 from server.access.deadline import Deadline
+from server.answer.answer_format import AnswerFormat
 from server.answer.echo import Echo
-from server.answer.format import Format
 from server.engine.sampling import seed_of_choice
 from server.ops.request_log import Trace
 from server.routing.reasoning_options import budgets, read_reasoning_options
@@ -41,7 +41,7 @@ class PreparedRequest:
     trace: Trace
     caller: Caller
     deadline: Deadline
-    format: Format
+    format: AnswerFormat
     prompts: int = 1  # each has the same number of choices
     include_reasoning: bool = True
     tools: bool = False  # the model may call some

@@ -10,8 +10,8 @@ from mi_runtime.request import Dial
 from server.answer.answer import AnswerHead
 from server.answer.chat_format import CHAT
 from server.answer.choice import AnswerChunk
+from server.answer.completions_format import COMPLETIONS
 from server.answer.sse import ChunkWriter
-from server.answer.text_format import TEXT
 from server.routing.routing_decision import RoutingDecision
 from server.text.tool_parser import CallDelta
 
@@ -114,7 +114,7 @@ def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -
 
 
 def test_texts_are_written_in_their_own_field_and_type() -> None:
-    writer = ChunkWriter(head(), TEXT)
+    writer = ChunkWriter(head(), COMPLETIONS)
     choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
     (first,) = read(writer.first(1))
     assert (first["object"], first["choices"]) == ("text_completion", [choice])

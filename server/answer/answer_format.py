@@ -37,7 +37,7 @@ class CompleteChoice:
         self.finish_reason = chunk.finish_reason
 
 
-class Format(ABC):
+class AnswerFormat(ABC):
     """How the answers of one route are written."""
 
     id_prefix: ClassVar[str]
