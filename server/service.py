@@ -21,7 +21,7 @@ from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.text.checkpoint import EndpointText
 from server.text.grammar_builder import GrammarBuilder
 from server.text.prompt import PromptBuilder
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.wire.errors import ApiError, Draining, EngineDead, Loading
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from server.answer.logprobs import columns, completions_logprobs
 from server.ops.metrics import Metrics
 from server.text.reasoning_parser import PlainText, Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.tool_parser import ToolCallParser, join_deltas
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
