@@ -20,7 +20,7 @@ def submit(prepared: PreparedRequest, service: Service) -> Answer:
     service.admit()
     service.rate_limits.check_tokens(prepared.caller)
     generation = service.engine.submit(requests)
-    prepared.deadline.limit(generation)
+    prepared.deadline.apply_to(generation)
     _count_submission(prepared, service)
     choices = {
         request.request_id: _choice(index, prepared, service)
