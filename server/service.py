@@ -34,7 +34,7 @@ class Service:
     """Built once by `serve` and read by the handlers; only `draining` ever changes.
 
     What depends on the pair's identity is made at its first use, once the pair is loaded. The state
-    of the load is in `elastic`, that of observed lengths in `routing`.
+    of the load is in `elastic`, that of observed lengths in `router`.
     """
 
     def __init__(
@@ -55,23 +55,23 @@ class Service:
         self.lambda_reader = LambdaReader(
             settings.model_name, settings.lambda_step, settings.default_lambda
         )
-        self.prompts = PromptBuilder(
+        self.prompt_builder = PromptBuilder(
             instruct,
             thinking,
             template=settings.reasoning_template,
             think_threshold=lambda: self.think_threshold,
         )
-        vocabulary = self.prompts.vocabulary
+        vocabulary = self.prompt_builder.vocabulary
         self.think_blocks = ThinkBlocks.of(
             vocabulary,
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        self.grammars = GrammarBuilder(vocabulary)
-        self.sampling = SamplingPolicy.of(instruct, thinking, vocabulary)
+        self.grammar_builder = GrammarBuilder(vocabulary)
+        self.sampling_policy = SamplingPolicy.of(instruct, thinking, vocabulary)
         engine.add_vocabulary(
             vocabulary.marks,
-            vocabulary.grammar_vocabulary(thinking.directory, self.sampling.eos_token_ids),
+            vocabulary.grammar_vocabulary(thinking.directory, self.sampling_policy.eos_token_ids),
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
@@ -126,7 +126,7 @@ class Service:
         return 0.0 if self.profile is None else self.profile.think_threshold
 
     @cached_property
-    def routing(self) -> RoutingPolicy:
+    def router(self) -> RoutingPolicy:
         settings = self.settings
         return RoutingPolicy(
             self.profile,
@@ -146,7 +146,7 @@ class Service:
         return self.elastic.update(Pressure(self.engine.waiting, self.engine.kv_usage))
 
     def _routing_state(self) -> RoutingState:
-        lengths = None if self.engine.info is None else self.routing.observed_lengths
+        lengths = None if self.engine.info is None else self.router.observed_lengths
         return RoutingState(lengths, elastic=self.under_load())
 
     def _engine_state(self) -> EngineState:

@@ -62,12 +62,14 @@ def _grammar_and_prompts(
     wire: ChatRequest, routing: RoutingDecision, service: Service
 ) -> tuple[str | None, list[Prompt]]:
     """Returns the grammar of the answer, if it has one, and the prompt of each dial."""
-    grammar = service.grammars.grammar(wire)
+    grammar = service.grammar_builder.grammar(wire)
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
-    prompts = service.prompts.build_each(wire.messages, routing.dials, ending, wire.offered_tools)
-    has_tags = service.prompts.vocabulary.has_think_tags
+    prompts = service.prompt_builder.build_each(
+        wire.messages, routing.dials, ending, wire.offered_tools
+    )
+    has_tags = service.prompt_builder.vocabulary.has_think_tags
     if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):
         # The engine cannot see where the block ends, and so not where the answer begins.
         param = "tools" if wire.offered_tools else "response_format"
@@ -90,7 +92,9 @@ def _choices(
         PreparedChoice(
             setting,
             prompt,
-            service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine),
+            service.sampling_policy.resolve(
+                wire, prompt_tokens=len(prompt.token_ids), engine=engine
+            ),
         )
         for setting, prompt in zip(routing.dials, prompts, strict=True)
     ]

@@ -57,7 +57,7 @@ async def prepare_completion(
     wire = await parse_without_blocking(body, parse_completion_request)
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
     routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
-    vocabulary = service.prompts.vocabulary
+    vocabulary = service.prompt_builder.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, engine.vocab_size)
     note_request(request.state.trace, wire, routing)
     return PreparedRequest(
@@ -81,7 +81,9 @@ def _choices(
     engine: EngineInfo,
 ) -> list[PreparedChoice]:
     """Returns the choices of one prompt: one for each λ of a fan-out, else `n`."""
-    sampling = service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine)
+    sampling = service.sampling_policy.resolve(
+        wire, prompt_tokens=len(prompt.token_ids), engine=engine
+    )
     raw = Prompt(prompt.token_ids, opens_block=False, is_raw=True)
     first = PreparedChoice(routing.dials[0], raw, sampling, prompt.echo)
     if routing.fan_out:

@@ -65,10 +65,10 @@ def choose_dials(
     named = service.lambda_reader.read(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
     )
-    if not service.prompts.vocabulary.has_think_tags:
+    if not service.prompt_builder.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
     named = service.lambda_reader.with_answer(named, wire.answer_lambda)
-    return service.routing.route(
+    return service.router.route(
         named, read_reasoning_options(wire), under_load=service.under_load()
     )
 

@@ -69,7 +69,7 @@ def _count_submission(prepared: PreparedRequest, service: Service) -> None:
 
 
 def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
-    choice, vocabulary = prepared.choices[index], service.prompts.vocabulary
+    choice, vocabulary = prepared.choices[index], service.prompt_builder.vocabulary
     wants_logprobs = prepared.wire.alternatives is not None
     return Choice(
         index,
@@ -103,10 +103,10 @@ def _observer(
     Raw prompts and dials by blend group are not observed: they belong to no class's curve.
     """
     name, value = prepared.routing.routing_class, choice.dial.reasoning_lambda
-    has_tags = service.prompts.vocabulary.has_think_tags
+    has_tags = service.prompt_builder.vocabulary.has_think_tags
     if choice.prompt.is_raw or choice.dial.groups or name is None or not has_tags:
         return observe_nothing
-    observations = service.routing.observed_lengths
+    observations = service.router.observed_lengths
     return lambda tokens, cut: observations.add(name, value, tokens, cut=cut)
 
 

@@ -111,7 +111,7 @@ class _Server(uvicorn.Server):
             return
         message = ready_message(
             model=model,
-            profile=service.routing.name,
+            profile=service.router.name,
             address=address,
             info=engine.info,
             needs_key=bool(service.keys),
