@@ -34,5 +34,5 @@ def _choice(
         **format.complete_payload(choice, head),
         "logprobs": format.logprobs(choice.logprobs) if head.logprobs else None,
         "finish_reason": choice.finish_reason,
-        **head.routing.of_choice(index),
+        **head.decision.of_choice(index),
     }

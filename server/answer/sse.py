@@ -111,7 +111,7 @@ class ChunkWriter:
 
     def _of_choice(self, index: int) -> str:
         """Returns the last fields of a choice, in its first and its last chunk."""
-        fields = self._head.routing.of_choice(index)
+        fields = self._head.decision.of_choice(index)
         return f",{json_text(fields)[1:-1]}" if fields else ""
 
 

@@ -30,19 +30,19 @@ class PreparedChoice:
     echo: Echo | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
     """A request that can be submitted to the engine."""
 
     wire: GenerationRequest
-    routing: RoutingDecision
+    decision: RoutingDecision
     choices: Sequence[PreparedChoice]
-    engine: EngineInfo
+    info: EngineInfo
     trace: Trace
     caller: Caller
     deadline: Deadline
-    format: AnswerFormat
-    prompts: int = 1  # each has the same number of choices
+    answer_format: AnswerFormat
+    prompt_count: int = 1  # each has the same number of choices
     include_reasoning: bool = True
     tools: bool = False  # the model may call some
     grammar: str | None = None  # that the answer of every choice follows
@@ -51,19 +51,19 @@ class PreparedRequest:
     def prompt_tokens(self) -> int:
         """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
         lengths = [len(choice.prompt.token_ids) for choice in self.choices]
-        each = len(lengths) // self.prompts
+        each = len(lengths) // self.prompt_count
         return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))
 
 
-def choose_dials(
-    wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
+def route(
+    wire: GenerationRequest, header: str | None, service: Service, info: EngineInfo
 ) -> RoutingDecision:
     """Returns the dials of a request, with the answer's dial and the cap.
 
     Raises `InvalidRequest` or `ModelNotFound`.
     """
     named = service.lambda_reader.read(
-        model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
+        model=wire.model, body=wire.reasoning_lambda, header=header, layers=info.layers
     )
     if not service.prompt_builder.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
@@ -81,7 +81,7 @@ def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
             raise InvalidRequest(f"`{param}` {why}", param=param)
 
 
-def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
+def seeded_choices(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
     """Returns the `n` choices of one dial, which differ in their seeds."""
     sampling = choice.sampling
     return [
@@ -90,16 +90,16 @@ def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
     ]
 
 
-def note_request(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
+def add_log_fields(trace: Trace, wire: GenerationRequest, decision: RoutingDecision) -> None:
     """Adds the request to its line in the log."""
     trace.notes |= {
         "model": wire.model,
-        "lambda": routing.header,
-        "source": routing.source,
+        "lambda": decision.header,
+        "source": decision.source,
         "stream": int(wire.stream),
-        **({} if routing.answer is None else {"answer_lambda": wire.answer_lambda}),
-        **({} if routing.cap is None else {"cap": routing.cap}),
-        **({"elastic": 1} if routing.elastic else {}),
+        **({} if decision.answer is None else {"answer_lambda": wire.answer_lambda}),
+        **({} if decision.cap is None else {"cap": decision.cap}),
+        **({"elastic": 1} if decision.elastic else {}),
         **({"user": wire.user} if wire.user else {}),
         **({"metadata": wire.metadata} if wire.metadata else {}),
     }

@@ -30,17 +30,17 @@ class SamplingPolicy:
         return cls(thinking.sampling_defaults, frozenset(ids))
 
     def resolve(
-        self, request: GenerationRequest, *, prompt_tokens: int, engine: EngineInfo
+        self, request: GenerationRequest, *, prompt_tokens: int, info: EngineInfo
     ) -> SamplingParams:
         """Returns the engine's parameters for one prompt.
 
         Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist.
         """
-        room = engine.max_model_len - prompt_tokens
+        room = info.max_model_len - prompt_tokens
         if room < 1:
             raise ContextTooLong(
                 prompt_tokens=prompt_tokens,
-                max_model_len=engine.max_model_len,
+                max_model_len=info.max_model_len,
                 param=request.prompt_field,
             )
         limit = request.answer_limit
@@ -61,9 +61,9 @@ class SamplingPolicy:
             repetition_penalty=self._default("repetition_penalty", request.repetition_penalty, 1.0),
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
-            logit_bias=_logit_bias(request, engine.vocab_size),
+            logit_bias=_logit_bias(request, info.vocab_size),
             seed=request.seed,
-            stop_token_ids=_stop_token_ids(request, engine.vocab_size),
+            stop_token_ids=_stop_token_ids(request, info.vocab_size),
             eos_token_ids=self.eos_token_ids,
             ignore_eos=request.ignore_eos,
             logprobs=request.alternatives,

@@ -22,7 +22,7 @@ def head(**fields: Any) -> AnswerHead:
         "created": 1,
         "model": 'pa"ir',
         "system_fingerprint": "fp_0",
-        "routing": RoutingDecision((Dial(0.6),), "body"),
+        "decision": RoutingDecision((Dial(0.6),), "body"),
         "prompt_tokens": 3,
     }
     return AnswerHead(**base | fields)
@@ -145,8 +145,8 @@ def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
 
 
 def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
-    routing = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
-    writer = chat_writer(routing=routing)
+    decision = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
+    writer = chat_writer(decision=decision)
     first = read(writer.first(2))
     (middle,) = read(writer.write([AnswerChunk(1, "a")]))
     (last,) = read(writer.write([AnswerChunk(1, finish_reason="stop")]))
