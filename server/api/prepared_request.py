@@ -97,7 +97,7 @@ def add_log_fields(trace: Trace, wire: GenerationRequest, decision: RoutingDecis
         "lambda": decision.header,
         "source": decision.source,
         "stream": int(wire.stream),
-        **({} if decision.answer is None else {"answer_lambda": wire.answer_lambda}),
+        **({} if decision.answer_dial is None else {"answer_lambda": wire.answer_lambda}),
         **({} if decision.cap is None else {"cap": decision.cap}),
         **({"elastic": 1} if decision.elastic else {}),
         **({"user": wire.user} if wire.user else {}),

@@ -40,7 +40,7 @@ def _engine_requests(prepared: PreparedRequest, service: Service) -> list[Engine
             sampling=choice.sampling,
             think=_think_policy(choice.prompt, prepared, service),
             cache_salt=prepared.caller.cache_salt(prepared.wire.cache_salt),
-            answer_dial=None if decision.answer == choice.dial else decision.answer,
+            answer_dial=None if decision.answer_dial == choice.dial else decision.answer_dial,
             priority=prepared.wire.priority,
             grammar=prepared.grammar,
         )

@@ -54,7 +54,7 @@ class LambdaReader:
         """Returns the decision with `value` as its `answer_lambda`, where one is given."""
         if value is None:
             return decision
-        return replace(decision, answer=self.on_grid(value, "answer_lambda"))
+        return replace(decision, answer_dial=self.on_grid(value, "answer_lambda"))
 
     def alias_lambda(self, model: str) -> float | None:
         """Returns the λ in `NAME@0.6`, or None for the plain name. Raises `ModelNotFound`."""

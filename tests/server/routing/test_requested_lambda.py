@@ -138,7 +138,7 @@ def test_an_object_that_means_the_aliass_dial_agrees_with_it() -> None:
 
 def test_an_answer_lambda_is_rounded_to_the_grid() -> None:
     routing = READER.with_answer(read(body=0.6), 0.2049)
-    assert routing.answer == Dial(0.2)
+    assert routing.answer_dial == Dial(0.2)
     assert routing.body["answer_lambda"] == 0.2
     with pytest.raises(InvalidRequest) as caught:
         READER.with_answer(read(), 1.5)
