@@ -9,7 +9,7 @@
 The sources are mapped files and the result is written piece by piece, so that memory does not grow
 with the model (TIES needs a few fp32 copies of one tensor). Everything is computed in fp32 and
 rounded once to the output format. The shards are those of the Instruct endpoint. This module writes
-weights only; `server.merge` writes the tokenizer, templates and model card.
+weights only; `server/merge` writes the tokenizer, templates and model card.
 
 The `safetensors` library needs all tensors in memory, twice while it writes. Its format is a
 length, a JSON header and the bytes, so this module writes the header itself.
