@@ -28,11 +28,11 @@ class AnswerHead:
     include_reasoning: bool = True
     logprobs: bool = False
 
-    def fields(self, object: str) -> dict[str, Any]:
-        """Returns the first fields of an answer or chunk of the type `object`."""
+    def fields(self, object_type: str) -> dict[str, Any]:
+        """Returns the first fields of an answer or chunk of type `object_type`."""
         return {
             "id": self.id,
-            "object": object,
+            "object": object_type,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,

@@ -13,8 +13,8 @@ from server.text.vocabulary import Vocabulary
 
 class ChatFormat(AnswerFormat):
     id_prefix: ClassVar = "chatcmpl"
-    object: ClassVar = "chat.completion"
-    chunk_object: ClassVar = "chat.completion.chunk"
+    object_type: ClassVar = "chat.completion"
+    chunk_type: ClassVar = "chat.completion.chunk"
     first_payload: ClassVar = '"delta":{"role":"assistant","content":""}'
     empty_payload: ClassVar = '"delta":{}'
 

@@ -12,8 +12,8 @@ from server.text.vocabulary import Vocabulary
 
 class CompletionsFormat(AnswerFormat):
     id_prefix: ClassVar = "cmpl"
-    object: ClassVar = "text_completion"
-    chunk_object: ClassVar = "text_completion"
+    object_type: ClassVar = "text_completion"
+    chunk_type: ClassVar = "text_completion"
     first_payload: ClassVar = '"text":""'
     empty_payload: ClassVar = '"text":""'
 
