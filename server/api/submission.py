@@ -7,7 +7,7 @@ import time
 
 from mi_runtime.request import EngineRequest, ThinkPolicy
 from server.answer.answer import Answer, AnswerHead
-from server.answer.choice import Choice, ObserveReasoning, observe_nothing
+from server.answer.choice import Choice, ObserveReasoning
 from server.api.prepared_request import PreparedChoice, PreparedRequest
 from server.service import Service
 from server.text.prompt import Prompt
@@ -99,7 +99,7 @@ def _splitter(prompt: Prompt, prepared: PreparedRequest, service: Service) -> Sp
 
 def _observer(
     choice: PreparedChoice, prepared: PreparedRequest, service: Service
-) -> ObserveReasoning:
+) -> ObserveReasoning | None:
     """Returns what adds a choice's reasoning tokens to the observations of its routing class.
 
     Raw prompts and dials by blend group are not observed: they belong to no class's curve.
@@ -107,7 +107,7 @@ def _observer(
     name, value = prepared.decision.routing_class, choice.dial.reasoning_lambda
     has_tags = service.prompt_builder.vocabulary.has_think_tags
     if choice.prompt.is_raw or choice.dial.groups or name is None or not has_tags:
-        return observe_nothing
+        return None
     observations = service.router.observed_lengths
     return lambda tokens, cut: observations.add(name, value, tokens, cut=cut)
 
