@@ -62,14 +62,14 @@ def route(
 
     Raises `InvalidRequest` or `ModelNotFound`.
     """
-    named = service.lambda_reader.read(
+    requested = service.lambda_reader.read(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=info.layers
     )
     if not service.prompt_builder.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
-    named = service.lambda_reader.with_answer(named, wire.answer_lambda)
-    return service.router.route(
-        named, read_reasoning_options(wire), under_load=service.under_load()
+    requested = service.lambda_reader.with_answer(requested, wire.answer_lambda)
+    return service.router.decide(
+        requested, read_reasoning_options(wire), under_load=service.under_load()
     )
 
 

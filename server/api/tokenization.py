@@ -48,7 +48,7 @@ def _tokens(body: bytes, header: str | None, service: Service) -> Response:
 
 
 def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> list[int]:
-    named = service.lambda_reader.read(
+    requested = service.lambda_reader.read(
         model=wire.model or service.settings.model_name, body=wire.reasoning_lambda, header=header
     )
     if wire.messages is None:
@@ -61,7 +61,7 @@ def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> l
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
-    return list(service.prompt_builder.build(wire.messages, named.dials[0], ending).token_ids)
+    return list(service.prompt_builder.build(wire.messages, requested.dials[0], ending).token_ids)
 
 
 async def detokenize(request: Request, service: ServiceOfApp) -> Response:
