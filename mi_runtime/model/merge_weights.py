@@ -58,6 +58,7 @@ class CheckpointTensors:
         self._paths = files
         self._files: dict[str, Any] = {}  # by tensor name
         self.shards: dict[str, list[str]] = {}  # tensor names by file
+        self._open = ExitStack()  # of the files
 
     def __enter__(self) -> "CheckpointTensors":
         with ExitStack() as stack:

@@ -60,6 +60,7 @@ class _Server(uvicorn.Server):
         self._service = service
         self._drain_until = 0.0
         self._leave_at: float | None = None
+        self._announcement: asyncio.Task[None]  # from `startup` on
 
     @property
     def exit_code(self) -> int:

@@ -55,6 +55,8 @@ class RoutingPolicy:
         self.settings = settings
         self.observed_lengths = ObservedLengths(profile.classes if profile else (DEFAULT_CLASS,))
         self._clock = clock
+        self._tables: Mapping[str, RoutingTable]
+        self._built_at: float  # by the clock
         self.rebuild()
 
     @property
