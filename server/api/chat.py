@@ -90,10 +90,10 @@ def _choices(
     """Returns a choice for each λ of a fan-out, else `n` choices."""
     of_dials = [
         PreparedChoice(
-            setting,
+            dial,
             prompt,
             service.sampling_policy.resolve(wire, prompt_tokens=len(prompt.token_ids), info=info),
         )
-        for setting, prompt in zip(decision.dials, prompts, strict=True)
+        for dial, prompt in zip(decision.dials, prompts, strict=True)
     ]
     return of_dials if decision.fan_out else seeded_choices(of_dials[0], wire.choices)
