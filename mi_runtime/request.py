@@ -79,14 +79,6 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for each token of the prompt
 
     @property
-    def has_penalty(self) -> bool:
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
-
-    @property
     def ending_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
@@ -101,8 +93,7 @@ class ThinkPolicy:
     opened_by_prompt: bool = False
     cap: int | None = None  # reasoning tokens at which the block is closed by force
     closing: tuple[int, ...] = ()  # written then; contains close_id. Empty: close_id alone
-    soft_window: int = 0  # tokens before the cap in which a block closes at one of soft_ends
-    soft_ends: frozenset[int] = frozenset()  # end a sentence or a line; empty: the engine's
+    soft_window: int = 0  # tokens before the cap in which a block closes at a soft end
     close_aliases: frozenset[int] = frozenset()  # tokens that close an open block as close_id does
     forbid_eos: bool = False  # the answer may not end inside the block
 
