@@ -64,7 +64,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class Checkpoint:
     """One checkpoint directory: its config, and the tensors in its weight files."""
 
     directory: Path
@@ -78,8 +78,8 @@ class Endpoint:
 class Pair:
     """Two endpoints that may be blended."""
 
-    instruct: Endpoint
-    thinking: Endpoint
+    instruct: Checkpoint
+    thinking: Checkpoint
 
     @property
     def max_positions(self) -> int:
@@ -111,7 +111,7 @@ def fingerprint(identity: str, lambda_step: float, delta_dtype: DeltaDtype) -> s
 def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
     """Returns both directories as a pair. Raises PairError with every reason that prevents it."""
     problems: list[str] = []
-    endpoints = [_read_endpoint(Path(directory), problems) for directory in (instruct, thinking)]
+    endpoints = [_read_checkpoint(Path(directory), problems) for directory in (instruct, thinking)]
     if problems or endpoints[0] is None or endpoints[1] is None:
         raise PairError(problems)
     pair = Pair(endpoints[0], endpoints[1])
@@ -124,14 +124,14 @@ def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
     return pair
 
 
-def check_base(directory: str | Path, pair: Pair) -> Endpoint:
+def check_base(directory: str | Path, pair: Pair) -> Checkpoint:
     """Returns the checkpoint from which both endpoints were fine-tuned.
 
     Only its tensors are checked, since a base may have another context length. Raises PairError if
     they do not match those of the pair.
     """
     problems: list[str] = []
-    base = _read_endpoint(Path(directory), problems)
+    base = _read_checkpoint(Path(directory), problems)
     if base is not None:
         names = base.tensors.keys() ^ pair.instruct.tensors.keys()
         problems += [f"tensor {name}: only in the base or only in the pair" for name in names]
@@ -145,7 +145,7 @@ def check_base(directory: str | Path, pair: Pair) -> Endpoint:
     return base
 
 
-def _read_endpoint(directory: Path, problems: list[str]) -> Endpoint | None:
+def _read_checkpoint(directory: Path, problems: list[str]) -> Checkpoint | None:
     """Reads a checkpoint directory; adds to `problems`, and returns None without a config."""
     if not directory.is_dir():
         problems.append(f"{directory}: no such directory")
@@ -160,7 +160,7 @@ def _read_endpoint(directory: Path, problems: list[str]) -> Endpoint | None:
             problems.append(f"{path}: not a readable safetensors file ({error})")
     if configs is None:
         return None
-    return Endpoint(directory, *configs, tuple(files), tensors)
+    return Checkpoint(directory, *configs, tuple(files), tensors)
 
 
 def _read_config(

@@ -94,7 +94,7 @@ class Scheduler:
         """Sequences that have not ended."""
         return len(self.running) + len(self.waiting)
 
-    def admit_or_raise(self, request: EngineRequest) -> None:
+    def check_request(self, request: EngineRequest) -> None:
         """Checks that the request can be computed.
 
         Raises RequestRejected, with `param`, and with `code` for a prompt that is too long.

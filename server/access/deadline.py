@@ -45,11 +45,11 @@ class Deadline:
         except TimeoutError:
             raise self.error from None
 
-    def limit(self, generation: Generation) -> None:
+    def apply_to(self, generation: Generation) -> None:
         """Makes the generation fail with `DeadlineExceeded` if it is still open by then."""
         left = self._left()
         if left is not None:
-            generation.expire(left, self.error)
+            generation.fail_after(left, self.error)
 
     def _left(self) -> float | None:
         if self.seconds is None:

@@ -22,10 +22,6 @@ ObserveReasoning = Callable[[int, bool], None]
 """Receives the reasoning tokens of a choice that ended, and whether its think block was cut."""
 
 
-def observe_nothing(tokens: int, cut: bool) -> None:
-    """Ignores what it receives."""
-
-
 @dataclass(slots=True)
 class AnswerChunk:
     """What one token added to one choice."""
@@ -53,7 +49,7 @@ class Choice:
         meter: RequestMeter,
         write_logprobs: WriteLogprobs | None = None,
         echo: Echo | None = None,
-        observe: ObserveReasoning = observe_nothing,
+        observe: ObserveReasoning | None = None,
         tools: bool = False,
     ) -> None:
         """`write_logprobs`: None if the request wants no log-probabilities; `echo`: the prompt, if
@@ -107,7 +103,7 @@ class Choice:
             generation_tokens=self.completion_tokens,
             reasoning_tokens=self.reasoning_tokens,
         )
-        if self.finish_reason is not None:
+        if self.finish_reason is not None and self._observe is not None:
             self._observe(self.reasoning_tokens, self.forced_close or self._cut_in_block)
 
     def _count(self, event: TokenEvent) -> str:

@@ -23,10 +23,10 @@ async def admission(request: Request, service: Service) -> AsyncIterator[EngineI
     """
     deadline: Deadline = request.state.deadline
     try:
-        engine = service.admit()
+        info = service.admit()
         service.engine.check_room()
         async with deadline.enforced():
-            yield engine
+            yield info
     except (Unavailable, RateLimited, DeadlineExceeded) as error:
         service.metrics.rejected(error.code)
         raise

@@ -22,12 +22,14 @@ async def respond(
     request: Request, prepared: PreparedRequest, answer: Answer, service: Service
 ) -> Response:
     """Returns the response. Raises `ApiError` if an answer that is not streamed fails."""
-    headers = {requested_lambda.HEADER: prepared.routing.header}
+    headers = {requested_lambda.HEADER: prepared.decision.header}
     if prepared.wire.stream:
-        events = sse.events(answer, prepared.format, keep_alive=service.settings.keep_alive)
+        events = sse.events(answer, prepared.answer_format, keep_alive=service.settings.keep_alive)
         return EventStream(events, answer.generation, headers)
     try:
         async with ended_on_disconnect(answer.generation, request.receive):
-            return JSONResponse(await complete_answer(answer, prepared.format), headers=headers)
+            return JSONResponse(
+                await complete_answer(answer, prepared.answer_format), headers=headers
+            )
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

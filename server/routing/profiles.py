@@ -135,7 +135,7 @@ def builtin_profiles() -> list[Profile]:
     return [load_profile(path) for path in sorted(BUILTIN.glob("*.json"))]
 
 
-def profile_of(
+def find_builtin_profile(
     identity: str, instruct: str, thinking: str, profiles: Iterable[Profile] | None = None
 ) -> Profile | None:
     """Returns the built-in profile of a pair, or None.

@@ -55,7 +55,7 @@ async def run_calibration(
         command=command,
         date=time.strftime("%Y-%m-%d"),
     )
-    profile = profile_of(
+    profile = calibrated_profile(
         reports,
         run.pair,
         name=flags.name or run.pair.model,
@@ -139,7 +139,7 @@ def _measured(setting: Setting, samples: Sequence[Sample]) -> Measured:
     )
 
 
-def profile_of(
+def calibrated_profile(
     reports: Sequence[ClassReport],
     pair: ServedPair,
     *,

@@ -10,7 +10,7 @@ from server.wire.generation_request import GenerationRequest, check_shared_rules
 from server.wire.messages import MOST_MESSAGES, Message, check_continuation, check_message
 from server.wire.response_format import ResponseFormat, check_response_format
 from server.wire.tools import MOST_TOOLS, FunctionTool, Tool, ToolChoice, check_tools
-from server.wire.validation import parse_body
+from server.wire.validation import validate_json
 
 
 class ChatRequest(GenerationRequest):
@@ -78,7 +78,7 @@ class ChatRequest(GenerationRequest):
 
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    request = parse_body(ChatRequest, body)
+    request = validate_json(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}

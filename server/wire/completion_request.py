@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from server.wire.errors import InvalidRequest
 from server.wire.generation_request import MOST_CHOICES, GenerationRequest, check_shared_rules
-from server.wire.validation import parse_body
+from server.wire.validation import validate_json
 
 MOST_CHOICES_OF_PROMPTS: Final = 1024
 """Most choices of a request: its prompts times the choices of each."""
@@ -75,7 +75,7 @@ class CompletionRequest(GenerationRequest):
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    request = parse_body(CompletionRequest, body)
+    request = validate_json(CompletionRequest, body)
     if request.best_of not in (None, request.choices):
         raise InvalidRequest(
             f"`best_of` ({request.best_of}) other than the number of choices ({request.choices}) "

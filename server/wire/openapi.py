@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.wire import responses as answers
+from server.wire import answer_models as answers
 from server.wire.chat_request import ChatRequest
 from server.wire.completion_request import CompletionRequest
 from server.wire.tokenize_request import DetokenizeRequest, TokenizeRequest

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from server.wire.errors import InvalidRequest
 from server.wire.messages import MOST_MESSAGES, Message, check_continuation, check_message
-from server.wire.validation import parse_body
+from server.wire.validation import validate_json
 from server.wire.wire_model import WireModel
 
 _FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
@@ -45,7 +45,7 @@ class DetokenizeRequest(WireModel):
 
 def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    request = parse_body(TokenizeRequest, body)
+    request = validate_json(TokenizeRequest, body)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
     if request.prompt is not None:
@@ -66,4 +66,4 @@ def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
 
 def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    return parse_body(DetokenizeRequest, body)
+    return validate_json(DetokenizeRequest, body)

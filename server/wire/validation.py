@@ -26,7 +26,7 @@ UNION_TAGS: Final = frozenset(
 Model = TypeVar("Model", bound=WireModel)
 
 
-def parse_body(kind: type[Model], body: bytes) -> Model:
+def validate_json(kind: type[Model], body: bytes) -> Model:
     """Returns the model in a JSON body. Raises `InvalidRequest` that names the first bad field."""
     try:
         return kind.model_validate_json(body)

@@ -208,7 +208,7 @@ class FakeEngine:
 
     def admit(self, request: EngineRequest) -> None:
         """Accepts a request as the engine does. Raises RequestRejected."""
-        self.scheduler.admit_or_raise(request)
+        self.scheduler.check_request(request)
         if request.grammar is not None and self.grammars is None:
             raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
         text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)

@@ -168,7 +168,7 @@ class FakeEngine:
         self.kv = [[0] * self.limits.block_size for _ in range(self.limits.num_blocks)]
 
     def submit(self, req: EngineRequest) -> Sequence:
-        self.scheduler.admit_or_raise(req)
+        self.scheduler.check_request(req)
         sequence = Sequence(req)
         self.scheduler.add(sequence)
         self.requests[req.request_id] = req
@@ -330,7 +330,7 @@ def test_a_prompt_that_cannot_be_computed_is_rejected(
 ) -> None:
     scheduler = Limits(max_model_len=64).scheduler()
     with pytest.raises(RequestRejected) as rejection:
-        scheduler.admit_or_raise(request(prompt=prompt))
+        scheduler.check_request(request(prompt=prompt))
     assert (rejection.value.param, rejection.value.code) == ("prompt", code)
     assert all(word in str(rejection.value) for word in words)
     assert not scheduler.unfinished
@@ -347,17 +347,17 @@ def test_a_request_id_in_use_is_rejected_and_free_again_at_the_end() -> None:
     engine = FakeEngine(Limits())
     engine.submit(request(max_tokens=2, min_tokens=2))
     with pytest.raises(RequestRejected, match="in use"):
-        engine.scheduler.admit_or_raise(request())
+        engine.scheduler.check_request(request())
     engine.step()
     with pytest.raises(RequestRejected, match="in use"):
-        engine.scheduler.admit_or_raise(request())
+        engine.scheduler.check_request(request())
     engine.finish()
-    engine.scheduler.admit_or_raise(request())
+    engine.scheduler.check_request(request())
 
 
 def test_max_tokens_below_zero_is_rejected() -> None:
     with pytest.raises(RequestRejected) as rejection:
-        Limits().scheduler().admit_or_raise(request(max_tokens=-1))
+        Limits().scheduler().check_request(request(max_tokens=-1))
     assert rejection.value.param == "max_tokens"
 
 

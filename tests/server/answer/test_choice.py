@@ -11,11 +11,11 @@ from mi_runtime.request import FinishReason, Phase, TokenEvent, TokenLogprobs
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.answer.choice import AnswerChunk, Choice
 from server.answer.echo import Echo
-from server.answer.logprobs import columns, text_logprobs
+from server.answer.logprobs import columns, completions_logprobs
 from server.ops.metrics import Metrics
 from server.text.reasoning_parser import PlainText, Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.tool_parser import ToolCallParser, join_deltas
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import RequestFailed
@@ -160,7 +160,7 @@ def echoing_choice(text: str) -> Choice:
         splitter=PlainText(),
         stop=[],
         meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
-        write_logprobs=text_logprobs(VOCABULARY),
+        write_logprobs=completions_logprobs(VOCABULARY),
         echo=Echo.of_tokens(VOCABULARY.encode(text), VOCABULARY),
     )
 

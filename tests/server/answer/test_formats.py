@@ -10,8 +10,8 @@ from mi_runtime.request import Dial
 from server.answer.answer import AnswerHead
 from server.answer.chat_format import CHAT
 from server.answer.choice import AnswerChunk
+from server.answer.completions_format import COMPLETIONS
 from server.answer.sse import ChunkWriter
-from server.answer.text_format import TEXT
 from server.routing.routing_decision import RoutingDecision
 from server.text.tool_parser import CallDelta
 
@@ -22,7 +22,7 @@ def head(**fields: Any) -> AnswerHead:
         "created": 1,
         "model": 'pa"ir',
         "system_fingerprint": "fp_0",
-        "routing": RoutingDecision((Dial(0.6),), "body"),
+        "decision": RoutingDecision((Dial(0.6),), "body"),
         "prompt_tokens": 3,
     }
     return AnswerHead(**base | fields)
@@ -114,7 +114,7 @@ def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -
 
 
 def test_texts_are_written_in_their_own_field_and_type() -> None:
-    writer = ChunkWriter(head(), TEXT)
+    writer = ChunkWriter(head(), COMPLETIONS)
     choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
     (first,) = read(writer.first(1))
     assert (first["object"], first["choices"]) == ("text_completion", [choice])
@@ -145,8 +145,8 @@ def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
 
 
 def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
-    routing = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
-    writer = chat_writer(routing=routing)
+    decision = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
+    writer = chat_writer(decision=decision)
     first = read(writer.first(2))
     (middle,) = read(writer.write([AnswerChunk(1, "a")]))
     (last,) = read(writer.write([AnswerChunk(1, finish_reason="stop")]))

@@ -258,7 +258,7 @@ def test_adapt_lets_what_was_observed_decide(profiled: MakeClient) -> None:
         chat(client, "say ab</think>x", reasoning_lambda=0.8)
     assert chat(client, "say x", thinking_budget=300).json()["routing"]["reasoning_lambda"] == 0.6
     service = client.app_state["service"]
-    service.routing.rebuild()
+    service.router.rebuild()
     routing = chat(client, "say x", thinking_budget=300).json()["routing"]
     assert (routing["reasoning_lambda"], routing["expected_reasoning_tokens"]) == (0.8, 2)
     view = client.get("/v1/profiles").json()

@@ -7,7 +7,7 @@ from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.request import Phase, TokenEvent
 from server.config import ConfigError
 from server.text.reasoning_parser import Split, TextSplitter
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(build_tokenizer())

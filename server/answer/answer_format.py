@@ -37,12 +37,12 @@ class CompleteChoice:
         self.finish_reason = chunk.finish_reason
 
 
-class Format(ABC):
-    """How the answers of one endpoint are written."""
+class AnswerFormat(ABC):
+    """How the answers of one route are written."""
 
     id_prefix: ClassVar[str]
-    object: ClassVar[str]  # type of a complete answer
-    chunk_object: ClassVar[str]  # type of a chunk
+    object_type: ClassVar[str]  # the field `object` of a complete answer
+    chunk_type: ClassVar[str]  # the same of a chunk
     first_payload: ClassVar[str]  # JSON, in the first chunk of each choice
     empty_payload: ClassVar[str]  # JSON, in a chunk that adds no text
 
