@@ -142,6 +142,18 @@ class Phase(IntEnum):
     CLOSED = 2  # none can be opened any more
 
 
+class RequestRejected(ValueError):
+    """The engine cannot accept a request, and kept nothing of it.
+
+    `param` is the field of the request that is wrong, `code` the wire's error code, if it has one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
 class TokenEvent(NamedTuple):
     """One new token of one request, or its end without a token (abort, error, max_tokens 0).
 
@@ -157,18 +169,9 @@ class TokenEvent(NamedTuple):
     forced_close: bool = False  # the engine closed the think block
     phase: int = Phase.OUTSIDE.value  # after this token; a plain int, which is pickled faster
     queue_seconds: float = 0.0  # from submission to the first step that ran it
-    error: str | None = None  # with FinishReason.ERROR: what happened
+    error: str | RequestRejected | None = None  # with FinishReason.ERROR: what happened
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """Of each prompt token but the first; set on the first event of a request that wants them."""
-
-
-class RequestRejected(ValueError):
-    """The engine cannot accept a request, and kept nothing of it. `code`: the wire's error code."""
-
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
 
 
 # --- The pipe: HTTP process → engine process ---------------------------------------------------
