@@ -16,22 +16,22 @@ class TokenizeRequest(WireModel):
     """The body of `POST /tokenize`: a text, or messages for the chat template."""
 
     model: str | None = None
-    """The served name, or an alias, whose λ chooses the template."""
+    """The served name, or an alias whose λ chooses the template."""
     prompt: str | None = None
     """A text. Give exactly one of `prompt` and `messages`."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    """Messages, which the chat template of the λ writes as text."""
+    """Messages, which are formatted with the chat template of the λ."""
     reasoning_lambda: float | None = None
-    """λ that chooses the template of `messages`; default: the server's."""
+    """λ that chooses the template of `messages`; default: the server's default λ."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to `prompt`; a template writes them itself."""
     add_generation_prompt: bool | None = None
-    """Whether the prompt opens a new turn of the assistant; default: true unless
+    """Whether the prompt begins a new turn of the assistant; default: true unless
     `continue_final_message`."""
     continue_final_message: bool = False
-    """Leave the end of the last message open; it must be the assistant's."""
+    """Leave the end of the last message open, which must be the assistant's."""
     return_token_strs: bool = False
-    """Whether the answer contains the text of every token."""
+    """Whether the response contains the text of every token."""
 
 
 class DetokenizeRequest(WireModel):

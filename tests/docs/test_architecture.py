@@ -45,7 +45,7 @@ def test_the_glossary_has_at_most_a_dozen_words() -> None:
 
 
 def test_a_request_reaches_the_pipe_through_the_functions_that_the_page_lists() -> None:
-    listed = re.findall(r"^\d\. `([\w.]+)` \(`([\w./]+)`\)", section("The way of a request"), re.M)
+    listed = re.findall(r"^\d\. `([\w.]+)` \(`([\w./]+)`\)", section("The path of a request"), re.M)
     assert len(listed) <= 8
     assert len({path for _, path in listed}) <= 6
     assert (listed[0][0], listed[-1][0]) == ("RequestLog.__call__", "EngineClient._write")
