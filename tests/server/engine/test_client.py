@@ -265,7 +265,7 @@ def test_an_engine_that_does_not_read_holds_up_nobody(play: Callable[..., None])
 def test_an_engine_without_work_may_be_silent(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         assert await take_all(bench.submit("say 1"))
-        await until(lambda: bench.client._watch is None)  # it looked, and nothing was owed
+        await until(lambda: bench.client._check_timer is None)  # it looked, and nothing was owed
         assert bench.client.ended is None
         assert await take_all(bench.submit("say 1"))
 
