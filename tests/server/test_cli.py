@@ -1,9 +1,12 @@
 """The command line of `mi-server`; the commands themselves are tested in `tests/contract`."""
 
+from pathlib import Path
+
 import pytest
 
 from server import cli
 from server.exit_codes import CommandError, ExitCode, exit_code_of
+from server.merge import merge_command
 
 
 def test_the_help_lists_every_command_and_every_exit_code(
@@ -43,3 +46,25 @@ def test_an_error_of_a_command_is_printed_and_sets_the_exit_code(
 
     assert exit_code_of(failing) == ExitCode.UNUSABLE
     assert capsys.readouterr().err == "mi-server: no such pair\n"
+
+
+def test_a_command_that_is_interrupted_ends_with_130_and_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert exit_code_of(interrupted) == ExitCode.INTERRUPTED == 130
+    assert capsys.readouterr().err == "mi-server: interrupted\n"
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_command, "write_checkpoint", interrupted)
+    out = tmp_path / "merged"
+    assert cli.main(["merge", "--lambda", "0.5", "--out", str(out)]) == ExitCode.INTERRUPTED
+    assert not [*tmp_path.iterdir()]
