@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import mi_runtime.model.merge
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mi_runtime.model.merge
 from server.cli import main
 from tests.contract.conftest import ROOT, ServerProcess
 
