@@ -56,7 +56,7 @@ FINGERPRINT_PIECE = 4096  # bytes per piece
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorInfo:
     """The shape and dtype of a checkpoint tensor, from its file's header."""
 
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ class Checkpoint:
     config: PreTrainedConfig
     raw_config: dict[str, Any]  # the content of config.json
     files: tuple[Path, ...]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def _read_checkpoint(directory: Path, problems: list[str]) -> Checkpoint | None:
         return None
     configs = _read_config(directory, problems)
     files = _weight_files(directory, problems)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorInfo] = {}
     for path in files:
         try:
             tensors.update(_read_header(path))
@@ -201,12 +201,12 @@ def _weight_files(directory: Path, problems: list[str]) -> list[Path]:
     return []
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
+def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads names, shapes and dtypes. Raises SafetensorError if the file is truncated."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: Tensor(tuple(piece.get_shape()), str(piece.get_dtype()))
+            name: TensorInfo(tuple(piece.get_shape()), str(piece.get_dtype()))
             for name, piece in slices.items()
         }
 

@@ -21,7 +21,7 @@ NO_TOKENS: Final = frozenset[int]()
 NOTHING: Final = range(0)
 
 
-class Status(Enum):
+class SequenceStatus(Enum):
     WAITING = auto()  # holds no blocks: new, or preempted
     RUNNING = auto()
     ENDED = auto()
@@ -79,7 +79,7 @@ class Sequence:
         self.block_keys: list[bytes] = []  # root, then one per full block; made when needed
         self.cached_tokens = 0  # of the prompt, at first admission
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, …, as far as known
-        self.status = Status.WAITING
+        self.status = SequenceStatus.WAITING
         self.rank = (request.priority, 0)  # lower runs first; the scheduler sets the arrival number
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
@@ -103,7 +103,7 @@ class Sequence:
 
     @property
     def ended(self) -> bool:
-        return self.status is Status.ENDED
+        return self.status is SequenceStatus.ENDED
 
     @property
     def remaining(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from server.answer.answer import AnswerHead
 from server.answer.choice import AnswerChunk
 from server.answer.logprobs import WriteLogprobs
-from server.text.tool_parser import CallDelta
+from server.text.tool_parser import ToolCallDelta
 from server.text.vocabulary import Vocabulary
 
 
@@ -22,7 +22,7 @@ class CompleteChoice:
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
-    calls: list[CallDelta] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 

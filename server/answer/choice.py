@@ -14,7 +14,7 @@ from server.answer.logprobs import WriteLogprobs
 from server.ops.metrics import RequestMeter
 from server.text.reasoning_parser import Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.tool_parser import CallDelta, ToolCallParser
+from server.text.tool_parser import ToolCallDelta, ToolCallParser
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import ApiError, InvalidRequest, RequestFailed
 
@@ -33,7 +33,7 @@ class AnswerChunk:
     finish_reason: str | None = None  # set on a choice's last chunk only
     repeats_reasoning: bool = False  # content is the text that was reasoning until now
     forced_close: bool = False  # the engine closed the block; set on the last chunk only
-    calls: list[CallDelta] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
 
 
 class Choice:
@@ -147,7 +147,7 @@ class Choice:
         return RequestFailed(error or "The engine gave the request up")
 
     def _chunk(self, split: Split, content: str) -> AnswerChunk | None:
-        calls: list[CallDelta] = []
+        calls: list[ToolCallDelta] = []
         if self._calls is not None:
             content, calls = self._split_calls(content, self._calls)
         if not (content or calls or split.reasoning or self.finish_reason):
@@ -164,7 +164,7 @@ class Choice:
             calls=calls,
         )
 
-    def _split_calls(self, text: str, parser: ToolCallParser) -> tuple[str, list[CallDelta]]:
+    def _split_calls(self, text: str, parser: ToolCallParser) -> tuple[str, list[ToolCallDelta]]:
         """Returns the content and the tool calls in `text`."""
         split = parser.feed(text)
         if self.finish_reason is not None:

@@ -20,7 +20,7 @@ from server.api.prepared_request import (
 )
 from server.api.respond import respond
 from server.api.submission import submit
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Ending, Prompt
@@ -39,7 +39,7 @@ async def prepare_chat(request: Request, service: Service, info: EngineInfo) -> 
     """Reads and checks a chat request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
     wire = await parse_without_blocking(body, parse_chat_request)
-    decision = route(wire, request.headers.get(requested_lambda.HEADER), service, info)
+    decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
     grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, decision, service)
     add_log_fields(request.state.trace, wire, decision)
@@ -90,10 +90,10 @@ def _choices(
     """Returns a choice for each λ of a fan-out, else `n` choices."""
     of_dials = [
         PreparedChoice(
-            setting,
+            dial,
             prompt,
             service.sampling_policy.resolve(wire, prompt_tokens=len(prompt.token_ids), info=info),
         )
-        for setting, prompt in zip(decision.dials, prompts, strict=True)
+        for dial, prompt in zip(decision.dials, prompts, strict=True)
     ]
     return of_dials if decision.fan_out else seeded_choices(of_dials[0], wire.choices)

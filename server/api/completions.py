@@ -28,7 +28,7 @@ from server.api.prepared_request import (
 )
 from server.api.respond import respond
 from server.api.submission import submit
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Prompt
@@ -57,7 +57,7 @@ async def prepare_completion(
     body = await read_body(request, service.settings.max_body_bytes)
     wire = await parse_without_blocking(body, parse_completion_request)
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
-    decision = route(wire, request.headers.get(requested_lambda.HEADER), service, info)
+    decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
     vocabulary = service.prompt_builder.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, info.vocab_size)
     add_log_fields(request.state.trace, wire, decision)

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.body import read_body
 from server.api.dependencies import ServiceOfApp
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.service import Service
 from server.text.prompt import Ending
 from server.wire.errors import InvalidRequest
@@ -28,9 +28,7 @@ from server.wire.tokenize_request import (
 async def tokenize(request: Request, service: ServiceOfApp) -> Response:
     """In the answer `max_model_len` is null while the engine is loading."""
     body = await read_body(request, service.settings.max_body_bytes)
-    return await asyncio.to_thread(
-        _tokens, body, request.headers.get(requested_lambda.HEADER), service
-    )
+    return await asyncio.to_thread(_tokens, body, request.headers.get(LAMBDA_HEADER), service)
 
 
 def _tokens(body: bytes, header: str | None, service: Service) -> Response:

@@ -15,7 +15,7 @@ from server.wire.errors import InvalidRequest, ModelNotFound, bounded
 from server.wire.generation_request import RequestedLambda
 from server.wire.reasoning_fields import GroupLambdas
 
-HEADER = "X-Reasoning-Lambda"
+LAMBDA_HEADER: Final = "X-Reasoning-Lambda"
 DEFAULT: Final = "default"
 """Source of the λ of a request that names none."""
 
@@ -54,7 +54,7 @@ class LambdaReader:
         if alias is not None:
             named["model"] = (self.on_grid(alias, "model"),)
         if header is not None:
-            named["header"] = (self.on_grid(parse_lambda(header, HEADER), HEADER),)
+            named["header"] = (self.on_grid(parse_lambda(header, LAMBDA_HEADER), LAMBDA_HEADER),)
         _check_agreement(named, layers)
         default = (self.on_grid(self.default, "default_lambda"),)
         source, dials = next(iter(named.items()), (DEFAULT, default))

@@ -29,7 +29,7 @@ from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
 from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.scheduler import SCORED_ROWS, Scheduler
-from mi_runtime.scheduling.sequence import Sequence, Status
+from mi_runtime.scheduling.sequence import Sequence, SequenceStatus
 
 VOCAB = 40
 EOS, THINK, END_THINK = 0, 1, 2
@@ -424,7 +424,7 @@ def test_the_youngest_is_preempted_and_its_answer_goes_on_where_it_was() -> None
     young = engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
     while not engine.scheduler.preemptions:
         engine.step()
-    assert young.status is Status.WAITING
+    assert young.status is SequenceStatus.WAITING
     assert young.output_length > 0
     assert (young.computed, len(young.block_table)) == (0, 0)
     assert engine.scheduler.waiting.first is young
@@ -617,7 +617,8 @@ def test_a_preempted_sequence_takes_the_token_that_was_being_drawn() -> None:
     assert lengths(scheduler.schedule()) == [("old", 1)]  # young would fit, but for its token
     events = scheduler.update(step, {old: (9, None), young: (8, None)})
     assert [event.token_id for event in events] == [9, 8]
-    assert (young.status, young.tokens[young.prompt_length :]) == (Status.WAITING, [8])
+    assert young.status is SequenceStatus.WAITING
+    assert young.tokens[young.prompt_length :] == [8]
     assert lengths(scheduler.schedule()) == [("old", 1), ("young", 5)]
     scheduler.check_integrity()
 
@@ -648,7 +649,7 @@ def test_the_last_by_priority_is_preempted_though_it_is_older() -> None:
     engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
     while not engine.scheduler.preemptions:
         engine.step()
-    assert old.status is Status.WAITING
+    assert old.status is SequenceStatus.WAITING
     engine.finish()
     engine.check_answers()
 
@@ -912,7 +913,7 @@ def test_random_workloads_reach_every_path() -> None:
 
 
 def life_of(sequence: Sequence) -> str:
-    if sequence.status is Status.RUNNING:
+    if sequence.status is SequenceStatus.RUNNING:
         return "decoding" if sequence.remaining == 1 else "prefilling"
     return "preempted" if sequence.output_length else "waiting"
 

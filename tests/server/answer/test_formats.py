@@ -13,7 +13,7 @@ from server.answer.choice import AnswerChunk
 from server.answer.completions_format import COMPLETIONS
 from server.answer.sse import ChunkWriter
 from server.routing.routing_decision import RoutingDecision
-from server.text.tool_parser import CallDelta
+from server.text.tool_parser import ToolCallDelta
 
 
 def head(**fields: Any) -> AnswerHead:
@@ -102,8 +102,8 @@ def test_reasoning_that_nobody_wants_is_left_out() -> None:
 
 
 def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -> None:
-    begun = CallDelta(1, name="f", id="call_0")
-    chunk = AnswerChunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
+    begun = ToolCallDelta(1, name="f", id="call_0")
+    chunk = AnswerChunk(0, "a", finish_reason="tool_calls", calls=[begun, ToolCallDelta(1, "{}")])
     head_of_call = {"index": 1, "id": "call_0", "type": "function"}
     assert read(chat_writer().write([chunk])) == [
         event({"content": "a"}),
