@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.server.curves import profile
+from tests.server.measured_profile import profile
 
 MakeClient = Callable[..., TestClient]
 WaitUntil = Callable[..., None]

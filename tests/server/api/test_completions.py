@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from mi_runtime.request import TokenLogprobs
-from server.answer.echo import Echo
-from server.answer.logprobs import columns, text_logprobs
 from server.service import Service
 from server.text.vocabulary import Vocabulary
 
@@ -178,29 +175,6 @@ def test_a_prompt_is_not_scored_without_echo_or_without_logprobs(client: TestCli
     without_echo = answer_to(client, "say 0", logprobs=1, max_tokens=1)["choices"][0]
     assert without_echo["logprobs"]["tokens"] == ["0"]
     assert answer_to(client, "say 0", echo=True)["choices"][0]["logprobs"] is None
-
-
-def test_token_ids_are_echoed_with_special_tokens_and_offsets_count_characters(
-    vocabulary: Vocabulary,
-) -> None:
-    text = "é<|im_end|>ü7"  # letters of two bytes and two tokens each
-    echo = Echo.of_tokens(ids(vocabulary, text), vocabulary)
-    assert echo.text == text
-    assert [text[offset] for offset in echo.offsets] == ["é", "é", "<", "ü", "ü", "7"]
-
-
-def test_tokens_that_end_inside_a_character_are_echoed_all_the_same(
-    vocabulary: Vocabulary,
-) -> None:
-    echo = Echo.of_tokens(ids(vocabulary, "aé")[:2], vocabulary)
-    assert (echo.text, list(echo.offsets)) == ("a�", [0, 1])
-
-
-def test_an_impossible_token_has_a_number_json_can_write(vocabulary: Vocabulary) -> None:
-    write = text_logprobs(vocabulary)
-    rows = [write(5, TokenLogprobs(float("-inf"), ((6, -0.0),)), 3)]
-    assert columns(rows)["token_logprobs"] == [-9999.0]
-    assert list(rows[0]["top_logprobs"].values()) == [0.0, -9999.0]
 
 
 # --- streams ---

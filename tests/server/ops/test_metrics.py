@@ -4,33 +4,12 @@ import pytest
 
 from mi_runtime.request import EngineStats
 from server.ops.metrics import EngineState, Metrics
-from server.routing.lambda_buckets import lambda_bucket
 
 LABELS = {"model_name": "pair", "lambda_bucket": "0.6-0.7"}
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, {"model_name": "pair"} | labels)
-
-
-@pytest.mark.parametrize(
-    ("at", "bucket"),
-    [
-        (0.0, "0.0-0.1"),
-        (0.1, "0.1-0.2"),
-        (0.3, "0.3-0.4"),
-        (0.6, "0.6-0.7"),
-        (0.69, "0.6-0.7"),
-        (0.7, "0.7-0.8"),
-        (1.0, "0.9-1.0"),
-    ],
-)
-def test_a_lambda_falls_into_one_of_ten_buckets(at: float, bucket: str) -> None:
-    assert lambda_bucket(at) == bucket
-
-
-def test_every_grid_point_has_one_of_ten_labels() -> None:
-    assert len({lambda_bucket(cell / 100) for cell in range(101)}) == 10
 
 
 def test_a_request_is_followed_to_its_end_and_counted_once() -> None:

@@ -14,7 +14,7 @@ from server.routing.profiles import (
     load_profile,
     profile_of,
 )
-from tests.server.curves import IDENTITY, profile
+from tests.server.measured_profile import IDENTITY, profile
 
 TEXT = profile().model_dump_json(by_alias=True)
 QWEN = {

@@ -10,7 +10,7 @@ from server.routing.reasoning_options import ReasoningOptions
 from server.routing.requested_lambda import LambdaReader
 from server.routing.routing_decision import RoutingDecision
 from server.routing.routing_policy import NEUTRAL, REBUILD_SECONDS, RoutingPolicy, RoutingSettings
-from tests.server.curves import profile
+from tests.server.measured_profile import profile
 
 READER = LambdaReader("pair", step=0.01, default=0.8)
 UNNAMED = READER.read(model="pair", body=None, header=None)

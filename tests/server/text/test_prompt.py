@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from mi_runtime.request import Dial
-from server.text.chat_template import ChatTemplate
-from server.text.checkpoint import CheckpointError, Endpoint, local_directory
+from server.text.checkpoint import Endpoint
 from server.text.prompt import MARK, Ending, PromptBuilder
 from server.wire.errors import InvalidRequest
 from server.wire.messages import Message
@@ -17,59 +16,6 @@ from server.wire.tools import CalledFunction, FunctionTool, ToolCall
 @pytest.fixture(scope="module")
 def endpoints(instruct_directory: Path, opening_directory: Path) -> tuple[Endpoint, Endpoint]:
     return Endpoint.read(instruct_directory), Endpoint.read(opening_directory)
-
-
-def endpoint(template: str) -> Endpoint:
-    return Endpoint(Path("nowhere"), template, {"eos_token": "<eos>"}, frozenset())
-
-
-def render(template: str, text: str = "hi") -> str:
-    return ChatTemplate(endpoint(template)).render([{"role": "user", "content": text}])
-
-
-# --- the dialect ---
-
-
-def test_a_template_sees_messages_and_special_tokens() -> None:
-    assert render("{{ messages[0].content }}{{ eos_token }}{{ add_generation_prompt }}") == (
-        "hi<eos>True"
-    )
-
-
-def test_blocks_are_trimmed_as_transformers_does() -> None:
-    assert render("a\n  {% if true %}\nb\n  {% endif %}\nc") == "a\nb\nc"
-
-
-def test_loop_controls_work() -> None:
-    assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
-
-
-def test_tojson_keeps_letters_and_does_not_escape_html() -> None:
-    assert render("{{ messages[0] | tojson }}", "é<&>") == '{"role": "user", "content": "é<&>"}'
-
-
-def test_a_generation_block_renders_what_is_between() -> None:
-    assert render("a{% generation %}b{% endgeneration %}c") == "abc"
-
-
-def test_a_template_may_ask_the_date() -> None:
-    assert render("{{ strftime_now('%Y') }}").startswith("20")
-
-
-def test_a_refusal_of_the_template_is_about_the_messages() -> None:
-    with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
-        render("{{ raise_exception('roles must alternate') }}")
-    assert caught.value.param == "messages"
-
-
-def test_a_template_reaches_nothing_outside_its_sandbox() -> None:
-    with pytest.raises(InvalidRequest):
-        render("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-
-
-def test_a_template_that_does_not_parse_is_the_operators_problem() -> None:
-    with pytest.raises(CheckpointError, match="does not parse"):
-        render("{% if %}")
 
 
 # --- which template, and what it opens ---
@@ -116,91 +62,6 @@ def test_a_developer_is_the_system_to_a_template(endpoints: tuple[Endpoint, Endp
         for role in ("system", "developer")
     }
     assert len(built) == 1
-
-
-def test_reasoning_of_earlier_turns_reaches_the_template() -> None:
-    prompts_template = ChatTemplate(endpoint("{{ messages[0].reasoning_content }}"))
-    assert prompts_template.render([{"role": "assistant", "reasoning_content": "r"}]) == "r"
-
-
-# --- files ---
-
-
-def write_checkpoint(directory: Path, **files: object) -> Path:
-    for name, content in files.items():
-        path = directory / f"{name}.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return directory
-
-
-def test_a_template_may_stand_in_the_tokenizer_config(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T", "bos_token": "<s>"})
-    read = Endpoint.read(tmp_path)
-    assert (read.chat_template, read.special_tokens) == ("T", {"bos_token": "<s>"})
-
-
-def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None:
-    named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
-    config = {"chat_template": named, "eos_token": {"content": "</s>", "lstrip": False}}
-    write_checkpoint(tmp_path, tokenizer_config=config)
-    read = Endpoint.read(tmp_path)
-    assert (read.chat_template, read.special_tokens) == ("B", {"eos_token": "</s>"})
-
-
-def test_sampling_defaults_and_ends_come_from_the_generation_config(tmp_path: Path) -> None:
-    write_checkpoint(
-        tmp_path,
-        tokenizer_config={"chat_template": "T"},
-        generation_config={"temperature": 0.6, "top_k": 20, "eos_token_id": 7, "max_length": 9},
-    )
-    read = Endpoint.read(tmp_path)
-    assert read.sampling_defaults == {"temperature": 0.6, "top_k": 20}
-    assert read.eos_token_ids == {7}
-
-
-def test_a_checkpoint_without_template_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no chat template"):
-        Endpoint.read(tmp_path)
-
-
-def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, tokenizer_config="{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        Endpoint.read(tmp_path)
-
-
-def test_a_checkpoint_without_tokenizer_json_says_what_to_do(
-    tmp_path: Path, instruct_directory: Path
-) -> None:
-    write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T"})
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        PromptBuilder(Endpoint.read(instruct_directory), Endpoint.read(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["/no/such/place", "./here", "no-slash", "a/b/c"])
-def test_a_directory_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(CheckpointError, match="no such directory"):
-        local_directory(name)
-
-
-def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert local_directory(str(tmp_path)) == tmp_path.resolve()
-
-
-def test_a_hub_id_brings_weights_and_text_but_no_code(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: list[object] = []
-
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.extend([name, allow_patterns])
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert local_directory("owner/pair") == tmp_path
-    name, patterns = asked
-    assert name == "owner/pair"
-    assert not {"*", "*.bin", "*.py", "*.pt"} & set(patterns)  # type: ignore[call-overload]
 
 
 # --- continuing the final message ---
@@ -296,11 +157,6 @@ ADD = FunctionTool(name="add", description="Adds.", parameters={"type": "object"
 def calling(arguments: str) -> Message:
     call = ToolCall(id="c", function=CalledFunction(name="add", arguments=arguments))
     return Message(role="assistant", tool_calls=[call])
-
-
-def test_a_template_shows_whether_it_has_a_place_for_tools() -> None:
-    assert ChatTemplate(endpoint("{% if tools %}{{ tools }}{% endif %}")).takes_tools
-    assert not ChatTemplate(endpoint("{{ messages }}{% set tools = 1 %}")).takes_tools
 
 
 def test_tools_are_shown_as_the_client_described_them(

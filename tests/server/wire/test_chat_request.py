@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from server.wire.chat_request import ChatRequest
-from tests.server.wire.chat_bodies import parse, refusal
+from tests.server.chat_bodies import parse, refusal
 
 WITHOUT_EFFECT = [
     name for name, it in ChatRequest.model_fields.items() if it.description == "Without effect."

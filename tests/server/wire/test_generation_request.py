@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import parse, refusal
+from tests.server.chat_bodies import parse, refusal
 
 
 @pytest.mark.parametrize("n", [{}, {"n": None}, {"n": 3}])

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import CALL, CALLING, USER, parse, refusal
+from tests.server.chat_bodies import CALL, CALLING, USER, parse, refusal
 
 
 def test_content_may_be_text_parts() -> None:

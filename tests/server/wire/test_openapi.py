@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,13 +11,11 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
-from docs.tools.api_reference import filled
 from server.wire.openapi import OPERATIONS, document
 
 MakeClient = Callable[..., TestClient]
 DOCUMENT = document("1")
 HI = [{"role": "user", "content": "say <think>\nso\n</think>\n\nhi"}]
-PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 
 
 def resolved(ref: dict[str, Any]) -> dict[str, Any]:
@@ -182,20 +179,3 @@ def test_a_loading_server_refuses_as_described(make_client: MakeClient) -> None:
         check(method, path, 503, "application/json", response.json())
         refusal = DOCUMENT["paths"][path][method]["responses"]["503"]
         assert all(response.headers[name] for name in refusal["headers"])
-
-
-def test_the_reference_is_what_the_models_say() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert filled(page) == page, "run: python -m docs.tools.api_reference docs/api.md"
-
-
-def test_the_reference_has_every_model_that_a_request_can_hold() -> None:
-    documented = set(re.findall(r"<!-- fields of (\w+) -->", PAGE.read_text(encoding="utf-8")))
-    found = {one.body.__name__ for one in OPERATIONS if one.body is not None}
-    pending = list(found)
-    while pending:
-        schema = json.dumps(DOCUMENT["components"]["schemas"][pending.pop()])
-        new = set(re.findall(r"#/components/schemas/(\w+)", schema)) - found
-        found |= new
-        pending += new
-    assert documented == found

@@ -4,7 +4,7 @@ import pytest
 
 from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
-from tests.server.wire.chat_bodies import refusal
+from tests.server.chat_bodies import refusal
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import json_schema, refusal
+from tests.server.chat_bodies import json_schema, refusal
 
 
 @pytest.mark.parametrize(

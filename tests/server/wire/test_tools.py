@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import named, parse, refusal, tool
+from tests.server.chat_bodies import named, parse, refusal, tool
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "required", named("f")])

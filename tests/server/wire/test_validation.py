@@ -6,7 +6,7 @@ import pytest
 from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
 from server.wire.wire_model import NOT_IMPLEMENTED
-from tests.server.wire.chat_bodies import parse, refusal
+from tests.server.chat_bodies import parse, refusal
 
 
 def test_the_error_of_a_typo_suggests_the_field() -> None:

@@ -11,7 +11,7 @@ from server.sweep.estimates import RESAMPLES
 from server.sweep.graders import GRADERS
 from server.sweep.stages import THINKS_NEARLY_ALWAYS, THINKS_RARELY
 
-PAGE = (Path(__file__).parents[3] / "docs" / "measuring.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text()
 COMMANDS = re.findall(r"^mi-server (?:sweep|calibrate) .*$", PAGE, re.MULTILINE)
 PARSERS = {"sweep": sweep_parser, "calibrate": calibrate_parser}
 
