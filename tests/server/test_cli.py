@@ -1,4 +1,4 @@
-"""The command line of `mi-server`; the commands themselves are tested in `tests/contract`."""
+"""`mi-server` lists its commands and exit codes, and refuses a line that names no command."""
 
 import pytest
 
@@ -28,7 +28,9 @@ def test_a_command_line_without_a_command_is_refused(
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_a_command_has_help_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_own_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == ExitCode.DONE

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.server.measured_profile import profile
+from tests.server.measured_profile import measured_profile
 
 MakeClient = Callable[..., TestClient]
 WaitUntil = Callable[..., None]
@@ -18,7 +18,7 @@ WaitUntil = Callable[..., None]
 def profiled(make_client: MakeClient, tmp_path: Path) -> Callable[..., TestClient]:
     """A client of a pair that was measured: `profiled(elastic=True)`."""
     path = tmp_path / "profile.json"
-    profile().save(path)
+    measured_profile().save(path)
 
     def make(*worker_flags: str, **settings: object) -> TestClient:
         return make_client(*worker_flags, profile=str(path), **settings)
@@ -171,7 +171,7 @@ def test_the_think_threshold_is_the_profiles_unless_the_operator_pins_it(
 def test_a_profile_of_another_pair_is_used_with_a_warning(
     make_client: MakeClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = profile(pair={"identity": "2" * 32, "instruct": "I", "thinking": "T"})
+    other = measured_profile(pair={"identity": "2" * 32, "instruct": "I", "thinking": "T"})
     other.save(tmp_path / "other.json")
     with caplog.at_level("WARNING", "server.service"):
         client = make_client(profile=str(tmp_path / "other.json"))

@@ -1,3 +1,5 @@
+"""Metrics count each request once, to its end, and read the engine's last report at the scrape."""
+
 import time
 
 import pytest
@@ -40,7 +42,7 @@ def test_a_request_is_followed_to_its_end_and_counted_once() -> None:
     assert value(metrics, "mi_e2e_request_latency_seconds_count", **LABELS) == 1
 
 
-def test_a_budget_is_measured_for_answers_that_called_tools_too() -> None:
+def test_the_used_share_of_a_budget_counts_tool_calls_and_leaves_out_aborts() -> None:
     metrics = Metrics("pair")
     for reason, reasoning in (("tool_calls", 8), ("abort", 2)):
         meter = metrics.meter(0.6, 30, arrived=time.perf_counter(), cap=10)

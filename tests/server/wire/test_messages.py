@@ -1,3 +1,5 @@
+"""The messages of a chat are checked by their roles, and a bad one is named."""
+
 from typing import Any
 
 import pytest

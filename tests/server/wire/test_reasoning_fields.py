@@ -1,3 +1,5 @@
+"""λ, budget and effort are refused in any unknown form, and the wrong part is named."""
+
 from typing import Any
 
 import pytest

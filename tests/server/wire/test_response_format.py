@@ -1,3 +1,5 @@
+"""A bad response format is refused, and its wrong field is named."""
+
 from typing import Any
 
 import pytest
