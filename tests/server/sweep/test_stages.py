@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from server.sweep.stages import Stages, stages
 from tests.server.paper_curve import AIME_CURVE
 
-shares = st.floats(0, 1)
+SHARES = st.floats(0, 1)
 
 
 def curve_of(*values: float) -> list[tuple[float, float]]:
@@ -29,11 +29,13 @@ def curve_of(*values: float) -> list[tuple[float, float]]:
         ([], None),
     ],
 )
-def test_stages_follow_the_rule(curve: list[tuple[float, float]], found: Stages | None) -> None:
+def test_the_stages_of_a_curve_follow_the_rule_of_the_report(
+    curve: list[tuple[float, float]], found: Stages | None
+) -> None:
     assert stages(curve) == found
 
 
-@given(st.lists(shares, max_size=12))
+@given(st.lists(SHARES, max_size=12))
 def test_the_think_rate_is_low_up_to_the_first_stage_and_high_from_the_last(
     values: list[float],
 ) -> None:

@@ -10,6 +10,7 @@ from server.wire.errors import InvalidRequest
 
 
 def endpoint(template: str) -> Endpoint:
+    """Returns an endpoint with this chat template and no files."""
     return Endpoint(Path("nowhere"), template, {"eos_token": "<eos>"}, frozenset())
 
 
@@ -28,7 +29,8 @@ def test_blocks_are_trimmed_as_transformers_does() -> None:
 
 
 def test_loop_controls_work() -> None:
-    assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
+    loop = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert render(loop) == "01"
 
 
 def test_tojson_keeps_letters_and_does_not_escape_html() -> None:
@@ -39,11 +41,11 @@ def test_a_generation_block_renders_what_is_between() -> None:
     assert render("a{% generation %}b{% endgeneration %}c") == "abc"
 
 
-def test_a_template_may_ask_the_date() -> None:
+def test_a_template_may_write_the_date() -> None:
     assert render("{{ strftime_now('%Y') }}").startswith("20")
 
 
-def test_a_refusal_of_the_template_is_about_the_messages() -> None:
+def test_an_exception_that_a_template_raises_is_an_error_of_the_messages() -> None:
     with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
         render("{{ raise_exception('roles must alternate') }}")
     assert caught.value.param == "messages"
@@ -54,14 +56,14 @@ def test_a_template_reaches_nothing_outside_its_sandbox() -> None:
         render("{{ ''.__class__.__mro__[1].__subclasses__() }}")
 
 
-def test_a_template_that_does_not_parse_is_the_operators_problem() -> None:
+def test_a_template_that_does_not_parse_is_an_error_of_the_checkpoint() -> None:
     with pytest.raises(CheckpointError, match="does not parse"):
         render("{% if %}")
 
 
 def test_reasoning_of_earlier_turns_reaches_the_template() -> None:
-    prompts_template = ChatTemplate(endpoint("{{ messages[0].reasoning_content }}"))
-    assert prompts_template.render([{"role": "assistant", "reasoning_content": "r"}]) == "r"
+    template = ChatTemplate(endpoint("{{ messages[0].reasoning_content }}"))
+    assert template.render([{"role": "assistant", "reasoning_content": "r"}]) == "r"
 
 
 def test_a_template_shows_whether_it_has_a_place_for_tools() -> None:

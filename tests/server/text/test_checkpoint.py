@@ -58,24 +58,25 @@ def test_a_directory_that_is_not_there_is_named(name: str) -> None:
         local_directory(name)
 
 
-def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_directory_is_used_as_it_is(tmp_path: Path) -> None:
     assert local_directory(str(tmp_path)) == tmp_path.resolve()
 
 
-def test_a_hub_id_brings_weights_and_text_but_no_code(
+def test_a_hub_id_downloads_weights_and_text_but_no_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[object] = []
+    downloads: list[tuple[str, list[str]]] = []
 
     def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.extend([name, allow_patterns])
+        downloads.append((name, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert local_directory("owner/pair") == tmp_path
-    name, patterns = asked
+    ((name, patterns),) = downloads
     assert name == "owner/pair"
-    assert not {"*", "*.bin", "*.py", "*.pt"} & set(patterns)  # type: ignore[call-overload]
+    assert "*.safetensors" in patterns
+    assert not {"*", "*.bin", "*.py", "*.pt"} & set(patterns)
 
 
 def test_a_checkpoint_without_tokenizer_json_says_what_to_do(

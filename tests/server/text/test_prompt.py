@@ -1,3 +1,5 @@
+"""Messages become token ids by the template of their λ, and a final message can be continued."""
+
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +27,7 @@ def endpoints(instruct_directory: Path, opening_directory: Path) -> tuple[Endpoi
     ("value", "threshold", "opens"),
     [(0.0, 0.0, False), (0.01, 0.0, True), (1.0, 0.0, True), (0.4, 0.4, False), (0.41, 0.4, True)],
 )
-def test_above_the_threshold_the_thinking_template_is_taken(
+def test_above_the_threshold_the_thinking_template_is_used(
     endpoints: tuple[Endpoint, Endpoint], value: float, threshold: float, opens: bool
 ) -> None:
     prompts = PromptBuilder(*endpoints, think_threshold=lambda: threshold)
@@ -37,7 +39,7 @@ def test_a_template_can_be_pinned(endpoints: tuple[Endpoint, Endpoint]) -> None:
     assert not prompts.build([Message(role="user", content="x")], Dial(1.0)).opens_block
 
 
-def test_a_user_who_writes_the_tag_opens_nothing(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_think_tag_in_a_message_opens_no_block(endpoints: tuple[Endpoint, Endpoint]) -> None:
     prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="what is <think>")], Dial(0.0))
     assert not prompt.opens_block
@@ -55,7 +57,9 @@ def test_each_dial_gets_the_prompt_of_its_own_template(
     assert built[0] is built[2]
 
 
-def test_a_developer_is_the_system_to_a_template(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_developer_message_is_rendered_as_a_system_message(
+    endpoints: tuple[Endpoint, Endpoint],
+) -> None:
     prompts = PromptBuilder(*endpoints)
     built = {
         prompts.build([Message(role=role, content="x")], Dial(0.0))
@@ -84,12 +88,14 @@ PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }};{
 def continued(
     endpoints: tuple[Endpoint, Endpoint], tmp_path: Path
 ) -> Callable[..., tuple[str, bool]]:
-    """`continued(template, …)`: the text of a prompt that ends in its last message, and whether
-    that is inside a think block."""
+    """Returns a function of a template and a final message that the prompt continues.
+
+    It gives the prompt's text, and whether it ends inside a think block.
+    """
 
     def prompt(template: str, content: str = "", reasoning: str | None = None) -> tuple[str, bool]:
-        one = replace(endpoints[0], chat_template=template)
-        prompts = PromptBuilder(one, one)
+        endpoint = replace(endpoints[0], chat_template=template)
+        prompts = PromptBuilder(endpoint, endpoint)
         last = Message(role="assistant", content=content, reasoning_content=reasoning)
         user = Message(role="user", content="hi")
         built = prompts.build([user, last], Dial(1.0), Ending.IN_LAST_MESSAGE)
@@ -103,7 +109,7 @@ def continued(
     [
         (PLAIN_TEMPLATE, ("so ",), "[assistant]so ", False),
         (PLAIN_TEMPLATE, ("",), "[assistant]", False),
-        (PLAIN_TEMPLATE, ("hi;",), "[assistant]hi;", False),  # said before, by the user
+        (PLAIN_TEMPLATE, ("hi;",), "[assistant]hi;", False),  # the user wrote the same text
         (PLAIN_TEMPLATE, ("", "so\n"), "[assistant]<think>\nso\n", True),
         (PLAIN_TEMPLATE, ("<think>\nso",), "[assistant]<think>\nso", True),
         (PLAIN_TEMPLATE, ("<think>",), "[assistant]<think>\n", True),
@@ -114,7 +120,7 @@ def continued(
         (THINKING_TEMPLATE, ("<think>\nr",), "A:<think>\nr", True),
     ],
 )
-def test_a_final_message_ends_where_its_text_does(
+def test_a_continued_message_ends_where_its_text_ends(
     continued: Callable[..., tuple[str, bool]],
     template: str,
     message: tuple[str, ...],
@@ -139,11 +145,11 @@ def test_a_template_that_drops_the_final_message_cannot_continue_it(
     ("ending", "end"),
     [(Ending.NEW_TURN, "A:<think>"), (Ending.LAST_TURN, "U:hi;")],
 )
-def test_a_new_turn_is_opened_or_not(
+def test_a_prompt_ends_with_a_new_turn_or_with_the_last_one(
     endpoints: tuple[Endpoint, Endpoint], ending: Ending, end: str
 ) -> None:
-    one = replace(endpoints[0], chat_template=THINKING_TEMPLATE)
-    prompts = PromptBuilder(one, one)
+    endpoint = replace(endpoints[0], chat_template=THINKING_TEMPLATE)
+    prompts = PromptBuilder(endpoint, endpoint)
     built = prompts.build([Message(role="user", content="hi")], Dial(1.0), ending)
     assert prompts.vocabulary.decode(built.token_ids).endswith(end)
     assert built.opens_block == end.endswith("<think>")
@@ -172,8 +178,8 @@ def test_tools_are_shown_as_the_client_described_them(
 def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
     endpoints: tuple[Endpoint, Endpoint],
 ) -> None:
-    deaf = replace(endpoints[0], chat_template="{{ messages[0].content }}")
-    prompts = PromptBuilder(deaf, deaf)
+    without_tools = replace(endpoints[0], chat_template="{{ messages[0].content }}")
+    prompts = PromptBuilder(without_tools, without_tools)
     with pytest.raises(InvalidRequest) as caught:
         prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
     assert caught.value.param == "tools"
@@ -184,7 +190,7 @@ def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
     ("arguments", "seen"),
     [('{"a": "é"}', '{"a":"é"}'), ("[1]", '"[1]"'), ("{nonsense", '"{nonsense"')],
 )
-def test_arguments_of_a_call_are_an_object_to_the_template_where_they_are_one(
+def test_arguments_that_are_an_object_reach_the_template_as_one(
     endpoints: tuple[Endpoint, Endpoint], arguments: str, seen: str
 ) -> None:
     template = "{{ messages[0].tool_calls[0].function.arguments | tojson | replace(': ', ':') }}"
@@ -193,7 +199,7 @@ def test_arguments_of_a_call_are_an_object_to_the_template_where_they_are_one(
     assert prompts.vocabulary.tokenizer.decode(list(prompt.token_ids)) == seen
 
 
-def test_a_call_and_its_answer_are_rendered_in_turn(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_call_and_its_result_are_rendered(endpoints: tuple[Endpoint, Endpoint]) -> None:
     prompts = PromptBuilder(*endpoints)
     answer = Message(role="tool", tool_call_id="c", content="6")
     messages = [Message(role="user", content="hi"), calling('{"a":1}'), answer]
