@@ -42,15 +42,3 @@ def test_every_package_has_its_line_in_the_order_of_imports() -> None:
 
 def test_the_glossary_has_at_most_a_dozen_words() -> None:
     assert 0 < len(first_cells(section("Glossary"))) <= 12
-
-
-def test_a_request_reaches_the_pipe_through_the_functions_that_the_page_lists() -> None:
-    listed = re.findall(r"^\d\. `([\w.]+)` \(`([\w./]+)`\)", section("The way of a request"), re.M)
-    assert len(listed) <= 8
-    assert len({path for _, path in listed}) <= 6
-    assert (listed[0][0], listed[-1][0]) == ("RequestLog.__call__", "EngineClient._write")
-    for name, path in listed:
-        *of_class, function = name.split(".")
-        text = (ROOT / path).read_text()
-        assert re.search(rf"^ *(?:async )?def {function}\(", text, re.M), name
-        assert all(f"class {one}" in text for one in of_class), name
