@@ -28,7 +28,7 @@ from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
@@ -78,7 +78,7 @@ class EngineAlone:
     def __init__(self, engine: Engine, instruct: Path, thinking: Path) -> None:
         self._engine = engine
         self.info = engine.info
-        endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
+        endpoints = EndpointText.read(instruct), EndpointText.read(thinking)
         self._prompts = PromptBuilder(*endpoints)
         self._ends = frozenset().union(*(endpoint.eos_token_ids for endpoint in endpoints))
 

@@ -48,7 +48,7 @@ from server.sweep.http_client import ServerClient
 from server.sweep.own_server import own_server
 from server.sweep.samples import SampleLog
 from server.sweep.tasks import embedded_task
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
@@ -167,7 +167,9 @@ def static_engine(value: float, directory: Path) -> StaticEngine:
 
 
 def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine]) -> float:
-    prompts = PromptBuilder(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
+    prompts = PromptBuilder(
+        EndpointText.read(INSTRUCT_DIRECTORY), EndpointText.read(THINKING_DIRECTORY)
+    )
     requests = {
         value: [engine_request(unit, prompts) for unit in work
                 if unit.setting.reasoning_lambda == value]

@@ -21,7 +21,7 @@ from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import EngineInfo
 from server.api.ready_message import describe_engine
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 
 Rows = dict[tuple[str, str], Any]
 
@@ -77,7 +77,7 @@ def test_a_written_pair_passes_the_checks_and_holds_the_bits_it_was_made_of(
     written = write_pair(shape, Place(torch.device("cpu"), torch.bfloat16, 64), tmp_path)
     pair = check_pair(*written.directories)
     assert pair.instruct.config.dtype == torch.bfloat16
-    assert Endpoint.read(pair.instruct.directory).eos_token_ids == {shape.vocabulary - 3}
+    assert EndpointText.read(pair.instruct.directory).eos_token_ids == {shape.vocabulary - 3}
     for endpoint, model in ((pair.instruct, written.instruct), (pair.thinking, written.thinking)):
         stored = {name: it for path in endpoint.files for name, it in load_file(path).items()}
         own = dict(model.named_parameters())

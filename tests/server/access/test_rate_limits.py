@@ -35,7 +35,7 @@ def seconds_to_wait(limits: RateLimits, caller: Caller = ANN) -> int | None:
 
 def test_without_limits_every_request_is_accepted() -> None:
     limits = RateLimits(requests=None, tokens=None)
-    limits.spend(ANN, 10**9)
+    limits.charge(ANN, 10**9)
     assert all(seconds_to_wait(limits) is None for _ in range(100))
 
 
@@ -59,9 +59,9 @@ def test_a_caller_may_overdraw_its_tokens_once_and_then_waits_for_the_refill(
     clock: Clock,
 ) -> None:
     limits = RateLimits(requests=None, tokens=100)
-    limits.spend(ANN, 99)
+    limits.charge(ANN, 99)
     assert seconds_to_wait(limits) is None
-    limits.spend(ANN, 101)  # a minute's worth too much
+    limits.charge(ANN, 101)  # a minute's worth too much
     assert seconds_to_wait(limits, BOB) is None
     seconds = seconds_to_wait(limits)
     assert seconds == 61
@@ -73,24 +73,24 @@ def test_a_caller_may_overdraw_its_tokens_once_and_then_waits_for_the_refill(
 
 def test_nobody_is_asked_to_wait_longer_than_two_minutes(clock: Clock) -> None:
     limits = RateLimits(requests=None, tokens=100)
-    limits.spend(ANN, 10_000)
+    limits.charge(ANN, 10_000)
     assert seconds_to_wait(limits) == 120
 
 
 def test_callers_with_a_full_quota_are_forgotten(clock: Clock) -> None:
     limits = RateLimits(requests=None, tokens=100)
-    limits.spend(ANN, 10_000)
+    limits.charge(ANN, 10_000)
     for number in range(MANY):
-        limits.spend(Caller(str(number)), 1)
+        limits.charge(Caller(str(number)), 1)
     clock.now += 60
-    limits.spend(BOB, 1)
+    limits.charge(BOB, 1)
     assert len(limits._full_at) == 2
     assert seconds_to_wait(limits) is not None
 
 
 def test_a_request_refused_for_its_tokens_is_not_counted_as_a_request(clock: Clock) -> None:
     limits = RateLimits(requests=2, tokens=10)
-    limits.spend(ANN, 10)
+    limits.charge(ANN, 10)
     for _ in range(5):
         assert seconds_to_wait(limits) is not None
     clock.now += 121
@@ -105,7 +105,7 @@ def test_over_time_nobody_gets_more_tokens_than_the_rate(steps: list[tuple[int, 
         start, limits, taken, largest = clock.now, RateLimits(requests=None, tokens=100), 0, 0
         for seconds, tokens in steps:
             if seconds_to_wait(limits) is None:
-                limits.spend(ANN, tokens)
+                limits.charge(ANN, tokens)
                 taken, largest = taken + tokens, max(largest, tokens)
             clock.now += seconds
         minutes = (clock.now - start) / 60

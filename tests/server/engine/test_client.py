@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from mi_runtime.config import EngineConfig
-from mi_runtime.request import Dial, EngineRequest, FinishReason, SamplingParams, TokenEvent
+from mi_runtime.request import (
+    Dial,
+    EngineRequest,
+    FinishReason,
+    RequestRejected,
+    SamplingParams,
+    TokenEvent,
+)
 from server.engine.client import EngineClient
 from server.engine.generation import ClientLeft, Generation
 from server.text.vocabulary import Vocabulary
@@ -121,7 +128,8 @@ def test_a_request_that_the_engine_rejects_ends_with_an_error(
         for reason, rejected in rejections.items():
             (end,) = await take_all(engine.client.submit([rejected]))
             assert (end.token_id, end.finish_reason) == (None, FinishReason.ERROR)
-            assert reason in (end.error or "")
+            assert isinstance(end.error, RequestRejected)
+            assert reason in str(end.error)
         assert await take_all(engine.submit("say 1"))
 
     run_scenario(scenario)
@@ -269,7 +277,9 @@ def test_an_engine_that_reads_no_commands_does_not_block_the_event_loop(
 def test_an_engine_without_work_may_be_silent(run_scenario: Callable[..., None]) -> None:
     async def scenario(engine: FakeEngineClient) -> None:
         assert await take_all(engine.submit("say 1"))
-        await wait_until(lambda: engine.client._watch is None)  # a check found no open request
+        await wait_until(
+            lambda: engine.client._check_timer is None
+        )  # a check found no open request
         assert engine.client.ended is None
         assert await take_all(engine.submit("say 1"))
 

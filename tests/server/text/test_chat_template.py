@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from server.text.chat_template import ChatTemplate
-from server.text.checkpoint import CheckpointError, Endpoint
+from server.text.checkpoint import CheckpointError, EndpointText
 from server.wire.errors import InvalidRequest
 
 
-def endpoint(template: str) -> Endpoint:
+def endpoint(template: str) -> EndpointText:
     """Returns an endpoint with this chat template and no files."""
-    return Endpoint(Path("nowhere"), template, {"eos_token": "<eos>"}, frozenset())
+    return EndpointText(Path("nowhere"), template, {"eos_token": "<eos>"}, frozenset())
 
 
 def render(template: str, text: str = "hi") -> str:

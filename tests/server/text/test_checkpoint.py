@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.text.checkpoint import CheckpointError, Endpoint, local_directory
+from server.text.checkpoint import CheckpointError, EndpointText, local_directory
 from server.text.prompt import PromptBuilder
 
 
@@ -18,7 +18,7 @@ def write_checkpoint(directory: Path, **files: object) -> Path:
 
 def test_a_template_may_stand_in_the_tokenizer_config(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T", "bos_token": "<s>"})
-    read = Endpoint.read(tmp_path)
+    read = EndpointText.read(tmp_path)
     assert (read.chat_template, read.special_tokens) == ("T", {"bos_token": "<s>"})
 
 
@@ -26,7 +26,7 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None
     named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
     config = {"chat_template": named, "eos_token": {"content": "</s>", "lstrip": False}}
     write_checkpoint(tmp_path, tokenizer_config=config)
-    read = Endpoint.read(tmp_path)
+    read = EndpointText.read(tmp_path)
     assert (read.chat_template, read.special_tokens) == ("B", {"eos_token": "</s>"})
 
 
@@ -36,20 +36,20 @@ def test_sampling_defaults_and_ends_come_from_the_generation_config(tmp_path: Pa
         tokenizer_config={"chat_template": "T"},
         generation_config={"temperature": 0.6, "top_k": 20, "eos_token_id": 7, "max_length": 9},
     )
-    read = Endpoint.read(tmp_path)
+    read = EndpointText.read(tmp_path)
     assert read.sampling_defaults == {"temperature": 0.6, "top_k": 20}
     assert read.eos_token_ids == {7}
 
 
 def test_a_checkpoint_without_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no chat template"):
-        Endpoint.read(tmp_path)
+        EndpointText.read(tmp_path)
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tokenizer_config="{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        Endpoint.read(tmp_path)
+        EndpointText.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./here", "no-slash", "a/b/c"])
@@ -84,4 +84,4 @@ def test_a_checkpoint_without_tokenizer_json_says_what_to_do(
 ) -> None:
     write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T"})
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        PromptBuilder(Endpoint.read(instruct_directory), Endpoint.read(tmp_path))
+        PromptBuilder(EndpointText.read(instruct_directory), EndpointText.read(tmp_path))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mi_runtime.request import Dial
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.prompt import MARK, Ending, PromptBuilder
 from server.wire.errors import InvalidRequest
 from server.wire.messages import Message
@@ -16,8 +16,10 @@ from server.wire.tools import CalledFunction, FunctionTool, ToolCall
 
 
 @pytest.fixture(scope="module")
-def endpoints(instruct_directory: Path, opening_directory: Path) -> tuple[Endpoint, Endpoint]:
-    return Endpoint.read(instruct_directory), Endpoint.read(opening_directory)
+def endpoints(
+    instruct_directory: Path, opening_directory: Path
+) -> tuple[EndpointText, EndpointText]:
+    return EndpointText.read(instruct_directory), EndpointText.read(opening_directory)
 
 
 # --- which template, and what it opens ---
@@ -28,25 +30,27 @@ def endpoints(instruct_directory: Path, opening_directory: Path) -> tuple[Endpoi
     [(0.0, 0.0, False), (0.01, 0.0, True), (1.0, 0.0, True), (0.4, 0.4, False), (0.41, 0.4, True)],
 )
 def test_above_the_threshold_the_thinking_template_is_used(
-    endpoints: tuple[Endpoint, Endpoint], value: float, threshold: float, opens: bool
+    endpoints: tuple[EndpointText, EndpointText], value: float, threshold: float, opens: bool
 ) -> None:
     prompts = PromptBuilder(*endpoints, think_threshold=lambda: threshold)
     assert prompts.build([Message(role="user", content="x")], Dial(value)).opens_block is opens
 
 
-def test_a_template_can_be_pinned(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_template_can_be_pinned(endpoints: tuple[EndpointText, EndpointText]) -> None:
     prompts = PromptBuilder(*endpoints, template="instruct")
     assert not prompts.build([Message(role="user", content="x")], Dial(1.0)).opens_block
 
 
-def test_a_think_tag_in_a_message_opens_no_block(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_think_tag_in_a_message_opens_no_block(
+    endpoints: tuple[EndpointText, EndpointText],
+) -> None:
     prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="what is <think>")], Dial(0.0))
     assert not prompt.opens_block
 
 
 def test_each_dial_gets_the_prompt_of_its_own_template(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     prompts = PromptBuilder(*endpoints)
     messages = [Message(role="user", content="x")]
@@ -58,7 +62,7 @@ def test_each_dial_gets_the_prompt_of_its_own_template(
 
 
 def test_a_developer_message_is_rendered_as_a_system_message(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     prompts = PromptBuilder(*endpoints)
     built = {
@@ -86,7 +90,7 @@ PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }};{
 
 @pytest.fixture
 def continued(
-    endpoints: tuple[Endpoint, Endpoint], tmp_path: Path
+    endpoints: tuple[EndpointText, EndpointText], tmp_path: Path
 ) -> Callable[..., tuple[str, bool]]:
     """Returns a function of a template and a final message that the prompt continues.
 
@@ -146,7 +150,7 @@ def test_a_template_that_drops_the_final_message_cannot_continue_it(
     [(Ending.NEW_TURN, "A:<think>"), (Ending.LAST_TURN, "U:hi;")],
 )
 def test_a_prompt_ends_with_a_new_turn_or_with_the_last_one(
-    endpoints: tuple[Endpoint, Endpoint], ending: Ending, end: str
+    endpoints: tuple[EndpointText, EndpointText], ending: Ending, end: str
 ) -> None:
     endpoint = replace(endpoints[0], chat_template=THINKING_TEMPLATE)
     prompts = PromptBuilder(endpoint, endpoint)
@@ -166,7 +170,7 @@ def calling(arguments: str) -> Message:
 
 
 def test_tools_are_shown_as_the_client_described_them(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
@@ -176,7 +180,7 @@ def test_tools_are_shown_as_the_client_described_them(
 
 
 def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     without_tools = replace(endpoints[0], chat_template="{{ messages[0].content }}")
     prompts = PromptBuilder(without_tools, without_tools)
@@ -191,7 +195,7 @@ def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
     [('{"a": "é"}', '{"a":"é"}'), ("[1]", '"[1]"'), ("{nonsense", '"{nonsense"')],
 )
 def test_arguments_that_are_an_object_reach_the_template_as_one(
-    endpoints: tuple[Endpoint, Endpoint], arguments: str, seen: str
+    endpoints: tuple[EndpointText, EndpointText], arguments: str, seen: str
 ) -> None:
     template = "{{ messages[0].tool_calls[0].function.arguments | tojson | replace(': ', ':') }}"
     prompts = PromptBuilder(*[replace(endpoints[0], chat_template=template)] * 2)
@@ -199,7 +203,7 @@ def test_arguments_that_are_an_object_reach_the_template_as_one(
     assert prompts.vocabulary.tokenizer.decode(list(prompt.token_ids)) == seen
 
 
-def test_a_call_and_its_result_are_rendered(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_call_and_its_result_are_rendered(endpoints: tuple[EndpointText, EndpointText]) -> None:
     prompts = PromptBuilder(*endpoints)
     answer = Message(role="tool", tool_call_id="c", content="6")
     messages = [Message(role="user", content="hi"), calling('{"a":1}'), answer]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mi_runtime.request import FinishReason, Phase, TokenEvent
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from tests.server.tag_tokens import tokenizer_with_tags
 

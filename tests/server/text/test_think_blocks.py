@@ -7,7 +7,7 @@ from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.request import Phase, TokenEvent
 from server.config import ConfigError
 from server.text.reasoning_parser import Split, TextSplitter
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.vocabulary import Vocabulary
 from tests.server.tag_tokens import tokenizer_with_tags, without_think_tokens
 
@@ -26,7 +26,6 @@ def test_a_policy_has_the_tags_the_cap_and_the_closing_sequence() -> None:
     assert VOCABULARY.token_text(policy.open_id) == "<think>"
     assert VOCABULARY.token_text(policy.close_id) == "</think>"
     assert list(policy.closing) == VOCABULARY.encode(CLOSING)
-    assert not policy.soft_ends  # thousands of ids, which the engine gets once, at start
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@
 The sources are mapped files and the result is written piece by piece, so that memory does not grow
 with the model (TIES needs a few fp32 copies of one tensor). Everything is computed in fp32 and
 rounded once to the output format. The shards are those of the Instruct endpoint. This module writes
-weights only; `server.merge` writes the tokenizer, templates and model card.
+weights only; `server/merge` writes the tokenizer, templates and model card.
 
 The `safetensors` library needs all tensors in memory, twice while it writes. Its format is a
 length, a JSON header and the bytes, so this module writes the header itself.
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_runtime.errors import PairError
-from mi_runtime.model.pair_check import Endpoint, check_base, check_pair
+from mi_runtime.model.pair_check import Checkpoint, check_base, check_pair
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial
 
@@ -58,6 +58,7 @@ class CheckpointTensors:
         self._paths = files
         self._files: dict[str, Any] = {}  # by tensor name
         self.shards: dict[str, list[str]] = {}  # tensor names by file
+        self._open = ExitStack()  # of the files
 
     def __enter__(self) -> "CheckpointTensors":
         with ExitStack() as stack:
@@ -89,8 +90,8 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """The open checkpoints of a merge."""
+class MergeInputs:
+    """The open checkpoints that are merged."""
 
     instruct: CheckpointTensors
     thinking: CheckpointTensors
@@ -184,12 +185,12 @@ class Output:
 
 
 def write_weights(
-    instruct: Endpoint,
-    thinking: Endpoint,
+    instruct: Checkpoint,
+    thinking: Checkpoint,
     method: Method,
     out: Path,
     *,
-    base: Endpoint | None = None,
+    base: Checkpoint | None = None,
     dtype: torch.dtype | None = None,
     untie: bool = False,
 ) -> None:
@@ -204,7 +205,7 @@ def write_weights(
             stack.enter_context(CheckpointTensors(one.files)) for one in (instruct, thinking)
         )
         origin = None if base is None else stack.enter_context(CheckpointTensors(base.files))
-        checkpoints = Checkpoints(low, high, origin)
+        inputs = MergeInputs(low, high, origin)
         shards = {
             file: _outputs(low, names, dtype, untie=untie) for file, names in low.shards.items()
         }
@@ -214,7 +215,7 @@ def write_weights(
                 with (out / file).open("wb") as shard:
                     shard.write(_header(outputs))
                     for output in outputs:
-                        _write_tensor(shard, output, method, checkpoints)
+                        _write_tensor(shard, output, method, inputs)
                         progress.update()
                     shard.flush()
                     os.fsync(shard.fileno())
@@ -252,10 +253,8 @@ def _header(outputs: Sequence[Output]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(
-    shard: BinaryIO, output: Output, method: Method, checkpoints: Checkpoints
-) -> None:
-    sources = checkpoints.sources(output.source)
+def _write_tensor(shard: BinaryIO, output: Output, method: Method, inputs: MergeInputs) -> None:
+    sources = inputs.sources(output.source)
     if sources.instruct.is_floating_point():
         for piece in method.pieces(output.group, sources):
             shard.write(_bytes(piece.to(output.dtype)))

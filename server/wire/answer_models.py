@@ -125,7 +125,7 @@ class AnswerMessage(_Answer):
     """The same as `reasoning_content`; clients read one of them."""
 
 
-FinishReason = Literal["stop", "length"]
+TextFinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -184,13 +184,13 @@ class TextLogprobs(_Answer):
 class TextChoice(_Choice):
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: TextFinishReason
 
 
 class TextChunkChoice(_Choice):
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: TextFinishReason | None
 
 
 class Completion(_Identity):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from server.answer.answer import AnswerHead
 from server.answer.choice import AnswerChunk
 from server.answer.logprobs import WriteLogprobs
-from server.text.tool_parser import CallDelta
+from server.text.tool_parser import ToolCallDelta
 from server.text.vocabulary import Vocabulary
 
 
@@ -22,7 +22,7 @@ class CompleteChoice:
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
-    calls: list[CallDelta] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -37,12 +37,12 @@ class CompleteChoice:
         self.finish_reason = chunk.finish_reason
 
 
-class Format(ABC):
-    """How the answers of one endpoint are written."""
+class AnswerFormat(ABC):
+    """How the answers of one route are written."""
 
     id_prefix: ClassVar[str]
-    object: ClassVar[str]  # type of a complete answer
-    chunk_object: ClassVar[str]  # type of a chunk
+    object_type: ClassVar[str]  # the field `object` of a complete answer
+    chunk_type: ClassVar[str]  # the same of a chunk
     first_payload: ClassVar[str]  # JSON, in the first chunk of each choice
     empty_payload: ClassVar[str]  # JSON, in a chunk that adds no text
 

@@ -12,8 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mi_runtime.errors import PairError
-from mi_runtime.model import merge
-from mi_runtime.model.merge import Interpolation, Method, TaskArithmetic, Ties, write_weights
+from mi_runtime.model import merge_weights
+from mi_runtime.model.merge_weights import (
+    Interpolation,
+    Method,
+    TaskArithmetic,
+    Ties,
+    write_weights,
+)
 from mi_runtime.model.pair_check import Pair, check_base, check_pair
 from mi_runtime.model.swap import group_of
 from mi_runtime.request import Dial
@@ -63,7 +69,7 @@ def test_a_merged_checkpoint_is_what_the_oracle_merges(
 def test_pieces_make_no_difference(
     qwen3_pair: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "PIECE", 7)
+    monkeypatch.setattr(merge_weights, "PIECE", 7)
     found = merged(qwen3_pair, Interpolation(Dial(0.6)), tmp_path)
     low, high = (load_all(directory) for directory in qwen3_pair)
     assert_same(found, {name: torch.lerp(low[name], high[name], 0.6) for name in low})
@@ -170,7 +176,7 @@ def slow_ties(base: list[float], tasks: list[list[float]], kept: int, scale: flo
 def test_ties_trims_elects_a_sign_and_takes_the_mean(density: float) -> None:
     generator = torch.Generator().manual_seed(3)
     base, low, high = (torch.randn(50, generator=generator) for _ in range(3))
-    (found,) = Ties(density, 0.5).pieces("head", merge.Sources(low, high, base))
+    (found,) = Ties(density, 0.5).pieces("head", merge_weights.Sources(low, high, base))
     tasks = [(one - base).tolist() for one in (low, high)]
     expected = slow_ties(base.tolist(), tasks, round(density * 50), 0.5)
     assert torch.allclose(found, torch.tensor(expected), atol=1e-6)

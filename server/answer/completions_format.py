@@ -4,21 +4,21 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final
 
 from server.answer.answer import AnswerHead
+from server.answer.answer_format import AnswerFormat, CompleteChoice
 from server.answer.choice import AnswerChunk
-from server.answer.format import CompleteChoice, Format
-from server.answer.logprobs import WriteLogprobs, columns, text_logprobs
+from server.answer.logprobs import WriteLogprobs, columns, completions_logprobs
 from server.text.vocabulary import Vocabulary
 
 
-class TextFormat(Format):
+class CompletionsFormat(AnswerFormat):
     id_prefix: ClassVar = "cmpl"
-    object: ClassVar = "text_completion"
-    chunk_object: ClassVar = "text_completion"
+    object_type: ClassVar = "text_completion"
+    chunk_type: ClassVar = "text_completion"
     first_payload: ClassVar = '"text":""'
     empty_payload: ClassVar = '"text":""'
 
     def logprobs_writer(self, vocabulary: Vocabulary) -> WriteLogprobs:
-        return text_logprobs(vocabulary)
+        return completions_logprobs(vocabulary)
 
     def logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         return columns(entries)
@@ -30,4 +30,4 @@ class TextFormat(Format):
         return {"text": "".join(choice.content)}
 
 
-TEXT: Final = TextFormat()
+COMPLETIONS: Final = CompletionsFormat()
