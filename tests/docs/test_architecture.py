@@ -1,4 +1,4 @@
-"""`docs/architecture.md` has the packages, and the functions on the path of a request."""
+"""`docs/architecture.md` lists the packages in the order of their imports, and a short glossary."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def section(title: str) -> str:
 
 
 def first_cells(text: str) -> list[str]:
-    """The first cells of a section's tables, without their headings."""
+    """Returns the first cells of a section's tables, without their headings."""
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     return [cell for cell in rows if "`" in cell or "*" in cell]
 

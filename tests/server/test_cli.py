@@ -3,7 +3,7 @@
 import pytest
 
 from server import cli
-from server.exit_codes import CommandError, ExitCode, exit_code_of
+from server.exit_codes import ExitCode
 
 
 def test_the_help_lists_every_command_and_every_exit_code(
@@ -35,13 +35,3 @@ def test_every_command_prints_its_own_help(
         cli.main([command, "--help"])
     assert ended.value.code == ExitCode.DONE
     assert f"usage: mi-server {command}" in capsys.readouterr().out
-
-
-def test_an_error_of_a_command_is_printed_and_sets_the_exit_code(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def failing() -> int:
-        raise CommandError("no such pair")
-
-    assert exit_code_of(failing) == ExitCode.UNUSABLE
-    assert capsys.readouterr().err == "mi-server: no such pair\n"
