@@ -1,5 +1,4 @@
-"""The pages name only files, modules, names, flags and make targets that exist, and link to pages
-and headings that exist."""
+"""The pages name only files, modules, names, flags, targets, links and headings that exist."""
 
 import importlib.util
 import re
@@ -14,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md")
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # what was true when it was written
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # these tell of the past
 )
 FOLDERS = "|".join(path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file())
 FOLDERS += "|docs"
@@ -37,12 +36,12 @@ def sources() -> str:
 
 
 def quoted(page: str) -> set[str]:
-    """What a page has in backticks, outside its code blocks."""
+    """Returns what a page has in backticks, outside its code blocks."""
     return set(IN_BACKTICKS.findall(re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)))
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub forms them."""
+    """Returns the anchors of a page's headings, as GitHub forms them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 

@@ -1,5 +1,7 @@
-"""The flags of a command's own server; that it lives and goes with the command is tested in
-`tests/contract/test_measuring.py`."""
+"""The flags of a command's own server do not depend on the environment.
+
+`tests/contract/test_measuring.py` tests that it starts and ends with the command.
+"""
 
 import pytest
 
@@ -7,9 +9,9 @@ from server.config import load_settings
 from server.sweep.own_server import FIXED_FLAGS
 
 
-def test_the_ready_line_does_not_depend_on_the_environments_log_format(
+def test_the_environments_log_format_does_not_change_the_ready_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With `MI_LOG_FORMAT=json` the ready line was not plain text, and the command waited on."""
+    """With `MI_LOG_FORMAT=json` the ready line was JSON, and the command waited for ever."""
     monkeypatch.setenv("MI_LOG_FORMAT", "json")
     assert load_settings(FIXED_FLAGS).log_format == "text"
