@@ -28,7 +28,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bench.report import RESULTS, machine, rounded
+from bench.measuring.folders import RESULTS
+from bench.measuring.publishing import machine, rounded
 from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
@@ -39,7 +40,7 @@ from mi_runtime.model.pair_check import check_pair
 from mi_runtime.model.row_lambdas import StepRows
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
 from server.sweep.tasks import embedded_task
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
@@ -158,7 +159,9 @@ def load(kind: DeltaDtype) -> BlendedModel:
 
 def exact_answers(questions: int, seed: int) -> dict[float, list[Answer]]:
     """Returns the answers by λ, in the order of the questions."""
-    texts = PromptBuilder(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
+    texts = PromptBuilder(
+        EndpointText.read(INSTRUCT_DIRECTORY), EndpointText.read(THINKING_DIRECTORY)
+    )
     messages = [one.messages for one in embedded_task(questions, seed).questions]
     ends = frozenset(texts.vocabulary.encode("<|im_end|>"))
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, eos_token_ids=ends)

@@ -41,9 +41,9 @@ from torch import Tensor, nn
 
 import mi_runtime.execution.in_flight_step
 import mi_runtime.execution.runner
-from bench.arguments import at_least, numbers
-from bench.dispatches import EachDispatch
-from bench.report import publish
+from bench.measuring.arguments import at_least, numbers
+from bench.measuring.dispatches import EachDispatch
+from bench.measuring.publishing import publish
 from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.device.transfer import Readback
@@ -53,7 +53,7 @@ from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, StepReport
-from mi_runtime.scheduling.planner import CostModel, Curve, Planner
+from mi_runtime.scheduling.planner import CostCurve, CostModel, Planner
 from mi_runtime.worker import receive
 
 LAYERS: Final = 36  # layers of a 4B model
@@ -61,7 +61,9 @@ VOCABULARY: Final = 8
 WARM_UP: Final = 20  # steps
 LAST: Final = 5  # steps at the end, in which rows end; they are not counted
 FLAT = (1, 256)  # rows between which decoding costs what reading the weights does
-COSTS = CostModel(0.03, 0.0, Curve(FLAT, (0.0043, 0.0043)), Curve(FLAT, (0.007, 0.007)), build=0.01)
+COSTS = CostModel(
+    0.03, 0.0, CostCurve(FLAT, (0.0043, 0.0043)), CostCurve(FLAT, (0.007, 0.007)), build=0.01
+)
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, top_k=20, seed=1)
 READER = "from multiprocessing.connection import Connection as C\nc = C({fd})\nwhile 1: c.recv()"

@@ -10,7 +10,7 @@ import json
 import time
 from typing import Any
 
-from bench.report import publish
+from bench.measuring.publishing import publish
 from server.routing.profiles import builtin_profiles
 from server.routing.reasoning_options import read_reasoning_options
 from server.routing.requested_lambda import LambdaReader
@@ -46,7 +46,7 @@ def microseconds(policy: RoutingPolicy, wire: ChatRequest) -> list[float]:
     for _ in range(DECISIONS):
         started = time.perf_counter()
         requested = reader.read(model="m", body=wire.reasoning_lambda, header=None)
-        policy.route(requested, read_reasoning_options(wire))
+        policy.decide(requested, read_reasoning_options(wire))
         spent.append((time.perf_counter() - started) * 1e6)
     return spent
 

@@ -21,14 +21,15 @@ from statistics import median
 
 import torch
 
-from bench.report import interleaved, publish
-from bench.served import STREAMS, Server, Streamed, StreamRequest, workload
-from bench.workload import EMBEDDED
+from bench.live_server.server_process import Server
+from bench.live_server.streams import STREAMS, Streamed, StreamRequest, stream_requests
+from bench.measuring.publishing import interleaved, publish
+from bench.models.workloads import EMBEDDED
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.worker import default_threads
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
@@ -55,7 +56,7 @@ def main() -> None:
         seeds = itertools.count()
 
         def tokens_a_second(answer: Callable[[list[StreamRequest]], Answered]) -> float:
-            requests = workload(next(seeds), lambdas=LAMBDAS)
+            requests = stream_requests(next(seeds), lambdas=LAMBDAS)
             return sum(one.new_tokens for one in requests) / answer(requests).seconds
 
         values = interleaved(
@@ -78,7 +79,7 @@ class EngineAlone:
     def __init__(self, engine: Engine, instruct: Path, thinking: Path) -> None:
         self._engine = engine
         self.info = engine.info
-        endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
+        endpoints = EndpointText.read(instruct), EndpointText.read(thinking)
         self._prompts = PromptBuilder(*endpoints)
         self._ends = frozenset().union(*(endpoint.eos_token_ids for endpoint in endpoints))
 

@@ -34,9 +34,10 @@ from statistics import median
 import torch
 
 from bench.engine import speed
-from bench.report import interleaved, publish
-from bench.static import StaticEngine, blended_config, write_merged
-from bench.workload import BUILD, EMBEDDED_PAIR, REQUESTS
+from bench.measuring.folders import BUILD
+from bench.measuring.publishing import interleaved, publish
+from bench.models.static_engine import StaticEngine, blended_config, write_merged
+from bench.models.workloads import EMBEDDED_PAIR, REQUESTS
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
@@ -48,7 +49,7 @@ from server.sweep.http_client import ServerClient
 from server.sweep.own_server import own_server
 from server.sweep.samples import SampleLog
 from server.sweep.tasks import embedded_task
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.prompt import PromptBuilder
 from server.wire.messages import Message
 
@@ -167,7 +168,9 @@ def static_engine(value: float, directory: Path) -> StaticEngine:
 
 
 def in_turn(work: list[PlannedSample], engine_at: Callable[[float], StaticEngine]) -> float:
-    prompts = PromptBuilder(Endpoint.read(INSTRUCT_DIRECTORY), Endpoint.read(THINKING_DIRECTORY))
+    prompts = PromptBuilder(
+        EndpointText.read(INSTRUCT_DIRECTORY), EndpointText.read(THINKING_DIRECTORY)
+    )
     requests = {
         value: [engine_request(unit, prompts) for unit in work
                 if unit.setting.reasoning_lambda == value]

@@ -97,7 +97,7 @@ class Engine:
 
     def submit(self, request: EngineRequest) -> None:
         """Accepts a request. Raises RequestRejected if it cannot be computed."""
-        self.scheduler.admit_or_raise(request)
+        self.scheduler.check_request(request)
         if request.grammar is not None and self._grammars is None:
             raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
         assert request.request_id not in self._compiling

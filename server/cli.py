@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from server import __version__, merge, serve
+from server import __version__, serve
 from server.engine.client import WORKER_COMMAND
 from server.exit_codes import EXIT_CODES, exit_code_of
+from server.merge import merge_command
 
 COMMANDS: Final = {
     "serve": "serve a pair of checkpoints; the embedded pair if none is named",
@@ -31,7 +32,7 @@ def run(command: str, flags: Sequence[str], worker_command: Sequence[str]) -> in
     if command == "serve":
         return serve.main(flags, worker_command)
     if command == "merge":
-        return merge.main(flags)
+        return merge_command.main(flags)
     from server.sweep import commands  # its libraries may not be installed
 
     return commands.sweep(flags) if command == "sweep" else commands.calibrate(flags)

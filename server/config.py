@@ -86,63 +86,64 @@ class Settings(BaseSettings):
     thinking: str | None = None
     """Thinking endpoint: a directory or hub id; default: that of the embedded pair."""
     device: Device = "auto"
-    """Device that holds the pair."""
+    """Device that holds the pair; auto: a GPU if there is one."""
     dtype: Dtype = "auto"
-    """Number format of the weights."""
+    """Number format of the weights; auto: float32 on a CPU, that of Instruct on a GPU."""
     delta_dtype: DeltaDtype = "none"
-    """Hold only the difference between Thinking and Instruct, rounded to this format: less memory,
-    and λ = 1 is Thinking up to that rounding; none: hold both endpoints in full."""
+    """Store Thinking as its difference from Instruct, rounded to this format. It takes less memory,
+    and λ = 1 is Thinking up to that rounding. none: store both endpoints in full."""
 
     # The dial
     default_lambda: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """λ of requests that name none; 0 is Instruct, 1 is Thinking."""
+    """λ of requests that do not set one; 0 is Instruct, 1 is Thinking."""
     lambda_step: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Step of the grid that λ is rounded to; it must divide 1."""
     reasoning_template: Literal["auto", "instruct", "thinking"] = "auto"
-    """Chat template; auto: Thinking's above the think threshold, else Instruct's."""
+    """Chat template; auto: Thinking's above the think threshold, otherwise Instruct's."""
     think_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Highest λ that takes Instruct's chat template; default: the profile's."""
+    """Highest λ that uses Instruct's chat template; default: the profile's."""
     profile: Path | None = None
     """Measured profile of the pair (JSON); default: the built-in profile of this pair, if any."""
     adapt: bool = False
-    """Route by the reasoning tokens of this server's own answers, where there are enough of them,
-    instead of the profile's."""
+    """Choose λ by the reasoning tokens of this server's own answers instead of the profile's, where
+    there are enough answers."""
     adapt_min_samples: Annotated[int, Field(ge=1)] = 200
-    """Answers in a λ bucket that --adapt needs to use them."""
+    """Number of answers in a λ bucket from which on --adapt uses them."""
     elastic: bool = False
-    """Under load, route requests that name no λ to cheaper points of the profile."""
+    """Under load, give requests that do not set λ a cheaper point of the profile."""
     elastic_effort: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Highest effort, 0 to 1, that requests without a λ get under load."""
+    """Highest effort, from 0 to 1, for requests that do not set λ, under load."""
     elastic_waiting: Annotated[int, Field(ge=1)] = 32
     """Number of waiting requests that counts as load."""
     elastic_kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the KV cache in use that counts as load."""
     elastic_release: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Share of both limits at or below which the load is over."""
+    """Share of these two limits; load ends when both values are at or below it."""
     elastic_dwell: Annotated[float, Field(ge=0)] = 5.0
-    """Least seconds between two changes into or out of load."""
+    """Minimum seconds between two changes into or out of load."""
 
     think_closing: Annotated[str, Field(min_length=1)] = "\n</think>\n\n"
-    """Text that closes a think block at its cap; it holds the closing tag once."""
+    """Closing sequence: the text that closes a think block at its cap. It must contain the closing
+    tag exactly once."""
     think_soft_window: Annotated[int, Field(ge=0)] | None = None
-    """Tokens before a cap within which the block is closed at the end of a sentence or line;
-    default: a tenth of the cap, at most 64."""
+    """Soft window: the last tokens before a cap, in which the block is closed at the end of a
+    sentence or line; default: a tenth of the cap, at most 64."""
 
     # The engine
     max_model_len: Annotated[int, Field(ge=2)] | None = None
-    """Most tokens of prompt and answer together; default: the pair's own limit."""
+    """Maximum number of tokens of prompt and answer together; default: the pair's own limit."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 256
-    """Most sequences that run at once."""
+    """Maximum number of sequences that run at once."""
     max_batched_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Most tokens that one step computes, of prompts and answers together."""
+    """Maximum number of tokens that one step computes, of prompts and answers together."""
     async_scheduling: bool | None = None
     """Launch a step before the results of the previous one are read; default: on a GPU."""
     block_size: Annotated[int, Field(ge=1)] = 16
     """Tokens that a KV block holds."""
     num_blocks: Annotated[int, Field(ge=1)] | None = None
-    """Number of KV blocks; default: from --kv-cache-bytes."""
+    """Number of KV blocks; default: as many as fit into --kv-cache-bytes."""
     kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Bytes of the KV cache; default: a share of the free memory, on a GPU all that is left."""
+    """Bytes of the KV cache; default: a share of the free memory, or on a GPU all that is left."""
     prefix_caching: bool = True
     """Keep the KV of prompts for later requests at the same λ."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -150,19 +151,21 @@ class Settings(BaseSettings):
     cuda_graphs: bool = True
     """On a GPU, record decode steps as CUDA graphs at start and replay them."""
     cuda_graph_sizes: Annotated[list[int], *Listed] = []
-    """Numbers of sequences that decode steps are recorded for, ascending; a step takes the next
-    larger one, and larger steps are not replayed; default: from 2 up to --max-num-seqs."""
+    """Numbers of sequences for which decode steps are recorded, ascending. A step uses the next
+    larger number; a step that is larger than all of them is not replayed. Default: from 2 up to
+    --max-num-seqs."""
     torch_compile: bool = True
-    """Compile the recorded steps; the first start takes a minute or more longer."""
+    """Compile the recorded steps; the first start then takes a minute or more longer."""
     attention_backend: AttentionName = "auto"
     """Implementation of attention; auto: on a GPU the fastest that works, measured at start."""
     blend_policy: BlendPolicy = "auto"
-    """How weights at λ are computed: by pair product, as blended weights, or the cheaper one."""
+    """How layers are computed at λ: by the pair product, with blended weights, or (auto) in the
+    cheaper way."""
     blend_cache_bytes: Annotated[int, Field(ge=0)] | None = None
     """Bytes of the cache of blended weights, which holds complete models; default: a share of the
     free memory."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of the engine; default: all cores but one."""
+    """CPU threads of the engine; default: one less than there are cores."""
 
     # The server
     host: str = "127.0.0.1"
@@ -174,38 +177,38 @@ class Settings(BaseSettings):
     root_path: Annotated[str, Field(pattern=r"^(/[^/]+)*$")] = ""
     """Path prefix that a gateway strips before it forwards a request, such as `/mi`."""
     forwarded_allow_ips: str | None = None
-    """Addresses of proxies, separated by commas, whose X-Forwarded-For and -Proto are trusted; `*`:
-    all; default: none."""
+    """Addresses of proxies, separated by commas, whose headers X-Forwarded-For and
+    X-Forwarded-Proto are trusted; `*`: all; default: none."""
     keep_alive: Annotated[float, Field(gt=0)] = 15.0
-    """Seconds of silence in a stream before a comment is sent."""
+    """Seconds without events in a stream, after which a comment is sent."""
     drain_timeout: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds that running requests may still take after SIGTERM."""
+    """Seconds that running requests may take after SIGTERM."""
 
     # Limits
     max_waiting: Annotated[int, Field(ge=0)] = 1024
-    """Most requests that wait for the engine; further ones get a 503."""
+    """Maximum number of requests that wait for the engine; further requests get a 503."""
     max_waiting_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most prompt tokens of requests that have no first token yet; further requests get a 503;
-    default: no limit."""
+    """Maximum number of prompt tokens of all requests without a first token; further requests get a
+    503; default: no limit."""
     max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**20
-    """Most bytes of a request's body; longer ones get a 413."""
+    """Maximum number of bytes of a request's body; a longer one gets a 413."""
     request_timeout: Annotated[float, Field(gt=0)] | None = None
-    """Seconds that a request may take, queue included; later it gets a 504. A request may set a
-    shorter time by the header X-Request-Timeout; default: no limit."""
+    """Seconds that a request may take, including its time in the queue; after them it gets a 504. A
+    request may set a shorter time with the header X-Request-Timeout; default: no limit."""
     engine_timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without a report from an engine that has work, after which it counts as hung and the
-    server ends; it must be longer than the longest step."""
+    server exits. They must be longer than the longest step."""
     rate_limit_requests: Annotated[int, Field(ge=1)] | None = None
-    """Requests per minute for each API key, or for each client address where there are no keys;
-    further ones get a 429; default: no limit."""
+    """Requests per minute for each API key, or for each client address if there are no keys;
+    further requests get a 429; default: no limit."""
     rate_limit_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens per minute, of prompts and answers, for each API key or client address; default: no
+    """Tokens of prompts and answers per minute, for each API key or client address; default: no
     limit."""
 
     # Security
     api_key: Annotated[list[SecretStr], *Listed] = []
     """Key that requests must send as `Authorization: Bearer KEY`; may be repeated. Every user of
-    the machine can read flags: prefer a file or the environment."""
+    the machine can read flags, so prefer a file or the environment."""
     api_key_file: Path | None = None
     """File of keys, one per line, each optionally followed by a name for the log; # begins a
     comment."""
@@ -213,14 +216,14 @@ class Settings(BaseSettings):
     """Origin whose web pages may send requests, such as `https://example.org`, or `*`; may be
     repeated; default: none."""
     ssl_certfile: Path | None = None
-    """Certificate chain in PEM; with it the server speaks TLS."""
+    """Certificate chain in PEM; turns TLS on."""
     ssl_keyfile: Path | None = None
-    """Private key in PEM; default: the one in the certificate's file."""
+    """Private key in PEM; default: the key in --ssl-certfile."""
     ssl_keyfile_password: SecretStr | None = None
     """Password of the private key."""
     ssl_ca_certs: Path | None = None
-    """Certificate authorities in PEM; if given, only clients with a certificate of theirs are
-    served."""
+    """Certificate authorities in PEM; if given, clients must send a certificate that one of them
+    signed."""
 
     # Observability
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -228,7 +231,7 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     """Readable lines, or one JSON object per line."""
     otlp_traces_endpoint: str | None = None
-    """URL that OpenTelemetry spans are sent to over HTTP, such as
+    """URL to which OpenTelemetry spans are sent over HTTP, such as
     `http://collector:4318/v1/traces`; needs `pip install 'mi-server[otel]'`; default: no traces."""
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from server.config import ConfigError, Settings, load_settings
 from server.engine.client import WORKER_COMMAND, EngineClient
 from server.ops import logs
-from server.text.checkpoint import Endpoint, local_directory
+from server.text.checkpoint import EndpointText, local_directory
 
 if TYPE_CHECKING:
     from server.ops.tracing import Tracing
@@ -35,7 +35,7 @@ def main(flags: Sequence[str], worker_command: Sequence[str] = WORKER_COMMAND) -
         from server.api.uvicorn_server import run
         from server.service import Service
 
-        endpoints = Endpoint.read(instruct), Endpoint.read(thinking)
+        endpoints = EndpointText.read(instruct), EndpointText.read(thinking)
         service = Service(settings, *endpoints, engine, tracing)
     except BaseException:
         engine.discard()

@@ -15,13 +15,13 @@ from server.engine.sampling import SamplingPolicy
 from server.ops.metrics import EngineState, Metrics
 from server.ops.routing_metrics import RoutingCollector, RoutingState
 from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
-from server.routing.profiles import Profile, load_profile, profile_of
+from server.routing.profiles import Profile, find_builtin_profile, load_profile
 from server.routing.requested_lambda import LambdaReader
 from server.routing.routing_policy import RoutingPolicy, RoutingSettings
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.grammar_builder import GrammarBuilder
 from server.text.prompt import PromptBuilder
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.wire.errors import ApiError, Draining, EngineDead, Loading
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class Service:
     """Built once by `serve` and read by the handlers; only `draining` ever changes.
 
     What depends on the pair's identity is made at its first use, once the pair is loaded. The state
-    of the load is in `elastic`, that of observed lengths in `routing`.
+    of the load is in `elastic`, that of observed lengths in `router`.
     """
 
     def __init__(
         self,
         settings: Settings,
-        instruct: Endpoint,
-        thinking: Endpoint,
+        instruct: EndpointText,
+        thinking: EndpointText,
         engine: EngineClient,
         tracing: "Tracing | None" = None,
     ) -> None:
@@ -55,23 +55,23 @@ class Service:
         self.lambda_reader = LambdaReader(
             settings.model_name, settings.lambda_step, settings.default_lambda
         )
-        self.prompts = PromptBuilder(
+        self.prompt_builder = PromptBuilder(
             instruct,
             thinking,
             template=settings.reasoning_template,
             think_threshold=lambda: self.think_threshold,
         )
-        vocabulary = self.prompts.vocabulary
+        vocabulary = self.prompt_builder.vocabulary
         self.think_blocks = ThinkBlocks.of(
             vocabulary,
             closing=settings.think_closing,
             soft_window=settings.think_soft_window,
         )
-        self.grammars = GrammarBuilder(vocabulary)
-        self.sampling = SamplingPolicy.of(instruct, thinking, vocabulary)
+        self.grammar_builder = GrammarBuilder(vocabulary)
+        self.sampling_policy = SamplingPolicy.of(instruct, thinking, vocabulary)
         engine.add_vocabulary(
             vocabulary.marks,
-            vocabulary.grammar_vocabulary(thinking.directory, self.sampling.eos_token_ids),
+            vocabulary.grammar_vocabulary(thinking.directory, self.sampling_policy.eos_token_ids),
         )
         self.metrics = Metrics(settings.model_name)
         self.metrics.follow_engine(self._engine_state)
@@ -106,7 +106,7 @@ class Service:
         """The operator's profile, or else the built-in one of the loaded pair, if there is one."""
         info, settings = self.engine.info, self.settings
         assert info is not None
-        profile = self._profile or profile_of(
+        profile = self._profile or find_builtin_profile(
             info.pair_identity, settings.instruct_endpoint, settings.thinking_endpoint
         )
         if profile is None:
@@ -126,7 +126,7 @@ class Service:
         return 0.0 if self.profile is None else self.profile.think_threshold
 
     @cached_property
-    def routing(self) -> RoutingPolicy:
+    def router(self) -> RoutingPolicy:
         settings = self.settings
         return RoutingPolicy(
             self.profile,
@@ -139,15 +139,22 @@ class Service:
             ),
         )
 
-    def under_load(self) -> bool:
-        """Whether requests without a λ are routed to a cheaper one now."""
-        if self.elastic is None:
-            return False
-        return self.elastic.update(Pressure(self.engine.waiting, self.engine.kv_usage))
+    def update_load(self) -> bool:
+        """Takes the engine's load into account for the request that is being routed.
+
+        Returns whether requests without a λ are routed to a cheaper one now.
+        """
+        return self.elastic is not None and self.elastic.update(self._pressure)
+
+    @property
+    def _pressure(self) -> Pressure:
+        return Pressure(self.engine.waiting, self.engine.kv_usage)
 
     def _routing_state(self) -> RoutingState:
-        lengths = None if self.engine.info is None else self.routing.observed_lengths
-        return RoutingState(lengths, elastic=self.under_load())
+        """Returns what a scrape reports. It changes nothing."""
+        lengths = None if self.engine.info is None else self.router.observed_lengths
+        elastic = self.elastic is not None and self.elastic.active_under(self._pressure)
+        return RoutingState(lengths, elastic=elastic)
 
     def _engine_state(self) -> EngineState:
         engine = self.engine

@@ -30,7 +30,7 @@ def filled(page: str) -> str:
 
 
 def _routes() -> str:
-    lines = ["| route | what it does | may answer |", "|---|---|---|"]
+    lines = ["| route | what it does | status codes |", "|---|---|---|"]
     for one in OPERATIONS:
         statuses = ", ".join(str(status) for status in (200, *sorted(one.refusals)))
         lines.append(f"| `{one.method.upper()} {one.path}` | {one.summary} | {statuses} |")
@@ -54,7 +54,7 @@ def _default(value: Any) -> str:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """A type in words, with its bounds. Null is left out: it means "not given" everywhere."""
+    """Returns a type in words, with its bounds. It leaves out null, which means "not given"."""
     for union in ("anyOf", "oneOf"):
         if union in schema:
             branches = [one for one in schema[union] if one.get("type") != "null"]

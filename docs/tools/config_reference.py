@@ -19,17 +19,17 @@ from server.config import ENVIRONMENT_PREFIX, SECTIONS, Settings
 OPENING: Final = f"""\
 # Configuration
 
-Generated from the settings by `python -m docs.tools.config_reference`.
+All settings of `mi-server serve`. `python -m docs.tools.config_reference` writes this page.
 
-1. a flag: `--max-waiting 64`; switches have two: `--prefix-caching` and `--no-prefix-caching`
+A setting can be given in three ways. The first of these that has it wins:
 
 1. a flag: `--max-waiting 64`; a switch has two: `--prefix-caching` and `--no-prefix-caching`
 2. an environment variable: `{ENVIRONMENT_PREFIX}MAX_WAITING=64`
 3. a YAML file, named by `--config` or `{ENVIRONMENT_PREFIX}CONFIG`: `max_waiting: 64`
 
-Unknown settings and invalid values are refused in all three; the server then names them and ends
-with exit code 2. Settings do not change after the start. A list is given as a repeated flag, as a
-variable with commas, or as a YAML list.
+The server refuses unknown settings and invalid values in all three: it names them and exits with
+code 2. Settings cannot be changed while it runs. A list is a repeated flag, a variable with commas,
+or a YAML list.
 
 ```yaml
 # mi.yaml
@@ -40,7 +40,7 @@ api_key_file: /run/secrets/mi-keys
 log_format: json
 ```
 """
-WORDS: Final = {int: "whole number", float: "number", bool: "true, false", Path: "path"}
+WORDS: Final = {int: "integer", float: "number", bool: "true, false", Path: "path"}
 BOUNDS: Final = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 
 
@@ -78,7 +78,8 @@ def _takes(field: FieldInfo) -> str:
     kind = flags.plain_type(field)
     if kind is SecretStr:
         return "secret"
-    return " ".join([WORDS.get(kind, "text"), *_bounds(field)])
+    bounds = ", ".join(_bounds(field))
+    return f"{WORDS.get(kind, 'text')} {bounds}".rstrip()
 
 
 def _bounds(field: FieldInfo) -> Iterator[str]:

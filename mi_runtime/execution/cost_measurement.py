@@ -26,7 +26,7 @@ from mi_runtime.model.pair_modules import PairLinear, weights_of
 from mi_runtime.model.row_lambdas import INSTRUCT, Rows, StepRows, Way
 from mi_runtime.model.weights import Matrix
 from mi_runtime.request import Dial
-from mi_runtime.scheduling.planner import CostModel, Curve
+from mi_runtime.scheduling.planner import CostCurve, CostModel
 
 ROWS = (1, 8, 32, 128, 512)
 KERNEL_ROWS = (1, 4, 16, 32, 64, 128, 256)  # with more rows, products are compute-bound
@@ -56,8 +56,8 @@ def measure_costs(model: BlendedModel) -> CostModel:
     return CostModel(
         fixed=fixed,
         replayed=fixed,
-        single=Curve(ROWS, tuple(accumulate(single, max))),  # more rows must not cost less
-        pair=Curve(ROWS, tuple(accumulate(pair, max))),
+        single=CostCurve(ROWS, tuple(accumulate(single, max))),  # more rows must not cost less
+        pair=CostCurve(ROWS, tuple(accumulate(pair, max))),
         build=build,
     )
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -41,7 +42,7 @@ from mi_runtime.request import Dial
 from mi_runtime.scheduling.planner import NO_COSTS, REMEMBERED, CostModel, Planner
 
 RECORDED, COMPILED = "recorded", "recorded and compiled"
-TRIED = {RECORDED: "without torch.compile", COMPILED: "with torch.compile"}
+COMPILE_SETTING = {RECORDED: "without torch.compile", COMPILED: "with torch.compile"}
 LONGEST_REASON = 300  # characters
 
 
@@ -57,8 +58,8 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Recordable:
-    """A forward pass that can be recorded, and the memory of its recordings."""
+class RecordingTrial:
+    """A forward pass that was recorded in a trial, and the memory of its recordings."""
 
     forward: Forward
     how: str
@@ -83,16 +84,16 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     costs = measure_costs(model) if config.blend_policy == "auto" else NO_COSTS
     started = time.monotonic()
     failures: list[str] = []
-    recordable = None
+    trial = None
     if model.device.type == "cuda":
-        sizes, recordable = _cuda_sizes(config, model, attention.backend, failures)
+        sizes, trial = _cuda_sizes(config, model, attention.backend, failures)
     else:
         sizes = cpu_sizes(config, model)
     model.groups.cache.places = sizes.places
     runner = _runner(config, model, attention.backend, sizes.num_blocks, costs)
     how, count = None, 0
-    if recordable is not None:
-        runner.graphs, how = _recorded(config, model, runner.attention, recordable, failures)
+    if trial is not None:
+        runner.graphs, how = _record_all(config, model, runner.attention, trial, failures)
         if runner.graphs is not None:
             runner.planner.costs = with_replays(costs, model, runner.graphs)
             count = len(runner.graphs.keys)
@@ -120,7 +121,7 @@ def _runner(
 
 def _cuda_sizes(
     config: EngineConfig, model: BlendedModel, backend: AttentionBackend, failures: list[str]
-) -> tuple[CacheSizes, Recordable | None]:
+) -> tuple[CacheSizes, RecordingTrial | None]:
     """Measures memory with a temporary runner, whose KV cache fits the largest step."""
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
     # One block more than needed: if the number of blocks and the rows of a recording happened to
@@ -128,31 +129,31 @@ def _cuda_sizes(
     blocks = blocks_of_largest_step(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)
-    recordable = _recordable(config, model, runner.attention, failures)
+    trial = _try_recording(config, model, runner.attention, failures)
     del runner
     gc.collect()  # the traceback of a failure keeps its tensors alive
     torch.cuda.empty_cache()
     # Measured last, so that loaded kernels and cuBLAS workspaces count as in use.
     free, total = torch.cuda.mem_get_info(model.device)
-    sizes = _graph_sizes(config) if recordable else ()
+    sizes = _graph_sizes(config) if trial else ()
     reserved = ReservedMemory(
         total=total,
         used=total - free,
         workspace=workspace,
-        first_recording=recordable.first_bytes if recordable else 0,
-        next_recording=recordable.next_bytes if recordable else 0,
+        first_recording=trial.first_bytes if trial else 0,
+        next_recording=trial.next_bytes if trial else 0,
         recordings=len(sizes) * (1 + len(model.groups.endpoints)),
         recordings_per_place=len(sizes),
     )
-    return cuda_sizes(config, model, reserved), recordable
+    return cuda_sizes(config, model, reserved), trial
 
 
 # --- Recordings -----------------------------------------------------------------------------------
 
 
-def _recordable(
+def _try_recording(
     config: EngineConfig, model: BlendedModel, attention: PagedAttention, failures: list[str]
-) -> Recordable | None:
+) -> RecordingTrial | None:
     """Returns the first forward pass that records in a trial; adds why others fail."""
     if not config.cuda_graphs:
         return None
@@ -162,33 +163,34 @@ def _recordable(
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for forward, how in _forwards(config, model):
         try:
-            first, each = _tried(lambda: _graphs(config, model, attention, forward, stream))  # noqa: B023
+            make = partial(_graphs, config, model, attention, forward, stream)
+            first, following = _recording_bytes(make)
         except torch.OutOfMemoryError:
             raise
         except _recording_errors() as error:
             failures.append(_failure(model, how, error))
         else:
-            return Recordable(forward, how, stream, first, each)
+            return RecordingTrial(forward, how, stream, first, following)
     return None
 
 
-def _recorded(
+def _record_all(
     config: EngineConfig,
     model: BlendedModel,
     attention: PagedAttention,
-    recordable: Recordable,
+    trial: RecordingTrial,
     failures: list[str],
 ) -> tuple[DecodeGraphs | None, str | None]:
     """Makes all recordings; returns them and how they were made.
 
     The trial made only two of them, so others may still fail.
     """
-    ways = [(recordable.forward, recordable.how)]
-    if recordable.how != RECORDED:
+    ways = [(trial.forward, trial.how)]
+    if trial.how != RECORDED:
         ways.append((model.logits, RECORDED))
     for forward, how in ways:
         try:
-            graphs = _graphs(config, model, attention, forward, recordable.stream)
+            graphs = _graphs(config, model, attention, forward, trial.stream)
             graphs.record()
         except torch.OutOfMemoryError:
             raise
@@ -232,7 +234,7 @@ def _forwards(config: EngineConfig, model: BlendedModel) -> Iterator[tuple[Forwa
     yield model.logits, RECORDED
 
 
-def _tried(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
+def _recording_bytes(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
     """Returns the bytes of the first recording, including all buffers, and of the next one."""
 
     def first() -> DecodeGraphs:
@@ -256,7 +258,7 @@ def _failure(model: BlendedModel, how: str, error: Exception) -> str:
     model.groups.cache.forget()
     print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
     traceback.print_exception(error)
-    return f"{TRIED[how]}: {_causes(error)}"
+    return f"{COMPILE_SETTING[how]}: {_causes(error)}"
 
 
 def _causes(error: BaseException) -> str:

@@ -3,6 +3,6 @@
 `pair_check` checks two checkpoint directories, `load` loads them, `swap` replaces the modules of
 the model by `pair_modules`, and `probe` checks the result. `weights` and `delta` store the pair of
 matrices that those modules compute with, and `blend_cache` blended weights. `row_lambdas` holds the
-λ of every row of the running step. `merge` writes a merged checkpoint offline. The package imports
-`attention`, `kernels`, `device`, `config`, `request` and `errors`.
+λ of every row of the running step. `merge_weights` writes merged weights offline. The package
+imports `attention`, `kernels`, `device`, `config`, `request` and `errors`.
 """

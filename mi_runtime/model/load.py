@@ -25,7 +25,7 @@ from mi_runtime.kernels.dispatch import KernelDispatch
 from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.delta import DeltaStorage
-from mi_runtime.model.pair_check import Endpoint, Pair
+from mi_runtime.model.pair_check import Checkpoint, Pair
 from mi_runtime.model.pair_modules import pair_experts_forward, weights_of
 from mi_runtime.model.probe import Probe, unique_tensors
 from mi_runtime.model.row_lambdas import BlendGroups
@@ -69,10 +69,10 @@ def load_pair(
     where = resolve_device(device)
     memory = MemoryPeak(where)
     kind = resolve_dtype(dtype, where, pair)
-    instruct = _load_endpoint(pair.instruct, where, kind)
+    instruct = _load_checkpoint(pair.instruct, where, kind)
     memory.look()
     thinking_device = where if delta_dtype == "none" else torch.device("cpu")
-    thinking = _load_endpoint(pair.thinking, thinking_device, kind)
+    thinking = _load_checkpoint(pair.thinking, thinking_device, kind)
     memory.look()
     model = pair_up(instruct, thinking, pair.identity(), delta_dtype, memory)
     return replace(model, load_seconds=time.monotonic() - started)
@@ -146,18 +146,20 @@ def use_paged_attention(model: PreTrainedModel) -> None:
     model.eval().requires_grad_(False)
 
 
-def load_static(endpoint: Endpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
+def load_static(checkpoint: Checkpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
     """Loads one checkpoint without pair modules, with the same attention: the bench's baseline."""
-    return _load_endpoint(endpoint, resolve_device(device), dtype)
+    return _load_checkpoint(checkpoint, resolve_device(device), dtype)
 
 
-def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _load_checkpoint(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     """Loads one checkpoint. Raises PairError with every missing, unknown or non-finite tensor."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)  # before a config can name it
     try:
         with tensors_allocated_separately():
             model, report = AutoModelForCausalLM.from_pretrained(
-                endpoint.directory,
+                checkpoint.directory,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=ATTENTION_NAME,
@@ -170,14 +172,14 @@ def _load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype)
     except torch.OutOfMemoryError as error:
         raise _too_large(error) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PairError([f"{endpoint.directory}: {error}"]) from error
+        raise PairError([f"{checkpoint.directory}: {error}"]) from error
     problems = [
-        f"{endpoint.directory}: {what}: {', '.join(map(str, sorted(report[what])))}"
+        f"{checkpoint.directory}: {what}: {', '.join(map(str, sorted(report[what])))}"
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys")
         if report[what]
     ]
     problems += [
-        f"{endpoint.directory}: tensor {name} has values that are not finite"
+        f"{checkpoint.directory}: tensor {name} has values that are not finite"
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not torch.isfinite(tensor).all()
     ]

@@ -56,7 +56,7 @@ FINGERPRINT_PIECE = 4096  # bytes per piece
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorInfo:
     """The shape and dtype of a checkpoint tensor, from its file's header."""
 
     shape: tuple[int, ...]
@@ -64,22 +64,22 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class Checkpoint:
     """One checkpoint directory: its config, and the tensors in its weight files."""
 
     directory: Path
     config: PreTrainedConfig
     raw_config: dict[str, Any]  # the content of config.json
     files: tuple[Path, ...]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two endpoints that may be blended."""
 
-    instruct: Endpoint
-    thinking: Endpoint
+    instruct: Checkpoint
+    thinking: Checkpoint
 
     @property
     def max_positions(self) -> int:
@@ -111,7 +111,7 @@ def fingerprint(identity: str, lambda_step: float, delta_dtype: DeltaDtype) -> s
 def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
     """Returns both directories as a pair. Raises PairError with every reason that prevents it."""
     problems: list[str] = []
-    endpoints = [_read_endpoint(Path(directory), problems) for directory in (instruct, thinking)]
+    endpoints = [_read_checkpoint(Path(directory), problems) for directory in (instruct, thinking)]
     if problems or endpoints[0] is None or endpoints[1] is None:
         raise PairError(problems)
     pair = Pair(endpoints[0], endpoints[1])
@@ -124,14 +124,14 @@ def check_pair(instruct: str | Path, thinking: str | Path) -> Pair:
     return pair
 
 
-def check_base(directory: str | Path, pair: Pair) -> Endpoint:
+def check_base(directory: str | Path, pair: Pair) -> Checkpoint:
     """Returns the checkpoint from which both endpoints were fine-tuned.
 
     Only its tensors are checked, since a base may have another context length. Raises PairError if
     they do not match those of the pair.
     """
     problems: list[str] = []
-    base = _read_endpoint(Path(directory), problems)
+    base = _read_checkpoint(Path(directory), problems)
     if base is not None:
         names = base.tensors.keys() ^ pair.instruct.tensors.keys()
         problems += [f"tensor {name}: only in the base or only in the pair" for name in names]
@@ -145,14 +145,14 @@ def check_base(directory: str | Path, pair: Pair) -> Endpoint:
     return base
 
 
-def _read_endpoint(directory: Path, problems: list[str]) -> Endpoint | None:
+def _read_checkpoint(directory: Path, problems: list[str]) -> Checkpoint | None:
     """Reads a checkpoint directory; adds to `problems`, and returns None without a config."""
     if not directory.is_dir():
         problems.append(f"{directory}: no such directory")
         return None
     configs = _read_config(directory, problems)
     files = _weight_files(directory, problems)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorInfo] = {}
     for path in files:
         try:
             tensors.update(_read_header(path))
@@ -160,7 +160,7 @@ def _read_endpoint(directory: Path, problems: list[str]) -> Endpoint | None:
             problems.append(f"{path}: not a readable safetensors file ({error})")
     if configs is None:
         return None
-    return Endpoint(directory, *configs, tuple(files), tensors)
+    return Checkpoint(directory, *configs, tuple(files), tensors)
 
 
 def _read_config(
@@ -201,12 +201,12 @@ def _weight_files(directory: Path, problems: list[str]) -> list[Path]:
     return []
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
+def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads names, shapes and dtypes. Raises SafetensorError if the file is truncated."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: Tensor(tuple(piece.get_shape()), str(piece.get_dtype()))
+            name: TensorInfo(tuple(piece.get_shape()), str(piece.get_dtype()))
             for name, piece in slices.items()
         }
 

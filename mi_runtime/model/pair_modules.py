@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mi_runtime.errors import UnsupportedModel
 from mi_runtime.model.row_lambdas import INSTRUCT, RowSlot, scaled_pair
-from mi_runtime.model.weights import ExpertMatrices, Matrix, PairMatrix, Vocabulary, Weights
+from mi_runtime.model.weights import ExpertMatrices, Matrix, PairMatrix, VocabularyMatrix, Weights
 
 EXPERT_ATTRIBUTES = ("pair_gate_up", "pair_down")  # attributes of a swapped experts module
 
@@ -108,7 +108,7 @@ class PairLinear(nn.Linear):
 class PairEmbedding(nn.Embedding):
     """`nn.Embedding` over both endpoints; subclasses that scale the output inherit from it."""
 
-    pair: Vocabulary
+    pair: VocabularyMatrix
     slot: RowSlot
 
     @property

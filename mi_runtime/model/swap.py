@@ -24,7 +24,7 @@ from mi_runtime.model.pair_modules import (
     RowParameter,
 )
 from mi_runtime.model.row_lambdas import BlendGroups, RowSlot
-from mi_runtime.model.weights import Matrix, PairMatrix, Storage, Vocabulary
+from mi_runtime.model.weights import Matrix, PairMatrix, Storage, VocabularyMatrix
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)")
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")  # as in EXPERT_ATTRIBUTES
@@ -76,7 +76,9 @@ class ModuleSwap:
         self._groups = groups
         self._axes = axes
         self._storage = storage
-        self._vocabulary: dict[int, Vocabulary] = {}  # by identity, so that tied ones stay shared
+        self._vocabulary: dict[
+            int, VocabularyMatrix
+        ] = {}  # by identity, so that tied ones stay shared
         self._classes: dict[object, type[nn.Module]] = {}
         self._siblings: dict[str, list[_Both]] = {}
 
@@ -210,7 +212,7 @@ class ModuleSwap:
         axis = self._axes[name]
         return self._groups.slot(group_of(name), axis.logits_only), axis
 
-    def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> Vocabulary:
+    def _take_vocabulary(self, module: nn.Module, other: nn.Module) -> VocabularyMatrix:
         key = id(module.get_parameter("weight"))
         taken = _take_weight(module, other)
         if key not in self._vocabulary:

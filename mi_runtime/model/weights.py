@@ -64,7 +64,7 @@ class Matrix(Weights, Protocol):
         ...
 
 
-class Vocabulary(Matrix, Protocol):
+class VocabularyMatrix(Matrix, Protocol):
     """The weights of an embedding, a head, or both of a tied model."""
 
     def lookup(self, ids: Tensor, rows: Rows) -> Tensor:
@@ -106,7 +106,7 @@ class Storage(Protocol):
         """Stores two matrices `[out, in]`."""
         ...
 
-    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> Vocabulary:
+    def vocabulary(self, instruct: Tensor, thinking: Tensor) -> VocabularyMatrix:
         """Stores two matrices `[vocabulary, dim]`."""
         ...
 

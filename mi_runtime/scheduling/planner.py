@@ -35,7 +35,7 @@ REMEMBERED = 1024  # dials whose savings are remembered
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class CostCurve:
     """Seconds by number of rows: linear between measured points, and beyond the last two."""
 
     rows: tuple[int, ...]  # ascending
@@ -68,18 +68,18 @@ class CostModel:
 
     fixed: float  # per forward pass, whatever its rows
     replayed: float  # the same for decodes only; equal to `fixed` if they are not recorded
-    single: Curve  # endpoint or blended weights
-    pair: Curve
+    single: CostCurve  # endpoint or blended weights
+    pair: CostCurve
     build: float  # to build all blended weights of one λ
 
-    def forward(self, way: Curve, load: Workload) -> float:
+    def forward(self, way: CostCurve, load: Workload) -> float:
         """Returns the seconds of one forward pass, 0 if it has no rows."""
         if not load.rows:
             return 0.0
         return (self.replayed if load.only_decodes else self.fixed) + way.at(load.rows)
 
 
-NOTHING = Curve((1, 2), (0.0, 0.0))
+NOTHING = CostCurve((1, 2), (0.0, 0.0))
 NO_COSTS = CostModel(0.0, 0.0, NOTHING, NOTHING, build=0.0)  # for policies that force one way
 
 

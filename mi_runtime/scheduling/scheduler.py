@@ -49,7 +49,7 @@ from mi_runtime.request import (
 from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
 from mi_runtime.scheduling.request_queue import RequestQueue
-from mi_runtime.scheduling.sequence import Sequence, Status
+from mi_runtime.scheduling.sequence import Sequence, SequenceStatus
 
 SCORED_ROWS: Final = 512
 """Most prompt positions with logits in a step: 300 MB with a vocabulary of 150,000 in fp32."""
@@ -94,7 +94,7 @@ class Scheduler:
         """Sequences that have not ended."""
         return len(self.running) + len(self.waiting)
 
-    def admit_or_raise(self, request: EngineRequest) -> None:
+    def check_request(self, request: EngineRequest) -> None:
         """Checks that the request can be computed.
 
         Raises RequestRejected, with `param`, and with `code` for a prompt that is too long.
@@ -178,7 +178,7 @@ class Scheduler:
             if chunk.scored:
                 assert chunk.scored.start == chunk.sequence.unscored.start
                 chunk.sequence.prompt_logprobs += (scores or {})[chunk.sequence] or ()
-            if chunk.sequence.status is Status.RUNNING:
+            if chunk.sequence.status is SequenceStatus.RUNNING:
                 self._register(chunk)
         sampling = [chunk.sequence for chunk in unfinished if chunk.samples]
         return [self._extend(one, sampled[one]) for one in sampling]
@@ -193,7 +193,7 @@ class Scheduler:
         for sequence in self.running:
             self._check_running(sequence)
         for sequence in self.waiting:
-            assert sequence.status is Status.WAITING
+            assert sequence.status is SequenceStatus.WAITING
             assert not sequence.block_table
             assert not sequence.computed
         for queue in (self.running, self.waiting):
@@ -228,17 +228,17 @@ class Scheduler:
             return True
         if sequence.awaits_token and not self.blocks.available:
             return False
-        while sequence.status is Status.RUNNING and not self.blocks.available:
+        while sequence.status is SequenceStatus.RUNNING and not self.blocks.available:
             self._preempt(self.running.last)
-        if sequence.status is Status.RUNNING:
+        if sequence.status is SequenceStatus.RUNNING:
             sequence.block_table.append(self.blocks.allocate())
-        return sequence.status is Status.RUNNING
+        return sequence.status is SequenceStatus.RUNNING
 
     def _preempt(self, sequence: Sequence) -> None:
         self._drop_blocks(sequence)
         self.running.remove(sequence)
         self.waiting.add(sequence)
-        sequence.status = Status.WAITING
+        sequence.status = SequenceStatus.WAITING
         self.preemptions += 1
 
     def _prefills(self, prefilling: list[Sequence]) -> Iterator[Sequence]:
@@ -264,7 +264,7 @@ class Scheduler:
             return False
         sequence.block_table = array("i", block_table)
         sequence.computed = len(found) * self.blocks.block_size
-        sequence.status = Status.RUNNING
+        sequence.status = SequenceStatus.RUNNING
         self.waiting.remove(sequence)
         self.running.add(sequence)
         if sequence.first_scheduled is None:
@@ -354,11 +354,11 @@ class Scheduler:
         return _event(sequence, token_id=None, finish_reason=reason, error=error)
 
     def _leave(self, sequence: Sequence) -> None:
-        assert sequence.status is not Status.ENDED
-        queue = self.running if sequence.status is Status.RUNNING else self.waiting
+        assert sequence.status is not SequenceStatus.ENDED
+        queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
         self._drop_blocks(sequence)
-        sequence.status = Status.ENDED
+        sequence.status = SequenceStatus.ENDED
         self.forced_closes += sequence.forced_close
 
     def _drop_blocks(self, sequence: Sequence) -> None:
@@ -391,7 +391,7 @@ class Scheduler:
             )
 
     def _check_running(self, sequence: Sequence) -> None:
-        assert sequence.status is Status.RUNNING
+        assert sequence.status is SequenceStatus.RUNNING
         assert 0 < len(sequence) < self.max_model_len
         assert 0 <= sequence.computed < len(sequence) + sequence.in_flight
         scored = not sequence.unscored or sequence.computed <= sequence.unscored.start

@@ -13,7 +13,7 @@ from typing import Final
 from server.engine.generation import Generation
 from server.wire.errors import DeadlineExceeded, InvalidRequest
 
-HEADER: Final = "X-Request-Timeout"
+TIMEOUT_HEADER: Final = "X-Request-Timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Deadline:
     @classmethod
     def of(cls, headers: Mapping[bytes, bytes], limit: float | None, arrived: float) -> "Deadline":
         """Reads the raw headers of a request; `limit` is the server's. Raises `InvalidRequest`."""
-        given = headers.get(HEADER.lower().encode())
+        given = headers.get(TIMEOUT_HEADER.lower().encode())
         if given is None:
             return cls(limit, arrived)
         seconds = _seconds(given.decode("latin-1"))
@@ -45,11 +45,11 @@ class Deadline:
         except TimeoutError:
             raise self.error from None
 
-    def limit(self, generation: Generation) -> None:
+    def apply_to(self, generation: Generation) -> None:
         """Makes the generation fail with `DeadlineExceeded` if it is still open by then."""
         left = self._left()
         if left is not None:
-            generation.expire(left, self.error)
+            generation.fail_after(left, self.error)
 
     def _left(self) -> float | None:
         if self.seconds is None:
@@ -63,5 +63,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise InvalidRequest(f"`{HEADER}` takes seconds above 0", param=HEADER)
+        raise InvalidRequest(f"`{TIMEOUT_HEADER}` takes seconds above 0", param=TIMEOUT_HEADER)
     return seconds

@@ -1,7 +1,7 @@
 """An answer: the choices of one request, and the chunks that they produce as events arrive."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,18 @@ class AnswerHead:
     created: int  # seconds since 1970
     model: str
     system_fingerprint: str
-    routing: RoutingDecision
+    decision: RoutingDecision
     prompt_tokens: int  # each prompt once, however many choices it has
-    prompts: int = 1  # each has the same number of choices
+    prompt_count: int = 1  # each has the same number of choices
     include_usage: bool = False  # in a stream
     include_reasoning: bool = True
     logprobs: bool = False
 
-    def fields(self, object: str) -> dict[str, Any]:
-        """Returns the first fields of an answer or chunk of the type `object`."""
+    def fields(self, object_type: str) -> dict[str, Any]:
+        """Returns the first fields of an answer or chunk of type `object_type`."""
         return {
             "id": self.id,
-            "object": object,
+            "object": object_type,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
@@ -40,7 +40,7 @@ class AnswerHead:
 
     def routing_body(self, *, forced_close: bool) -> dict[str, Any]:
         """Returns the `routing` of an answer. `forced_close`: the engine closed a think block."""
-        return self.routing.body | ({"forced_close": True} if forced_close else {})
+        return self.decision.body | ({"forced_close": True} if forced_close else {})
 
 
 class Answer:
@@ -52,12 +52,15 @@ class Answer:
         choices: Mapping[str, Choice],
         generation: Generation,
         trace: Trace,
+        charge: Callable[[int], None],
     ) -> None:
-        """`choices`: by the id of their engine request; `trace` is filled in at the end."""
+        """`choices`: by the id of their engine request; `trace` is filled in at the end, when
+        `charge` takes the answer's tokens from the caller's quota."""
         self.head = head
         self.generation = generation
         self._choices = choices
         self._trace = trace
+        self._charge = charge
 
     @property
     def choices(self) -> Sequence[Choice]:
@@ -76,7 +79,7 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         """The tokens so far, as the wire has them."""
         choices, completion_tokens = self.choices, self.completion_tokens
-        first_of_each_prompt = choices[:: len(choices) // self.head.prompts]
+        first_of_each_prompt = choices[:: len(choices) // self.head.prompt_count]
         cached_tokens = sum(choice.cached_tokens for choice in first_of_each_prompt)
         reasoning_tokens = sum(choice.reasoning_tokens for choice in choices)
         return {
@@ -125,7 +128,7 @@ class Answer:
     def _close(self, unfinished: str) -> None:
         for choice in self.choices:
             choice.close(unfinished)
-        self._trace.completion_tokens = self.completion_tokens
+        self._charge(self.completion_tokens)
         self._trace.notes |= self._notes(unfinished)
 
     def _notes(self, unfinished: str) -> dict[str, Any]:

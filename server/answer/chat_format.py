@@ -4,17 +4,17 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final
 
 from server.answer.answer import AnswerHead
+from server.answer.answer_format import AnswerFormat, CompleteChoice, json_text
 from server.answer.choice import AnswerChunk
-from server.answer.format import CompleteChoice, Format, json_text
 from server.answer.logprobs import WriteLogprobs, chat_logprobs
 from server.text.tool_parser import join_deltas
 from server.text.vocabulary import Vocabulary
 
 
-class ChatFormat(Format):
+class ChatFormat(AnswerFormat):
     id_prefix: ClassVar = "chatcmpl"
-    object: ClassVar = "chat.completion"
-    chunk_object: ClassVar = "chat.completion.chunk"
+    object_type: ClassVar = "chat.completion"
+    chunk_type: ClassVar = "chat.completion.chunk"
     first_payload: ClassVar = '"delta":{"role":"assistant","content":""}'
     empty_payload: ClassVar = '"delta":{}'
 

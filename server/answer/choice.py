@@ -8,22 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mi_runtime.request import FinishReason, TokenEvent
+from mi_runtime.request import FinishReason, RequestRejected, TokenEvent
 from server.answer.echo import Echo
 from server.answer.logprobs import WriteLogprobs
 from server.ops.metrics import RequestMeter
 from server.text.reasoning_parser import Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.tool_parser import CallDelta, ToolCallParser
+from server.text.tool_parser import ToolCallDelta, ToolCallParser
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
-from server.wire.errors import RequestFailed
+from server.wire.errors import ApiError, InvalidRequest, RequestFailed
 
 ObserveReasoning = Callable[[int, bool], None]
 """Receives the reasoning tokens of a choice that ended, and whether its think block was cut."""
-
-
-def observe_nothing(tokens: int, cut: bool) -> None:
-    """Ignores what it receives."""
 
 
 @dataclass(slots=True)
@@ -37,7 +33,7 @@ class AnswerChunk:
     finish_reason: str | None = None  # set on a choice's last chunk only
     repeats_reasoning: bool = False  # content is the text that was reasoning until now
     forced_close: bool = False  # the engine closed the block; set on the last chunk only
-    calls: list[CallDelta] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
 
 
 class Choice:
@@ -53,11 +49,13 @@ class Choice:
         meter: RequestMeter,
         write_logprobs: WriteLogprobs | None = None,
         echo: Echo | None = None,
-        observe: ObserveReasoning = observe_nothing,
+        observe: ObserveReasoning | None = None,
         tools: bool = False,
+        prompt_field: str = "prompt",
     ) -> None:
         """`write_logprobs`: None if the request wants no log-probabilities; `echo`: the prompt, if
-        the first chunk begins with it; `tools`: the model may call tools."""
+        the first chunk begins with it; `tools`: the model may call tools; `prompt_field`: where the
+        request has its prompt."""
         self.index = index
         self.meter = meter
         self.finish_reason: str | None = None
@@ -66,6 +64,7 @@ class Choice:
         self.cached_tokens = 0
         self.forced_close = False
         self._cut_in_block = False
+        self._prompt_field = prompt_field
         self._observe = observe
         self._vocabulary = vocabulary
         self._text = IncrementalDetokenizer(vocabulary)
@@ -85,7 +84,8 @@ class Choice:
     def take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
         """Returns the chunk that an event makes, if any. `at`: `time.perf_counter` at its arrival.
 
-        Raises `RequestFailed` if the engine failed or aborted the request.
+        Raises `RequestFailed` if the engine failed or aborted the request, `InvalidRequest` if it
+        rejected it.
         """
         text = self._count(event)
         ended = event.finish_reason is not None
@@ -107,7 +107,7 @@ class Choice:
             generation_tokens=self.completion_tokens,
             reasoning_tokens=self.reasoning_tokens,
         )
-        if self.finish_reason is not None:
+        if self.finish_reason is not None and self._observe is not None:
             self._observe(self.reasoning_tokens, self.forced_close or self._cut_in_block)
 
     def _count(self, event: TokenEvent) -> str:
@@ -128,7 +128,7 @@ class Choice:
 
     def _end(self, text: str, event: TokenEvent) -> Split:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise RequestFailed(event.error or "The engine gave the request up")
+            raise self._failure(event)
         self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
         split = self._splitter.feed(text, event)
         split = split.then(self._splitter.feed(self._text.finish()))
@@ -138,8 +138,16 @@ class Choice:
             self.reasoning_tokens = 0
         return split
 
+    def _failure(self, event: TokenEvent) -> ApiError:
+        """Returns the error that a client gets for an engine request that ended with one."""
+        error = event.error
+        if isinstance(error, RequestRejected):
+            param = self._prompt_field if error.param == "prompt" else error.param
+            return InvalidRequest(str(error), param=param, code=error.code)
+        return RequestFailed(error or "The engine gave the request up")
+
     def _chunk(self, split: Split, content: str) -> AnswerChunk | None:
-        calls: list[CallDelta] = []
+        calls: list[ToolCallDelta] = []
         if self._calls is not None:
             content, calls = self._split_calls(content, self._calls)
         if not (content or calls or split.reasoning or self.finish_reason):
@@ -156,7 +164,7 @@ class Choice:
             calls=calls,
         )
 
-    def _split_calls(self, text: str, parser: ToolCallParser) -> tuple[str, list[CallDelta]]:
+    def _split_calls(self, text: str, parser: ToolCallParser) -> tuple[str, list[ToolCallDelta]]:
         """Returns the content and the tool calls in `text`."""
         split = parser.feed(text)
         if self.finish_reason is not None:

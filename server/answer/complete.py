@@ -3,16 +3,16 @@
 from typing import Any
 
 from server.answer.answer import Answer, AnswerHead
-from server.answer.format import CompleteChoice, Format
+from server.answer.answer_format import AnswerFormat, CompleteChoice
 
 
-async def complete_answer(answer: Answer, format: Format) -> dict[str, Any]:
+async def complete_answer(answer: Answer, answer_format: AnswerFormat) -> dict[str, Any]:
     """Waits for the end of the answer. Raises what `Answer.chunks` raises."""
     head = answer.head
     choices = await _gather(answer)
     return {
-        **head.fields(format.object),
-        "choices": [_choice(index, it, head, format) for index, it in enumerate(choices)],
+        **head.fields(answer_format.object_type),
+        "choices": [_choice(index, it, head, answer_format) for index, it in enumerate(choices)],
         "usage": answer.usage,
         "routing": head.routing_body(forced_close=answer.forced_close),
     }
@@ -26,11 +26,13 @@ async def _gather(answer: Answer) -> list[CompleteChoice]:
     return choices
 
 
-def _choice(index: int, choice: CompleteChoice, head: AnswerHead, format: Format) -> dict[str, Any]:
+def _choice(
+    index: int, choice: CompleteChoice, head: AnswerHead, answer_format: AnswerFormat
+) -> dict[str, Any]:
     return {
         "index": index,
-        **format.complete_payload(choice, head),
-        "logprobs": format.logprobs(choice.logprobs) if head.logprobs else None,
+        **answer_format.complete_payload(choice, head),
+        "logprobs": answer_format.logprobs(choice.logprobs) if head.logprobs else None,
         "finish_reason": choice.finish_reason,
-        **head.routing.of_choice(index),
+        **head.decision.of_choice(index),
     }

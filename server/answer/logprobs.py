@@ -30,7 +30,7 @@ def chat_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
     return write
 
 
-def text_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
+def completions_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
     """Returns a writer of rows, which `columns` transposes.
 
     `top_logprobs` always contains the token itself, even if it is not among the best. Tokens that

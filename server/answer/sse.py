@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from server.answer.answer import Answer, AnswerHead
+from server.answer.answer_format import AnswerFormat, json_text
 from server.answer.choice import AnswerChunk
-from server.answer.format import Format, json_text
 from server.engine.generation import ClientLeft
 from server.wire.errors import ApiError, RequestFailed
 
@@ -22,13 +22,13 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 
 async def events(
-    answer: Answer, format: Format, *, keep_alive: float
+    answer: Answer, answer_format: AnswerFormat, *, keep_alive: float
 ) -> AsyncGenerator[bytes, None]:
     """Yields the events of an answer, and a comment if none was due for `keep_alive` seconds.
 
     The status 200 has been sent by now, so whatever fails from here on is reported as an event.
     """
-    writer = ChunkWriter(answer.head, format)
+    writer = ChunkWriter(answer.head, answer_format)
     batches = answer.chunks(wake_after=keep_alive)
     try:
         yield writer.first(len(answer.choices))
@@ -54,10 +54,10 @@ async def events(
 class ChunkWriter:
     """Writes the chunks of one answer."""
 
-    def __init__(self, head: AnswerHead, format: Format) -> None:
+    def __init__(self, head: AnswerHead, answer_format: AnswerFormat) -> None:
         self._head = head
-        self._format = format
-        self._opening = json_text(head.fields(format.chunk_object))[:-1]
+        self._format = answer_format
+        self._opening = json_text(head.fields(answer_format.chunk_type))[:-1]
         self._before = f'data: {self._opening},"choices":[{{"index":'
         self._end = (',"usage":null' if head.include_usage else "") + "}\n\n"
         self._plain_end = f',"logprobs":null,"finish_reason":null}}]{self._end}'
@@ -111,7 +111,7 @@ class ChunkWriter:
 
     def _of_choice(self, index: int) -> str:
         """Returns the last fields of a choice, in its first and its last chunk."""
-        fields = self._head.routing.of_choice(index)
+        fields = self._head.decision.of_choice(index)
         return f",{json_text(fields)[1:-1]}" if fields else ""
 
 

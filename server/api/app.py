@@ -22,9 +22,8 @@ from server.api.playground import playground
 from server.api.respond import CLIENT_CLOSED_REQUEST
 from server.api.status import health, metrics, profiles, ready, version
 from server.api.tokenization import detokenize, tokenize
-from server.ops import request_log
-from server.ops.request_log import RequestLog
-from server.routing import requested_lambda
+from server.ops.request_log import REQUEST_ID_HEADER, RequestLog
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.service import Service
 from server.wire import openapi
 from server.wire.error_response import error_response
@@ -68,7 +67,7 @@ def _with_access_control(app: ASGIApp, service: Service) -> ASGIApp:
         allow_origins=settings.cors_origin,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=[request_log.HEADER, requested_lambda.HEADER, "Retry-After"],
+        expose_headers=[REQUEST_ID_HEADER, LAMBDA_HEADER, "Retry-After"],
     )
 
 

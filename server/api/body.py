@@ -25,6 +25,6 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def parse_body(body: bytes, parse: Callable[[bytes], _T]) -> _T:
+async def parse_without_blocking(body: bytes, parse: Callable[[bytes], _T]) -> _T:
     """Parses the body, in a thread if it is long. Raises what `parse` raises."""
     return parse(body) if len(body) < LONG else await asyncio.to_thread(parse, body)

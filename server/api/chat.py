@@ -9,18 +9,18 @@ from starlette.responses import Response
 from mi_runtime.request import EngineInfo
 from server.answer.chat_format import CHAT
 from server.api.admission import admission
-from server.api.body import parse_body, read_body
+from server.api.body import parse_without_blocking, read_body
 from server.api.dependencies import ServiceOfApp
 from server.api.prepared_request import (
     PreparedChoice,
     PreparedRequest,
-    choose_dials,
-    copies,
-    note_request,
+    add_log_fields,
+    route,
+    seeded_choices,
 )
 from server.api.respond import respond
 from server.api.submission import submit
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Ending, Prompt
@@ -29,29 +29,29 @@ from server.wire.errors import InvalidRequest
 
 
 async def chat_completions(request: Request, service: ServiceOfApp) -> Response:
-    async with admission(request, service) as engine:
-        prepared = await prepare_chat(request, service, engine)
+    async with admission(request, service) as info:
+        prepared = await prepare_chat(request, service, info)
         answer = submit(prepared, service)
     return await respond(request, prepared, answer, service)
 
 
-async def prepare_chat(request: Request, service: Service, engine: EngineInfo) -> PreparedRequest:
+async def prepare_chat(request: Request, service: Service, info: EngineInfo) -> PreparedRequest:
     """Reads and checks a chat request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
-    wire = await parse_body(body, parse_chat_request)
-    routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
+    wire = await parse_without_blocking(body, parse_chat_request)
+    decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
-    grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, routing, service)
-    note_request(request.state.trace, wire, routing)
+    grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, decision, service)
+    add_log_fields(request.state.trace, wire, decision)
     return PreparedRequest(
-        wire,
-        routing,
-        _choices(wire, routing, prompts, service, engine),
-        engine,
-        request.state.trace,
-        request.state.caller,
-        request.state.deadline,
-        CHAT,
+        wire=wire,
+        decision=decision,
+        choices=_choices(wire, decision, prompts, service, info),
+        info=info,
+        trace=request.state.trace,
+        caller=request.state.caller,
+        deadline=request.state.deadline,
+        answer_format=CHAT,
         include_reasoning=wire.shows_reasoning,
         tools=bool(wire.offered_tools),
         grammar=grammar,
@@ -59,15 +59,17 @@ async def prepare_chat(request: Request, service: Service, engine: EngineInfo) -
 
 
 def _grammar_and_prompts(
-    wire: ChatRequest, routing: RoutingDecision, service: Service
+    wire: ChatRequest, decision: RoutingDecision, service: Service
 ) -> tuple[str | None, list[Prompt]]:
     """Returns the grammar of the answer, if it has one, and the prompt of each dial."""
-    grammar = service.grammars.grammar(wire)
+    grammar = service.grammar_builder.grammar(wire)
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
-    prompts = service.prompts.build_each(wire.messages, routing.dials, ending, wire.offered_tools)
-    has_tags = service.prompts.vocabulary.has_think_tags
+    prompts = service.prompt_builder.build_each(
+        wire.messages, decision.dials, ending, wire.offered_tools
+    )
+    has_tags = service.prompt_builder.vocabulary.has_think_tags
     if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):
         # The engine cannot see where the block ends, and so not where the answer begins.
         param = "tools" if wire.offered_tools else "response_format"
@@ -80,18 +82,18 @@ def _grammar_and_prompts(
 
 def _choices(
     wire: ChatRequest,
-    routing: RoutingDecision,
+    decision: RoutingDecision,
     prompts: Sequence[Prompt],
     service: Service,
-    engine: EngineInfo,
+    info: EngineInfo,
 ) -> list[PreparedChoice]:
     """Returns a choice for each λ of a fan-out, else `n` choices."""
     of_dials = [
         PreparedChoice(
-            setting,
+            dial,
             prompt,
-            service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine),
+            service.sampling_policy.resolve(wire, prompt_tokens=len(prompt.token_ids), info=info),
         )
-        for setting, prompt in zip(routing.dials, prompts, strict=True)
+        for dial, prompt in zip(decision.dials, prompts, strict=True)
     ]
-    return of_dials if routing.fan_out else copies(of_dials[0], wire.choices)
+    return of_dials if decision.fan_out else seeded_choices(of_dials[0], wire.choices)

@@ -7,27 +7,28 @@ cap on reasoning and a separate λ for the answer do not.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mi_runtime.request import EngineInfo
+from server.answer.completions_format import COMPLETIONS
 from server.answer.echo import Echo
-from server.answer.text_format import TEXT
 from server.api.admission import admission
-from server.api.body import parse_body, read_body
+from server.api.body import parse_without_blocking, read_body
 from server.api.dependencies import ServiceOfApp
 from server.api.prepared_request import (
     PreparedChoice,
     PreparedRequest,
-    choose_dials,
-    copies,
-    note_request,
+    add_log_fields,
     refuse_think_fields,
+    route,
+    seeded_choices,
 )
 from server.api.respond import respond
 from server.api.submission import submit
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.routing.routing_decision import RoutingDecision
 from server.service import Service
 from server.text.prompt import Prompt
@@ -43,50 +44,51 @@ class _RawPrompt:
 
 
 async def text_completions(request: Request, service: ServiceOfApp) -> Response:
-    async with admission(request, service) as engine:
-        prepared = await prepare_completion(request, service, engine)
+    async with admission(request, service) as info:
+        prepared = await prepare_completion(request, service, info)
         answer = submit(prepared, service)
     return await respond(request, prepared, answer, service)
 
 
 async def prepare_completion(
-    request: Request, service: Service, engine: EngineInfo
+    request: Request, service: Service, info: EngineInfo
 ) -> PreparedRequest:
     """Reads and checks a completion request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
-    wire = await parse_body(body, parse_completion_request)
+    wire = await parse_without_blocking(body, parse_completion_request)
     refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
-    routing = choose_dials(wire, request.headers.get(requested_lambda.HEADER), service, engine)
-    vocabulary = service.prompts.vocabulary
-    prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, engine.vocab_size)
-    note_request(request.state.trace, wire, routing)
+    decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
+    vocabulary = service.prompt_builder.vocabulary
+    prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, info.vocab_size)
+    add_log_fields(request.state.trace, wire, decision)
+    choices = [_choices(prompt, wire, decision, service, info) for prompt in prompts]
     return PreparedRequest(
-        wire,
-        routing,
-        [it for prompt in prompts for it in _choices(prompt, wire, routing, service, engine)],
-        engine,
-        request.state.trace,
-        request.state.caller,
-        request.state.deadline,
-        TEXT,
-        prompts=len(prompts),
+        wire=wire,
+        decision=decision,
+        choices=list(chain.from_iterable(choices)),
+        info=info,
+        trace=request.state.trace,
+        caller=request.state.caller,
+        deadline=request.state.deadline,
+        answer_format=COMPLETIONS,
+        prompt_count=len(prompts),
     )
 
 
 def _choices(
     prompt: _RawPrompt,
     wire: CompletionRequest,
-    routing: RoutingDecision,
+    decision: RoutingDecision,
     service: Service,
-    engine: EngineInfo,
+    info: EngineInfo,
 ) -> list[PreparedChoice]:
     """Returns the choices of one prompt: one for each λ of a fan-out, else `n`."""
-    sampling = service.sampling.resolve(wire, prompt_tokens=len(prompt.token_ids), engine=engine)
+    sampling = service.sampling_policy.resolve(wire, prompt_tokens=len(prompt.token_ids), info=info)
     raw = Prompt(prompt.token_ids, opens_block=False, is_raw=True)
-    first = PreparedChoice(routing.dials[0], raw, sampling, prompt.echo)
-    if routing.fan_out:
-        return [replace(first, dial=one) for one in routing.dials]
-    return copies(first, wire.choices)
+    first = PreparedChoice(decision.dials[0], raw, sampling, prompt.echo)
+    if decision.fan_out:
+        return [replace(first, dial=one) for one in decision.dials]
+    return seeded_choices(first, wire.choices)
 
 
 def _raw_prompts(

@@ -42,8 +42,8 @@ def _model_card(name: str, service: Service) -> dict[str, Any]:
         return card
     if not 0.0 <= alias <= 1.0:
         raise ModelNotFound(name, base)
-    named = service.lambda_reader.read(model=name, body=None, header=None)
-    return card | {"reasoning_lambda": named.dials[0].reasoning_lambda}
+    requested = service.lambda_reader.read(model=name, body=None, header=None)
+    return card | {"reasoning_lambda": requested.dials[0].reasoning_lambda}
 
 
 def _pair(info: EngineInfo, settings: Settings) -> dict[str, Any]:

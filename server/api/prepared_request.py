@@ -1,5 +1,5 @@
 """A request for an answer that was read and checked: `chat` and `completions` prepare it, and
-`submission` hands it to the engine. What both endpoints share in preparing it is defined here.
+`submission` hands it to the engine. What both routes share in preparing it is defined here.
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from mi_runtime.request import Dial, EngineInfo, SamplingParams
 from server.access.callers import Caller
 from server.access.deadline import Deadline
+from server.answer.answer_format import AnswerFormat
 from server.answer.echo import Echo
-from server.answer.format import Format
 from server.engine.sampling import seed_of_choice
 from server.ops.request_log import Trace
 from server.routing.reasoning_options import budgets, read_reasoning_options
@@ -30,19 +30,19 @@ class PreparedChoice:
     echo: Echo | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
     """A request that can be submitted to the engine."""
 
     wire: GenerationRequest
-    routing: RoutingDecision
+    decision: RoutingDecision
     choices: Sequence[PreparedChoice]
-    engine: EngineInfo
+    info: EngineInfo
     trace: Trace
     caller: Caller
     deadline: Deadline
-    format: Format
-    prompts: int = 1  # each has the same number of choices
+    answer_format: AnswerFormat
+    prompt_count: int = 1  # each has the same number of choices
     include_reasoning: bool = True
     tools: bool = False  # the model may call some
     grammar: str | None = None  # that the answer of every choice follows
@@ -51,25 +51,25 @@ class PreparedRequest:
     def prompt_tokens(self) -> int:
         """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
         lengths = [len(choice.prompt.token_ids) for choice in self.choices]
-        each = len(lengths) // self.prompts
+        each = len(lengths) // self.prompt_count
         return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))
 
 
-def choose_dials(
-    wire: GenerationRequest, header: str | None, service: Service, engine: EngineInfo
+def route(
+    wire: GenerationRequest, header: str | None, service: Service, info: EngineInfo
 ) -> RoutingDecision:
     """Returns the dials of a request, with the answer's dial and the cap.
 
     Raises `InvalidRequest` or `ModelNotFound`.
     """
-    named = service.lambda_reader.read(
-        model=wire.model, body=wire.reasoning_lambda, header=header, layers=engine.layers
+    requested = service.lambda_reader.read(
+        model=wire.model, body=wire.reasoning_lambda, header=header, layers=info.layers
     )
-    if not service.prompts.vocabulary.has_think_tags:
+    if not service.prompt_builder.vocabulary.has_think_tags:
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
-    named = service.lambda_reader.with_answer(named, wire.answer_lambda)
-    return service.routing.route(
-        named, read_reasoning_options(wire), under_load=service.under_load()
+    requested = service.lambda_reader.with_answer(requested, wire.answer_lambda)
+    return service.router.decide(
+        requested, read_reasoning_options(wire), under_load=service.update_load()
     )
 
 
@@ -81,7 +81,7 @@ def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
             raise InvalidRequest(f"`{param}` {why}", param=param)
 
 
-def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
+def seeded_choices(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
     """Returns the `n` choices of one dial, which differ in their seeds."""
     sampling = choice.sampling
     return [
@@ -90,16 +90,16 @@ def copies(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
     ]
 
 
-def note_request(trace: Trace, wire: GenerationRequest, routing: RoutingDecision) -> None:
+def add_log_fields(trace: Trace, wire: GenerationRequest, decision: RoutingDecision) -> None:
     """Adds the request to its line in the log."""
     trace.notes |= {
         "model": wire.model,
-        "lambda": routing.header,
-        "source": routing.source,
+        "lambda": decision.header,
+        "source": decision.source,
         "stream": int(wire.stream),
-        **({} if routing.answer is None else {"answer_lambda": wire.answer_lambda}),
-        **({} if routing.cap is None else {"cap": routing.cap}),
-        **({"elastic": 1} if routing.elastic else {}),
+        **({} if decision.answer_dial is None else {"answer_lambda": wire.answer_lambda}),
+        **({} if decision.cap is None else {"cap": decision.cap}),
+        **({"elastic": 1} if decision.elastic else {}),
         **({"user": wire.user} if wire.user else {}),
         **({"metadata": wire.metadata} if wire.metadata else {}),
     }

@@ -12,7 +12,7 @@ from server.api.disconnect import ended_on_disconnect
 from server.api.event_stream import EventStream
 from server.api.prepared_request import PreparedRequest
 from server.engine.generation import ClientLeft
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.service import Service
 
 CLIENT_CLOSED_REQUEST: Final = 499  # nobody reads this status but the log
@@ -22,12 +22,14 @@ async def respond(
     request: Request, prepared: PreparedRequest, answer: Answer, service: Service
 ) -> Response:
     """Returns the response. Raises `ApiError` if an answer that is not streamed fails."""
-    headers = {requested_lambda.HEADER: prepared.routing.header}
+    headers = {LAMBDA_HEADER: prepared.decision.header}
     if prepared.wire.stream:
-        events = sse.events(answer, prepared.format, keep_alive=service.settings.keep_alive)
+        events = sse.events(answer, prepared.answer_format, keep_alive=service.settings.keep_alive)
         return EventStream(events, answer.generation, headers)
     try:
         async with ended_on_disconnect(answer.generation, request.receive):
-            return JSONResponse(await complete_answer(answer, prepared.format), headers=headers)
+            return JSONResponse(
+                await complete_answer(answer, prepared.answer_format), headers=headers
+            )
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

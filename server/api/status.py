@@ -31,7 +31,7 @@ async def metrics(service: ServiceOfApp) -> Response:
 
 async def profiles(service: ServiceOfApp) -> dict[str, Any]:
     service.admit()
-    return profile_response(service.routing)
+    return profile_response(service.router)
 
 
 async def version() -> dict[str, str]:

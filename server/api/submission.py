@@ -4,10 +4,11 @@ Every refusal is raised here or earlier, before a status is sent.
 """
 
 import time
+from functools import partial
 
 from mi_runtime.request import EngineRequest, ThinkPolicy
 from server.answer.answer import Answer, AnswerHead
-from server.answer.choice import Choice, ObserveReasoning, observe_nothing
+from server.answer.choice import Choice, ObserveReasoning
 from server.api.prepared_request import PreparedChoice, PreparedRequest
 from server.service import Service
 from server.text.prompt import Prompt
@@ -15,23 +16,29 @@ from server.text.reasoning_parser import PlainText, Splitter
 
 
 def submit(prepared: PreparedRequest, service: Service) -> Answer:
-    """Returns the answer that begins. Raises `Unavailable`, `RateLimited` or `InvalidRequest`."""
+    """Returns the answer that begins. Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
+
+    Nothing here waits. So the caller's other requests cannot come between the check of its quota
+    and the charge.
+    """
     requests = _engine_requests(prepared, service)
     service.admit()
     service.rate_limits.check_tokens(prepared.caller)
     generation = service.engine.submit(requests)
-    prepared.deadline.limit(generation)
+    charge = partial(service.rate_limits.charge, prepared.caller)
+    charge(prepared.prompt_tokens)
+    prepared.deadline.apply_to(generation)
     _count_submission(prepared, service)
     choices = {
         request.request_id: _choice(index, prepared, service)
         for index, request in enumerate(requests)
     }
-    return Answer(_head(prepared), choices, generation, prepared.trace)
+    return Answer(_head(prepared), choices, generation, prepared.trace, charge)
 
 
 def _engine_requests(prepared: PreparedRequest, service: Service) -> list[EngineRequest]:
     number = next(service.request_numbers)
-    routing = prepared.routing
+    decision = prepared.decision
     return [
         EngineRequest(
             request_id=f"{number}-{index}",
@@ -40,7 +47,7 @@ def _engine_requests(prepared: PreparedRequest, service: Service) -> list[Engine
             sampling=choice.sampling,
             think=_think_policy(choice.prompt, prepared, service),
             cache_salt=prepared.caller.cache_salt(prepared.wire.cache_salt),
-            answer_dial=None if routing.answer == choice.dial else routing.answer,
+            answer_dial=None if decision.answer_dial == choice.dial else decision.answer_dial,
             priority=prepared.wire.priority,
             grammar=prepared.grammar,
         )
@@ -55,21 +62,20 @@ def _think_policy(
         return None
     return service.think_blocks.policy(
         opened_by_prompt=prompt.opens_block,
-        cap=prepared.routing.cap,
+        cap=prepared.decision.cap,
         tools=prepared.tools,
         constrained=prepared.grammar is not None,
     )
 
 
 def _count_submission(prepared: PreparedRequest, service: Service) -> None:
-    service.metrics.routed(prepared.routing)
+    service.metrics.routed(prepared.decision)
     trace = prepared.trace
     trace.notes["prepare_s"] = round(time.perf_counter() - trace.arrived, 4)
-    service.rate_limits.spend(prepared.caller, prepared.prompt_tokens)
 
 
 def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
-    choice, vocabulary = prepared.choices[index], service.prompts.vocabulary
+    choice, vocabulary = prepared.choices[index], service.prompt_builder.vocabulary
     wants_logprobs = prepared.wire.alternatives is not None
     return Choice(
         index,
@@ -80,12 +86,15 @@ def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
             choice.dial.reasoning_lambda,
             len(choice.prompt.token_ids),
             prepared.trace.arrived,
-            cap=prepared.routing.cap,
+            cap=prepared.decision.cap,
         ),
-        write_logprobs=prepared.format.logprobs_writer(vocabulary) if wants_logprobs else None,
+        write_logprobs=prepared.answer_format.logprobs_writer(vocabulary)
+        if wants_logprobs
+        else None,
         echo=choice.echo,
         observe=_observer(choice, prepared, service),
         tools=prepared.tools,
+        prompt_field=prepared.wire.prompt_field,
     )
 
 
@@ -97,30 +106,30 @@ def _splitter(prompt: Prompt, prepared: PreparedRequest, service: Service) -> Sp
 
 def _observer(
     choice: PreparedChoice, prepared: PreparedRequest, service: Service
-) -> ObserveReasoning:
+) -> ObserveReasoning | None:
     """Returns what adds a choice's reasoning tokens to the observations of its routing class.
 
     Raw prompts and dials by blend group are not observed: they belong to no class's curve.
     """
-    name, value = prepared.routing.routing_class, choice.dial.reasoning_lambda
-    has_tags = service.prompts.vocabulary.has_think_tags
+    name, value = prepared.decision.routing_class, choice.dial.reasoning_lambda
+    has_tags = service.prompt_builder.vocabulary.has_think_tags
     if choice.prompt.is_raw or choice.dial.groups or name is None or not has_tags:
-        return observe_nothing
-    observations = service.routing.observed_lengths
+        return None
+    observations = service.router.observed_lengths
     return lambda tokens, cut: observations.add(name, value, tokens, cut=cut)
 
 
 def _head(prepared: PreparedRequest) -> AnswerHead:
     trace = prepared.trace
-    prefixed = f"{prepared.format.id_prefix}-{trace.request_id}"
+    prefixed = f"{prepared.answer_format.id_prefix}-{trace.request_id}"
     return AnswerHead(
         id=trace.request_id if trace.given else prefixed,
         created=int(time.time()),
         model=prepared.wire.model,
-        system_fingerprint=f"fp_{prepared.engine.fingerprint[:16]}",
-        routing=prepared.routing,
+        system_fingerprint=f"fp_{prepared.info.fingerprint[:16]}",
+        decision=prepared.decision,
         prompt_tokens=prepared.prompt_tokens,
-        prompts=prepared.prompts,
+        prompt_count=prepared.prompt_count,
         include_usage=prepared.wire.include_usage,
         include_reasoning=prepared.include_reasoning,
         logprobs=prepared.wire.alternatives is not None,

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.body import read_body
 from server.api.dependencies import ServiceOfApp
-from server.routing import requested_lambda
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.service import Service
 from server.text.prompt import Ending
 from server.wire.errors import InvalidRequest
@@ -28,15 +28,13 @@ from server.wire.tokenize_request import (
 async def tokenize(request: Request, service: ServiceOfApp) -> Response:
     """In the answer `max_model_len` is null while the engine is loading."""
     body = await read_body(request, service.settings.max_body_bytes)
-    return await asyncio.to_thread(
-        _tokens, body, request.headers.get(requested_lambda.HEADER), service
-    )
+    return await asyncio.to_thread(_tokens, body, request.headers.get(LAMBDA_HEADER), service)
 
 
 def _tokens(body: bytes, header: str | None, service: Service) -> Response:
     wire = parse_tokenize_request(body)
     ids = _token_ids(wire, header, service)
-    info, vocabulary = service.engine.info, service.prompts.vocabulary
+    info, vocabulary = service.engine.info, service.prompt_builder.vocabulary
     texts = [vocabulary.token_text(one) for one in ids] if wire.return_token_strs else None
     answer = {
         "count": len(ids),
@@ -48,12 +46,12 @@ def _tokens(body: bytes, header: str | None, service: Service) -> Response:
 
 
 def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> list[int]:
-    named = service.lambda_reader.read(
+    requested = service.lambda_reader.read(
         model=wire.model or service.settings.model_name, body=wire.reasoning_lambda, header=header
     )
     if wire.messages is None:
         assert wire.prompt is not None
-        return service.prompts.vocabulary.encode(
+        return service.prompt_builder.vocabulary.encode(
             wire.prompt, add_special_tokens=wire.add_special_tokens
         )
     if service.engine.info is None and service.refusal is not None:
@@ -61,7 +59,7 @@ def _token_ids(wire: TokenizeRequest, header: str | None, service: Service) -> l
     ending = Ending.of(
         continues=wire.continue_final_message, add_generation_prompt=wire.add_generation_prompt
     )
-    return list(service.prompts.build(wire.messages, named.dials[0], ending).token_ids)
+    return list(service.prompt_builder.build(wire.messages, requested.dials[0], ending).token_ids)
 
 
 async def detokenize(request: Request, service: ServiceOfApp) -> Response:
@@ -73,7 +71,7 @@ def _text(body: bytes, service: Service) -> Response:
     wire = parse_detokenize_request(body)
     if wire.model is not None:
         service.lambda_reader.alias_lambda(wire.model)  # raises `ModelNotFound`
-    vocabulary = service.prompts.vocabulary
+    vocabulary = service.prompt_builder.vocabulary
     for index, token_id in enumerate(wire.tokens):
         if vocabulary.tokenizer.id_to_token(token_id) is None:
             raise InvalidRequest(

@@ -60,6 +60,7 @@ class _Server(uvicorn.Server):
         self._service = service
         self._drain_until = 0.0
         self._leave_at: float | None = None
+        self._announcement: asyncio.Task[None]  # from `startup` on
 
     @property
     def exit_code(self) -> int:
@@ -111,7 +112,7 @@ class _Server(uvicorn.Server):
             return
         message = ready_message(
             model=model,
-            profile=service.routing.name,
+            profile=service.router.name,
             address=address,
             info=engine.info,
             needs_key=bool(service.keys),

@@ -79,10 +79,14 @@ class EngineClient:
         self._owed: set[str] = set()  # requests whose end was not reported, aborted or not
         self._retry_after = RetryAfter()
         self._received = self._queued = self._sent = 0  # messages
-        self._watch: asyncio.TimerHandle | None = None  # while the engine has work
+        self._watchdog = Watchdog(self._traffic)
+        self._check_timer: asyncio.TimerHandle | None = None  # while the engine has work
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._stopping = False
         self._threads: list[threading.Thread] = []
+        self._process: subprocess.Popen[bytes]  # from `start` on
+        self._pipe: Connection  # from `start` on
+        self._loop: asyncio.AbstractEventLoop  # from `attach` on
         self.info: EngineInfo | None = None  # None: still loading
         self.stats = EngineStats()
         self.ended: EngineEnded | None = None
@@ -123,8 +127,8 @@ class EngineClient:
     async def stop(self) -> None:
         """Closes the pipe, waits for the engine process, and kills it if it does not exit."""
         self._stopping = True
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._check_timer is not None:
+            self._check_timer.cancel()
         self._commands.put(None)
         if self.info is None:
             self._process.terminate()  # it does not read its pipe while it loads
@@ -166,7 +170,7 @@ class EngineClient:
             self._owed.add(request.request_id)
             self._commands.put(Submit(request))
         self._queued += len(requests)
-        if self._watch is None:
+        if self._check_timer is None:
             self._watchdog = Watchdog(self._traffic)
             self._check_later()
         return generation
@@ -254,10 +258,10 @@ class EngineClient:
         return Traffic(self._received, self._queued, self._sent)
 
     def _check_later(self) -> None:
-        self._watch = self._loop.call_later(self._timeout / CHECKS, self._check)
+        self._check_timer = self._loop.call_later(self._timeout / CHECKS, self._check)
 
     def _check(self) -> None:
-        self._watch = None
+        self._check_timer = None
         if not self._owed or self.ended is not None:
             return
         if self._watchdog.check(self._traffic):

@@ -89,7 +89,7 @@ class Generation:
         self._open.clear()
         self.wake()
 
-    def expire(self, seconds: float, error: ApiError) -> None:
+    def fail_after(self, seconds: float, error: ApiError) -> None:
         """Fails with `error` in `seconds` if the generation is not complete by then."""
         self._expiry = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mi_runtime.request import EngineInfo, SamplingParams
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.vocabulary import Vocabulary
 from server.wire.errors import ContextTooLong, InvalidRequest
 from server.wire.generation_request import GenerationRequest
@@ -18,7 +18,9 @@ class SamplingPolicy:
     eos_token_ids: frozenset[int]
 
     @classmethod
-    def of(cls, instruct: Endpoint, thinking: Endpoint, vocabulary: Vocabulary) -> "SamplingPolicy":
+    def of(
+        cls, instruct: EndpointText, thinking: EndpointText, vocabulary: Vocabulary
+    ) -> "SamplingPolicy":
         """Takes the Thinking endpoint's defaults, and the end tokens of both endpoints."""
         ids = set(instruct.eos_token_ids) | set(thinking.eos_token_ids)
         for endpoint in (instruct, thinking):
@@ -28,17 +30,17 @@ class SamplingPolicy:
         return cls(thinking.sampling_defaults, frozenset(ids))
 
     def resolve(
-        self, request: GenerationRequest, *, prompt_tokens: int, engine: EngineInfo
+        self, request: GenerationRequest, *, prompt_tokens: int, info: EngineInfo
     ) -> SamplingParams:
         """Returns the engine's parameters for one prompt.
 
         Raises `ContextTooLong`, or `InvalidRequest` for token ids that do not exist.
         """
-        room = engine.max_model_len - prompt_tokens
+        room = info.max_model_len - prompt_tokens
         if room < 1:
             raise ContextTooLong(
                 prompt_tokens=prompt_tokens,
-                max_model_len=engine.max_model_len,
+                max_model_len=info.max_model_len,
                 param=request.prompt_field,
             )
         limit = request.answer_limit
@@ -59,9 +61,9 @@ class SamplingPolicy:
             repetition_penalty=self._default("repetition_penalty", request.repetition_penalty, 1.0),
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
-            logit_bias=_logit_bias(request, engine.vocab_size),
+            logit_bias=_logit_bias(request, info.vocab_size),
             seed=request.seed,
-            stop_token_ids=_stop_token_ids(request, engine.vocab_size),
+            stop_token_ids=_stop_token_ids(request, info.vocab_size),
             eos_token_ids=self.eos_token_ids,
             ignore_eos=request.ignore_eos,
             logprobs=request.alternatives,

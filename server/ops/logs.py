@@ -15,17 +15,17 @@ IN_EVENT: Final = frozenset({"method", "path", "status"})
 """Fields that the text of a request's line contains already."""
 
 
-def configure(level: str, format: Literal["text", "json"]) -> None:
+def configure(level: str, log_format: Literal["text", "json"]) -> None:
     """Sets up the root logger; called once, before anything is logged."""
     handler = logging.StreamHandler()
-    handler.setFormatter(formatter(format))
+    handler.setFormatter(formatter(log_format))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
-def formatter(format: Literal["text", "json"]) -> logging.Formatter:
+def formatter(log_format: Literal["text", "json"]) -> logging.Formatter:
     """Returns the formatter of readable lines, or of JSON lines."""
-    as_text = format == "text"
+    as_text = log_format == "text"
     renderer: Processor = _text if as_text else structlog.processors.JSONRenderer(default=str)
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[

@@ -89,10 +89,10 @@ class Metrics:
         """Counts a request that was refused with the error code `reason`."""
         self._rejections.labels(self.model_name, reason).inc()
 
-    def routed(self, routing: RoutingDecision) -> None:
+    def routed(self, decision: RoutingDecision) -> None:
         """Counts the λ of an accepted request; in a fan-out each λ."""
-        source = "elastic" if routing.elastic else routing.source
-        for dial in routing.dials:
+        source = "elastic" if decision.elastic else decision.source
+        for dial in decision.dials:
             bucket = lambda_bucket(dial.reasoning_lambda)
             self._decisions.labels(self.model_name, source, bucket).inc()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # OpenTelemetry is imported only if tracing is configured
 
 logger = logging.getLogger(__name__)
 
-HEADER: Final = "X-Request-Id"
+REQUEST_ID_HEADER: Final = "X-Request-Id"
 QUIET_PATHS: Final = frozenset({"/health", "/ready", "/metrics"})
 _ACCEPTABLE_ID: Final = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 
@@ -32,7 +32,6 @@ class Trace:
     request_id: str
     given: bool  # the client gave the id
     arrived: float  # time.perf_counter
-    completion_tokens: int = 0  # of the answer, which its caller's quota pays for
     notes: dict[str, Any] = field(default_factory=dict)  # fields of the log line
 
 
@@ -47,7 +46,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = _trace(Headers(scope=scope).get(HEADER))
+        trace = _trace(Headers(scope=scope).get(REQUEST_ID_HEADER))
         scope.setdefault("state", {})["trace"] = trace
         status = 0
 
@@ -55,7 +54,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = trace.request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = trace.request_id
             await send(message)
 
         try:

@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from server import __version__
 
 EXPORT_TIMEOUT: Final = 3.0  # seconds for a batch; an absent collector must not delay the exit
-OPERATIONS: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+OPERATION_NAMES: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 ATTRIBUTES: Final = {
     "model": "gen_ai.request.model",
     "prompt": "gen_ai.usage.input_tokens",
@@ -69,7 +69,7 @@ class Tracing:
     ) -> str:
         """Records a request that has just ended, after `seconds`. Returns the id of its trace."""
         start = time.time_ns() - _nanoseconds(seconds)
-        operation = OPERATIONS.get(path)
+        operation = OPERATION_NAMES.get(path)
         span = self._tracer.start_span(
             method if operation is None else f"{operation} {notes.get('model', '')}".strip(),
             self._propagator.extract(headers),

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-Point = TypeVar("Point")
+_T = TypeVar("_T")
 
 
 def pareto_front(
-    points: Iterable[Point], *, tokens: Callable[[Point], float], score: Callable[[Point], float]
-) -> list[Point]:
+    points: Iterable[_T], *, tokens: Callable[[_T], float], score: Callable[[_T], float]
+) -> list[_T]:
     """Returns the points that no other dominates, by rising tokens and score.
 
     A point dominates another that has no fewer tokens and no higher score. Of equal points the
     first stays.
     """
-    front: list[Point] = []
+    front: list[_T] = []
     for point in sorted(points, key=lambda it: (tokens(it), -score(it))):
         if not front or score(point) > score(front[-1]):
             front.append(point)

@@ -18,7 +18,7 @@ DEFAULT_CLASS: Final = "default"
 BUILTIN: Final = Path(__file__).with_name("builtin_profiles")
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Tokens = Annotated[float, Field(ge=0)]
+TokenCount = Annotated[float, Field(ge=0)]
 ClassName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
@@ -40,9 +40,9 @@ class _ProfileModel(BaseModel):
 class MeasuredLengths(_ProfileModel):
     """Tokens of the think block over the samples of a point; an answer without one counts as 0."""
 
-    mean: Tokens
-    p50: Tokens | None = None
-    p90: Tokens | None = None
+    mean: TokenCount
+    p50: TokenCount | None = None
+    p90: TokenCount | None = None
     """Quantiles; null where only means were published."""
 
 
@@ -55,7 +55,7 @@ class Point(_ProfileModel):
     score_interval: tuple[Share, Share] | None = None
     """95 % confidence interval of `score`."""
     reasoning_tokens: MeasuredLengths
-    answer_tokens: Tokens | None = None
+    answer_tokens: TokenCount | None = None
     """Mean tokens after the think block; null where they were counted with the reasoning."""
     think_rate: Share
     """Share of answers that closed a think block."""
@@ -135,7 +135,7 @@ def builtin_profiles() -> list[Profile]:
     return [load_profile(path) for path in sorted(BUILTIN.glob("*.json"))]
 
 
-def profile_of(
+def find_builtin_profile(
     identity: str, instruct: str, thinking: str, profiles: Iterable[Profile] | None = None
 ) -> Profile | None:
     """Returns the built-in profile of a pair, or None.

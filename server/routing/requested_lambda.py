@@ -11,14 +11,24 @@ from typing import Final
 
 from mi_runtime.request import Dial
 from server.routing.group_lambdas import PARAM, check_lambda, dial_of_groups, dial_to_json
-from server.routing.routing_decision import RoutingDecision
 from server.wire.errors import InvalidRequest, ModelNotFound, bounded
 from server.wire.generation_request import RequestedLambda
 from server.wire.reasoning_fields import GroupLambdas
 
-HEADER = "X-Reasoning-Lambda"
+LAMBDA_HEADER: Final = "X-Reasoning-Lambda"
 DEFAULT: Final = "default"
 """Source of the λ of a request that names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedDials:
+    """The dials that a request names, else the default one."""
+
+    dials: tuple[Dial, ...]  # in a fan-out one for each choice, else one for all
+    source: str  # body, model, header or default
+    fan_out: bool = False
+    answer_dial: Dial | None = None  # from the end of the think block on
+    layers: int = 0  # of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,7 @@ class LambdaReader:
 
     def read(
         self, *, model: str, body: RequestedLambda | None, header: str | None, layers: int = 0
-    ) -> RoutingDecision:
+    ) -> RequestedDials:
         """Returns the dials that the request names, else the default one.
 
         `layers` is the model's number of layers; λ by blend group needs it. Raises
@@ -44,17 +54,17 @@ class LambdaReader:
         if alias is not None:
             named["model"] = (self.on_grid(alias, "model"),)
         if header is not None:
-            named["header"] = (self.on_grid(parse_lambda(header, HEADER), HEADER),)
+            named["header"] = (self.on_grid(parse_lambda(header, LAMBDA_HEADER), LAMBDA_HEADER),)
         _check_agreement(named, layers)
         default = (self.on_grid(self.default, "default_lambda"),)
         source, dials = next(iter(named.items()), (DEFAULT, default))
-        return RoutingDecision(dials, source, fan_out=isinstance(body, list), layers=layers)
+        return RequestedDials(dials, source, fan_out=isinstance(body, list), layers=layers)
 
-    def with_answer(self, decision: RoutingDecision, value: float | None) -> RoutingDecision:
-        """Returns the decision with `value` as its `answer_lambda`, where one is given."""
+    def with_answer(self, requested: RequestedDials, value: float | None) -> RequestedDials:
+        """Returns the dials with `value` as the answer's λ, where one is given."""
         if value is None:
-            return decision
-        return replace(decision, answer=self.on_grid(value, "answer_lambda"))
+            return requested
+        return replace(requested, answer_dial=self.on_grid(value, "answer_lambda"))
 
     def alias_lambda(self, model: str) -> float | None:
         """Returns the λ in `NAME@0.6`, or None for the plain name. Raises `ModelNotFound`."""

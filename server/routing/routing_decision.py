@@ -14,7 +14,7 @@ class RoutingDecision:
     dials: tuple[Dial, ...]  # in a fan-out one for each choice, else one for all
     source: str  # body, model, header, budget, effort, enable_thinking or default
     fan_out: bool = False
-    answer: Dial | None = None  # from the end of the think block on
+    answer_dial: Dial | None = None  # from the end of the think block on
     cap: int | None = None  # reasoning tokens
     layers: int = 0  # of the model
     profile: str | None = None  # name
@@ -32,8 +32,8 @@ class RoutingDecision:
         """The `routing` object of an answer, without the fields that do not apply."""
         values = [dial_to_json(dial, self.layers) for dial in self.dials]
         body: dict[str, Any] = {"reasoning_lambda": values if self.fan_out else values[0]}
-        if self.answer is not None:
-            body["answer_lambda"] = self.answer.reasoning_lambda
+        if self.answer_dial is not None:
+            body["answer_lambda"] = self.answer_dial.reasoning_lambda
         body["source"] = self.source
         return body | self._details
 

@@ -14,7 +14,7 @@ from mi_runtime.request import Dial
 from server.routing.observed_lengths import ObservedLengths
 from server.routing.profiles import DEFAULT_CLASS, Profile
 from server.routing.reasoning_options import EFFORT_SHARES, NONE, ReasoningOptions
-from server.routing.requested_lambda import DEFAULT
+from server.routing.requested_lambda import DEFAULT, RequestedDials
 from server.routing.routing_decision import RoutingDecision
 from server.routing.routing_table import (
     ExpectedLengths,
@@ -55,6 +55,8 @@ class RoutingPolicy:
         self.settings = settings
         self.observed_lengths = ObservedLengths(profile.classes if profile else (DEFAULT_CLASS,))
         self._clock = clock
+        self._tables: Mapping[str, RoutingTable]
+        self._built_at: float  # by the clock
         self.rebuild()
 
     @property
@@ -62,14 +64,21 @@ class RoutingPolicy:
         """The profile's name."""
         return NEUTRAL if self.profile is None else self.profile.name
 
-    def route(
-        self, requested: RoutingDecision, options: ReasoningOptions, *, under_load: bool = False
+    def decide(
+        self, requested: RequestedDials, options: ReasoningOptions, *, under_load: bool = False
     ) -> RoutingDecision:
-        """Returns `requested` with the cap, and where it names no λ with the λ of `options`."""
+        """Returns the dials of `requested`, or of `options` if it names no λ, and the cap."""
         routing_class = self.class_of(options.routing_class)
         table = self.tables.get(routing_class)
-        decision = replace(
-            requested, profile=self.name, routing_class=routing_class, cap=options.budget
+        decision = RoutingDecision(
+            requested.dials,
+            requested.source,
+            fan_out=requested.fan_out,
+            answer_dial=requested.answer_dial,
+            cap=options.budget,
+            layers=requested.layers,
+            profile=self.name,
+            routing_class=routing_class,
         )
         if requested.source == DEFAULT:
             decision = self._choose(decision, options, table)

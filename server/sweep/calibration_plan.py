@@ -28,7 +28,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredLambda:
     """What is known about one λ so far."""
 
     reasoning_lambda: float
@@ -47,7 +47,9 @@ class _Extension:
     more: int  # of these, still to be collected
 
 
-def next_round(measured: Sequence[Measured], questions: int, rules: Rules) -> dict[float, int]:
+def next_round(
+    measured: Sequence[MeasuredLambda], questions: int, rules: Rules
+) -> dict[float, int]:
     """Returns by λ how many samples of each question it shall have; empty at the end.
 
     `measured` is in order of λ. The first grid is planned in full, whatever the budget.
@@ -63,7 +65,7 @@ def next_round(measured: Sequence[Measured], questions: int, rules: Rules) -> di
     return planned
 
 
-def _bisections(measured: Sequence[Measured], rules: Rules) -> Iterator[_Extension]:
+def _bisections(measured: Sequence[MeasuredLambda], rules: Rules) -> Iterator[_Extension]:
     """New λ in the middle of bends, the sharpest bend first."""
     bends = [
         (_bend(low, high), low.reasoning_lambda, high.reasoning_lambda)
@@ -75,11 +77,11 @@ def _bisections(measured: Sequence[Measured], rules: Rules) -> Iterator[_Extensi
             yield _Extension(middle, rules.samples, rules.samples)
 
 
-def _bend(low: Measured, high: Measured) -> float:
+def _bend(low: MeasuredLambda, high: MeasuredLambda) -> float:
     return max(abs(low.score - high.score), abs(low.think_rate - high.think_rate))
 
 
-def _repetitions(measured: Sequence[Measured], rules: Rules) -> Iterator[_Extension]:
+def _repetitions(measured: Sequence[MeasuredLambda], rules: Rules) -> Iterator[_Extension]:
     """More samples of λ whose interval is too wide, the widest first."""
     for it in sorted(measured, key=lambda it: (-it.width, it.reasoning_lambda)):
         if it.width > rules.target_interval:

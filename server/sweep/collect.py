@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import httpx
 
+from server.routing.requested_lambda import LAMBDA_HEADER
 from server.sweep.errors import BadParameters, SweepError
 from server.sweep.graders import Grader
 from server.sweep.grid import PlannedSample, wire_dial
@@ -20,7 +21,6 @@ from server.sweep.http_client import ServedPair, ServerClient
 from server.sweep.samples import Sample, SampleLog
 
 STRAY_TAGS: Final = ("<think>", "</think>", "<tool_call>")
-_LAMBDA_HEADER: Final = "X-Reasoning-Lambda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def request_body(
 def _check_lambda(planned: PlannedSample, response: httpx.Response) -> None:
     """Refuses an answer at another λ, which a server with a coarser grid would give."""
     requested = f"{planned.setting.reasoning_lambda:g}"
-    ran = response.headers.get(_LAMBDA_HEADER, "")
+    ran = response.headers.get(LAMBDA_HEADER, "")
     if ran != requested:
         raise BadParameters(
             f"the server ran λ = {requested} as {ran or 'something else'}; "

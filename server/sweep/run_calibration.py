@@ -16,7 +16,7 @@ from server.routing.profiles import (
     RoutingClass,
     Source,
 )
-from server.sweep.calibration_plan import Measured, Rules, next_round
+from server.sweep.calibration_plan import MeasuredLambda, Rules, next_round
 from server.sweep.curves import ClassReport, MeasuredPoint
 from server.sweep.errors import BadParameters
 from server.sweep.estimates import grouped, least_samples, sampling_width
@@ -55,7 +55,7 @@ async def run_calibration(
         command=command,
         date=time.strftime("%Y-%m-%d"),
     )
-    profile = profile_of(
+    profile = calibrated_profile(
         reports,
         run.pair,
         name=flags.name or run.pair.model,
@@ -112,7 +112,9 @@ def _parameters(flags: argparse.Namespace, rules: Rules) -> dict[str, Any]:
     }
 
 
-def measured_so_far(samples: Iterable[Sample], counts: Mapping[Setting, int]) -> list[Measured]:
+def measured_so_far(
+    samples: Iterable[Sample], counts: Mapping[Setting, int]
+) -> list[MeasuredLambda]:
     """Returns what the first `counts[setting]` samples of each question show, in order of λ.
 
     Samples of a later round, which the file of a killed run may hold, do not count yet.
@@ -126,11 +128,11 @@ def measured_so_far(samples: Iterable[Sample], counts: Mapping[Setting, int]) ->
     return [_measured(setting, own[setting.label]) for setting in ordered]
 
 
-def _measured(setting: Setting, samples: Sequence[Sample]) -> Measured:
+def _measured(setting: Setting, samples: Sequence[Sample]) -> MeasuredLambda:
     groups = grouped(sorted(samples, key=lambda it: it.key))  # not in the order of finishing
     correct = [[float(it.correct) for it in own] for own in groups]
     thought = [[float(it.thought) for it in own] for own in groups]
-    return Measured(
+    return MeasuredLambda(
         setting.reasoning_lambda,
         least_samples(samples),
         score=fmean(map(fmean, correct)),
@@ -139,7 +141,7 @@ def _measured(setting: Setting, samples: Sequence[Sample]) -> Measured:
     )
 
 
-def profile_of(
+def calibrated_profile(
     reports: Sequence[ClassReport],
     pair: ServedPair,
     *,

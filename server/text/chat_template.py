@@ -17,14 +17,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from server.text.checkpoint import CheckpointError, Endpoint
+from server.text.checkpoint import CheckpointError, EndpointText
 from server.wire.errors import InvalidRequest
 
 
 class ChatTemplate:
     """One endpoint's template, compiled. Raises `CheckpointError` where it does not parse."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: EndpointText) -> None:
         try:
             self._template, variables = _compiled(endpoint.chat_template)
         except TemplateSyntaxError as error:

@@ -40,7 +40,7 @@ def local_directory(name: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class EndpointText:
     """What the HTTP process knows about one checkpoint."""
 
     directory: Path
@@ -50,7 +50,7 @@ class Endpoint:
     sampling_defaults: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, directory: Path) -> "Endpoint":
+    def read(cls, directory: Path) -> "EndpointText":
         """Raises `CheckpointError`."""
         config = read_json(directory / "tokenizer_config.json")
         generation = read_json(directory / "generation_config.json")

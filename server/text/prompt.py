@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from mi_runtime.request import Dial
 from server.text.chat_template import ChatTemplate
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN
 from server.text.vocabulary import Vocabulary
 from server.wire.errors import InvalidRequest
@@ -58,8 +58,8 @@ class PromptBuilder:
 
     def __init__(
         self,
-        instruct: Endpoint,
-        thinking: Endpoint,
+        instruct: EndpointText,
+        thinking: EndpointText,
         *,
         template: ReasoningTemplate = "auto",
         think_threshold: Callable[[], float] = lambda: 0.0,

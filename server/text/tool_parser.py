@@ -28,7 +28,7 @@ _TAIL: Final = re.compile(rf"\s*\}}?\s*{TOOL_CALL_END}")
 
 
 @dataclass(frozen=True, slots=True)
-class CallDelta:
+class ToolCallDelta:
     """The start of a call, with id and name, or the next piece of its arguments."""
 
     index: int
@@ -50,7 +50,7 @@ class ParsedText:
     """The content and the pieces of calls that became certain."""
 
     content: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
 
     def then(self, other: "ParsedText") -> "ParsedText":
         return ParsedText(self.content + other.content, self.calls + other.calls)
@@ -144,7 +144,7 @@ class ToolCallParser:
         end = self._object.end_in(self._held)
         piece = self._held[:end]
         if piece:
-            parsed.calls.append(CallDelta(self.count - 1, piece))
+            parsed.calls.append(ToolCallDelta(self.count - 1, piece))
         self._held = self._held[len(piece) :]
         if end is not None:
             self._state = _State.TAIL
@@ -169,7 +169,7 @@ class ToolCallParser:
             self._after_call = False
 
     def _begin(self, parsed: ParsedText, name: str) -> None:
-        parsed.calls.append(CallDelta(self.count, name=name, id=self._make_id()))
+        parsed.calls.append(ToolCallDelta(self.count, name=name, id=self._make_id()))
         self.count += 1
 
     def _end(self, taken: int) -> None:
@@ -183,7 +183,7 @@ class ToolCallParser:
             return False
         name, arguments = call
         self._begin(parsed, name)
-        parsed.calls.append(CallDelta(self.count - 1, arguments))
+        parsed.calls.append(ToolCallDelta(self.count - 1, arguments))
         self._end(taken)
         return True
 
@@ -246,7 +246,7 @@ def _call(text: str) -> tuple[str, str] | None:
     return name, arguments
 
 
-def join_deltas(deltas: Sequence[CallDelta]) -> list[dict[str, object]]:
+def join_deltas(deltas: Sequence[ToolCallDelta]) -> list[dict[str, object]]:
     """Returns the calls of a complete answer, as the wire has them."""
     calls: list[dict[str, object]] = []
     for index in sorted({delta.index for delta in deltas}):

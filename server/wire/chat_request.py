@@ -10,7 +10,7 @@ from server.wire.generation_request import GenerationRequest, check_shared_rules
 from server.wire.messages import MOST_MESSAGES, Message, check_continuation, check_message
 from server.wire.response_format import ResponseFormat, check_response_format
 from server.wire.tools import MOST_TOOLS, FunctionTool, Tool, ToolChoice, check_tools
-from server.wire.validation import parse_body
+from server.wire.validation import validate_json
 
 
 class ChatRequest(GenerationRequest):
@@ -21,26 +21,26 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     """The conversation so far."""
     continue_final_message: bool = False
-    """Continue the last message, which must be the assistant's, where it ends."""
+    """Continue the last message, which must be the assistant's."""
     add_generation_prompt: bool | None = None
-    """Whether the prompt opens a new turn of the assistant; default: true unless
+    """Whether the prompt begins a new turn of the assistant; default: true unless
     `continue_final_message`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
-    """Return log-probabilities of the answer's tokens, before any sampling settings are applied."""
+    """Return the log-probabilities of the answer's tokens, before any sampling setting applies."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """Return this many most probable tokens with each token; needs `logprobs`."""
+    """Return this many most probable tokens for each token; allowed only with `logprobs`."""
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
-    """Call none, let the model choose, call at least one, or call the named one; default: auto."""
+    """Call none, let the model decide, call at least one, or the named one; default: `auto`."""
     parallel_tool_calls: bool = True
     """False allows at most one call."""
     response_format: ResponseFormat | None = None
-    """The form of the answer."""
+    """The form of the content."""
     include_reasoning: bool = True
-    """Whether the answer contains the text of its think block, which is generated either way."""
+    """Whether the response contains the text of the think block, which is generated either way."""
 
     store: bool = False
     """Without effect."""
@@ -78,7 +78,7 @@ class ChatRequest(GenerationRequest):
 
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    request = parse_body(ChatRequest, body)
+    request = validate_json(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}

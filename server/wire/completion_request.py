@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from server.wire.errors import InvalidRequest
 from server.wire.generation_request import MOST_CHOICES, GenerationRequest, check_shared_rules
-from server.wire.validation import parse_body
+from server.wire.validation import validate_json
 
 MOST_CHOICES_OF_PROMPTS: Final = 1024
 """Most choices of a request: its prompts times the choices of each."""
@@ -47,16 +47,16 @@ class CompletionRequest(GenerationRequest):
     ]
     """One prompt or several, as text or as token ids. Choices are numbered prompt by prompt."""
     add_special_tokens: bool = True
-    """Whether the tokenizer adds its special tokens, such as a begin of sequence, to a text."""
+    """Whether the tokenizer adds its special tokens, such as a start of sequence, to a text."""
     max_tokens: Annotated[int, Field(ge=0)] = 16
-    """Most tokens of the answer; 0 with `echo` only scores the prompt."""
+    """Maximum number of tokens of the answer; 0 with `echo` only scores the prompt."""
     echo: bool = False
     """Start every choice with its prompt."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """Return the log-probability of each token, and of this many most probable ones; with `echo` of
-    the prompt's tokens as well, the first of which has none."""
+    """Return the log-probability of each token and of this many most probable ones; with `echo`,
+    also for the prompt's tokens, of which the first has none."""
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    """Must be the number of choices; default: that number."""
+    """Must equal the number of choices; default: that number."""
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -75,7 +75,7 @@ class CompletionRequest(GenerationRequest):
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    request = parse_body(CompletionRequest, body)
+    request = validate_json(CompletionRequest, body)
     if request.best_of not in (None, request.choices):
         raise InvalidRequest(
             f"`best_of` ({request.best_of}) other than the number of choices ({request.choices}) "

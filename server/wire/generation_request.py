@@ -26,7 +26,7 @@ class StreamOptions(WireModel):
     """What a stream contains in addition to its text."""
 
     include_usage: bool = False
-    """Send the usage in one more chunk at the end, which has no choices."""
+    """Send one more chunk at the end, which has the usage and no choices."""
     include_obfuscation: bool = True
     """Without effect."""
 
@@ -62,57 +62,58 @@ class GenerationRequest(WireModel, ABC):
     """The served name, or an alias with a λ, such as `NAME@0.6`."""
 
     reasoning_lambda: RequestedLambda | None = None
-    """λ as a number, by blend group, or as a list, which makes one choice for each number."""
+    """λ: a number, an object by blend group, or a list that returns one choice for each number."""
     answer_lambda: float | None = None
-    """λ from the end of the think block on; default: no change."""
+    """λ of the tokens after the think block; default: the same λ."""
     thinking_token_budget: Budget | None = None
-    """vLLM's name of a budget of reasoning tokens: it chooses λ, and is a hard cap."""
+    """Budget of reasoning tokens (vLLM's name): it chooses λ, and is a hard cap."""
     thinking_budget: Budget | None = None
-    """Qwen's name of the same budget."""
+    """The same budget (Qwen's name)."""
     thinking: Thinking | None = None
     """Anthropic's form: a budget, or thinking on or off."""
     reasoning_effort: Effort | None = None
-    """OpenAI's form: the share of the gain from reasoning, by the active profile."""
+    """OpenAI's form: the share of what reasoning gains, according to the active profile."""
     reasoning: Reasoning | None = None
-    """OpenRouter's form: effort or budget, on or off, shown or not."""
+    """OpenRouter's form: an effort or a budget, reasoning on or off, shown or not."""
     enable_thinking: bool | None = None
-    """Qwen's form: false is λ = 0; true is the server's default λ if that thinks, else medium
-    effort."""
+    """Qwen's form: false means λ = 0; true means the server's default λ if the model thinks there,
+    otherwise effort `medium`."""
     chat_template_kwargs: TemplateOptions | None = None
-    """vLLM's place of `enable_thinking`."""
+    """`enable_thinking` where vLLM has it."""
     routing_class: Annotated[str, Field(min_length=1, max_length=64)] = "default"
-    """Kind of work, whose curve in the profile is used; an unknown one counts as `default`."""
+    """Kind of work, which selects a curve of the profile; an unknown one counts as `default`."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens of the answer; default: what the context holds."""
+    """Maximum number of tokens of the answer; default: as many as fit into the context."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens before which the answer does not end by itself."""
+    """Minimum number of tokens before the model may end the answer."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """Sampling temperature; 0 takes the most probable token; default: the pair's own."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw from the most probable tokens with this total probability; default: the pair's own."""
+    """Sample from the most probable tokens, which have this total probability; default: the pair's
+    own."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    """Draw from this many most probable tokens; -1 and 0: off; default: the pair's own."""
+    """Sample from this many most probable tokens; -1 and 0: off; default: the pair's own."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Least probability of a token, relative to the most probable one; default: the pair's own."""
+    """Minimum probability, as a share of the most probable token's; default: the pair's own."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    """Above 1, tokens of prompt and answer become less probable; default: the pair's own."""
+    """A value above 1 makes tokens of prompt and answer less probable; default: the pair's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Subtracted from the logit of every token that is in the answer."""
+    """Subtracted from the logit of every token that the answer contains."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Subtracted from the same logits, once for each occurrence in the answer."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Equal requests with equal seeds draw the same tokens; choices of one request differ."""
+    """Equal requests with equal seeds sample the same tokens; the choices of one request differ."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    """Choices for each prompt; with a list of λ it must be the list's length, or left out."""
+    """Number of choices for each prompt; with a list of λ, the length of the list or left out."""
     stop: Annotated[
         Annotated[StopString, Tag("(one)")]
         | Annotated[list[StopString], Field(max_length=4), Tag("(many)")],
         Discriminator(_one_or_many),
     ] = []
-    """Strings that end the answer; they are not part of it."""
+    """Strings that end the answer, and are not part of it."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
     """Tokens that end the answer."""
     ignore_eos: bool = False
@@ -121,10 +122,10 @@ class GenerationRequest(WireModel, ABC):
     stream: bool = False
     """Send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
-    """Needs `stream`."""
+    """Allowed only with `stream`."""
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    """Requests with a lower value run earlier, equal ones in order of arrival; the one with the
-    highest value is preempted first. A request may wait without limit while lower ones arrive."""
+    """Requests with a lower value run earlier, and those with the same value in order of arrival;
+    the highest value is preempted first. A request may wait forever while lower ones arrive."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     """Requests with different salts share no cached KV."""
     user: Annotated[str, Field(max_length=512)] | None = None

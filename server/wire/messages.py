@@ -37,17 +37,17 @@ class Message(WireModel):
         ]
         | None
     ) = None
-    """Text, or parts of text. It may be left out or null only where the assistant called tools."""
+    """Text, or parts of text. It may be left out or null only if the assistant called tools."""
     name: str | None = None
-    """A name of the author, used if the chat template writes one."""
+    """Name of the author; used if the chat template writes it."""
     reasoning_content: str | None = None
-    """Text of the think block of an assistant's message, used if the chat template writes it."""
+    """Text of the think block of an assistant's message; used if the chat template writes it."""
     reasoning: str | None = None
-    """Another name of `reasoning_content`, which wins if both are given."""
+    """Another name of `reasoning_content`; if both are given, `reasoning_content` is used."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] = []
     """The calls that the assistant made in this message."""
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    """The id of the call that a tool's message answers."""
+    """The id of the call whose result a tool's message contains."""
 
     @property
     def text(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.wire import responses as answers
+from server.wire import answer_models as answers
 from server.wire.chat_request import ChatRequest
 from server.wire.completion_request import CompletionRequest
 from server.wire.tokenize_request import DetokenizeRequest, TokenizeRequest
@@ -27,15 +27,15 @@ REFUSALS: Final = {
     401: "The API key is missing or wrong",
     404: "No such model, or no such route",
     413: "The body is too long",
-    429: "The key is over its limit; Retry-After says when to try again",
+    429: "The quota is used up; Retry-After says when to try again",
     500: "This request failed; the others continue",
     503: "Loading, draining, overloaded, or without an engine; Retry-After says when to try again",
     504: "The deadline passed",
 }
 WITH_RETRY_AFTER: Final = (429, 503)
 
-ANY_ROUTE: Final = (401, 429, 500)
-WITH_BODY: Final = (400, 404, 413, *ANY_ROUTE)
+ANY_ROUTE: Final = (400, 401, 500)  # that needs a key
+WITH_BODY: Final = (404, 413, 429, *ANY_ROUTE)
 GENERATION: Final = (*WITH_BODY, 503, 504)
 
 
@@ -57,7 +57,7 @@ OPERATIONS: Final = (
     Operation(
         "post",
         "/v1/chat/completions",
-        "Answer messages, at any λ",
+        "Answer a conversation, at any λ",
         {JSON: answers.ChatCompletion, EVENTS: answers.ChatCompletionChunk},
         GENERATION,
         ChatRequest,
@@ -103,12 +103,12 @@ OPERATIONS: Final = (
         "/v1/models/{name}",
         "One model or alias",
         {JSON: answers.Model},
-        (400, 404, *ANY_ROUTE),
+        (404, *ANY_ROUTE),
     ),
     Operation(
         "get",
         "/v1/profiles",
-        "The active profile, and how the router uses it",
+        "The active profile, and what the router makes of it",
         {JSON: answers.ActiveProfile},
         (*ANY_ROUTE, 503),
     ),
@@ -128,8 +128,8 @@ OPERATIONS: Final = (
     ),
     Operation("get", "/", "The playground page", {HTML: None}, (500,)),
     Operation("get", "/metrics", "Metrics for Prometheus", {PLAIN: None}, (500,)),
-    Operation("get", "/version", "The server's version", {JSON: answers.Version}, ANY_ROUTE),
-    Operation("get", "/openapi.json", "This document", {JSON: None}, ANY_ROUTE),
+    Operation("get", "/version", "The server's version", {JSON: answers.Version}, (500,)),
+    Operation("get", "/openapi.json", "The OpenAPI document", {JSON: None}, ANY_ROUTE),
 )
 
 

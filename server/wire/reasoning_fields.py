@@ -30,7 +30,7 @@ class GroupLambdas(WireModel):
     """λ by blend group; `server.routing.group_lambdas` checks its ranges and values."""
 
     default: float | None = None
-    """λ of every group that is not named; required unless all are named."""
+    """λ of every group that is not named; required unless all of them are."""
     attn: float | None = None
     """λ of the attention in every layer that `layers` does not name."""
     mlp: float | None = None
@@ -65,21 +65,26 @@ class Thinking(WireModel):
     """Anthropic's form: whether to think, and with `enabled` a budget."""
 
     type: Literal["enabled", "disabled", "adaptive"]
+    """Whether to think; `adaptive` means the same as `enabled`, without a budget."""
     budget_tokens: Budget | None = None
+    """Budget of reasoning tokens; allowed only with `enabled`."""
 
 
 class Reasoning(WireModel):
     """OpenRouter's form."""
 
     effort: Effort | None = None
+    """The same as `reasoning_effort`."""
     max_tokens: Budget | None = None
-    """Budget of reasoning tokens, instead of an effort."""
+    """Budget of reasoning tokens, in place of an effort."""
     enabled: bool | None = None
+    """The same as `enable_thinking`."""
     exclude: bool | None = None
-    """true: think, but leave the reasoning out of the answer."""
+    """true: think, but do not return the reasoning."""
 
 
 class TemplateOptions(WireModel):
     """The options of `chat_template_kwargs` that this server knows; no template gets them."""
 
     enable_thinking: bool | None = None
+    """The same as the field `enable_thinking` of the request."""

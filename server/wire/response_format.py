@@ -13,22 +13,22 @@ class JsonSchemaFormat(WireModel):
     """The JSON schema of the answer."""
 
     name: Name
-    """For people; it has no effect."""
+    """Has no effect."""
     description: str | None = None
-    """For people; it has no effect."""
+    """Has no effect."""
     schema_: Annotated[Schema, Field(alias="schema")]
-    """The schema that the answer follows."""
+    """The schema that the content follows."""
     strict: bool = False
-    """Refuse a schema with keywords that cannot be enforced; otherwise they are not enforced."""
+    """Refuse a schema with keywords that cannot be enforced; without it, they are ignored."""
 
 
 class ResponseFormat(WireModel):
-    """The form of the answer."""
+    """The form of the content."""
 
     type: Literal["text", "json_object", "json_schema"]
     """Plain text, any JSON object, or JSON that follows the schema."""
     json_schema: JsonSchemaFormat | None = None
-    """Needed with type `json_schema`, and refused with any other."""
+    """Required with type `json_schema`, and refused with any other."""
 
 
 def check_response_format(form: ResponseFormat | None) -> None:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from server.wire.errors import InvalidRequest
 from server.wire.messages import MOST_MESSAGES, Message, check_continuation, check_message
-from server.wire.validation import parse_body
+from server.wire.validation import validate_json
 from server.wire.wire_model import WireModel
 
 _FIELDS_OF_MESSAGES: Final = ("reasoning_lambda", "add_generation_prompt", "continue_final_message")
@@ -16,22 +16,22 @@ class TokenizeRequest(WireModel):
     """The body of `POST /tokenize`: a text, or messages for the chat template."""
 
     model: str | None = None
-    """The served name, or an alias, whose λ chooses the template."""
+    """The served name, or an alias whose λ chooses the template."""
     prompt: str | None = None
     """A text. Give exactly one of `prompt` and `messages`."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    """Messages, which the chat template of the λ writes as text."""
+    """Messages, which are formatted with the chat template of the λ."""
     reasoning_lambda: float | None = None
-    """λ that chooses the template of `messages`; default: the server's."""
+    """λ that chooses the template of `messages`; default: the server's default λ."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to `prompt`; a template writes them itself."""
     add_generation_prompt: bool | None = None
-    """Whether the prompt opens a new turn of the assistant; default: true unless
+    """Whether the prompt begins a new turn of the assistant; default: true unless
     `continue_final_message`."""
     continue_final_message: bool = False
-    """Leave the end of the last message open; it must be the assistant's."""
+    """Leave the end of the last message open, which must be the assistant's."""
     return_token_strs: bool = False
-    """Whether the answer contains the text of every token."""
+    """Whether the response contains the text of every token."""
 
 
 class DetokenizeRequest(WireModel):
@@ -45,7 +45,7 @@ class DetokenizeRequest(WireModel):
 
 def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    request = parse_body(TokenizeRequest, body)
+    request = validate_json(TokenizeRequest, body)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
     if request.prompt is not None:
@@ -66,4 +66,4 @@ def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
 
 def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
-    return parse_body(DetokenizeRequest, body)
+    return validate_json(DetokenizeRequest, body)

@@ -28,7 +28,7 @@ class ToolCall(WireModel):
     """A call that the assistant made in an earlier answer."""
 
     id: Annotated[str, Field(max_length=256)]
-    """The id from that answer; the tool's message repeats it."""
+    """The id of the call, which the tool's message repeats."""
     type: Literal["function"] = "function"
     """The only value."""
     function: CalledFunction
@@ -43,9 +43,9 @@ class FunctionTool(WireModel):
     description: str | None = None
     """What the function does, for the model."""
     parameters: Schema | None = None
-    """JSON schema of its arguments; without one it takes none."""
+    """JSON schema of the arguments; without one, the function takes none."""
     strict: bool = False
-    """Enforce the schema also where the model chooses to call; a schema that cannot be enforced is
+    """Enforce the schema also if the model decides to call; a schema that cannot be enforced is
     refused."""
 
 

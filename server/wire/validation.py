@@ -23,10 +23,10 @@ UNION_TAGS: Final = frozenset(
 )
 """Union tags that pydantic puts into the path of an error."""
 
-Model = TypeVar("Model", bound=WireModel)
+_T = TypeVar("_T", bound=WireModel)
 
 
-def parse_body(kind: type[Model], body: bytes) -> Model:
+def validate_json(kind: type[_T], body: bytes) -> _T:
     """Returns the model in a JSON body. Raises `InvalidRequest` that names the first bad field."""
     try:
         return kind.model_validate_json(body)

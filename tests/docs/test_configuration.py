@@ -20,5 +20,5 @@ def test_every_setting_has_its_row() -> None:
         assert " ".join((field.description or "?").split()) in row
 
 
-def test_bounds_of_optional_settings_are_told() -> None:
-    assert "| `MI_MAX_MODEL_LEN` | whole number ≥ 2 |" in PAGE.read_text()
+def test_bounds_of_optional_settings_are_shown() -> None:
+    assert "| `MI_MAX_MODEL_LEN` | integer ≥ 2 |" in PAGE.read_text()

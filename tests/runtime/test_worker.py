@@ -20,6 +20,7 @@ from mi_runtime.request import (
     FinishReason,
     LoadFailed,
     Ready,
+    RequestRejected,
     SamplingParams,
     StepReport,
     Submit,
@@ -243,8 +244,17 @@ def test_a_rejected_request_ends_with_an_error_and_the_worker_goes_on(worker: Wo
     events = worker.events_until_end("bad", "good")
     (error,) = [event for event in events if event.request_id == "bad"]
     assert (error.token_id, error.finish_reason) == (None, FinishReason.ERROR)
-    assert error.error == "max_tokens must not be negative: -1"
+    assert isinstance(error.error, RequestRejected)
+    assert str(error.error) == "max_tokens must not be negative: -1"
+    assert (error.error.param, error.error.code) == ("max_tokens", None)
     assert len(tokens(events, "good")) == 6
+
+
+def test_a_rejection_carries_its_code(worker: Worker) -> None:
+    worker.pipe.send(Submit(EngineRequest("long", PROMPT * 100, Dial(0.5))))
+    (end,) = worker.events_until_end("long")
+    assert isinstance(end.error, RequestRejected)
+    assert (end.error.param, end.error.code) == ("prompt", "context_length_exceeded")
 
 
 def test_the_abort_of_an_unknown_request_says_nothing(worker: Worker) -> None:

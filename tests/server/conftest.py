@@ -16,7 +16,7 @@ from server.config import Settings
 from server.engine.client import EngineClient
 from server.ops.tracing import Tracing
 from server.service import Service
-from server.text.checkpoint import Endpoint
+from server.text.checkpoint import EndpointText
 from server.text.vocabulary import Vocabulary
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -82,7 +82,7 @@ def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFa
         )
         engine.start()
         tracing = Tracing(given.otlp_traces_endpoint) if given.otlp_traces_endpoint else None
-        endpoints = Endpoint.read(instruct_directory), Endpoint.read(endpoint)
+        endpoints = EndpointText.read(instruct_directory), EndpointText.read(endpoint)
         return Service(given, *endpoints, engine, tracing)
 
     return make

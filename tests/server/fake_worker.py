@@ -203,12 +203,12 @@ class FakeEngine:
         try:
             self.admit(request)
         except RequestRejected as error:
-            end = TokenEvent(request.request_id, None, FinishReason.ERROR, error=str(error))
+            end = TokenEvent(request.request_id, None, FinishReason.ERROR, error=error)
             self.report([end])
 
     def admit(self, request: EngineRequest) -> None:
         """Accepts a request as the engine does. Raises RequestRejected."""
-        self.scheduler.admit_or_raise(request)
+        self.scheduler.check_request(request)
         if request.grammar is not None and self.grammars is None:
             raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
         text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)

@@ -18,7 +18,7 @@ from mi_runtime.execution.cost_measurement import (
 from mi_runtime.execution.decode_graphs import GraphKey
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.row_lambdas import Way
-from mi_runtime.scheduling.planner import CostModel, Curve
+from mi_runtime.scheduling.planner import CostCurve, CostModel
 from tests.runtime.conftest import MakeEngine, PairOf
 from tests.runtime.execution.test_decode_graphs import record
 from tests.runtime.shared_models import shared_model
@@ -111,7 +111,7 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
     graphs, model = record(engine), engine._runner._model
     key, _ = graphs.smallest
     assert key == GraphKey(min(one.rows for one in graphs.keys), Way.ENDPOINT)
-    single, pair = Curve((1, 3), (2.0, 4.0)), Curve((1, 3), (7.0, 9.0))
+    single, pair = CostCurve((1, 3), (2.0, 4.0)), CostCurve((1, 3), (7.0, 9.0))
     costs = CostModel(20.0, 20.0, single, pair, build=1.0)
     timed: list[torch.Tensor] = []
 

@@ -10,7 +10,7 @@ from torch._dynamo.exc import InternalTorchDynamoError
 
 from mi_runtime.config import EngineConfig
 from mi_runtime.execution import startup
-from mi_runtime.execution.startup import COMPILED, RECORDED, Recordable
+from mi_runtime.execution.startup import COMPILED, RECORDED, RecordingTrial
 from mi_runtime.model.blend_cache import BlendCache
 
 UNUSED = cast(Any, None)
@@ -36,9 +36,9 @@ def recorded(
     monkeypatch: pytest.MonkeyPatch, forward: Any, how: str
 ) -> tuple[Any, str | None, list[str]]:
     monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
-    recordable = Recordable(forward, how, stream=UNUSED, first_bytes=0, next_bytes=0)
+    trial = RecordingTrial(forward, how, stream=UNUSED, first_bytes=0, next_bytes=0)
     failures: list[str] = []
-    return *startup._recorded(UNUSED, MODEL, UNUSED, recordable, failures), failures
+    return *startup._record_all(UNUSED, MODEL, UNUSED, trial, failures), failures
 
 
 def test_what_compiles_is_recorded_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         attention = cast(Any, SimpleNamespace(backend=SimpleNamespace(name=backend)))
         model = cast(Any, SimpleNamespace(logits=plain, groups=GROUPS))
         config = EngineConfig("instruct", "thinking", **settings)
-        recordable = startup._recordable(config, model, attention, failures)
-        return startup._graphs_description(recordable and recordable.how, 70, 9.4, failures)
+        trial = startup._try_recording(config, model, attention, failures)
+        return startup._graphs_description(trial and trial.how, 70, 9.4, failures)
 
     return told
 

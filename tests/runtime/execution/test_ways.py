@@ -19,7 +19,7 @@ from mi_runtime.engine import Engine
 from mi_runtime.execution.cost_measurement import blend_bytes
 from mi_runtime.model.row_lambdas import StepRows, Way
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
-from mi_runtime.scheduling.planner import CostModel, Curve
+from mi_runtime.scheduling.planner import CostCurve, CostModel
 from tests.runtime import oracle
 from tests.runtime.families import FAMILIES, VOCABULARY, marks_of
 from tests.runtime.shared_models import engine_of
@@ -244,7 +244,7 @@ def test_a_hot_λ_is_served_by_blended_weights_in_the_end(pair_of: PairOf) -> No
     """The engine's own planner; the costs are made up, as measured ones differ by machine."""
     subject, dial = make_subject(pair_of("qwen3")), Dial(0.5)
     engine, groups = subject.engine, subject.engine._groups
-    single, pair = Curve((1, 2), (1.0, 1.0)), Curve((1, 2), (2.0, 2.0))
+    single, pair = CostCurve((1, 2), (1.0, 1.0)), CostCurve((1, 2), (2.0, 2.0))
     engine._runner.planner.costs = CostModel(1.0, 1.0, single, pair, build=9.5)
     greedy = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     before = subject.executions()

@@ -20,7 +20,7 @@ from mi_runtime.errors import PairError
 from mi_runtime.model import delta, load
 from mi_runtime.model.delta import DeltaKind, quantize
 from mi_runtime.model.load import load_pair
-from mi_runtime.model.pair_check import Endpoint, check_pair
+from mi_runtime.model.pair_check import Checkpoint, check_pair
 from mi_runtime.model.row_lambdas import StepRows, Way
 from mi_runtime.model.swap import _take
 from mi_runtime.request import Dial
@@ -186,14 +186,14 @@ def test_thinking_is_not_loaded_to_a_gpu_where_only_its_difference_stays(
 ) -> None:
     devices: list[str] = []
 
-    def load_endpoint(endpoint: Endpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def load_endpoint(endpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
         devices.append(device.type)
         if len(devices) == 2:
             raise PairError(["seen enough"])
         return nn.Module()
 
     monkeypatch.setattr(load, "resolve_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr(load, "_load_endpoint", load_endpoint)
+    monkeypatch.setattr(load, "_load_checkpoint", load_endpoint)
     with pytest.raises(PairError, match="seen enough"):
         load_pair(check_pair(*pair_of("qwen3")), "cuda", "bfloat16", delta_dtype)
     assert devices == expected

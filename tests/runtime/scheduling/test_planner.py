@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
-from mi_runtime.scheduling.planner import MAX_ALONE, REMEMBERED, CostModel, Curve, Planner, SubBatch
+from mi_runtime.scheduling.planner import (
+    MAX_ALONE,
+    REMEMBERED,
+    CostCurve,
+    CostModel,
+    Planner,
+    SubBatch,
+)
 from mi_runtime.scheduling.sequence import Sequence
 
 ENDPOINTS = (Dial(0.0), Dial(1.0), Dial(0.0, (("0.attn", 1.0),)))
@@ -39,8 +46,8 @@ def chunks_of(works: Iterable[Work]) -> list[Chunk]:
     return [chunk(work) for work in works]
 
 
-def affine(at_zero: float, a_row: float) -> Curve:
-    return Curve((0, 1), (at_zero, at_zero + a_row))
+def affine(at_zero: float, a_row: float) -> CostCurve:
+    return CostCurve((0, 1), (at_zero, at_zero + a_row))
 
 
 # Decode-like: a forward of single weights costs half a pair forward, and 1 s in any case.
@@ -142,15 +149,15 @@ def affine_costs(draw: st.DrawFn) -> CostModel:
 def any_costs(draw: st.DrawFn) -> CostModel:
     """Curves as a noisy measurement may give them."""
 
-    def curve() -> Curve:
-        return Curve((1, 8, 32), tuple(sorted(draw(st.tuples(SECONDS, SECONDS, SECONDS)))))
+    def curve() -> CostCurve:
+        return CostCurve((1, 8, 32), tuple(sorted(draw(st.tuples(SECONDS, SECONDS, SECONDS)))))
 
     return CostModel(draw(SECONDS), draw(SECONDS), curve(), curve(), build=draw(SECONDS))
 
 
 # --- Curves -------------------------------------------------------------------------------------
 
-CURVE = Curve((1, 8, 32), (1.0, 8.0, 20.0))
+CURVE = CostCurve((1, 8, 32), (1.0, 8.0, 20.0))
 
 
 @pytest.mark.parametrize(

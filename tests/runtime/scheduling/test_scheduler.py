@@ -29,7 +29,7 @@ from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
 from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.scheduler import SCORED_ROWS, Scheduler
-from mi_runtime.scheduling.sequence import Sequence, Status
+from mi_runtime.scheduling.sequence import Sequence, SequenceStatus
 
 VOCAB = 40
 EOS, THINK, END_THINK = 0, 1, 2
@@ -168,7 +168,7 @@ class FakeEngine:
         self.kv = [[0] * self.limits.block_size for _ in range(self.limits.num_blocks)]
 
     def submit(self, req: EngineRequest) -> Sequence:
-        self.scheduler.admit_or_raise(req)
+        self.scheduler.check_request(req)
         sequence = Sequence(req)
         self.scheduler.add(sequence)
         self.requests[req.request_id] = req
@@ -330,7 +330,7 @@ def test_a_prompt_that_cannot_be_computed_is_rejected(
 ) -> None:
     scheduler = Limits(max_model_len=64).scheduler()
     with pytest.raises(RequestRejected) as rejection:
-        scheduler.admit_or_raise(request(prompt=prompt))
+        scheduler.check_request(request(prompt=prompt))
     assert (rejection.value.param, rejection.value.code) == ("prompt", code)
     assert all(word in str(rejection.value) for word in words)
     assert not scheduler.unfinished
@@ -347,17 +347,17 @@ def test_a_request_id_in_use_is_rejected_and_free_again_at_the_end() -> None:
     engine = FakeEngine(Limits())
     engine.submit(request(max_tokens=2, min_tokens=2))
     with pytest.raises(RequestRejected, match="in use"):
-        engine.scheduler.admit_or_raise(request())
+        engine.scheduler.check_request(request())
     engine.step()
     with pytest.raises(RequestRejected, match="in use"):
-        engine.scheduler.admit_or_raise(request())
+        engine.scheduler.check_request(request())
     engine.finish()
-    engine.scheduler.admit_or_raise(request())
+    engine.scheduler.check_request(request())
 
 
 def test_max_tokens_below_zero_is_rejected() -> None:
     with pytest.raises(RequestRejected) as rejection:
-        Limits().scheduler().admit_or_raise(request(max_tokens=-1))
+        Limits().scheduler().check_request(request(max_tokens=-1))
     assert rejection.value.param == "max_tokens"
 
 
@@ -424,7 +424,7 @@ def test_the_youngest_is_preempted_and_its_answer_goes_on_where_it_was() -> None
     young = engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
     while not engine.scheduler.preemptions:
         engine.step()
-    assert young.status is Status.WAITING
+    assert young.status is SequenceStatus.WAITING
     assert young.output_length > 0
     assert (young.computed, len(young.block_table)) == (0, 0)
     assert engine.scheduler.waiting.first is young
@@ -533,7 +533,8 @@ def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> 
     waited = second.first_scheduled - second.arrival
     assert waited > 0
     assert {event.queue_seconds for event in engine.events["second"]} == {waited}
-    assert engine.events["second"][-1].reasoning_tokens == second.reasoning_tokens
+    assert second.thinking is not None
+    assert engine.events["second"][-1].reasoning_tokens == second.thinking.reasoning_tokens > 0
 
 
 # --- Steps in flight ----------------------------------------------------------------------------
@@ -616,7 +617,7 @@ def test_a_preempted_sequence_takes_the_token_that_was_being_drawn() -> None:
     assert lengths(scheduler.schedule()) == [("old", 1)]  # young would fit, but for its token
     events = scheduler.update(step, {old: (9, None), young: (8, None)})
     assert [event.token_id for event in events] == [9, 8]
-    assert (young.status, young.output) == (Status.WAITING, [8])
+    assert (young.status, young.output) == (SequenceStatus.WAITING, [8])
     assert lengths(scheduler.schedule()) == [("old", 1), ("young", 5)]
     scheduler.check_integrity()
 
@@ -647,7 +648,7 @@ def test_the_last_by_priority_is_preempted_though_it_is_older() -> None:
     engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
     while not engine.scheduler.preemptions:
         engine.step()
-    assert old.status is Status.WAITING
+    assert old.status is SequenceStatus.WAITING
     engine.finish()
     engine.check_answers()
 
@@ -911,7 +912,7 @@ def test_random_workloads_reach_every_path() -> None:
 
 
 def life_of(sequence: Sequence) -> str:
-    if sequence.status is Status.RUNNING:
+    if sequence.status is SequenceStatus.RUNNING:
         return "decoding" if sequence.remaining == 1 else "prefilling"
     return "preempted" if sequence.output_length else "waiting"
 

@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
-from mi_runtime.request import FinishReason, Phase, TokenEvent, TokenLogprobs
+from mi_runtime.request import FinishReason, Phase, RequestRejected, TokenEvent, TokenLogprobs
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.answer.choice import AnswerChunk, Choice
 from server.answer.echo import Echo
-from server.answer.logprobs import columns, text_logprobs
+from server.answer.logprobs import columns, completions_logprobs
 from server.ops.metrics import Metrics
 from server.text.reasoning_parser import PlainText, Split, Splitter
 from server.text.stop_strings import StopStrings
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.tool_parser import ToolCallParser, join_deltas
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
-from server.wire.errors import RequestFailed
+from server.wire.errors import InvalidRequest, RequestFailed
 
 VOCABULARY = Vocabulary(build_tokenizer())
 EOS = VOCABULARY.encode(TURN_END)[0]
@@ -48,6 +48,7 @@ def new_choice(
         stop=stop or [],
         meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
         tools=tools,
+        prompt_field="messages",
     )
 
 
@@ -138,6 +139,24 @@ def test_an_error_of_the_engine_is_raised() -> None:
         new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error="no luck"))
 
 
+@pytest.mark.parametrize(
+    ("param", "code", "named"),
+    [
+        ("prompt", "context_length_exceeded", "messages"),
+        ("logit_bias", "invalid_request_error", "logit_bias"),
+        (None, "invalid_request_error", None),
+    ],
+)
+def test_a_rejection_by_the_engine_is_a_bad_request_that_names_the_field(
+    param: str | None, code: str, named: str | None
+) -> None:
+    own_code = code if code == "context_length_exceeded" else None
+    rejected = RequestRejected("no", param=param, code=own_code)
+    with pytest.raises(InvalidRequest, match="no") as caught:
+        new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error=rejected))
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, named, code)
+
+
 def test_an_answer_that_its_grammar_completed_shows_its_last_token() -> None:
     choice = new_choice()
     (brace,) = VOCABULARY.encode("}")
@@ -160,7 +179,7 @@ def echoing_choice(text: str) -> Choice:
         splitter=PlainText(),
         stop=[],
         meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
-        write_logprobs=text_logprobs(VOCABULARY),
+        write_logprobs=completions_logprobs(VOCABULARY),
         echo=Echo.of_tokens(VOCABULARY.encode(text), VOCABULARY),
     )
 

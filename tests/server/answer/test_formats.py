@@ -10,10 +10,10 @@ from mi_runtime.request import Dial
 from server.answer.answer import AnswerHead
 from server.answer.chat_format import CHAT
 from server.answer.choice import AnswerChunk
+from server.answer.completions_format import COMPLETIONS
 from server.answer.sse import ChunkWriter
-from server.answer.text_format import TEXT
 from server.routing.routing_decision import RoutingDecision
-from server.text.tool_parser import CallDelta
+from server.text.tool_parser import ToolCallDelta
 
 
 def head(**fields: Any) -> AnswerHead:
@@ -22,7 +22,7 @@ def head(**fields: Any) -> AnswerHead:
         "created": 1,
         "model": 'pa"ir',
         "system_fingerprint": "fp_0",
-        "routing": RoutingDecision((Dial(0.6),), "body"),
+        "decision": RoutingDecision((Dial(0.6),), "body"),
         "prompt_tokens": 3,
     }
     return AnswerHead(**base | fields)
@@ -102,8 +102,8 @@ def test_reasoning_that_nobody_wants_is_left_out() -> None:
 
 
 def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -> None:
-    begun = CallDelta(1, name="f", id="call_0")
-    chunk = AnswerChunk(0, "a", finish_reason="tool_calls", calls=[begun, CallDelta(1, "{}")])
+    begun = ToolCallDelta(1, name="f", id="call_0")
+    chunk = AnswerChunk(0, "a", finish_reason="tool_calls", calls=[begun, ToolCallDelta(1, "{}")])
     head_of_call = {"index": 1, "id": "call_0", "type": "function"}
     assert read(chat_writer().write([chunk])) == [
         event({"content": "a"}),
@@ -114,7 +114,7 @@ def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -
 
 
 def test_texts_are_written_in_their_own_field_and_type() -> None:
-    writer = ChunkWriter(head(), TEXT)
+    writer = ChunkWriter(head(), COMPLETIONS)
     choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
     (first,) = read(writer.first(1))
     assert (first["object"], first["choices"]) == ("text_completion", [choice])
@@ -145,8 +145,8 @@ def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
 
 
 def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
-    routing = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
-    writer = chat_writer(routing=routing)
+    decision = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
+    writer = chat_writer(decision=decision)
     first = read(writer.first(2))
     (middle,) = read(writer.write([AnswerChunk(1, "a")]))
     (last,) = read(writer.write([AnswerChunk(1, finish_reason="stop")]))

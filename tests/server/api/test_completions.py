@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from mi_runtime.request import TokenLogprobs
 from server.answer.echo import Echo
-from server.answer.logprobs import columns, text_logprobs
+from server.answer.logprobs import columns, completions_logprobs
 from server.service import Service
 from server.text.vocabulary import Vocabulary
 
@@ -197,7 +197,7 @@ def test_tokens_that_end_inside_a_character_are_echoed_all_the_same(
 
 
 def test_an_impossible_token_has_a_number_json_can_write(vocabulary: Vocabulary) -> None:
-    write = text_logprobs(vocabulary)
+    write = completions_logprobs(vocabulary)
     rows = [write(5, TokenLogprobs(float("-inf"), ((6, -0.0),)), 3)]
     assert columns(rows)["token_logprobs"] == [-9999.0]
     assert list(rows[0]["top_logprobs"].values()) == [0.0, -9999.0]

@@ -1,4 +1,4 @@
-"""The way of a request from the ASGI entry to the pipe, as docs/architecture.md lists it."""
+"""The path of a request from the ASGI entry to the pipe, as docs/architecture.md lists it."""
 
 import importlib
 import re

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from mi_runtime.config import EngineConfig
-from mi_runtime.request import Dial, EngineRequest, FinishReason, SamplingParams, TokenEvent
+from mi_runtime.request import (
+    Dial,
+    EngineRequest,
+    FinishReason,
+    RequestRejected,
+    SamplingParams,
+    TokenEvent,
+)
 from server.engine.client import EngineClient
 from server.engine.generation import ClientLeft, Generation
 from server.text.vocabulary import Vocabulary
@@ -117,7 +124,8 @@ def test_a_request_that_the_engine_rejects_ends_with_an_error(play: Callable[...
         for reason, rejected in rejections.items():
             (end,) = await take_all(bench.client.submit([rejected]))
             assert (end.token_id, end.finish_reason) == (None, FinishReason.ERROR)
-            assert reason in (end.error or "")
+            assert isinstance(end.error, RequestRejected)
+            assert reason in str(end.error)
         assert await take_all(bench.submit("say 1"))
 
     play(scenario)
@@ -257,7 +265,7 @@ def test_an_engine_that_does_not_read_holds_up_nobody(play: Callable[..., None])
 def test_an_engine_without_work_may_be_silent(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         assert await take_all(bench.submit("say 1"))
-        await until(lambda: bench.client._watch is None)  # it looked, and nothing was owed
+        await until(lambda: bench.client._check_timer is None)  # it looked, and nothing was owed
         assert bench.client.ended is None
         assert await take_all(bench.submit("say 1"))
 

@@ -68,7 +68,7 @@ def test_a_complete_answer_cannot_fail_any_more() -> None:
 
 def test_an_answer_expires_while_it_is_waited_for() -> None:
     async def scenario(generation: Generation, released: Released) -> None:
-        generation.expire(0.01, LATE)
+        generation.fail_after(0.01, LATE)
         with pytest.raises(DeadlineExceeded), generation:
             await generation.take()
         assert sorted(released.calls) == [("a", True), ("b", True)]
@@ -78,7 +78,7 @@ def test_an_answer_expires_while_it_is_waited_for() -> None:
 
 def test_the_end_of_an_answer_stops_its_clock() -> None:
     async def scenario(generation: Generation, released: Released) -> None:
-        generation.expire(60, LATE)
+        generation.fail_after(60, LATE)
         timer = generation._expiry
         with generation:
             pass

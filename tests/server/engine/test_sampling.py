@@ -30,7 +30,7 @@ POLICY = SamplingPolicy({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, frozen
 def resolve(prompt_tokens: int = 10, **fields: Any) -> SamplingParams:
     body = {"model": "pair", "messages": [{"role": "user", "content": "x"}]} | fields
     request = parse_chat_request(json.dumps(body).encode())
-    return POLICY.resolve(request, prompt_tokens=prompt_tokens, engine=ENGINE)
+    return POLICY.resolve(request, prompt_tokens=prompt_tokens, info=ENGINE)
 
 
 def test_a_field_that_is_absent_comes_from_the_pair() -> None:

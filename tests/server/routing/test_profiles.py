@@ -11,8 +11,8 @@ from server.routing.profiles import (
     Profile,
     ProfileError,
     builtin_profiles,
+    find_builtin_profile,
     load_profile,
-    profile_of,
 )
 from tests.server.curves import IDENTITY, profile
 
@@ -62,23 +62,23 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_papers_pairs_are_known_by_the_last_part_of_their_names(name: str) -> None:
     instruct, thinking = QWEN[name]
     for prefix in ("Qwen/", "/models/", ""):
-        found = profile_of("0" * 32, prefix + instruct, f"{prefix}{thinking}")
+        found = find_builtin_profile("0" * 32, prefix + instruct, f"{prefix}{thinking}")
         assert found is not None
         assert found.name == name
-    assert profile_of("0" * 32, instruct, "another") is None
+    assert find_builtin_profile("0" * 32, instruct, "another") is None
 
 
 def test_a_pair_that_was_measured_by_content_is_known_whatever_its_name() -> None:
     known = [profile()]
-    assert profile_of(IDENTITY, "a", "b", known) == profile()
-    assert profile_of("2" * 32, "I", "T", known) is None  # the same name, other weights
+    assert find_builtin_profile(IDENTITY, "a", "b", known) == profile()
+    assert find_builtin_profile("2" * 32, "I", "T", known) is None  # the same name, other weights
 
 
 def test_content_goes_before_names() -> None:
     by_name = profile(name="by name", pair={"instruct": "I", "thinking": "T"})
     for known in ([by_name, profile()], [profile(), by_name]):
-        assert profile_of(IDENTITY, "I", "T", known) == profile()
-        assert profile_of("2" * 32, "I", "T", known) == by_name
+        assert find_builtin_profile(IDENTITY, "I", "T", known) == profile()
+        assert find_builtin_profile("2" * 32, "I", "T", known) == by_name
 
 
 # --- what is built in ---
@@ -88,7 +88,9 @@ def test_the_embedded_pair_and_the_papers_two_are_built_in() -> None:
     assert len(builtin_profiles()) == 3
     assert {it.name for it in builtin_profiles()} >= QWEN.keys()
     (own,) = [it for it in builtin_profiles() if it.pair.identity is not None]
-    embedded = profile_of(str(own.pair.identity), str(INSTRUCT_DIRECTORY), str(THINKING_DIRECTORY))
+    embedded = find_builtin_profile(
+        str(own.pair.identity), str(INSTRUCT_DIRECTORY), str(THINKING_DIRECTORY)
+    )
     assert embedded == own
 
 
@@ -102,7 +104,7 @@ def test_a_builtin_profile_spans_the_whole_dial(path: Path) -> None:
 
 @pytest.mark.parametrize("name", QWEN)
 def test_the_default_of_the_papers_pairs_is_the_mean_of_their_three_benchmarks(name: str) -> None:
-    found = profile_of("", *QWEN[name])
+    found = find_builtin_profile("", *QWEN[name])
     assert found is not None
     assert found.classes.keys() == {DEFAULT_CLASS, "math", "instructions", "science"}
     own = [measured for key, measured in found.classes.items() if key != DEFAULT_CLASS]
@@ -116,7 +118,7 @@ def test_the_default_of_the_papers_pairs_is_the_mean_of_their_three_benchmarks(n
 
 
 def test_the_papers_headline_is_in_its_profile() -> None:
-    found = profile_of("", *QWEN["Qwen3-4B-2507"])
+    found = find_builtin_profile("", *QWEN["Qwen3-4B-2507"])
     assert isinstance(found, Profile)
     best = max(found.classes["math"].points, key=lambda it: it.score)
     assert (best.reasoning_lambda, best.score, best.reasoning_tokens.mean) == (0.8, 0.805, 17574)

@@ -1,8 +1,10 @@
 import pytest
 
 from mi_runtime.request import Dial
-from server.routing.requested_lambda import LambdaReader
+from server.routing.reasoning_options import ReasoningOptions
+from server.routing.requested_lambda import LambdaReader, RequestedDials
 from server.routing.routing_decision import RoutingDecision
+from server.routing.routing_policy import RoutingPolicy, RoutingSettings
 from server.wire.errors import ApiError, InvalidRequest, ModelNotFound
 from server.wire.generation_request import RequestedLambda
 from server.wire.reasoning_fields import GroupLambdas
@@ -12,12 +14,17 @@ READER = LambdaReader("pair", step=0.01, default=0.8)
 
 def read(
     model: str = "pair", body: RequestedLambda | None = None, header: str | None = None
-) -> RoutingDecision:
+) -> RequestedDials:
     return READER.read(model=model, body=body, header=header, layers=4)
 
 
+def decision(requested: RequestedDials) -> RoutingDecision:
+    settings = RoutingSettings(default=0.8, step=0.01, think_threshold=0.0)
+    return RoutingPolicy(None, settings).decide(requested, ReasoningOptions())
+
+
 def test_the_default_applies_where_no_lambda_is_named() -> None:
-    assert read() == RoutingDecision((Dial(0.8),), "default", layers=4)
+    assert read() == RequestedDials((Dial(0.8),), "default", layers=4)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +32,7 @@ def test_the_default_applies_where_no_lambda_is_named() -> None:
     [({"body": 0.6}, "body"), ({"model": "pair@0.6"}, "model"), ({"header": "0.6"}, "header")],
 )
 def test_each_way_names_a_lambda(named: dict[str, object], source: str) -> None:
-    assert read(**named) == RoutingDecision((Dial(0.6),), source, layers=4)  # type: ignore[arg-type]
+    assert read(**named) == RequestedDials((Dial(0.6),), source, layers=4)  # type: ignore[arg-type]
 
 
 def test_a_lambda_is_rounded_to_the_grid() -> None:
@@ -91,16 +98,18 @@ def groups(**named: object) -> GroupLambdas:
 
 
 def test_a_list_is_a_fan_out_with_a_dial_for_each_choice() -> None:
-    routing = read(body=[0.2, 0.604, 1])
-    assert routing.dials == (Dial(0.2), Dial(0.6), Dial(1.0))
+    requested = read(body=[0.2, 0.604, 1])
+    assert requested.dials == (Dial(0.2), Dial(0.6), Dial(1.0))
+    routing = decision(requested)
     assert routing.header == "0.2,0.6,1"
-    assert routing.body == {"reasoning_lambda": [0.2, 0.6, 1.0], "source": "body"}
+    assert routing.body["reasoning_lambda"] == [0.2, 0.6, 1.0]
+    assert routing.body["source"] == "body"
     assert routing.of_choice(1) == {"reasoning_lambda": 0.6}
-    assert read(body=0.6).of_choice(0) == {}
+    assert decision(read(body=0.6)).of_choice(0) == {}
 
 
 def test_a_list_of_one_is_still_a_fan_out() -> None:
-    assert read(body=[0.6]).body["reasoning_lambda"] == [0.6]
+    assert decision(read(body=[0.6])).body["reasoning_lambda"] == [0.6]
 
 
 def test_a_bad_lambda_in_a_list_names_its_place() -> None:
@@ -110,7 +119,7 @@ def test_a_bad_lambda_in_a_list_names_its_place() -> None:
 
 
 def test_the_header_has_the_default_of_an_object() -> None:
-    routing = read(body=groups(default=0.6, attn=0.8))
+    routing = decision(read(body=groups(default=0.6, attn=0.8)))
     assert routing.header == "0.6"
     assert routing.body["reasoning_lambda"] == {"default": 0.6, "attn": 0.8}
 
@@ -137,9 +146,9 @@ def test_an_object_that_means_the_aliass_dial_agrees_with_it() -> None:
 
 
 def test_an_answer_lambda_is_rounded_to_the_grid() -> None:
-    routing = READER.with_answer(read(body=0.6), 0.2049)
-    assert routing.answer == Dial(0.2)
-    assert routing.body["answer_lambda"] == 0.2
+    requested = READER.with_answer(read(body=0.6), 0.2049)
+    assert requested.answer_dial == Dial(0.2)
+    assert decision(requested).body["answer_lambda"] == 0.2
     with pytest.raises(InvalidRequest) as caught:
         READER.with_answer(read(), 1.5)
     assert caught.value.param == "answer_lambda"

@@ -7,7 +7,7 @@ import pytest
 from mi_runtime.request import Dial
 from server.routing.profiles import Profile
 from server.routing.reasoning_options import ReasoningOptions
-from server.routing.requested_lambda import LambdaReader
+from server.routing.requested_lambda import LambdaReader, RequestedDials
 from server.routing.routing_decision import RoutingDecision
 from server.routing.routing_policy import NEUTRAL, REBUILD_SECONDS, RoutingPolicy, RoutingSettings
 from tests.server.curves import profile
@@ -57,13 +57,13 @@ def summary(routing: RoutingDecision) -> tuple[float, str, float | None, int | N
 def test_the_first_option_that_is_given_decides(
     inputs: dict[str, Any], expected: tuple[float, str, float | None, int | None]
 ) -> None:
-    assert summary(MEASURED.route(UNNAMED, ReasoningOptions(**inputs))) == pytest.approx(expected)
+    assert summary(MEASURED.decide(UNNAMED, ReasoningOptions(**inputs))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("inputs", [{}, {"budget": 150}, {"effort": "low"}, {"thinks": False}])
 def test_an_explicit_lambda_stays_and_a_budget_caps_it(inputs: dict[str, Any]) -> None:
     requested = READER.read(model="pair@0.6", body=None, header=None)
-    routing = MEASURED.route(requested, ReasoningOptions(**inputs))
+    routing = MEASURED.decide(requested, ReasoningOptions(**inputs))
     cap = inputs.get("budget")
     assert summary(routing) == (0.6, "model", 150 if cap else 200, cap)
 
@@ -71,43 +71,43 @@ def test_an_explicit_lambda_stays_and_a_budget_caps_it(inputs: dict[str, Any]) -
 def test_a_fan_out_and_a_lambda_by_groups_stay_without_an_expectation() -> None:
     for requested in (
         READER.read(model="pair", body=[0.2, 0.6], header=None),
-        RoutingDecision((Dial(0.6, (("head", 0.0),)),), "body"),
+        RequestedDials((Dial(0.6, (("head", 0.0),)),), "body"),
     ):
-        routing = MEASURED.route(requested, ReasoningOptions(budget=10))
+        routing = MEASURED.decide(requested, ReasoningOptions(budget=10))
         assert (routing.dials, routing.cap, routing.expected) == (requested.dials, 10, None)
 
 
 def test_work_of_a_known_class_goes_by_its_own_curve() -> None:
     inputs = ReasoningOptions(effort="max", routing_class="math")
-    routing = MEASURED.route(UNNAMED, inputs)
+    routing = MEASURED.decide(UNNAMED, inputs)
     assert (routing.routing_class, summary(routing)) == ("math", (0.9, "effort", 3000, None))
 
 
 def test_work_of_an_unknown_class_uses_the_default_and_the_answer_reports_it() -> None:
     inputs = ReasoningOptions(effort="max", routing_class="poetry")
-    assert MEASURED.route(UNNAMED, inputs).routing_class == "default"
+    assert MEASURED.decide(UNNAMED, inputs).routing_class == "default"
 
 
 def test_where_nothing_fits_the_cheapest_point_runs_under_the_cap() -> None:
-    routing = MEASURED.route(UNNAMED, ReasoningOptions(budget=700, routing_class="math"))
+    routing = MEASURED.decide(UNNAMED, ReasoningOptions(budget=700, routing_class="math"))
     assert summary(routing) == (0.5, "budget", 700, 700)
 
 
 def test_thinking_is_the_default_only_where_the_default_thinks() -> None:
     never = policy(profile(), default=0.2, think_threshold=0.3)
-    assert summary(never.route(UNNAMED, ReasoningOptions(thinks=True)))[0] == 0.45
-    assert summary(never.route(UNNAMED, ReasoningOptions()))[0] == 0.2
+    assert summary(never.decide(UNNAMED, ReasoningOptions(thinks=True)))[0] == 0.45
+    assert summary(never.decide(UNNAMED, ReasoningOptions()))[0] == 0.2
 
 
 def test_a_coarse_grid_gets_lambdas_that_lie_on_it() -> None:
     coarse = policy(profile(), step=0.2)
     for budget in range(0, 700, 50):
-        (dial,) = coarse.route(UNNAMED, ReasoningOptions(budget=budget)).dials
+        (dial,) = coarse.decide(UNNAMED, ReasoningOptions(budget=budget)).dials
         assert dial.reasoning_lambda in (0.0, 0.4, 0.6, 0.8)
 
 
 def test_the_answer_tells_what_was_done_and_leaves_out_what_does_not_apply() -> None:
-    routing = MEASURED.route(UNNAMED, ReasoningOptions(budget=450))
+    routing = MEASURED.decide(UNNAMED, ReasoningOptions(budget=450))
     assert routing.body == {
         "reasoning_lambda": 0.7,
         "source": "budget",
@@ -136,13 +136,13 @@ def test_the_answer_tells_what_was_done_and_leaves_out_what_does_not_apply() -> 
 def test_without_a_profile_an_effort_is_a_place_along_lambda_and_a_budget_a_cap(
     inputs: dict[str, Any], expected: tuple[float, str, float | None, int | None]
 ) -> None:
-    routing = UNMEASURED.route(UNNAMED, ReasoningOptions(**inputs, routing_class="math"))
+    routing = UNMEASURED.decide(UNNAMED, ReasoningOptions(**inputs, routing_class="math"))
     assert summary(routing) == expected
     assert (routing.profile, routing.routing_class) == (NEUTRAL, "default")
 
 
 def test_without_a_profile_load_changes_nothing() -> None:
-    routing = UNMEASURED.route(UNNAMED, ReasoningOptions(), under_load=True)
+    routing = UNMEASURED.decide(UNNAMED, ReasoningOptions(), under_load=True)
     assert summary(routing)[0] == 0.8
     assert not routing.elastic
 
@@ -169,7 +169,7 @@ ELASTIC = policy(profile(), elastic_effort=0.4)  # λ = 0.4, 100 tokens
 def test_under_load_nothing_is_dearer_than_the_operators_effort(
     inputs: dict[str, Any], value: float, moved: bool
 ) -> None:
-    routing = ELASTIC.route(UNNAMED, ReasoningOptions(**inputs), under_load=True)
+    routing = ELASTIC.decide(UNNAMED, ReasoningOptions(**inputs), under_load=True)
     assert (routing.dials[0].reasoning_lambda, routing.elastic) == (value, moved)
     assert routing.cap == inputs.get("budget")
     assert routing.body.get("elastic") is (True if moved else None)
@@ -177,20 +177,20 @@ def test_under_load_nothing_is_dearer_than_the_operators_effort(
 
 def test_under_load_an_explicit_lambda_stays() -> None:
     requested = READER.read(model="pair", body=1.0, header=None)
-    routing = ELASTIC.route(requested, ReasoningOptions(), under_load=True)
+    routing = ELASTIC.decide(requested, ReasoningOptions(), under_load=True)
     assert (summary(routing)[0], routing.elastic) == (1.0, False)
 
 
 def test_under_load_a_default_that_was_never_measured_moves() -> None:
     unknown = policy(profile(), default=0.95, elastic_effort=1.0)
-    routing = unknown.route(UNNAMED, ReasoningOptions(routing_class="math"), under_load=True)
+    routing = unknown.decide(UNNAMED, ReasoningOptions(routing_class="math"), under_load=True)
     assert (summary(routing)[0], routing.elastic) == (0.9, True)
 
 
 def test_asking_for_nothing_is_never_made_dearer() -> None:
     """In this class λ = 0 was not measured, and the cheapest point is 0.5."""
     inputs = ReasoningOptions(effort="none", routing_class="math")
-    assert summary(ELASTIC.route(UNNAMED, inputs, under_load=True))[0] == 0.0
+    assert summary(ELASTIC.decide(UNNAMED, inputs, under_load=True))[0] == 0.0
 
 
 # --- adaptation ---
@@ -214,7 +214,7 @@ def observe(policy: RoutingPolicy, value: float, count: int, tokens: int, cut: b
 
 
 def fits_300(policy: RoutingPolicy) -> float:
-    return policy.route(UNNAMED, ReasoningOptions(budget=300)).dials[0].reasoning_lambda
+    return policy.decide(UNNAMED, ReasoningOptions(budget=300)).dials[0].reasoning_lambda
 
 
 def test_observed_lengths_count_once_there_are_enough_and_the_table_is_due() -> None:
@@ -227,7 +227,7 @@ def test_observed_lengths_count_once_there_are_enough_and_the_table_is_due() -> 
     assert fits_300(adaptive) == 0.6
     clock.now += REBUILD_SECONDS
     assert fits_300(adaptive) == 0.8
-    routing = adaptive.route(UNNAMED, ReasoningOptions())
+    routing = adaptive.decide(UNNAMED, ReasoningOptions())
     assert routing.expected == 250
 
 

@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.sweep.calibration_plan import Measured, Rules, next_round
+from server.sweep.calibration_plan import MeasuredLambda, Rules, next_round
 
 GRID = tuple(value / 10 for value in range(11))
 
@@ -29,7 +29,7 @@ def calibrated(middle: float, questions: int, how: Rules) -> list[dict[float, in
         for value, samples in sorted(asked.items()):
             rate = step_at(middle, value)
             width = 4 * math.sqrt(rate * (1 - rate) / samples / questions)
-            measured.append(Measured(value, samples, 0.5 + rate / 2, rate, width))
+            measured.append(MeasuredLambda(value, samples, 0.5 + rate / 2, rate, width))
         plan = next_round(measured, questions, how)
         rounds.append(plan)
         if not plan:
@@ -49,21 +49,21 @@ def test_the_first_round_is_the_grid() -> None:
 
 
 def test_a_flat_curve_gets_no_more_than_the_grid() -> None:
-    flat = [Measured(value, 4, 0.7, 1.0, 0.04) for value in GRID]
+    flat = [MeasuredLambda(value, 4, 0.7, 1.0, 0.04) for value in GRID]
     assert next_round(flat, 150, rules()) == {}
 
 
 def test_a_bend_is_split_in_the_middle_and_a_wide_interval_gets_more_samples() -> None:
     curve = [
-        Measured(0.0, 4, 0.4, 0.0, 0.01),
-        Measured(0.4, 4, 0.4, 0.0, 0.08),
-        Measured(0.5, 4, 0.4, 0.4, 0.2),
+        MeasuredLambda(0.0, 4, 0.4, 0.0, 0.01),
+        MeasuredLambda(0.4, 4, 0.4, 0.0, 0.08),
+        MeasuredLambda(0.5, 4, 0.4, 0.4, 0.2),
     ]
     assert next_round(curve, 10, rules()) == {0.45: 4, 0.4: 8, 0.5: 8}
 
 
 def test_an_interval_gets_the_samples_that_it_needs_and_no_more() -> None:
-    (plan,) = [next_round([Measured(0.5, 100, 0.5, 0.5, 0.055)], 1, rules())]
+    (plan,) = [next_round([MeasuredLambda(0.5, 100, 0.5, 0.5, 0.055)], 1, rules())]
     assert plan == {0.5: 121}
 
 
@@ -94,5 +94,5 @@ def test_a_plan_ends_within_its_budget_and_keeps_its_gaps(
 
 def test_the_same_samples_give_the_same_plan() -> None:
     random = Random(0)
-    curve = [Measured(v, 4, random.random(), random.random(), random.random()) for v in GRID]
+    curve = [MeasuredLambda(v, 4, random.random(), random.random(), random.random()) for v in GRID]
     assert next_round(curve, 20, rules()) == next_round(list(curve), 20, rules())

@@ -8,7 +8,7 @@ from server.routing.profiles import Source
 from server.sweep.curves import measure
 from server.sweep.grid import Decoding, Setting, curves_of
 from server.sweep.http_client import ServedPair
-from server.sweep.run_calibration import LEAST_QUESTIONS, measured_so_far, profile_of
+from server.sweep.run_calibration import LEAST_QUESTIONS, calibrated_profile, measured_so_far
 from server.sweep.samples import Sample
 from server.sweep.tasks import Question, Task
 
@@ -63,7 +63,7 @@ def test_a_profile_has_the_default_and_every_class_with_enough_questions(
     ]
     reports = measure(samples, curves, task, seed=0, votes=True)
     source = Source(description="d", command="mi-server calibrate")
-    profile = profile_of(reports, PAIR, name="n", think_threshold=0.2, source=source)
+    profile = calibrated_profile(reports, PAIR, name="n", think_threshold=0.2, source=source)
     assert list(profile.classes) == ["default", "big"]
     assert (profile.pair.identity, profile.pair.instruct, profile.pair.thinking) == (
         "abc",

@@ -7,7 +7,7 @@ import pytest
 
 from mi_runtime.request import Dial
 from server.text.chat_template import ChatTemplate
-from server.text.checkpoint import CheckpointError, Endpoint, local_directory
+from server.text.checkpoint import CheckpointError, EndpointText, local_directory
 from server.text.prompt import MARK, Ending, PromptBuilder
 from server.wire.errors import InvalidRequest
 from server.wire.messages import Message
@@ -15,12 +15,14 @@ from server.wire.tools import CalledFunction, FunctionTool, ToolCall
 
 
 @pytest.fixture(scope="module")
-def endpoints(instruct_directory: Path, opening_directory: Path) -> tuple[Endpoint, Endpoint]:
-    return Endpoint.read(instruct_directory), Endpoint.read(opening_directory)
+def endpoints(
+    instruct_directory: Path, opening_directory: Path
+) -> tuple[EndpointText, EndpointText]:
+    return EndpointText.read(instruct_directory), EndpointText.read(opening_directory)
 
 
-def endpoint(template: str) -> Endpoint:
-    return Endpoint(Path("nowhere"), template, {"eos_token": "<eos>"}, frozenset())
+def endpoint(template: str) -> EndpointText:
+    return EndpointText(Path("nowhere"), template, {"eos_token": "<eos>"}, frozenset())
 
 
 def render(template: str, text: str = "hi") -> str:
@@ -80,25 +82,27 @@ def test_a_template_that_does_not_parse_is_the_operators_problem() -> None:
     [(0.0, 0.0, False), (0.01, 0.0, True), (1.0, 0.0, True), (0.4, 0.4, False), (0.41, 0.4, True)],
 )
 def test_above_the_threshold_the_thinking_template_is_taken(
-    endpoints: tuple[Endpoint, Endpoint], value: float, threshold: float, opens: bool
+    endpoints: tuple[EndpointText, EndpointText], value: float, threshold: float, opens: bool
 ) -> None:
     prompts = PromptBuilder(*endpoints, think_threshold=lambda: threshold)
     assert prompts.build([Message(role="user", content="x")], Dial(value)).opens_block is opens
 
 
-def test_a_template_can_be_pinned(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_template_can_be_pinned(endpoints: tuple[EndpointText, EndpointText]) -> None:
     prompts = PromptBuilder(*endpoints, template="instruct")
     assert not prompts.build([Message(role="user", content="x")], Dial(1.0)).opens_block
 
 
-def test_a_user_who_writes_the_tag_opens_nothing(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_user_who_writes_the_tag_opens_nothing(
+    endpoints: tuple[EndpointText, EndpointText],
+) -> None:
     prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="what is <think>")], Dial(0.0))
     assert not prompt.opens_block
 
 
 def test_each_dial_gets_the_prompt_of_its_own_template(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     prompts = PromptBuilder(*endpoints)
     messages = [Message(role="user", content="x")]
@@ -109,7 +113,9 @@ def test_each_dial_gets_the_prompt_of_its_own_template(
     assert built[0] is built[2]
 
 
-def test_a_developer_is_the_system_to_a_template(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_developer_is_the_system_to_a_template(
+    endpoints: tuple[EndpointText, EndpointText],
+) -> None:
     prompts = PromptBuilder(*endpoints)
     built = {
         prompts.build([Message(role=role, content="x")], Dial(0.0))
@@ -135,7 +141,7 @@ def write_checkpoint(directory: Path, **files: object) -> Path:
 
 def test_a_template_may_stand_in_the_tokenizer_config(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T", "bos_token": "<s>"})
-    read = Endpoint.read(tmp_path)
+    read = EndpointText.read(tmp_path)
     assert (read.chat_template, read.special_tokens) == ("T", {"bos_token": "<s>"})
 
 
@@ -143,7 +149,7 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None
     named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
     config = {"chat_template": named, "eos_token": {"content": "</s>", "lstrip": False}}
     write_checkpoint(tmp_path, tokenizer_config=config)
-    read = Endpoint.read(tmp_path)
+    read = EndpointText.read(tmp_path)
     assert (read.chat_template, read.special_tokens) == ("B", {"eos_token": "</s>"})
 
 
@@ -153,20 +159,20 @@ def test_sampling_defaults_and_ends_come_from_the_generation_config(tmp_path: Pa
         tokenizer_config={"chat_template": "T"},
         generation_config={"temperature": 0.6, "top_k": 20, "eos_token_id": 7, "max_length": 9},
     )
-    read = Endpoint.read(tmp_path)
+    read = EndpointText.read(tmp_path)
     assert read.sampling_defaults == {"temperature": 0.6, "top_k": 20}
     assert read.eos_token_ids == {7}
 
 
 def test_a_checkpoint_without_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no chat template"):
-        Endpoint.read(tmp_path)
+        EndpointText.read(tmp_path)
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tokenizer_config="{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        Endpoint.read(tmp_path)
+        EndpointText.read(tmp_path)
 
 
 def test_a_checkpoint_without_tokenizer_json_says_what_to_do(
@@ -174,7 +180,7 @@ def test_a_checkpoint_without_tokenizer_json_says_what_to_do(
 ) -> None:
     write_checkpoint(tmp_path, tokenizer_config={"chat_template": "T"})
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        PromptBuilder(Endpoint.read(instruct_directory), Endpoint.read(tmp_path))
+        PromptBuilder(EndpointText.read(instruct_directory), EndpointText.read(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./here", "no-slash", "a/b/c"])
@@ -221,7 +227,7 @@ PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }};{
 
 @pytest.fixture
 def continued(
-    endpoints: tuple[Endpoint, Endpoint], tmp_path: Path
+    endpoints: tuple[EndpointText, EndpointText], tmp_path: Path
 ) -> Callable[..., tuple[str, bool]]:
     """`continued(template, …)`: the text of a prompt that ends in its last message, and whether
     that is inside a think block."""
@@ -279,7 +285,7 @@ def test_a_template_that_drops_the_final_message_cannot_continue_it(
     [(Ending.NEW_TURN, "A:<think>"), (Ending.LAST_TURN, "U:hi;")],
 )
 def test_a_new_turn_is_opened_or_not(
-    endpoints: tuple[Endpoint, Endpoint], ending: Ending, end: str
+    endpoints: tuple[EndpointText, EndpointText], ending: Ending, end: str
 ) -> None:
     one = replace(endpoints[0], chat_template=THINKING_TEMPLATE)
     prompts = PromptBuilder(one, one)
@@ -304,7 +310,7 @@ def test_a_template_shows_whether_it_has_a_place_for_tools() -> None:
 
 
 def test_tools_are_shown_as_the_client_described_them(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     prompts = PromptBuilder(*endpoints)
     prompt = prompts.build([Message(role="user", content="hi")], Dial(0.0), tools=[ADD])
@@ -314,7 +320,7 @@ def test_tools_are_shown_as_the_client_described_them(
 
 
 def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
-    endpoints: tuple[Endpoint, Endpoint],
+    endpoints: tuple[EndpointText, EndpointText],
 ) -> None:
     deaf = replace(endpoints[0], chat_template="{{ messages[0].content }}")
     prompts = PromptBuilder(deaf, deaf)
@@ -329,7 +335,7 @@ def test_a_pair_whose_template_has_no_place_for_tools_refuses_them(
     [('{"a": "é"}', '{"a":"é"}'), ("[1]", '"[1]"'), ("{nonsense", '"{nonsense"')],
 )
 def test_arguments_of_a_call_are_an_object_to_the_template_where_they_are_one(
-    endpoints: tuple[Endpoint, Endpoint], arguments: str, seen: str
+    endpoints: tuple[EndpointText, EndpointText], arguments: str, seen: str
 ) -> None:
     template = "{{ messages[0].tool_calls[0].function.arguments | tojson | replace(': ', ':') }}"
     prompts = PromptBuilder(*[replace(endpoints[0], chat_template=template)] * 2)
@@ -337,7 +343,9 @@ def test_arguments_of_a_call_are_an_object_to_the_template_where_they_are_one(
     assert prompts.vocabulary.tokenizer.decode(list(prompt.token_ids)) == seen
 
 
-def test_a_call_and_its_answer_are_rendered_in_turn(endpoints: tuple[Endpoint, Endpoint]) -> None:
+def test_a_call_and_its_answer_are_rendered_in_turn(
+    endpoints: tuple[EndpointText, EndpointText],
+) -> None:
     prompts = PromptBuilder(*endpoints)
     answer = Message(role="tool", tool_call_id="c", content="6")
     messages = [Message(role="user", content="hi"), calling('{"a":1}'), answer]

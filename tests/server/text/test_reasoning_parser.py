@@ -12,7 +12,7 @@ from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.request import FinishReason, Phase, TokenEvent
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
-from server.text.think_policy import ThinkBlocks
+from server.text.think_blocks import ThinkBlocks
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 
 CLOSING = (THINK_CLOSE, TOOL_CALL)

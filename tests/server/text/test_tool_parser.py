@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.tool_parser import CallDelta, ToolCallParser, join_deltas
+from server.text.tool_parser import ToolCallDelta, ToolCallParser, join_deltas
 
 Call = tuple[str, str]  # name, arguments
 
@@ -20,7 +20,7 @@ def parse(*pieces: str) -> tuple[str, list[Call]]:
     return content, [(it["name"], it["arguments"]) for it in functions]
 
 
-def parse_deltas(*pieces: str) -> tuple[str, list[CallDelta]]:
+def parse_deltas(*pieces: str) -> tuple[str, list[ToolCallDelta]]:
     numbers = itertools.count()
     calls = ToolCallParser(make_id=lambda: f"call_{next(numbers)}")
     parsed = [calls.feed(piece) for piece in pieces]
@@ -50,7 +50,7 @@ def test_content_is_before_between_and_after_calls_without_the_white_space_aroun
 def test_the_first_delta_names_the_call_and_the_arguments_follow_as_they_come() -> None:
     text = written("f", '{"a": 1}')
     _, deltas = parse_deltas(*text)
-    assert deltas[0] == CallDelta(0, "", "f", "call_0")
+    assert deltas[0] == ToolCallDelta(0, "", "f", "call_0")
     assert [delta.arguments for delta in deltas[1:]] == list('{"a": 1}')
 
 

@@ -174,6 +174,17 @@ def test_refusals_are_as_described(make_client: MakeClient) -> None:
         check("post", path, response.status_code, "application/json", response.json())
 
 
+@pytest.mark.parametrize("path", [one.path for one in OPERATIONS if one.method == "get"])
+def test_a_route_refuses_keys_and_deadlines_only_where_the_document_says_so(
+    make_client: MakeClient, path: str
+) -> None:
+    client, described = make_client(api_key=["secret"]), DOCUMENT["paths"][path]["get"]["responses"]
+    path = path.replace("{name}", "pair")
+    assert (client.get(path).status_code == 401) is ("401" in described)
+    headers = {"Authorization": "Bearer secret", "X-Request-Timeout": "soon"}
+    assert (client.get(path, headers=headers).status_code == 400) is ("400" in described)
+
+
 def test_a_loading_server_refuses_as_described(make_client: MakeClient) -> None:
     client = make_client("--load-gate", "/nonexistent", wait=False)
     for method, path in [("post", "/v1/completions"), ("get", "/ready")]:

@@ -1,0 +1,115 @@
+"""The operator's rules for think blocks, and the policy that the engine gets."""
+
+import pytest
+from tokenizers import Tokenizer
+
+from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+from mi_runtime.request import Phase, TokenEvent
+from server.config import ConfigError
+from server.text.reasoning_parser import Split, TextSplitter
+from server.text.think_blocks import ThinkBlocks
+from server.text.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(build_tokenizer())
+CLOSING = "\n</think>\n\n"
+
+
+def blocks(closing: str = CLOSING, soft_window: int | None = None) -> ThinkBlocks:
+    return ThinkBlocks.of(VOCABULARY, closing=closing, soft_window=soft_window)
+
+
+def test_a_policy_has_the_tags_the_cap_and_the_closing_sequence() -> None:
+    policy = blocks().policy(opened_by_prompt=True, cap=7)
+    assert policy is not None
+    assert (policy.opened_by_prompt, policy.cap) == (True, 7)
+    assert VOCABULARY.token_text(policy.open_id) == "<think>"
+    assert VOCABULARY.token_text(policy.close_id) == "</think>"
+    assert list(policy.closing) == VOCABULARY.encode(CLOSING)
+
+
+@pytest.mark.parametrize(
+    ("cap", "setting", "window"),
+    [
+        (None, None, 0),
+        (0, None, 0),
+        (9, None, 0),
+        (100, None, 10),
+        (5000, None, 64),
+        (100, 0, 0),
+        (100, 30, 30),
+        (20, 30, 20),
+    ],
+)
+def test_the_soft_window_is_a_tenth_of_the_cap_or_as_the_operator_says(
+    cap: int | None, setting: int | None, window: int
+) -> None:
+    policy = blocks(soft_window=setting).policy(opened_by_prompt=True, cap=cap)
+    assert policy is not None
+    assert policy.soft_window == window
+
+
+@pytest.mark.parametrize("closing", ["\n\n", "</think></think>", "<think></think>", "</thin k>"])
+def test_a_closing_sequence_holds_the_closing_tag_once_and_no_other(closing: str) -> None:
+    with pytest.raises(ConfigError, match="think_closing"):
+        blocks(closing)
+
+
+def test_a_closing_sequence_may_say_something() -> None:
+    assert blocks("\nTime is up.\n</think>\n\n").closing
+
+
+def test_a_tool_call_tag_closes_a_block_as_well_where_it_is_a_token() -> None:
+    tokenizer: Tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool_call>"])
+    vocabulary = Vocabulary(tokenizer)
+    policy = ThinkBlocks.of(vocabulary, closing=CLOSING, soft_window=None).policy(
+        opened_by_prompt=False, cap=None
+    )
+    assert policy is not None
+    assert policy.close_aliases == set(vocabulary.encode("<tool_call>"))
+    plain = blocks().policy(opened_by_prompt=False, cap=None)
+    assert plain is not None
+    assert not plain.close_aliases
+
+
+def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
+    tokenizer: Tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool_call>"])
+    rules = ThinkBlocks.of(Vocabulary(tokenizer), closing=CLOSING, soft_window=None)
+    policy = rules.policy(opened_by_prompt=True, cap=None, tools=True)
+    assert policy is not None
+    assert not policy.close_aliases
+    splitter = rules.splitter(opened_by_prompt=True, tools=True)
+    tag = TokenEvent("r", tokenizer.token_to_id("<tool_call>"), phase=Phase.INSIDE)
+    assert splitter.feed("<tool_call>", tag) == Split(reasoning="<tool_call>")
+    assert splitter.inside_block
+
+
+@pytest.mark.parametrize(
+    ("closing", "tail"),
+    [(CLOSING, "\n\n"), ("</think>", ""), ("\n</think>\n\nAnswer: ", ""), ("</think> \n", "")],
+)
+def test_a_block_before_a_grammar_must_close_without_text(closing: str, tail: str) -> None:
+    policy = blocks(closing).policy(opened_by_prompt=True, cap=7, constrained=True)
+    assert policy is not None
+    assert policy.forbid_eos
+    assert VOCABULARY.tokenizer.decode(list(policy.tail)) == tail
+    free = blocks(closing).policy(opened_by_prompt=True, cap=7)
+    assert free is not None
+    assert not free.forbid_eos
+    assert free.closing == blocks(closing).closing
+
+
+def test_without_tags_that_are_tokens_the_engine_follows_nothing() -> None:
+    vocabulary = Vocabulary(without_tags())
+    rules = ThinkBlocks.of(vocabulary, closing="anything", soft_window=None)
+    assert rules.policy(opened_by_prompt=True, cap=7) is None
+    assert isinstance(rules.splitter(opened_by_prompt=True), TextSplitter)
+
+
+def without_tags() -> Tokenizer:
+    text = build_tokenizer().to_str()
+    tokenizer: Tokenizer = Tokenizer.from_str(
+        text.replace('"<think>"', '"<other>"').replace('"</think>"', '"</other>"')
+    )
+    return tokenizer
