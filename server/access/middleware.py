@@ -1,7 +1,8 @@
-"""Checks the key and the quota of every request by its headers alone, and charges the quota.
+"""Checks API key, quota and timeout by the headers alone, and charges for the tokens of answers.
 
 A request that is refused here costs no body, no JSON and no tokenizer. One that is let through has
-its `Caller` and its `Deadline` in the state of its scope.
+its `Caller` and its `Deadline` in the state of its scope. Only POST requests count against a quota,
+and the paths in `OPEN_PATHS` are not checked at all. `server.api.submission` charges for prompts.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ OPEN_PATHS: Final = QUIET_PATHS | {"/version", "/"}
 
 
 class AccessMiddleware:
-    """ASGI middleware. It stands inside the request log, which records the refusals."""
+    """ASGI middleware. The request log is outside of it, and logs its refusals too."""
 
     def __init__(
         self,

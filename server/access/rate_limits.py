@@ -1,4 +1,4 @@
-"""How many requests and tokens each caller may use in a minute.
+"""Limits how many requests and tokens each caller may use in a minute.
 
 Both are counted in this process, the only one that serves HTTP. The `limits` package counts
 requests over a sliding window. What an answer will cost is not known in advance, so tokens are a

@@ -44,7 +44,7 @@ class AnswerHead:
 
 
 class Answer:
-    """The choices of one request. Iterate `chunks` once, to its end or until nobody reads."""
+    """The choices of one request. Iterate `chunks` once, to its end or until the client leaves."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Answer:
         generation: Generation,
         trace: Trace,
     ) -> None:
-        """`choices`: by the id of their engine request; `trace` is filled in at the end."""
+        """Takes the choices by the id of their engine request; fills in `trace` at the end."""
         self.head = head
         self.generation = generation
         self._choices = choices
@@ -74,7 +74,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """The tokens so far, as the wire has them."""
+        """The `usage` of the answer so far."""
         choices, completion_tokens = self.choices, self.completion_tokens
         first_of_each_prompt = choices[:: len(choices) // self.head.prompt_count]
         cached_tokens = sum(choice.cached_tokens for choice in first_of_each_prompt)
@@ -92,7 +92,7 @@ class Answer:
     ) -> AsyncGenerator[list[AnswerChunk], None]:
         """Yields the chunks that arrived, and an empty list if none did for `wake_after` seconds.
 
-        Raises `ApiError` if a choice or the engine failed, `ClientLeft` if nobody reads.
+        Raises `ApiError` if a choice or the engine failed, `ClientLeft` if the client disconnected.
         """
         alarm = _Alarm(self.generation, wake_after)
         unfinished = "abort"

@@ -1,7 +1,7 @@
-"""One choice of an answer: takes token events and returns chunks of text.
+"""One choice of an answer: takes token events and returns answer chunks.
 
 The order of the work is decided here: detokenize, split reasoning from content, hold back stop
-strings, find tool calls. A choice does not know how its chunks are written, nor who reads them.
+strings, find tool calls. A choice does not know how its chunks are written, or who reads them.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,8 +52,11 @@ class Choice:
         observe: ObserveReasoning | None = None,
         tools: bool = False,
     ) -> None:
-        """`write_logprobs`: None if the request wants no log-probabilities; `echo`: the prompt, if
-        the first chunk begins with it; `tools`: the model may call tools."""
+        """Takes what the answer of a choice depends on.
+
+        `write_logprobs` is None if the request wants no log-probabilities. `echo` is the prompt if
+        the first chunk begins with it. `tools` says whether the model may call tools.
+        """
         self.index = index
         self.meter = meter
         self.finish_reason: str | None = None
@@ -75,7 +78,7 @@ class Choice:
 
     @property
     def stopped_by_string(self) -> bool:
-        """Whether a stop string ended the answer, which the engine does not know."""
+        """Whether a stop string ended the answer; the engine does not notice that."""
         return self._stop.hit
 
     def take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
@@ -97,7 +100,7 @@ class Choice:
         return chunk if self._echo is None else self._with_echo(chunk, event)
 
     def close(self, unfinished: str) -> None:
-        """Records the end. `unfinished`: the reason, if the choice has no finish reason."""
+        """Records the end, with `unfinished` as the reason if the choice has no finish reason."""
         self.meter.close(
             self.finish_reason or unfinished,
             generation_tokens=self.completion_tokens,

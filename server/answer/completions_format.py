@@ -1,4 +1,4 @@
-"""How answers of `/v1/completions` are written: text, and log-probabilities as columns."""
+"""Writes answers of `/v1/completions`: text, and log-probabilities as columns."""
 
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final

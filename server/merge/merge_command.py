@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the files; default: that of the endpoints",
+        help="number format of the files; default: that of the endpoints",
     )
     add("--think-threshold", type=float, default=0.0, help="highest λ with Instruct's template")
     add("--method", choices=METHODS, default="interpolation")

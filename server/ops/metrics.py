@@ -258,7 +258,7 @@ class _EngineCollector(Collector):
         return family
 
     def _lambdas(self, state: EngineState) -> Metric:
-        """Has the form of vLLM's `lora_requests_info`: lists in labels, the time as the value."""
+        """Returns λ values in the form of vLLM's `lora_requests_info`: as labels, with the time."""
         family = GaugeMetricFamily(
             "mi_lambda_blends_info",
             "Aliases of the λ values of running and waiting requests.",
