@@ -1,9 +1,9 @@
-"""Decides when load is high enough that requests which name no λ get a cheaper one.
+"""Decides when load is so high that requests that name no λ get a cheaper one.
 
     calm ──queue or KV at its limit──▶ active ──both below `release` of it──▶ calm
            and never two changes within `dwell` seconds
 
-It knows numbers and a clock. `server.routing.routing_policy` decides what is cheaper.
+It knows only numbers and a clock; `server.routing.routing_policy` decides what is cheaper.
 """
 
 import time

@@ -140,7 +140,7 @@ def find_builtin_profile(
 ) -> Profile | None:
     """Returns the built-in profile of a pair, or None.
 
-    A profile matches by content, or where it has no `identity` by the last parts of the endpoints'
+    A profile matches by content, or if it has no `identity`, by the last parts of the endpoints'
     names.
     """
     names = (Path(instruct).name, Path(thinking).name)

@@ -158,7 +158,7 @@ class GenerationRequest(WireModel, ABC):
 
     @property
     def prompt_alternatives(self) -> int | None:
-        """The same for the tokens of the prompt."""
+        """The same as `alternatives`, for the tokens of the prompt."""
         return None
 
     @property
