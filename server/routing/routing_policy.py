@@ -136,7 +136,7 @@ class RoutingPolicy:
         return _by_effort(EFFORT_SHARES["medium"], table)
 
     def _cheaper(self, decision: RoutingDecision, table: RoutingTable) -> RoutingDecision:
-        """Returns the decision at λ of the operator's effort, if it is expected to be cheaper."""
+        """Returns the decision moved to λ of the operator's effort, unless that is no cheaper."""
         candidate = table.by_effort(self.settings.elastic_effort)
         expected = table.mean_at(decision.dials[0].reasoning_lambda)
         if expected is not None and candidate.mean >= expected:
