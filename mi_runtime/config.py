@@ -16,7 +16,7 @@ MAX_GRAPH_SIZES = 64  # row counts for which decode steps are recorded
 class TokenMarks:
     """Token ids of a vocabulary that matter to think blocks, the same for all requests."""
 
-    soft_ends: frozenset[int] = frozenset()  # end a sentence or a line; a policy may override
+    soft_ends: frozenset[int] = frozenset()  # end a sentence or a line
     blanks: frozenset[int] | None = None  # may precede the open tag; None: any token may
 
 

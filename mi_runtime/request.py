@@ -79,14 +79,6 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for each token of the prompt
 
     @property
-    def has_penalty(self) -> bool:
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
-
-    @property
     def ending_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
@@ -101,8 +93,7 @@ class ThinkPolicy:
     opened_by_prompt: bool = False
     cap: int | None = None  # reasoning tokens at which the block is closed by force
     closing: tuple[int, ...] = ()  # written then; contains close_id. Empty: close_id alone
-    soft_window: int = 0  # tokens before the cap in which a block closes at one of soft_ends
-    soft_ends: frozenset[int] = frozenset()  # end a sentence or a line; empty: the engine's
+    soft_window: int = 0  # tokens before the cap in which a block closes at a soft end
     close_aliases: frozenset[int] = frozenset()  # tokens that close an open block as close_id does
     forbid_eos: bool = False  # the answer may not end inside the block
 
@@ -151,6 +142,18 @@ class Phase(IntEnum):
     CLOSED = 2  # none can be opened any more
 
 
+class RequestRejected(ValueError):
+    """The engine cannot accept a request, and kept nothing of it.
+
+    `param` is the field of the request that is wrong, `code` the wire's error code, if it has one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
 class TokenEvent(NamedTuple):
     """One new token of one request, or its end without a token (abort, error, max_tokens 0).
 
@@ -166,18 +169,9 @@ class TokenEvent(NamedTuple):
     forced_close: bool = False  # the engine closed the think block
     phase: int = Phase.OUTSIDE.value  # after this token; a plain int, which is pickled faster
     queue_seconds: float = 0.0  # from submission to the first step that ran it
-    error: str | None = None  # with FinishReason.ERROR: what happened
+    error: str | RequestRejected | None = None  # with FinishReason.ERROR: what happened
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """Of each prompt token but the first; set on the first event of a request that wants them."""
-
-
-class RequestRejected(ValueError):
-    """The engine cannot accept a request, and kept nothing of it. `code`: the wire's error code."""
-
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
 
 
 # --- The pipe: HTTP process → engine process ---------------------------------------------------

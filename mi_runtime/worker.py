@@ -125,7 +125,7 @@ def submit(request: EngineRequest, engine: Engine) -> TokenEvent | None:
     try:
         engine.submit(request)
     except RequestRejected as error:
-        return TokenEvent(request.request_id, None, FinishReason.ERROR, error=str(error))
+        return TokenEvent(request.request_id, None, FinishReason.ERROR, error=error)
     return None
 
 

@@ -17,7 +17,8 @@ EXIT_CODES: Final = """exit codes:
   0    done
   1    the engine process ended, or a measurement could not continue
   2    flags, settings, files or the pair cannot be used
-  130  interrupted by Ctrl-C"""
+  3    the server cannot listen at its address and port
+  130  sweep or calibrate was interrupted by Ctrl-C"""
 """The meaning of every code, for help texts."""
 
 

@@ -140,15 +140,22 @@ class Service:
             ),
         )
 
-    def under_load(self) -> bool:
-        """Whether requests without a λ are routed to a cheaper one now."""
-        if self.elastic is None:
-            return False
-        return self.elastic.update(Pressure(self.engine.waiting, self.engine.kv_usage))
+    def update_load(self) -> bool:
+        """Takes the engine's load into account for the request that is being routed.
+
+        Returns whether requests without a λ are routed to a cheaper one now.
+        """
+        return self.elastic is not None and self.elastic.update(self._pressure)
+
+    @property
+    def _pressure(self) -> Pressure:
+        return Pressure(self.engine.waiting, self.engine.kv_usage)
 
     def _routing_state(self) -> RoutingState:
+        """Returns what a scrape reports. It changes nothing."""
         lengths = None if self.engine.info is None else self.router.observed_lengths
-        return RoutingState(lengths, elastic=self.under_load())
+        elastic = self.elastic is not None and self.elastic.active_under(self._pressure)
+        return RoutingState(lengths, elastic=elastic)
 
     def _engine_state(self) -> EngineState:
         engine = self.engine

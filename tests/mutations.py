@@ -141,9 +141,9 @@ MUTATIONS = {
         ("tests/server/routing",),
     ),
     "quota: answers are not charged": Mutation(
-        "server/access/middleware.py",
-        "self._limits.spend(caller, trace.completion_tokens)",
-        "self._limits.spend(caller, 0)",
+        "server/answer/answer.py",
+        "self._charge(self.completion_tokens)",
+        "self._charge(0)",
         ("tests/server/access",),
     ),
     "quota: the last token of a minute is refused": Mutation(

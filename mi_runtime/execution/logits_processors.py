@@ -1,8 +1,11 @@
 """Changes logits before sampling: penalties, bias, forbidden ends and grammars.
 
-The logits of all rows are on the device and changed in place, without waiting for it.
+Each is a `LogitsProcessor`, which itself says which requests use it; rows that use none cost next
+to nothing. Logits are on the device and changed in place, without waiting for it.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +18,53 @@ from mi_runtime.scheduling.sequence import Sequence
 SLICE = 128  # rows penalized at once, as each needs several tensors of vocabulary size
 EIGHT_TIMES = 0x0101_0101_0101_0101  # a byte times this is that byte in all eight bytes
 ONE_BIT_EACH = 0x8040_2010_0804_0201 - 2**64  # bit n of byte n, as a signed word
+
+Rows = Mapping[int, Sequence]
+"""Rows of the logits, and the sequence of each."""
+
+
+class LogitsProcessor(ABC):
+    """One kind of change to logits."""
+
+    @abstractmethod
+    def is_used_by(self, sequence: Sequence) -> bool:
+        """Whether it may change the logits of any token of the sequence, by its request."""
+
+    def is_due(self, sequence: Sequence) -> bool:
+        """Whether it changes the logits of the sequence's next token."""
+        return self.is_used_by(sequence)
+
+    @abstractmethod
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        """Changes these rows of `logits` `[any, vocabulary]` in place."""
+
+
+class LogitsProcessors:
+    """All processors, in the order in which they are applied."""
+
+    def __init__(self) -> None:
+        self._all = (Penalties(), LogitBias(), ForbiddenTokens(), GrammarMasks())
+
+    def due(self, sequences: tuple[Sequence, ...]) -> list[tuple[LogitsProcessor, Rows]]:
+        """Returns the processors that are due, and the rows that each changes.
+
+        `sequences` has one sequence per row of the logits.
+        """
+        users = [
+            (row, one)
+            for row, one in enumerate(sequences)
+            if one.uses_logits_processors is not False and self._is_user(one)
+        ]
+        if not users:
+            return []
+        due = [(each, {row: one for row, one in users if each.is_due(one)}) for each in self._all]
+        return [(processor, rows) for processor, rows in due if rows]
+
+    def _is_user(self, sequence: Sequence) -> bool:
+        """Whether any processor may ever change the sequence's logits; remembers the result."""
+        if sequence.uses_logits_processors is None:
+            sequence.uses_logits_processors = any(each.is_used_by(sequence) for each in self._all)
+        return sequence.uses_logits_processors
 
 
 class TokenCounts:
@@ -33,27 +83,26 @@ class TokenCounts:
         self.counted += len(tokens)
 
 
-class LogitsProcessors:
-    """Changes the logits of sequences; keeps the token counts of those that have penalties."""
+class Penalties(LogitsProcessor):
+    """Repetition, presence and frequency penalties. Keeps the token counts that they need."""
 
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
-    def apply(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-        """Changes `logits` `[rows, vocabulary]`, one row per sequence, in place."""
-        self._penalize(logits, sequences)
-        _add_bias(logits, sequences)
-        _forbid(logits, sequences)
-        _constrain(logits, sequences)
+    def is_used_by(self, sequence: Sequence) -> bool:
+        params = sequence.request.sampling
+        return (
+            params.repetition_penalty != 1
+            or params.presence_penalty != 0
+            or params.frequency_penalty != 0
+        )
 
-    def _penalize(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-        penalized = [
-            (row, one) for row, one in enumerate(sequences) if one.request.sampling.has_penalty
-        ]
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        penalized = [*rows.items()]
         for first in range(0, len(penalized), SLICE):
-            self._penalize_some(logits, dict(penalized[first : first + SLICE]))
+            self._penalize(logits, dict(penalized[first : first + SLICE]))
 
-    def _penalize_some(self, logits: Tensor, penalized: dict[int, Sequence]) -> None:
+    def _penalize(self, logits: Tensor, penalized: dict[int, Sequence]) -> None:
         counts = self._counts_of(list(penalized.values()), logits)
         in_output = torch.stack([count.in_output for count in counts])
         seen = torch.stack([count.in_prompt for count in counts]) | (in_output > 0)
@@ -86,70 +135,77 @@ class LogitsProcessors:
         return counts
 
 
-def changes_logits(sequence: Sequence) -> bool:
-    """Whether the logits of this sequence's next token are changed."""
-    if not sequence.has_logits_processors and sequence.grammar is None:
-        return False
-    return (
-        sequence.request.sampling.has_penalty
-        or bool(sequence.request.sampling.logit_bias)
-        or bool(sequence.forbidden_token_ids)
-        or sequence.constrained_by is not None
-    )
+class LogitBias(LogitsProcessor):
+    """Adds a request's biases to the logits of tokens."""
+
+    def is_used_by(self, sequence: Sequence) -> bool:
+        return bool(sequence.request.sampling.logit_bias)
+
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        entries = [
+            (row, token, bias)
+            for row, sequence in rows.items()
+            for token, bias in sequence.request.sampling.logit_bias
+        ]
+        at, tokens, biases = columns_on_device(entries, logits.device)
+        logits.index_put_((to_index(at), to_index(tokens)), biases.squeeze(1), accumulate=True)
 
 
-def _add_bias(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-    entries = [
-        (row, token, bias)
-        for row, sequence in enumerate(sequences)
-        for token, bias in sequence.request.sampling.logit_bias
-    ]
-    if entries:
-        rows, tokens, biases = columns_on_device(entries, logits.device)
-        logits.index_put_((to_index(rows), to_index(tokens)), biases.squeeze(1), accumulate=True)
+class ForbiddenTokens(LogitsProcessor):
+    """Forbids the tokens that would end an answer which may not end yet."""
+
+    def is_used_by(self, sequence: Sequence) -> bool:
+        return sequence.may_forbid_tokens
+
+    def is_due(self, sequence: Sequence) -> bool:
+        return bool(sequence.forbidden_token_ids)
+
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        entries = [
+            (row, token)
+            for row, sequence in rows.items()
+            for token in sequence.forbidden_token_ids
+            if 0 <= token < logits.shape[1]  # a config may name an end token beyond the vocabulary
+        ]
+        if entries:
+            at, tokens = on_device(entries, torch.int64, logits.device).unbind(1)
+            logits.index_put_((at, tokens), logits.new_full((), -torch.inf))
 
 
-def _forbid(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-    entries = [
-        (row, token)
-        for row, sequence in enumerate(sequences)
-        for token in sequence.forbidden_token_ids
-        if 0 <= token < logits.shape[1]  # a config may name an end token beyond the vocabulary
-    ]
-    if entries:
-        rows, tokens = on_device(entries, torch.int64, logits.device).unbind(1)
-        logits.index_put_((rows, tokens), logits.new_full((), -torch.inf))
-
-
-def _constrain(logits: Tensor, sequences: tuple[Sequence, ...]) -> None:
-    """Masks the tokens that a row's grammar does not allow.
+class GrammarMasks(LogitsProcessor):
+    """Masks the tokens that a sequence's grammar does not allow.
 
     The tag that opens a think block is allowed only if it is the most probable of all tokens:
     among the few that a grammar allows, even an unlikely tag would win.
     """
-    grammars = [(row, one.constrained_by) for row, one in enumerate(sequences)]
-    states = {row: state for row, state in grammars if state is not None}
-    if not states:
-        return
-    masks = [_mask(state) for state in states.values()]
-    forbidden = _forbidden(masks, logits)
-    opens = [
-        (at, row, state.extra_token)
-        for at, (row, state) in enumerate(states.items())
-        if state.may_open_block
-        and state.extra_token is not None
-        and not _allows(masks[at], state.extra_token)
-    ]
-    if opens:
-        at, rows, tags = on_device(opens, torch.int64, logits.device).unbind(1)
-        best = logits.index_select(0, rows).argmax(1)
-        forbidden.index_put_((at, tags), best != tags)
-    if len(states) == len(sequences):
-        logits.masked_fill_(forbidden, -torch.inf)
-    else:
-        index = on_device([*states], torch.int64, logits.device)
-        left = logits.index_select(0, index).masked_fill_(forbidden, -torch.inf)
-        logits.index_copy_(0, index, left)
+
+    def is_used_by(self, sequence: Sequence) -> bool:
+        return sequence.grammar is not None
+
+    def is_due(self, sequence: Sequence) -> bool:
+        return sequence.constrained_by is not None
+
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        states = {row: state for row, one in rows.items() if (state := one.constrained_by)}
+        masks = [_mask(state) for state in states.values()]
+        forbidden = _forbidden(masks, logits)
+        opens = [
+            (at, row, state.extra_token)
+            for at, (row, state) in enumerate(states.items())
+            if state.may_open_block
+            and state.extra_token is not None
+            and not _allows(masks[at], state.extra_token)
+        ]
+        if opens:
+            at, of_rows, tags = on_device(opens, torch.int64, logits.device).unbind(1)
+            best = logits.index_select(0, of_rows).argmax(1)
+            forbidden.index_put_((at, tags), best != tags)
+        if len(states) == len(logits):
+            logits.masked_fill_(forbidden, -torch.inf)
+        else:
+            index = on_device([*states], torch.int64, logits.device)
+            left = logits.index_select(0, index).masked_fill_(forbidden, -torch.inf)
+            logits.index_copy_(0, index, left)
 
 
 def _mask(state: GrammarState) -> bytes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mi_runtime.device.transfer import on_device
-from mi_runtime.execution.logits_processors import LogitsProcessors, changes_logits
+from mi_runtime.execution.logits_processors import LogitsProcessors
 from mi_runtime.execution.logprobs import RowLogprobs, read_logprobs, token_logprobs
 from mi_runtime.execution.topk_topp import sample_rows
 from mi_runtime.scheduling.chunk import Sampled
@@ -72,10 +72,12 @@ class Sampler:
         """
         finite = logits.amax(1).isfinite() & logits.amin(1).isfinite()
         changed = logits.float()
-        if any(map(changes_logits, sequences)):
+        due = self._processors.due(sequences)
+        if due:
             if changed is logits:  # log-probabilities need the unchanged logits
                 changed = logits.clone()
-            self._processors.apply(changed, sequences)
+            for processor, rows in due:
+                processor.apply(changed, rows)
             outcomes = _choose(changed, sequences)
             outcomes = torch.where(changed.amax(1).isfinite(), outcomes, NOTHING_LEFT)
         else:

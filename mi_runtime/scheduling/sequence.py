@@ -46,7 +46,6 @@ class Sequence:
         "ending_token_ids",
         "first_scheduled",
         "grammar",
-        "has_logits_processors",
         "in_flight",
         "max_length",
         "prompt_length",
@@ -59,6 +58,7 @@ class Sequence:
         "switch_at",
         "thinking",
         "tokens",
+        "uses_logits_processors",
     )
 
     def __init__(
@@ -83,7 +83,7 @@ class Sequence:
         self.rank = (request.priority, 0)  # lower runs first; the scheduler sets the arrival number
         self.rng = random.Random(request.sampling.seed)  # None: seeded by the operating system
         self.ending_token_ids = request.sampling.ending_token_ids
-        self.has_logits_processors = _has_logits_processors(request)
+        self.uses_logits_processors: bool | None = None  # the sampler finds out at the first token
         self.switch_at: int | None = None  # first position under the answer's dial
         self.thinking = None if request.think is None else ThinkingState(request.think, marks)
         self.grammar: GrammarState | None = None
@@ -152,6 +152,16 @@ class Sequence:
         return forbidden
 
     @property
+    def may_forbid_tokens(self) -> bool:
+        """Whether `forbidden_token_ids` may have any for some token of the answer."""
+        params, think = self.request.sampling, self.request.think
+        return (
+            params.min_tokens > 0
+            or (think is not None and think.forbid_eos)
+            or (self.grammar is not None and params.ignore_eos)
+        )
+
+    @property
     def constrained_by(self) -> GrammarState | None:
         """The grammar if it decides which tokens may come next, else None."""
         grammar = self.grammar
@@ -168,10 +178,6 @@ class Sequence:
         if self.request.sampling.prompt_logprobs is None:
             return NOTHING
         return range(len(self.prompt_logprobs), self.prompt_length - 1)
-
-    @property
-    def reasoning_tokens(self) -> int:
-        return 0 if self.thinking is None else self.thinking.reasoning_tokens
 
     @property
     def forced_close(self) -> bool:
@@ -212,13 +218,3 @@ def _shared(dial: Dial) -> Dial:
 
 def _or_unlimited(max_tokens: int | None) -> int:
     return sys.maxsize if max_tokens is None else max_tokens
-
-
-def _has_logits_processors(request: EngineRequest) -> bool:
-    """Whether penalties, bias or forbidden ends may change logits at some step."""
-    return (
-        request.sampling.has_penalty
-        or bool(request.sampling.logit_bias)
-        or request.sampling.min_tokens > 0
-        or (request.think is not None and request.think.forbid_eos)
-    )

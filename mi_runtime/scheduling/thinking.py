@@ -17,7 +17,6 @@ class ThinkingState:
     def __init__(self, policy: ThinkPolicy, marks: TokenMarks | None = None) -> None:
         self._policy = policy
         self._marks = marks or TokenMarks()
-        self._soft_ends = policy.soft_ends or self._marks.soft_ends
         self._forced: tuple[int, ...] = ()  # tokens of the closing sequence yet to come
         self.phase = Phase.INSIDE if policy.opened_by_prompt else Phase.OUTSIDE
         self.reasoning_tokens = 0  # the tags and the forced closing sequence are not counted
@@ -74,5 +73,5 @@ class ThinkingState:
         if cap is None or self.phase is not Phase.INSIDE:
             return
         in_window = self.reasoning_tokens >= cap - self._policy.soft_window
-        if self.reasoning_tokens >= cap or (in_window and token_id in self._soft_ends):
+        if self.reasoning_tokens >= cap or (in_window and token_id in self._marks.soft_ends):
             self._forced = self._policy.closing

@@ -1,8 +1,8 @@
-"""Checks API key, quota and timeout by the headers alone, and charges for the tokens of answers.
+"""Checks API key, quota and timeout by the headers alone.
 
 A request that is refused here costs no body, no JSON and no tokenizer. One that is let through has
 its `Caller` and its `Deadline` in the state of its scope. Only POST requests count against a quota,
-and the paths in `OPEN_PATHS` are not checked at all. `server.api.submission` charges for prompts.
+and the paths in `OPEN_PATHS` are not checked at all. `server.api.submission` charges for tokens.
 """
 
 from collections.abc import Callable
@@ -44,20 +44,19 @@ class AccessMiddleware:
             return
         trace: Trace = scope["state"]["trace"]
         try:
-            caller = self._check(scope, trace)
+            self._check(scope, trace)
         except ApiError as error:
             self._count_refusal(error.code)
             trace.notes["error"] = error.code
             await error_response(error)(scope, receive, send)
             return
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._limits.spend(caller, trace.completion_tokens)
+        await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope, trace: Trace) -> Caller:
-        """Returns the caller. Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad
-        timeout."""
+    def _check(self, scope: Scope, trace: Trace) -> None:
+        """Puts the caller and the deadline into the state of the scope.
+
+        Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad timeout.
+        """
         headers = dict(scope["headers"])
         caller = self._caller(scope, headers.get(b"authorization", b""))
         if caller.name is not None:
@@ -66,7 +65,6 @@ class AccessMiddleware:
         if scope["method"] == "POST":
             self._limits.take_request(caller)
         scope["state"]["caller"] = caller
-        return caller
 
     def _caller(self, scope: Scope, authorization: bytes) -> Caller:
         if self._keys:

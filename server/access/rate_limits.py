@@ -46,8 +46,8 @@ class RateLimits:
         if missing >= MINUTE:
             raise _exceeded(self._tokens, "tokens", missing - MINUTE)
 
-    def spend(self, caller: Caller, tokens: int) -> None:
-        """Counts tokens that were used."""
+    def charge(self, caller: Caller, tokens: int) -> None:
+        """Takes tokens that were used from the caller's quota."""
         if self._tokens is None or not tokens:
             return
         now = time.monotonic()

@@ -1,7 +1,7 @@
 """An answer: the choices of one request, and the chunks that they produce as events arrive."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,18 @@ class Answer:
         choices: Mapping[str, Choice],
         generation: Generation,
         trace: Trace,
+        charge: Callable[[int], None],
     ) -> None:
-        """Takes the choices by the id of their engine request; fills in `trace` at the end."""
+        """Takes the choices by the id of their engine request.
+
+        At the end it fills in `trace`, and `charge` takes the answer's tokens from the caller's
+        quota.
+        """
         self.head = head
         self.generation = generation
         self._choices = choices
         self._trace = trace
+        self._charge = charge
 
     @property
     def choices(self) -> Sequence[Choice]:
@@ -125,7 +131,7 @@ class Answer:
     def _close(self, unfinished: str) -> None:
         for choice in self.choices:
             choice.close(unfinished)
-        self._trace.completion_tokens = self.completion_tokens
+        self._charge(self.completion_tokens)
         self._trace.notes |= self._notes(unfinished)
 
     def _notes(self, unfinished: str) -> dict[str, Any]:

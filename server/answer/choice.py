@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mi_runtime.request import FinishReason, TokenEvent
+from mi_runtime.request import FinishReason, RequestRejected, TokenEvent
 from server.answer.echo import Echo
 from server.answer.logprobs import WriteLogprobs
 from server.ops.metrics import RequestMeter
@@ -16,7 +16,7 @@ from server.text.reasoning_parser import Split, Splitter
 from server.text.stop_strings import StopStrings
 from server.text.tool_parser import ToolCallDelta, ToolCallParser
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
-from server.wire.errors import RequestFailed
+from server.wire.errors import ApiError, InvalidRequest, RequestFailed
 
 ObserveReasoning = Callable[[int, bool], None]
 """Receives the reasoning tokens of a choice that ended, and whether its think block was cut."""
@@ -51,11 +51,13 @@ class Choice:
         echo: Echo | None = None,
         observe: ObserveReasoning | None = None,
         tools: bool = False,
+        prompt_field: str = "prompt",
     ) -> None:
         """Takes what the answer of a choice depends on.
 
         `write_logprobs` is None if the request wants no log-probabilities. `echo` is the prompt if
         the first chunk begins with it. `tools` says whether the model may call tools.
+        `prompt_field` is the field in which the request has its prompt.
         """
         self.index = index
         self.meter = meter
@@ -65,6 +67,7 @@ class Choice:
         self.cached_tokens = 0
         self.forced_close = False
         self._cut_in_block = False
+        self._prompt_field = prompt_field
         self._observe = observe
         self._vocabulary = vocabulary
         self._text = IncrementalDetokenizer(vocabulary)
@@ -84,7 +87,8 @@ class Choice:
     def take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
         """Returns the chunk that an event makes, if any. `at`: `time.perf_counter` at its arrival.
 
-        Raises `RequestFailed` if the engine failed or aborted the request.
+        Raises `RequestFailed` if the engine failed or aborted the request, `InvalidRequest` if it
+        rejected it.
         """
         text = self._count(event)
         ended = event.finish_reason is not None
@@ -127,7 +131,7 @@ class Choice:
 
     def _end(self, text: str, event: TokenEvent) -> Split:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise RequestFailed(event.error or "The engine gave the request up")
+            raise self._failure(event)
         self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
         split = self._splitter.feed(text, event)
         split = split.then(self._splitter.feed(self._text.finish()))
@@ -136,6 +140,14 @@ class Choice:
         if split.repeats_reasoning:
             self.reasoning_tokens = 0
         return split
+
+    def _failure(self, event: TokenEvent) -> ApiError:
+        """Returns the error that a client gets for an engine request that ended with one."""
+        error = event.error
+        if isinstance(error, RequestRejected):
+            param = self._prompt_field if error.param == "prompt" else error.param
+            return InvalidRequest(str(error), param=param, code=error.code)
+        return RequestFailed(error or "The engine gave the request up")
 
     def _chunk(self, split: Split, content: str) -> AnswerChunk | None:
         calls: list[ToolCallDelta] = []

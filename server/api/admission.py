@@ -1,7 +1,9 @@
 """Admits requests for answers, and counts those that are refused.
 
-Admission is checked twice: here, before the body is read, and in `submission`, once the request's
-size is known. Keys and quotas were checked before, by the access middleware.
+Admission is checked twice: here, before the body is read, so that a refusal costs nothing, and in
+`submission`, since reading and encoding take time in which the server may begin to drain, the queue
+may fill up, and the caller's other requests may use up its tokens. The access middleware checked
+the key and the quota before.
 """
 
 from collections.abc import AsyncIterator

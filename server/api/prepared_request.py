@@ -73,7 +73,7 @@ def route(
         refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
     requested = service.lambda_reader.with_answer(requested, wire.answer_lambda)
     return service.router.decide(
-        requested, read_reasoning_options(wire), under_load=service.under_load()
+        requested, read_reasoning_options(wire), under_load=service.update_load()
     )
 
 

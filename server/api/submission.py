@@ -4,6 +4,7 @@ Every refusal is raised here or earlier, before a status is sent.
 """
 
 import time
+from functools import partial
 
 from mi_runtime.request import EngineRequest, ThinkPolicy
 from server.answer.answer import Answer, AnswerHead
@@ -17,19 +18,22 @@ from server.text.reasoning_parser import PlainText, Splitter
 def submit(prepared: PreparedRequest, service: Service) -> Answer:
     """Submits the request and returns its answer.
 
-    Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
+    Nothing here waits. So the caller's other requests cannot come between the check of its quota
+    and the charge. Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
     """
     requests = _engine_requests(prepared, service)
     service.admit()
     service.rate_limits.check_tokens(prepared.caller)
     generation = service.engine.submit(requests)
+    charge = partial(service.rate_limits.charge, prepared.caller)
+    charge(prepared.prompt_tokens)
     prepared.deadline.apply_to(generation)
     _count_submission(prepared, service)
     choices = {
         request.request_id: _choice(index, prepared, service)
         for index, request in enumerate(requests)
     }
-    return Answer(_head(prepared), choices, generation, prepared.trace)
+    return Answer(_head(prepared), choices, generation, prepared.trace, charge)
 
 
 def _engine_requests(prepared: PreparedRequest, service: Service) -> list[EngineRequest]:
@@ -68,7 +72,6 @@ def _count_submission(prepared: PreparedRequest, service: Service) -> None:
     service.metrics.routed(prepared.decision)
     trace = prepared.trace
     trace.notes["prepare_s"] = round(time.perf_counter() - trace.arrived, 4)
-    service.rate_limits.spend(prepared.caller, prepared.prompt_tokens)
 
 
 def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
@@ -91,6 +94,7 @@ def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
         echo=choice.echo,
         observe=_observer(choice, prepared, service),
         tools=prepared.tools,
+        prompt_field=prepared.wire.prompt_field,
     )
 
 

@@ -32,7 +32,6 @@ class Trace:
     request_id: str
     given: bool  # the client gave the id
     arrived: float  # time.perf_counter
-    completion_tokens: int = 0  # of the answer, which its caller's quota pays for
     notes: dict[str, Any] = field(default_factory=dict)  # fields of the log line
 
 

@@ -38,11 +38,15 @@ class ElasticSwitch:
 
     def update(self, pressure: Pressure) -> bool:
         """Takes the present pressure into account, and returns whether the switch is active."""
+        active = self.active_under(pressure)
+        if active is not self.active:
+            self.active, self._changed_at = active, self._clock()
+        return active
+
+    def active_under(self, pressure: Pressure) -> bool:
+        """Returns what `update` would return, and changes nothing."""
         changes = self._relieved(pressure) if self.active else self._pressed(pressure)
-        if changes and not self._dwells():
-            self.active = not self.active
-            self._changed_at = self._clock()
-        return self.active
+        return self.active is not (changes and not self._dwells())
 
     def _pressed(self, pressure: Pressure) -> bool:
         limits = self._limits

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mi_runtime.model.merge_weights
 from server.cli import main
 from tests.contract.conftest import ROOT, ServerProcess
 
@@ -32,12 +33,26 @@ def merge(*arguments: str) -> int:
     return main(["merge", *arguments])
 
 
+@pytest.fixture
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are merged here, not in a process that has to import torch for it."""
+
+    def run(command: list[str], check: bool) -> "subprocess.CompletedProcess[bytes]":
+        _python, _m, module, *arguments = command
+        assert (module, check) == ("mi_runtime.model.merge_weights", False)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        return subprocess.CompletedProcess(command, mi_runtime.model.merge_weights.main())
+
+    monkeypatch.setattr("server.merge.merged_checkpoint.subprocess.run", run)
+
+
 def served(server: ServerProcess, question: str, dial: Any) -> Any:
     body = server.chat_body(question, temperature=0, reasoning_lambda=dial, max_tokens=80)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     return answer["choices"][0]["message"], answer["usage"]["completion_tokens"]
 
 
+@pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize("dial", DIALS.values(), ids=DIALS)
 def test_greedy_answers_of_the_export_are_the_servers(
     real_server: ServerProcess, tmp_path: Path, dial: Any
@@ -85,6 +100,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_says_what_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_a_baseline_is_written_as_well(tmp_path: Path) -> None:
     instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
     for method in ("task-arithmetic", "ties"):
@@ -122,8 +138,9 @@ def test_an_existing_directory_is_left_alone(
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_endpoints_that_do_not_match_are_refused_by_name(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
     other = tmp_path / "other"
@@ -134,7 +151,7 @@ def test_endpoints_that_do_not_match_are_refused_by_name(
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
     out = tmp_path / "merged"
     assert merge("--lambda", "0.6", "--thinking", str(other), "--out", str(out)) == 2
-    printed = capfd.readouterr().err
+    printed = capsys.readouterr().err
     assert "rms_norm_eps" in printed
     assert "Traceback" not in printed
     assert not out.exists()

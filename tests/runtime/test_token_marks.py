@@ -26,16 +26,10 @@ def test_once_the_answer_has_begun_an_open_tag_in_it_is_text() -> None:
     assert state.forced_token is None
 
 
-def test_the_engines_soft_ends_serve_policies_that_bring_none() -> None:
+def test_a_block_closes_early_at_one_of_the_engines_soft_ends() -> None:
     policy = ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=9, soft_window=8)
     assert after([WORD, WORD], policy).forced_token is None
     assert after([WORD, STOP], policy).forced_token == CLOSE
-
-
-def test_a_policys_own_soft_ends_come_first() -> None:
-    own = ThinkPolicy(OPEN, CLOSE, True, cap=9, soft_window=8, soft_ends=frozenset({WORD}))
-    assert after([STOP, STOP], own).forced_token is None
-    assert after([WORD], own).forced_token == CLOSE
 
 
 def test_a_sequence_hands_the_marks_on() -> None:

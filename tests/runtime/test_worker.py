@@ -1,17 +1,24 @@
-"""The engine process itself, over its pipe."""
+"""The engine process itself, over its pipe.
 
+Importing torch and transformers takes seconds, so all processes here are forked from one that has
+imported them. That `python -m mi_runtime.worker` starts is shown by every real server.
+"""
+
+import multiprocessing
+import os
 import signal
-import socket
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+import mi_runtime.worker
 from mi_runtime.config import EngineConfig
+from mi_runtime.engine import Engine
 from mi_runtime.request import (
     Abort,
     Dial,
@@ -19,6 +26,7 @@ from mi_runtime.request import (
     FinishReason,
     LoadFailed,
     Ready,
+    RequestRejected,
     SamplingParams,
     StepReport,
     Submit,
@@ -27,34 +35,30 @@ from mi_runtime.request import (
 from tests.runtime import oracle
 
 Directories = tuple[Path, Path]
-ROOT = Path(__file__).parents[2]
 SECONDS = 60  # that a process may take to answer or to end
 PROMPT = tuple(range(5, 18))
 ENDLESS = 200  # tokens: the request is still running when the test comes to it
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([__name__])
+
+
+def run(main: Callable[[], int], pipe: "Connection[Any, Any]", errors: Path) -> NoReturn:
+    """Runs `main` as the command would, in the forked process."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    sys.argv = ["worker", "--fd", str(pipe.fileno())]
+    sys.exit(main())
 
 
 class Worker:
     """A worker process and this side's end of its pipe."""
 
-    def __init__(
-        self,
-        directories: Directories,
-        command: tuple[str, ...] = ("-m", "mi_runtime.worker"),
-        **settings: Any,
-    ) -> None:
-        ours, theirs = socket.socketpair()
+    def __init__(self, config: EngineConfig, errors: Path, main: Callable[[], int]) -> None:
+        self.pipe, theirs = FORKSERVER.Pipe()
+        self._errors = errors
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                cwd=ROOT,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        self.pipe: Connection[Any, Any] = Connection(ours.detach())
-        instruct, thinking = map(str, directories)
-        small = {"device": "cpu", "num_blocks": 64, "block_size": 4, "threads": 1, **settings}
-        self.pipe.send(EngineConfig(instruct, thinking, **small))
+            self.process = FORKSERVER.Process(target=run, args=(main, theirs, errors))
+            self.process.start()
+        self.pipe.send(config)
 
     def receive(self) -> Any:
         assert self.pipe.poll(SECONDS), "the worker is silent"
@@ -80,27 +84,31 @@ class Worker:
         return self.wait()
 
     def wait(self) -> int:
-        code = self.process.wait(SECONDS)
-        assert self.process.stderr is not None
-        self.errors = self.process.stderr.read()
-        self.process.stderr.close()
-        return code
+        self.process.join(SECONDS)
+        assert self.process.exitcode is not None, "the worker does not end"
+        return self.process.exitcode
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[Callable[..., Worker]]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
     """`started(pair)`: a worker that is gone at the end whatever happens."""
     workers: list[Worker] = []
 
-    def start(directories: Directories, **settings: Any) -> Worker:
-        workers.append(Worker(directories, **settings))
+    def start(directories: Directories, main: Callable[[], int] = mi_runtime.worker.main) -> Worker:
+        instruct, thinking = map(str, directories)
+        small: dict[str, Any] = {"device": "cpu", "num_blocks": 64, "block_size": 4, "threads": 1}
+        errors = tmp_path_factory.mktemp("worker") / "stderr"
+        workers.append(Worker(EngineConfig(instruct, thinking, **small), errors, main))
         return workers[-1]
 
     yield start
     for worker in workers:
-        if worker.process.poll() is None:
-            worker.process.kill()
-            worker.wait()
+        worker.process.kill()
+        worker.wait()
         worker.pipe.close()
 
 
@@ -130,30 +138,21 @@ def test_a_worker_says_it_is_ready_and_ends_with_its_pipe(
     assert "Traceback" not in one.errors
 
 
-LOADS_FOR_EVER = """
-import sys, time
-from mi_runtime import worker
-worker.Engine = lambda config: print("loading", flush=True) or time.sleep(600)
-sys.exit(worker.main())
-"""
+def loads_for_ever() -> int:
+    def load(_config: EngineConfig) -> None:
+        print("loading", file=sys.stderr, flush=True)
+        time.sleep(600)
+
+    mi_runtime.worker.Engine = load  # type: ignore[assignment,misc]
+    return mi_runtime.worker.main()
 
 
-def test_a_worker_whose_pipe_ends_while_it_loads_ends_as_well() -> None:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", LOADS_FOR_EVER, "--fd", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-        )
-    with process:
-        pipe: Connection[Any, Any] = Connection(ours.detach())
-        pipe.send(EngineConfig("", ""))
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"loading\n"
-        pipe.close()
-        assert process.wait(SECONDS) == 0
+def test_a_worker_whose_pipe_ends_while_it_loads_ends_as_well(
+    started: Callable[..., Worker], qwen3_pair: Directories
+) -> None:
+    one = started(qwen3_pair, loads_for_ever)
+    assert one.exit_code() == 0
+    assert one.errors == "loading\n"
 
 
 def test_closing_the_pipe_ends_a_worker_that_is_busy(
@@ -179,24 +178,22 @@ def test_a_killed_worker_is_the_end_of_the_pipe(
     assert one.wait() < 0
 
 
-BREAKS = """
-import atexit, sys, time
-from mi_runtime import engine, worker
+def breaks() -> int:
+    def step(_engine: Engine) -> NoReturn:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-def step(self):
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-engine.Engine.step = step
-atexit.register(time.sleep, 10_000)
-sys.exit(worker.main())
-"""
+    Engine.step = step  # type: ignore[method-assign]
+    try:
+        return mi_runtime.worker.main()
+    finally:
+        time.sleep(600)
 
 
 def test_a_broken_engine_ends_its_process_at_once_even_where_tidying_up_would_hang(
     started: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
     """After an error that a GPU does not recover from, nothing that frees its memory returns."""
-    one = started(qwen3_pair, command=("-c", BREAKS))
+    one = started(qwen3_pair, breaks)
     assert isinstance(one.receive(), Ready)
     one.submit("r")
     assert one.wait() == 1
@@ -219,7 +216,8 @@ def test_a_pair_that_cannot_be_served_is_reported_and_the_exit_code_is_2(
 def test_an_interrupt_from_the_terminal_is_left_to_the_other_process(worker: Worker) -> None:
     """Ctrl-C goes to both processes; the requests that drain must still be answered."""
     worker.submit("r", max_tokens=ENDLESS)
-    worker.process.send_signal(signal.SIGINT)
+    assert worker.process.pid is not None
+    os.kill(worker.process.pid, signal.SIGINT)
     assert len(worker.events_until_end("r")) == ENDLESS
 
 
@@ -258,8 +256,17 @@ def test_a_rejected_request_ends_with_an_error_and_the_worker_goes_on(worker: Wo
     events = worker.events_until_end("bad", "good")
     (error,) = [event for event in events if event.request_id == "bad"]
     assert (error.token_id, error.finish_reason) == (None, FinishReason.ERROR)
-    assert error.error == "max_tokens must not be negative: -1"
+    assert isinstance(error.error, RequestRejected)
+    assert str(error.error) == "max_tokens must not be negative: -1"
+    assert (error.error.param, error.error.code) == ("max_tokens", None)
     assert len(tokens(events, "good")) == 6
+
+
+def test_a_rejection_carries_its_code(worker: Worker) -> None:
+    worker.pipe.send(Submit(EngineRequest("long", PROMPT * 100, Dial(0.5))))
+    (end,) = worker.events_until_end("long")
+    assert isinstance(end.error, RequestRejected)
+    assert (end.error.param, end.error.code) == ("prompt", "context_length_exceeded")
 
 
 def test_the_abort_of_an_unknown_request_says_nothing(worker: Worker) -> None:

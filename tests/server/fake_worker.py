@@ -203,7 +203,7 @@ class FakeEngine:
         try:
             self.admit(request)
         except RequestRejected as error:
-            end = TokenEvent(request.request_id, None, FinishReason.ERROR, error=str(error))
+            end = TokenEvent(request.request_id, None, FinishReason.ERROR, error=error)
             self.report([end])
 
     def admit(self, request: EngineRequest) -> None:

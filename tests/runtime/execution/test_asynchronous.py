@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mi_runtime.config import EngineConfig, GrammarVocabulary
+from mi_runtime.config import EngineConfig, GrammarVocabulary, TokenMarks
 from mi_runtime.embedded_pair.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from mi_runtime.engine import Engine
 from mi_runtime.model.pair_modules import PairEmbedding
@@ -36,10 +36,9 @@ THOUGHTS = [
     ThinkPolicy(OPEN, CLOSE),
     ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, close_aliases=frozenset(range(20, 40))),
     ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=9, closing=(17, CLOSE, 18)),
-    ThinkPolicy(
-        OPEN, CLOSE, True, cap=9, soft_window=6, soft_ends=frozenset(range(40, 90)), forbid_eos=True
-    ),
+    ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=9, soft_window=6, forbid_eos=True),
 ]
+MARKS = TokenMarks(soft_ends=frozenset(range(40, 90)))
 FEW = 18  # blocks: some sequence is preempted
 SETTINGS = {
     "roomy": {},
@@ -60,6 +59,7 @@ def build(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> Build:
         "num_blocks": 200,
         "block_size": 4,
         "max_model_len": 64,
+        "marks": MARKS,
         "grammar_vocabulary": GrammarVocabulary(str(tokenizer), (0,)),
     }
 

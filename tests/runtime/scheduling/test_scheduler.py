@@ -533,7 +533,8 @@ def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> 
     waited = second.first_scheduled - second.arrival
     assert waited > 0
     assert {event.queue_seconds for event in engine.events["second"]} == {waited}
-    assert engine.events["second"][-1].reasoning_tokens == second.reasoning_tokens
+    assert second.thinking is not None
+    assert engine.events["second"][-1].reasoning_tokens == second.thinking.reasoning_tokens > 0
 
 
 # --- Steps in flight ----------------------------------------------------------------------------

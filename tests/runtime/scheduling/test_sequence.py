@@ -29,14 +29,6 @@ def test_ending_is_forbidden_until_min_tokens_are_there() -> None:
     assert not sequence().forbids_ending
 
 
-def test_reasoning_is_counted_where_a_think_block_is_tracked() -> None:
-    tracked = sequence(think=ThinkPolicy(1, 2, opened_by_prompt=True))
-    untracked = sequence()
-    for each in (tracked, untracked):
-        each.append(7)
-    assert (tracked.reasoning_tokens, untracked.reasoning_tokens) == (1, 0)
-
-
 def test_a_seed_decides_the_random_numbers() -> None:
     one, two = (sequence(SamplingParams(seed=3)) for _ in range(2))
     assert one.rng.random() == two.rng.random()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mi_runtime.config import TokenMarks
 from mi_runtime.engine import Engine
 from mi_runtime.request import (
     Dial,
@@ -30,6 +31,7 @@ from tests.runtime.families import VOCABULARY
 OPEN, CLOSE = 1, 2
 WORDS = st.lists(st.integers(3, 9))
 STOP, ALIAS = 3, 4  # ends a sentence; closes an open block as CLOSE does
+MARKS = TokenMarks(soft_ends=frozenset({STOP}))
 
 
 def after(tokens: list[int], *, opened_by_prompt: bool = False) -> ThinkingState:
@@ -90,7 +92,6 @@ POLICIES = st.builds(
     cap=st.none() | st.integers(0, 12),
     closing=st.sampled_from([(), (CLOSE,), (10, CLOSE), (CLOSE, 11), (10, 11, CLOSE, 12)]),
     soft_window=st.integers(0, 15),
-    soft_ends=st.sampled_from([frozenset(), frozenset({STOP})]),
     close_aliases=st.sampled_from([frozenset(), frozenset({ALIAS})]),
     forbid_eos=st.booleans(),
 )
@@ -98,7 +99,7 @@ POLICIES = st.builds(
 
 def write(policy: ThinkPolicy, wanted: list[int]) -> tuple[list[int], ThinkingState]:
     """The answer of a model that wants to write these tokens, and what became of its block."""
-    state, answer = ThinkingState(policy), list[int]()
+    state, answer = ThinkingState(policy, MARKS), list[int]()
     for token in wanted:
         while (forced := state.forced_token) is not None:
             answer.append(forced)
@@ -125,7 +126,7 @@ def write_slowly(policy: ThinkPolicy, wanted: list[int]) -> list[int]:
         count, last = len(inside), wanted[end - 1 : end]
         if policy.cap is None:
             continue
-        soft = bool(inside) and last[0] in policy.soft_ends
+        soft = bool(inside) and last[0] in MARKS.soft_ends
         if count >= policy.cap or (soft and count >= policy.cap - policy.soft_window):
             return [*wanted[:end], *policy.closing, *wanted[end:]]
     return wanted
@@ -159,7 +160,7 @@ def test_a_soft_close_follows_a_soft_end_within_the_window(
         assert policy.cap - policy.soft_window <= state.reasoning_tokens < policy.cap
         size = len(policy.closing)
         ends = [at for at in range(len(answer)) if answer[at : at + size] == list(policy.closing)]
-        assert any(at and answer[at - 1] in policy.soft_ends for at in ends)
+        assert any(at and answer[at - 1] in MARKS.soft_ends for at in ends)
 
 
 @given(policy=POLICIES, wanted=TOKENS)
@@ -167,7 +168,7 @@ def test_exactly_one_token_closes_the_block_and_it_is_reported_there(
     policy: ThinkPolicy, wanted: list[int]
 ) -> None:
     answer, written = write(policy, wanted)
-    state = ThinkingState(policy)
+    state = ThinkingState(policy, MARKS)
     closed = [at for at, token in enumerate(answer) if state.observe(token)]
     assert len(closed) == (written.phase is Phase.CLOSED)
     assert all(answer[at] in {CLOSE, *policy.close_aliases} for at in closed)
@@ -178,7 +179,7 @@ def test_the_end_is_forbidden_inside_the_block_only_and_only_where_asked(
     policy: ThinkPolicy, wanted: list[int]
 ) -> None:
     answer, _ = write(policy, wanted)
-    state = ThinkingState(policy)
+    state = ThinkingState(policy, MARKS)
     for token in answer:
         assert state.forbids_eos == (policy.forbid_eos and state.phase is Phase.INSIDE)
         state.observe(token)
@@ -197,7 +198,7 @@ def test_the_end_is_forbidden_inside_the_block_only_and_only_where_asked(
 def test_the_window_is_counted_back_from_the_cap(
     window: int, wanted: list[int], answer: list[int]
 ) -> None:
-    policy = ThinkPolicy(OPEN, CLOSE, True, cap=5, soft_window=window, soft_ends=frozenset({STOP}))
+    policy = ThinkPolicy(OPEN, CLOSE, True, cap=5, soft_window=window)
     assert write(policy, wanted)[0] == answer
 
 
@@ -279,8 +280,8 @@ def test_at_the_cap_the_engine_closes_the_block_and_the_answer_goes_on(
 
 
 def test_in_the_window_it_closes_at_a_soft_end(make_engine: MakeEngine) -> None:
-    think = replace(CAPPED, soft_window=2, soft_ends=frozenset({WORD}))
-    events = answer_of(make_engine(), ask("r", think))
+    engine = make_engine(marks=TokenMarks(soft_ends=frozenset({WORD})))
+    events = answer_of(engine, ask("r", replace(CAPPED, soft_window=2)))
     assert tokens_of(events)[:5] == [WORD, WORD, 10, CLOSE, 11]
     assert events[-1].reasoning_tokens == 2
 

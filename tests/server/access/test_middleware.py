@@ -145,6 +145,32 @@ def test_a_prompt_counts_before_its_answer_ends(make_client: MakeClient, wait_un
     check_error(chat(client, "say x"), 429, "rate_limit_exceeded")
 
 
+def test_requests_sent_at_once_do_not_all_spend_the_same_tokens(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them have tokens left when their headers are read, before any is charged."""
+    client = make_client(rate_limit_tokens=5)
+    service: Service = client.app_state["service"]
+    monkeypatch.setattr(service.rate_limits, "take_request", lambda caller: None)
+    assert chat(client, "say x").status_code == 200
+    check_error(chat(client, "say x"), 429, "rate_limit_exceeded")
+
+
+def test_a_request_that_the_engine_has_no_room_for_costs_nothing(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(rate_limit_tokens=5)
+    service: Service = client.app_state["service"]
+
+    def full(requests: Any) -> None:
+        raise Overloaded("full", retry_after=7)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.engine, "submit", full)
+        check_error(chat(client, "say x"), 503, "overloaded")
+    assert chat(client, "say x").status_code == 200
+
+
 def body(content: str) -> dict[str, Any]:
     return {"model": "pair", "messages": [{"role": "user", "content": content}], "stream": True}
 

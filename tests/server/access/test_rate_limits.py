@@ -36,7 +36,7 @@ def refused(limits: RateLimits, caller: Caller = ANN) -> int | None:
 
 def test_without_limits_everything_passes() -> None:
     limits = RateLimits(requests=None, tokens=None)
-    limits.spend(ANN, 10**9)
+    limits.charge(ANN, 10**9)
     assert all(refused(limits) is None for _ in range(100))
 
 
@@ -60,9 +60,9 @@ def test_a_caller_with_tokens_left_may_take_more_and_waits_for_them_to_come_back
     clock: Clock,
 ) -> None:
     limits = RateLimits(requests=None, tokens=100)
-    limits.spend(ANN, 99)
+    limits.charge(ANN, 99)
     assert refused(limits) is None
-    limits.spend(ANN, 101)  # a minute's worth too much
+    limits.charge(ANN, 101)  # a minute's worth too much
     assert refused(limits, BOB) is None
     seconds = refused(limits)
     assert seconds == 61
@@ -74,24 +74,24 @@ def test_a_caller_with_tokens_left_may_take_more_and_waits_for_them_to_come_back
 
 def test_nobody_has_to_wait_longer_than_clients_do(clock: Clock) -> None:
     limits = RateLimits(requests=None, tokens=100)
-    limits.spend(ANN, 10_000)
+    limits.charge(ANN, 10_000)
     assert refused(limits) == 120
 
 
 def test_callers_that_have_all_their_tokens_are_forgotten(clock: Clock) -> None:
     limits = RateLimits(requests=None, tokens=100)
-    limits.spend(ANN, 10_000)
+    limits.charge(ANN, 10_000)
     for number in range(MANY):
-        limits.spend(Caller(str(number)), 1)
+        limits.charge(Caller(str(number)), 1)
     clock.now += 60
-    limits.spend(BOB, 1)
+    limits.charge(BOB, 1)
     assert len(limits._full_at) == 2
     assert refused(limits) is not None
 
 
 def test_a_request_without_tokens_left_counts_as_none(clock: Clock) -> None:
     limits = RateLimits(requests=2, tokens=10)
-    limits.spend(ANN, 10)
+    limits.charge(ANN, 10)
     for _ in range(5):
         assert refused(limits) is not None
     clock.now += 121
@@ -106,7 +106,7 @@ def test_in_the_long_run_nobody_gets_more_than_the_rate(steps: list[tuple[int, i
         start, limits, taken, largest = clock.now, RateLimits(requests=None, tokens=100), 0, 0
         for seconds, tokens in steps:
             if refused(limits) is None:
-                limits.spend(ANN, tokens)
+                limits.charge(ANN, tokens)
                 taken, largest = taken + tokens, max(largest, tokens)
             clock.now += seconds
         minutes = (clock.now - start) / 60

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
-from mi_runtime.request import FinishReason, Phase, TokenEvent, TokenLogprobs
+from mi_runtime.request import FinishReason, Phase, RequestRejected, TokenEvent, TokenLogprobs
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.answer.choice import AnswerChunk, Choice
 from server.answer.echo import Echo
@@ -18,7 +18,7 @@ from server.text.stop_strings import StopStrings
 from server.text.think_blocks import ThinkBlocks
 from server.text.tool_parser import ToolCallParser, join_deltas
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
-from server.wire.errors import RequestFailed
+from server.wire.errors import InvalidRequest, RequestFailed
 
 VOCABULARY = Vocabulary(build_tokenizer())
 EOS = VOCABULARY.encode(TURN_END)[0]
@@ -48,6 +48,7 @@ def new_choice(
         stop=stop or [],
         meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
         tools=tools,
+        prompt_field="messages",
     )
 
 
@@ -136,6 +137,24 @@ def test_an_ending_token_is_counted_but_not_shown() -> None:
 def test_an_error_of_the_engine_is_raised() -> None:
     with pytest.raises(RequestFailed, match="no luck"):
         new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error="no luck"))
+
+
+@pytest.mark.parametrize(
+    ("param", "code", "named"),
+    [
+        ("prompt", "context_length_exceeded", "messages"),
+        ("logit_bias", "invalid_request_error", "logit_bias"),
+        (None, "invalid_request_error", None),
+    ],
+)
+def test_a_rejection_by_the_engine_is_a_bad_request_that_names_the_field(
+    param: str | None, code: str, named: str | None
+) -> None:
+    own_code = code if code == "context_length_exceeded" else None
+    rejected = RequestRejected("no", param=param, code=own_code)
+    with pytest.raises(InvalidRequest, match="no") as caught:
+        new_choice().take(0.0, TokenEvent("r", None, FinishReason.ERROR, error=rejected))
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, named, code)
 
 
 def test_an_answer_that_its_grammar_completed_shows_its_last_token() -> None:

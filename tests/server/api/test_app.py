@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,15 +297,30 @@ def test_a_failure_inside_a_stream_is_its_last_event(client: TestClient) -> None
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the prompt says so"
 
 
-def test_a_request_that_the_engine_rejects_is_an_error_and_the_others_go_on(
+def test_a_request_that_the_engine_rejects_is_a_400_and_the_others_go_on(
     client: TestClient,
 ) -> None:
     response = chat(client, "reject")
-    check_error(response, 500, "internal_error")
+    check_error(response, 400, "invalid_request_error", "messages")
     assert response.json()["error"]["message"] == "the prompt says so"
     *_, last, _ = chat(client, "reject", stream=True, n=2).text.split("\n\n")
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert json.loads(last.removeprefix("data: ")) == response.json()
     assert message(client, "say ok")["content"] == "ok"
+
+
+def test_what_the_engine_rejects_looks_as_if_the_server_had_refused_it(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client("--context", "64")
+    engine = client.app_state["service"].engine
+    errors = []
+    for limit in (64, 10**6):  # the second one lets the prompt through to the engine
+        monkeypatch.setattr(engine, "info", replace(engine.info, max_model_len=limit))
+        response = chat(client, "a" * 100)
+        check_error(response, 400, "context_length_exceeded", "messages")
+        errors.append(response.json()["error"])
+    assert errors[0].pop("message") != errors[1].pop("message")
+    assert errors[0] == errors[1]
 
 
 # --- life ---

@@ -288,6 +288,19 @@ def test_under_load_requests_without_a_lambda_go_cheaper_and_it_is_reported(
     assert metric(client, "mi_router_decisions_total", **labels) == 1
 
 
+def test_a_scrape_reports_load_and_changes_nothing(
+    profiled: MakeClient, wait_until: WaitUntil
+) -> None:
+    client = profiled(elastic=True, elastic_waiting=1, elastic_dwell=3600)
+    service = client.app_state["service"]
+    with client.stream("POST", "/v1/chat/completions", json=waiting_request()):
+        wait_until(lambda: service.engine.stats.waiting == 1)
+        assert metric(client, "mi_elastic_active") == 1
+        assert not service.elastic.active
+    wait_until(lambda: service.engine.open_requests == 0)
+    assert metric(client, "mi_elastic_active") == 0  # the scrape did not begin an hour of load
+
+
 def waiting_request() -> dict[str, Any]:
     message = {"role": "user", "content": "wait"}
     return {"model": "pair", "messages": [message], "stream": True, "reasoning_lambda": 0.5}
@@ -296,7 +309,7 @@ def waiting_request() -> dict[str, Any]:
 def test_without_the_flag_load_changes_nothing(client: TestClient) -> None:
     service = client.app_state["service"]
     assert service.elastic is None
-    assert not service.under_load()
+    assert not service.update_load()
 
 
 # --- metrics ---

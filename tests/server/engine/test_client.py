@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from mi_runtime.config import EngineConfig
-from mi_runtime.request import Dial, EngineRequest, FinishReason, SamplingParams, TokenEvent
+from mi_runtime.request import (
+    Dial,
+    EngineRequest,
+    FinishReason,
+    RequestRejected,
+    SamplingParams,
+    TokenEvent,
+)
 from server.engine.client import EngineClient
 from server.engine.generation import ClientLeft, Generation
 from server.text.vocabulary import Vocabulary
@@ -117,7 +124,8 @@ def test_a_request_that_the_engine_rejects_ends_with_an_error(play: Callable[...
         for reason, rejected in rejections.items():
             (end,) = await take_all(bench.client.submit([rejected]))
             assert (end.token_id, end.finish_reason) == (None, FinishReason.ERROR)
-            assert reason in (end.error or "")
+            assert isinstance(end.error, RequestRejected)
+            assert reason in str(end.error)
         assert await take_all(bench.submit("say 1"))
 
     play(scenario)

@@ -69,6 +69,19 @@ def test_whatever_the_load_it_never_flaps(steps: list[tuple[float, Pressure]]) -
             assert pressure.kv_usage <= at_cache
 
 
+@given(st.lists(st.tuples(st.floats(0, 10), PRESSURES, PRESSURES)))
+def test_looking_at_it_foretells_an_update_and_changes_nothing(
+    steps: list[tuple[float, Pressure, Pressure]],
+) -> None:
+    clock = Clock()
+    elastic, untouched = ElasticSwitch(LIMITS, clock), ElasticSwitch(LIMITS, clock)
+    for seconds, seen, pressure in steps:
+        clock.now += seconds
+        elastic.active_under(seen)
+        expected = elastic.active_under(pressure)
+        assert elastic.update(pressure) is untouched.update(pressure) is expected
+
+
 @given(st.lists(PRESSURES))
 def test_after_the_dwell_time_the_last_pressure_alone_decides_outside_the_band(
     before: list[Pressure],
