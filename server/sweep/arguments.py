@@ -15,7 +15,7 @@ from server.sweep.tasks import EMBEDDED
 
 GRID: Final = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype", "delta-dtype")
-"""Flags of `mi-server serve` that the commands take themselves; all others follow after `--`."""
+"""Flags of `mi-server serve` that the commands accept themselves; others follow after `--`."""
 
 _KEY: Final = "--api-key"
 
@@ -99,7 +99,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> argparse.Namespace:
-    """Returns the flags; `serve` holds those for the server. Raises `BadParameters`."""
+    """Returns the flags, with those for the server in `serve`. Raises `BadParameters`."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:at])

@@ -1,4 +1,4 @@
-"""An HTTP client of one server, with many requests in flight and further tries where it is busy."""
+"""Sends requests to one server over HTTP, many at once, and tries again if it is busy."""
 
 import asyncio
 from collections.abc import Mapping
@@ -88,7 +88,10 @@ class ServerClient:
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, tries: int = TRIES
     ) -> httpx.Response:
-        """Tries again where the server is busy or the connection fails. Raises `SweepError`."""
+        """Returns the response; tries again if the server is busy or the connection fails.
+
+        Raises `SweepError`.
+        """
         for attempt in range(1, tries + 1):
             pause = min(2.0 ** (attempt - 1), LONGEST_PAUSE)
             try:
@@ -119,6 +122,6 @@ def _refusal(response: httpx.Response) -> str:
 
 
 def _retry_after(response: httpx.Response, default: float) -> float:
-    """The seconds that the server asks for, bounded; `default` where it names none."""
+    """Returns the seconds that the server asks for, bounded, or `default` if it names none."""
     value = response.headers.get("Retry-After", "")
     return min(float(value), 2 * LONGEST_PAUSE) if value.isdigit() else default

@@ -1,8 +1,8 @@
-"""The file of finished samples, `samples.jsonl`: a line with the parameters, then a line a sample.
+"""The file of finished samples, `samples.jsonl`: the parameters, then one line for each sample.
 
 Lines are only appended, and each is written before the next answer is counted: a killed run loses
 only the requests in flight. The same command continues from the file; a command with other
-parameters is refused with the names of those that differ.
+parameters is refused, with the names of those that differ.
 """
 
 import fcntl
@@ -22,8 +22,8 @@ FORMAT: Final = 1
 class Sample:
     """One answer, graded."""
 
-    setting: str  # its label
-    question: str  # its id
+    setting: str  # the label of its setting
+    question: str  # the id of its question
     sample: int
     correct: bool
     said: str | None  # what the grader read as the answer; None: no answer
@@ -49,7 +49,7 @@ class SampleLog:
     def __init__(self, path: Path, parameters: Mapping[str, Any]) -> None:
         """Opens or creates the file, and reads the samples in it.
 
-        Raises `BadParameters` where the file is of other parameters, damaged, or in use.
+        Raises `BadParameters` if the file has other parameters, is damaged, or is in use.
         """
         self.samples: dict[tuple[str, str, int], Sample] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
