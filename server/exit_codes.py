@@ -7,6 +7,8 @@ from typing import ClassVar, Final
 
 
 class ExitCode(IntEnum):
+    """How a command ended; `EXIT_CODES` explains the numbers."""
+
     DONE = 0
     FAILED = 1
     UNUSABLE = 2

@@ -18,7 +18,7 @@ TIMEOUT_HEADER: Final = "X-Request-Timeout"
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """Passes `seconds` after `arrived` (`time.perf_counter`), or never if `seconds` is None."""
+    """Is reached `seconds` after `arrived` (`time.perf_counter`), or never if that is None."""
 
     seconds: float | None
     arrived: float

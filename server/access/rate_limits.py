@@ -18,7 +18,7 @@ from server.access.callers import Caller
 from server.wire.errors import RateLimited
 
 MINUTE: Final = 60.0  # seconds
-MANY: Final = 10_000  # callers; beyond them, those with a full bucket are forgotten
+MANY: Final = 10_000  # callers; if there are more, those with a full bucket are forgotten
 
 
 class RateLimits:

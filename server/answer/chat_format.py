@@ -12,6 +12,8 @@ from server.text.vocabulary import Vocabulary
 
 
 class ChatFormat(AnswerFormat):
+    """The format of `/v1/chat/completions`."""
+
     id_prefix: ClassVar = "chatcmpl"
     object_type: ClassVar = "chat.completion"
     chunk_type: ClassVar = "chat.completion.chunk"

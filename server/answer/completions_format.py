@@ -11,6 +11,8 @@ from server.text.vocabulary import Vocabulary
 
 
 class CompletionsFormat(AnswerFormat):
+    """The format of `/v1/completions`."""
+
     id_prefix: ClassVar = "cmpl"
     object_type: ClassVar = "text_completion"
     chunk_type: ClassVar = "text_completion"

@@ -187,10 +187,10 @@ class EngineClient:
         would never fit.
         """
         if self.ended is not None:
-            raise EngineDead("The engine process is gone")
+            raise EngineDead("The engine process has ended")
         capacity = self._config.max_num_seqs + self._max_waiting
         if count > capacity:
-            raise InvalidRequest(f"This server holds {capacity} choices at once", param="n")
+            raise InvalidRequest(f"This server takes at most {capacity} choices at once", param="n")
         waiting = self.waiting
         queue_is_full = waiting > 0 and waiting + count > self._max_waiting
         if queue_is_full or len(self._open) + count > capacity:

@@ -131,7 +131,7 @@ def _layers_of(key: str, layers: int) -> range:
         if first <= last < layers:
             return range(first, last + 1)
     raise InvalidRequest(
-        f"`{bounded(key, 40)}` is no range of layers; write `3` or `0-{layers - 1}`: "
+        f"`{bounded(key, 40)}` is not a range of layers; write `3` or `0-{layers - 1}`: "
         f"this model has layers 0 to {layers - 1}, and ranges include both ends",
         param=_range_param(key),
     )

@@ -13,7 +13,7 @@ from fastdigest import TDigest
 from server.routing.lambda_buckets import LAMBDA_BUCKETS, lambda_bucket
 
 QUANTILES: Final = (0.5, 0.9)
-_CENTROIDS: Final = 100  # of a digest: a few kilobytes, and the p90 within 1 %
+_CENTROIDS: Final = 100  # of a digest, which takes a few kilobytes and has the p90 within 1 %
 
 
 class LengthDigest:

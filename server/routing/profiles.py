@@ -76,7 +76,7 @@ class RoutingClass(_ProfileModel):
 
 
 class MeasuredPair(_ProfileModel):
-    """The measured pair, by content, or by the endpoints' names where the content is unknown."""
+    """The measured pair, by content, or by the endpoints' names if the content is unknown."""
 
     identity: str | None = None
     """The engine's `pair_identity`: a digest of both endpoints."""

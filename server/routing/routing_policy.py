@@ -38,7 +38,7 @@ class RoutingSettings:
     default: float  # λ
     step: float  # of the λ grid
     think_threshold: float  # highest λ that takes Instruct's template
-    elastic_effort: float = 1.0  # share of the gain that is bought at most under load, 0 to 1
+    elastic_effort: float = 1.0  # highest effort under load, as a share of the gain, 0 to 1
     adapt_min_samples: int | None = None  # in a bucket; None: observed lengths are not used
 
 

@@ -17,11 +17,15 @@ from server.sweep.tasks import EMBEDDED, Question
 
 @dataclass(frozen=True, slots=True)
 class Grade:
+    """What a grader read in an answer, and whether it is correct."""
+
     reading: str | None  # None: the text holds no answer in the grader's form
     correct: bool
 
 
 class Grader(Protocol):
+    """Grades the answers to questions whose correct answers have one form."""
+
     @property
     def votes(self) -> bool:
         """Whether equal answers have equal readings, so that a majority is meaningful."""
@@ -29,7 +33,8 @@ class Grader(Protocol):
     def check(self, question: Question) -> None:
         """Raises `BadParameters` if the question's answer is not in this grader's form."""
 
-    def grade(self, question: Question, text: str) -> Grade: ...
+    def grade(self, question: Question, text: str) -> Grade:
+        """Returns the grade of `text` as an answer to the question."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,9 @@ def _parsed(dial: str, layers: int) -> tuple[int, int, str | None]:
     """Returns the first and the last layer, and the part of a layer or None for both parts."""
     match = _DIAL.fullmatch(dial)
     if match is None:
-        raise BadParameters(f"{dial!r} is no dial; write `all`, `mlp`, `attn`, `0-3` or `0-3.mlp`")
+        raise BadParameters(
+            f"{dial!r} is not a dial; write `all`, `mlp`, `attn`, `0-3` or `0-3.mlp`"
+        )
     first, last = int(match[1] or 0), layers - 1 if match[2] is None else int(match[2])
     if not first <= last < layers:
         raise BadParameters(f"dial {dial!r}: this model has layers 0 to {layers - 1}")

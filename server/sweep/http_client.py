@@ -77,7 +77,9 @@ class ServerClient:
             raise BadParameters(f"{self._url} serves no model {name!r}, but {', '.join(names)}")
         pair = card.get("pair")
         if pair is None:
-            raise BadParameters(f"{self._url} is no mi-server, or an older one: it names no pair")
+            raise BadParameters(
+                f"{self._url} is not an mi-server, or an older one: it names no pair"
+            )
         facts = (pair[name] for name in ("identity", "instruct", "thinking", "layers"))
         return ServedPair(card["id"], *facts)
 
@@ -97,7 +99,7 @@ class ServerClient:
             try:
                 response = await next(self._next).request(method, path, json=body)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-                raise BadParameters(f"{self._url!r} is no URL of a server: {error}") from None
+                raise BadParameters(f"{self._url!r} is not the URL of a server: {error}") from None
             except httpx.ReadTimeout:  # a second try would take as long
                 raise SweepError(f"{self._url} sent no answer within --timeout") from None
             except httpx.TransportError as error:

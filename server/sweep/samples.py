@@ -26,7 +26,7 @@ class Sample:
     question: str  # the id of its question
     sample: int
     correct: bool
-    said: str | None  # what the grader read as the answer; None: no answer
+    said: str | None  # what the grader read as the answer; None if it read none
     tokens: int  # generated, the end of the turn included
     reasoning_tokens: int
     thought: bool  # it closed a think block
@@ -92,7 +92,7 @@ class SampleLog:
     def _resume(self, parameters: Mapping[str, Any]) -> None:
         self._file.seek(0)
         complete, end, torn = self._file.read().rpartition(b"\n")
-        if torn:  # a line that a kill cut off
+        if torn:  # the line that was being written when the process was killed
             self._file.truncate(len(complete + end))
         if not complete:
             self._append({"format": FORMAT, "parameters": parameters})

@@ -29,6 +29,8 @@ thinking."""
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A question, its correct answer, and the kind of work it is."""
+
     id: str
     messages: tuple[Mapping[str, Any], ...]
     answer: Any  # in the grader's form
@@ -37,6 +39,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
+    """The questions of a measurement."""
+
     name: str
     questions: tuple[Question, ...]
 

@@ -112,7 +112,7 @@ class GrammarBuilder:
             return _lark(f"{calls} | answer", f"answer: {_json(answer)}", *self._calls(tools))
         strict = any(tool.strict for tool in request.offered_tools)
         if not strict and several:
-            return None  # the tool parser reads whatever calls come
+            return None  # the tool parser reads any calls
         return self._free_text(_strict_schemas(request.offered_tools, tools), several=several)
 
     def _calls(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
