@@ -18,7 +18,7 @@ TIMEOUT_HEADER: Final = "X-Request-Timeout"
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """Is reached `seconds` after `arrived` (`time.perf_counter`), or never if that is None."""
+    """A deadline `seconds` after `arrived` (`time.perf_counter`), or none if `seconds` is None."""
 
     seconds: float | None
     arrived: float

@@ -39,7 +39,7 @@ class AnswerHead:
         }
 
     def routing_body(self, *, forced_close: bool) -> dict[str, Any]:
-        """Returns the `routing` of an answer. `forced_close`: the engine closed a think block."""
+        """Returns the `routing` of an answer; `forced_close` if the engine closed a think block."""
         return self.decision.body | ({"forced_close": True} if forced_close else {})
 
 

@@ -53,7 +53,7 @@ class Choice:
         tools: bool = False,
         prompt_field: str = "prompt",
     ) -> None:
-        """Takes what the answer of a choice depends on.
+        """Makes a choice without tokens.
 
         `write_logprobs` is None if the request wants no log-probabilities. `echo` is the prompt if
         the first chunk begins with it. `tools` says whether the model may call tools.
@@ -85,7 +85,7 @@ class Choice:
         return self._stop.hit
 
     def take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
-        """Returns the chunk that an event makes, if any. `at`: `time.perf_counter` at its arrival.
+        """Returns the chunk that an event makes, if any. `at` is its time by `time.perf_counter`.
 
         Raises `RequestFailed` if the engine failed or aborted the request, `InvalidRequest` if it
         rejected it.

@@ -23,7 +23,7 @@ from server.wire.generation_request import GenerationRequest
 
 @dataclass(frozen=True, slots=True)
 class PreparedChoice:
-    """What one choice needs of the engine: λ, prompt and sampling parameters."""
+    """What one choice is made from: λ, prompt, sampling parameters, and a prompt to repeat."""
 
     dial: Dial
     prompt: Prompt

@@ -147,7 +147,7 @@ class RequestMeter:
         self._queue_seconds = 0.0
 
     def token(self, at: float, *, queue_seconds: float, answers: bool) -> None:
-        """Counts a token that came at `at`.
+        """Counts a token that arrived at `at`.
 
         `answers` says whether text after the reasoning came with it.
         """

@@ -1,4 +1,4 @@
-"""The answer of `GET /v1/profiles`: the active profile, and how the router uses it."""
+"""Makes the answer of `GET /v1/profiles`: the active profile, and how the router uses it."""
 
 from typing import Any, Final
 

@@ -1,8 +1,8 @@
 """Decides the λ that a request runs at, from its own λ, its budget or effort, the server's default
 and the load. The answer reports every decision.
 
-Without a profile of the pair nothing is known about tokens or scores. Then the share of
-an effort is used as λ, a budget is only a cap at the default λ, and load changes nothing.
+Without a profile of the pair nothing is known about tokens or scores. Then the share of an effort
+is used as λ, a budget is only a cap at the default λ, and load changes nothing.
 """
 
 import time

@@ -50,7 +50,7 @@ class _Extension:
 def next_round(
     measured: Sequence[MeasuredLambda], questions: int, rules: Rules
 ) -> dict[float, int]:
-    """Returns by λ how many samples each question should have then; empty at the end.
+    """Returns by λ how many samples a question should have after the round; empty at the end.
 
     `measured` is in order of λ. The first grid is planned in full, whatever the budget.
     """

@@ -89,7 +89,7 @@ def request_body(
 
 
 def _check_lambda(planned: PlannedSample, response: httpx.Response) -> None:
-    """Raises `BadParameters` for an answer at another λ, as of a server with a coarser grid."""
+    """Raises `BadParameters` if the server answered at another λ, because its grid is coarser."""
     requested = f"{planned.setting.reasoning_lambda:g}"
     ran = response.headers.get(LAMBDA_HEADER, "")
     if ran != requested:

@@ -75,8 +75,8 @@ def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
 def sampling_width(values: Sequence[Sequence[float]]) -> float:
     """Returns the width of the 95 % interval that more samples of the same questions would shrink.
 
-    `values` holds those of each question, at least 2. The spread within questions counts, and the
-    spread between questions does not: they are the same at every λ.
+    `values` has those of each question, at least 2. The spread within questions counts, and the
+    spread between questions does not, as the questions are the same at every λ.
     """
     spread = 0.0
     for own in values:

@@ -26,7 +26,7 @@ class ThinkBlocks:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, *, closing: str, soft_window: int | None) -> "ThinkBlocks":
-        """Encodes the closing sequence. Raises `ConfigError` if it does not close a block once."""
+        """Encodes the closing sequence. Raises `ConfigError` unless it has the closing tag once."""
         ids = tuple(vocabulary.encode(closing))
         tags = [token_id for token_id in ids if token_id in vocabulary.tags]
         if vocabulary.has_think_tags and tags != [vocabulary.think_close_id]:

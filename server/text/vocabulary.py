@@ -88,7 +88,7 @@ class Vocabulary:
         )
 
     def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:
-        """Returns the ids of a text and the offsets of their texts, in characters."""
+        """Returns the ids of a text, and where the text of each begins and ends, in characters."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def grammar_vocabulary(

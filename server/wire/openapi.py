@@ -196,7 +196,7 @@ def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _event(chunk: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema of one event, whose data is JSON, or `[DONE]` after the last chunk."""
+    """Returns the schema of one event: JSON, or `[DONE]` at the end of a stream without error."""
     of_data = {"anyOf": [chunk, error]}
     json_text = {"type": "string", "contentMediaType": JSON, "contentSchema": of_data}
     data = {"anyOf": [{"const": "[DONE]"}, json_text]}

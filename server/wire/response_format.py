@@ -1,4 +1,4 @@
-"""The form that a request wants its answer to have: text, JSON, or JSON of a schema."""
+"""The form that a request requires of its answer: text, JSON, or JSON of a schema."""
 
 from typing import Annotated, Literal
 
