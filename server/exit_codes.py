@@ -7,10 +7,12 @@ from typing import ClassVar, Final
 
 
 class ExitCode(IntEnum):
+    """How a command ended; `EXIT_CODES` explains the numbers."""
+
     DONE = 0
     FAILED = 1
     UNUSABLE = 2
-    INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+    INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 EXIT_CODES: Final = """exit codes:
@@ -19,11 +21,11 @@ EXIT_CODES: Final = """exit codes:
   2    flags, settings, files or the pair cannot be used
   3    the server cannot listen at its address and port
   130  sweep or calibrate was interrupted by Ctrl-C"""
-"""The meaning of every code, for the help."""
+"""The meaning of every code, for help texts."""
 
 
 class CommandError(Exception):
-    """Ends a command. The message is for the operator, and a subclass may set the exit code."""
+    """Ends a command. The message is for the operator; a subclass may set another exit code."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.UNUSABLE
 

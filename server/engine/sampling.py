@@ -22,7 +22,7 @@ class SamplingPolicy:
     def of(
         cls, instruct: EndpointText, thinking: EndpointText, vocabulary: Vocabulary
     ) -> "SamplingPolicy":
-        """Takes the Thinking endpoint's defaults, and the end tokens of both endpoints."""
+        """Returns the Thinking endpoint's defaults, with the end tokens of both endpoints."""
         ids = set(instruct.eos_token_ids) | set(thinking.eos_token_ids)
         for endpoint in (instruct, thinking):
             token = endpoint.special_tokens.get("eos_token", "")

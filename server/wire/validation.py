@@ -1,7 +1,8 @@
 """Reads a JSON body into its model, and turns the first violation into an error naming the field.
 
-Unknown fields are refused, and so are fields of OpenAI's API that have no effect here: a typo or a
-missing feature gets an error and is never ignored.
+Unknown fields are refused, and so are the fields of OpenAI's API in `NOT_IMPLEMENTED`, so that a
+typo or a missing feature is not ignored. The few fields that are accepted without effect, because
+clients always send them, say so in their descriptions.
 """
 
 import difflib
@@ -63,7 +64,7 @@ def _is_union_tag(part: int | str) -> bool:
 
 
 def _dotted(path: Sequence[int | str]) -> str:
-    """The path as text: `messages[0].content` for ("messages", 0, "content")."""
+    """Returns the path as text: `messages[0].content` for ("messages", 0, "content")."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"

@@ -1,6 +1,6 @@
 """Imports point one way: down the list of packages, and from `server` to `mi_runtime`.
 
-Read from the files, and tried: what some modules bring in is asked of a fresh interpreter.
+Most tests read the files; some import a module in a fresh interpreter and look at `sys.modules`.
 """
 
 import ast
@@ -34,9 +34,9 @@ NEEDING_TRITON |= {"mi_runtime.attention.triton_backend", "mi_runtime.attention.
 
 
 def imports_of(path: Path, *, on_import: bool = False) -> Iterator[str]:
-    """Dotted names of all that a file imports: anywhere in it, or when it is imported itself."""
+    """Yields the dotted names that a file imports anywhere, or only when it is imported itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body if on_import else ast.walk(tree):
+    for node in run_on_import(tree) if on_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -45,12 +45,22 @@ def imports_of(path: Path, *, on_import: bool = False) -> Iterator[str]:
             yield node.module or ""
 
 
+def run_on_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields what is not in a function, nor for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not function and not for_types:
+            yield child
+            yield from run_on_import(child)
+
+
 def roots_of(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports_of(path)}
 
 
 def unit_of(dotted: str) -> str:
-    """The package or module directly below `server` or `mi_runtime`."""
+    """Returns the package or module directly below `server` or `mi_runtime`."""
     return [*dotted.split("."), "__init__"][1]
 
 
@@ -125,7 +135,7 @@ def test_no_package_imports_one_above_it(package: str, order: tuple[str, ...]) -
 
 @pytest.mark.parametrize("package", ["server", "mi_runtime"])
 def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
-    """Not even inside a package, nor where a function imports."""
+    """Counts imports inside packages and inside functions too."""
     modules = {module_of(path).removesuffix(".__init__"): path for path in FILES[package]}
     imported = {
         module: {name for name in imports_of(path) if name in modules} - {module}
@@ -172,7 +182,7 @@ def test_the_engine_never_imports_the_server(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES["server"], ids=relative)
-def test_the_server_never_touches_a_tensor(path: Path) -> None:
+def test_the_server_imports_no_tensors(path: Path) -> None:
     assert not TENSORS & roots_of(path)
     allowed = {*WITHOUT_TENSORS, "embedded_pair"}
     engine = {name for name in imports_of(path) if name.startswith("mi_runtime.")}
@@ -194,41 +204,37 @@ def test_the_engine_speaks_token_ids_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
-def test_nothing_imports_triton_before_it_is_wanted(path: Path) -> None:
-    """It may be missing."""
+def test_only_kernels_and_grammars_import_their_libraries_when_imported(path: Path) -> None:
+    """Triton may not be installed, and llguidance is slow to import."""
     if module_of(path) not in NEEDING_TRITON:
-        assert not {"triton", *NEEDING_TRITON} & set(imports_of(path, on_import=True))
+        later = {"triton", "llguidance", *NEEDING_TRITON}
+        assert not later & set(imports_of(path, on_import=True))
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
-def test_scheduling_knows_no_tensors(path: Path) -> None:
+def test_scheduling_imports_no_tensors(path: Path) -> None:
     if unit_of(module_of(path)) in WITHOUT_TENSORS:
         assert not TENSORS & roots_of(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "server" / "routing").glob("*.py")), ids=relative)
-def test_routing_knows_no_http(path: Path) -> None:
+def test_routing_imports_no_http(path: Path) -> None:
     assert not {"jinja2", "tokenizers", *HTTP} & roots_of(path)
 
 
-def test_scheduling_brings_in_no_tensors_when_it_is_imported() -> None:
+def test_importing_scheduling_loads_no_tensors() -> None:
     modules = modules_after_importing("mi_runtime.scheduling.scheduler")
     modules |= modules_after_importing("mi_runtime.scheduling.planner")
     assert "mi_runtime.scheduling.chunk" in modules
     assert not TENSORS & modules
 
 
-def test_an_engine_is_imported_without_what_only_grammars_or_gpus_need() -> None:
-    modules = modules_after_importing("mi_runtime.engine")
-    assert not {"llguidance", *NEEDING_TRITON} & modules
-
-
-def test_serving_brings_in_nothing_of_measuring() -> None:
+def test_importing_the_app_loads_nothing_of_the_sweep() -> None:
     modules = modules_after_importing("server.api.app")
     foreign = {"httpx", "matplotlib", "math_verify", "tqdm"}
     assert not [name for name in modules if name.startswith("server.sweep")]
     assert not foreign & modules
 
 
-def test_naming_the_embedded_pair_brings_in_no_tensors() -> None:
+def test_importing_the_embedded_pairs_paths_loads_no_tensors() -> None:
     assert not TENSORS & modules_after_importing("mi_runtime.embedded_pair")

@@ -1,3 +1,5 @@
+"""A body that is no valid request is refused with a short message that names the field."""
+
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +10,7 @@ from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
 from server.wire.openapi import OPERATIONS
 from server.wire.wire_model import NOT_IMPLEMENTED, WireModel
-from tests.server.wire.chat_bodies import parse, refusal
+from tests.server.chat_bodies import parse, refusal
 
 
 def test_the_error_of_a_typo_suggests_the_field() -> None:
@@ -18,14 +20,14 @@ def test_the_error_of_a_typo_suggests_the_field() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NOT_IMPLEMENTED))
-def test_what_is_not_implemented_is_refused_by_name(name: str) -> None:
+def test_a_field_that_is_not_implemented_is_refused_by_name(name: str) -> None:
     error = refusal(**{name: 1})
     assert error.param == name
     assert "not implemented" in error.message
 
 
 @pytest.mark.parametrize("name", ["tools", "temperature", "stop", "stream_options", "logit_bias"])
-def test_null_means_not_given(name: str) -> None:
+def test_null_means_that_a_field_is_absent(name: str) -> None:
     assert parse(**{name: None}) == parse()
 
 
