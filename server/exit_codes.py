@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODES: Final = """exit codes:
-  0    done
+  0    done; a server that a signal stopped also ends with it
   1    the engine process ended, or a measurement could not continue
   2    flags, settings, files or the pair cannot be used
   3    the server cannot listen at its address and port
@@ -31,9 +31,15 @@ class CommandError(Exception):
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; prints a `CommandError` to standard error."""
+    """Runs a command and returns its exit code.
+
+    A `CommandError` is printed to standard error, and so is that Ctrl-C interrupted the command.
+    """
     try:
         return command()
     except CommandError as error:
         print(f"mi-server: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("mi-server: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED

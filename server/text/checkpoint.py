@@ -47,7 +47,7 @@ class EndpointText:
     chat_template: str
     special_tokens: dict[str, str]  # bos_token, eos_token, …: variables of the template
     eos_token_ids: frozenset[int]
-    sampling_defaults: dict[str, float] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)  # has the sampling defaults
 
     @classmethod
     def read(cls, directory: Path) -> "EndpointText":
@@ -59,7 +59,7 @@ class EndpointText:
             chat_template=_chat_template(directory, config),
             special_tokens=_special_tokens(config),
             eos_token_ids=eos_token_ids_of(generation),
-            sampling_defaults=_sampling_defaults(generation),
+            generation_config=generation,
         )
 
 
@@ -111,8 +111,3 @@ def eos_token_ids_of(generation: dict[str, Any]) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: generation[name] for name in names if generation.get(name) is not None}

@@ -25,7 +25,8 @@ ENGINE = EngineInfo(
     peak_bytes=0,
     load_seconds=0.0,
 )
-POLICY = SamplingPolicy({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, frozenset({7}))
+GENERATION_CONFIG = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_length": 9}
+POLICY = SamplingPolicy(GENERATION_CONFIG, frozenset({7}))
 
 
 def resolve(prompt_tokens: int = 10, **fields: Any) -> SamplingParams:
@@ -37,6 +38,11 @@ def test_a_field_that_is_absent_comes_from_the_pair() -> None:
     params = resolve()
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.95, 20)
     assert params.eos_token_ids == {7}
+
+
+def test_a_field_that_the_pair_leaves_open_changes_nothing() -> None:
+    params = resolve()
+    assert (params.min_p, params.repetition_penalty) == (0.0, 1.0)
 
 
 def test_a_field_that_is_present_wins_even_if_it_is_zero() -> None:
