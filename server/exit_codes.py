@@ -33,7 +33,8 @@ class CommandError(Exception):
 def exit_code_of(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code.
 
-    A `CommandError` is printed to standard error, and so is that Ctrl-C interrupted the command.
+    Prints the message of a `CommandError`, and that Ctrl-C interrupted the command, to standard
+    error.
     """
     try:
         return command()
