@@ -29,7 +29,8 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-from bench.report import RESULTS, machine, rounded
+from bench.measuring.folders import RESULTS
+from bench.measuring.publishing import machine, rounded
 from server.routing.profiles import DEFAULT_CLASS
 from server.sweep.collect import RequestOptions, read_answer, request_body
 from server.sweep.estimates import RESAMPLES, estimate, grouped

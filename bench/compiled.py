@@ -18,8 +18,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton loads
 import torch
 from torch._dynamo.utils import calculate_time_spent, counters
 
-from bench.gpu_bounds import Shape
-from bench.gpu_pairs import Place, random_pair
+from bench.models.random_pair import Place, random_pair
+from bench.models.shapes import Shape
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.attention.selector import make_backend
 from mi_runtime.execution.compiled_layers import compiled_logits

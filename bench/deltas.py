@@ -28,7 +28,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bench.report import RESULTS, machine, rounded
+from bench.measuring.folders import RESULTS
+from bench.measuring.publishing import machine, rounded
 from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.config import DeltaDtype, EngineConfig
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY

@@ -32,9 +32,10 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
-from bench.report import publish
-from bench.static import StaticEngine, blended_config, write_merged
-from bench.workload import BUILD, EMBEDDED_PAIR, REQUESTS, Pair, midsize_pair, prompts, requests
+from bench.measuring.folders import BUILD
+from bench.measuring.publishing import publish
+from bench.models.static_engine import StaticEngine, blended_config, write_merged
+from bench.models.workloads import EMBEDDED_PAIR, REQUESTS, Pair, midsize_pair, prompts, requests
 from mi_runtime.engine import Engine
 from mi_runtime.worker import default_threads
 

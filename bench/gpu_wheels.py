@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.contact_carried import WHEELS, normalized
+from bench.carried.wheels import WHEELS, normalized
+from bench.measuring.folders import CHECKOUT
 
-ROOT: Final = Path(__file__).parents[1]
 MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")
 PYTHON: Final = "3.12"
 PLATFORMS: Final = (  # named after the glibc that a wheel needs; pip matches each exactly
@@ -71,7 +71,7 @@ def requirements() -> Iterator[str]:
     """Returns the requirements of the server, from `pyproject.toml`, and of first contact's
     tests.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     yield from (*project["dependencies"], *TESTS)
 
 

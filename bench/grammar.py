@@ -22,7 +22,7 @@ import torch
 from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bench.report import publish
+from bench.measuring.publishing import publish
 from mi_runtime.config import GrammarVocabulary
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.execution.sampler import Sampler

@@ -41,9 +41,9 @@ from torch import Tensor, nn
 
 import mi_runtime.execution.in_flight_step
 import mi_runtime.execution.runner
-from bench.arguments import at_least, numbers
-from bench.dispatches import EachDispatch
-from bench.report import publish
+from bench.measuring.arguments import at_least, numbers
+from bench.measuring.dispatches import EachDispatch
+from bench.measuring.publishing import publish
 from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.device.transfer import Readback

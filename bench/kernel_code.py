@@ -10,7 +10,7 @@ never touched. Its launches go all the way through Triton, with a driver that lo
 binary. So exactly the kernels that serving launches are compiled.
 
 If TRITON_CACHE_DIR names an unpacked cache, the command reports how many kernels it did not find
-there. `bench/kernel_cache.py` describes what a cache contains and where it is valid.
+there. `bench/carried/kernel_cache.py` describes what a cache contains and where it is valid.
 
 It measures no speed. It needs Triton, and cannot run with TRITON_INTERPRET set.
 """
@@ -36,8 +36,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.gpu_bounds import SHAPES, Shape
-from bench.kernel_cache import pack, unpack
+from bench.carried.kernel_cache import pack, unpack
+from bench.models.shapes import SHAPES, Shape
 from mi_runtime.kernels.triton_support import triton_installed, triton_interpreted
 
 PROCESSORS: Final = 132

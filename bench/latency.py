@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from bench.report import publish
-from bench.served import STREAMS, Server, refused_seconds, workload
+from bench.live_server.server_process import Server, refused_seconds
+from bench.live_server.streams import STREAMS, stream_requests
+from bench.measuring.publishing import publish
 
 REFUSED: dict[str, tuple[int, dict[str, str], Any]] = {
     "wrong key": (401, {"Authorization": "Bearer wrong"}, {}),
@@ -44,8 +45,8 @@ def added_to_a_token(rounds: int) -> dict[str, list[float]]:
         with tempfile.TemporaryDirectory() as directory:
             stamps = Path(directory) / "stamps"
             with Server(stamps=stamps) as server:
-                asyncio.run(server.stream_all(workload(0, lambdas=[0.0] * STREAMS)))  # warm
-                requests = workload(number + 1, lambdas=[0.0] * STREAMS)
+                asyncio.run(server.stream_all(stream_requests(0, lambdas=[0.0] * STREAMS)))  # warm
+                requests = stream_requests(number + 1, lambdas=[0.0] * STREAMS)
                 streamed = asyncio.run(server.stream_all(requests))
             arrivals = {one.request.seed: one.moments for one in streamed}
             cuts = quantiles(seconds_added(stamps, arrivals), n=100)
@@ -79,7 +80,7 @@ def of_refusals() -> dict[str, list[float]]:
         rows = {f"{why}, idle": milliseconds(server, why) for why in REFUSED}
 
         async def under_load() -> None:
-            requests = workload(1, lambdas=[0.0] * STREAMS)
+            requests = stream_requests(1, lambdas=[0.0] * STREAMS)
             streams = asyncio.create_task(server.stream_all(requests, key=KEY))
             for why in REFUSED:
                 rows[f"{why}, {STREAMS} streams"] = await asyncio.to_thread(

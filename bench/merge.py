@@ -23,8 +23,9 @@ from statistics import median
 import psutil
 import torch
 
-from bench.report import interleaved, publish
-from bench.workload import BUILD, midsize_pair
+from bench.measuring.folders import BUILD
+from bench.measuring.publishing import interleaved, publish
+from bench.models.workloads import midsize_pair
 from mi_runtime.model.merge_weights import Interpolation, write_weights
 from mi_runtime.model.pair_check import check_pair
 from mi_runtime.request import Dial

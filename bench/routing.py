@@ -10,7 +10,7 @@ import json
 import time
 from typing import Any
 
-from bench.report import publish
+from bench.measuring.publishing import publish
 from server.routing.profiles import builtin_profiles
 from server.routing.reasoning_options import read_reasoning_options
 from server.routing.requested_lambda import LambdaReader

@@ -21,9 +21,10 @@ from statistics import median
 
 import torch
 
-from bench.report import interleaved, publish
-from bench.served import STREAMS, Server, Streamed, StreamRequest, workload
-from bench.workload import EMBEDDED
+from bench.live_server.server_process import Server
+from bench.live_server.streams import STREAMS, Streamed, StreamRequest, stream_requests
+from bench.measuring.publishing import interleaved, publish
+from bench.models.workloads import EMBEDDED
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
@@ -55,7 +56,7 @@ def main() -> None:
         seeds = itertools.count()
 
         def tokens_a_second(answer: Callable[[list[StreamRequest]], Answered]) -> float:
-            requests = workload(next(seeds), lambdas=LAMBDAS)
+            requests = stream_requests(next(seeds), lambdas=LAMBDAS)
             return sum(one.new_tokens for one in requests) / answer(requests).seconds
 
         values = interleaved(

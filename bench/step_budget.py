@@ -3,7 +3,7 @@
     python -m bench.step_budget            prints them
     python -m bench.step_budget --write    writes them into the page
 
-Bytes and bounds follow from the shapes (`bench.gpu_bounds`). Launches are counted: the real model
+Bytes and bounds follow from the shapes (`bench.gpu.bounds`). Launches are counted: the real model
 code, with tiny width and a few layers, runs a decode step on the CPU in the form that is recorded
 on a GPU, and every dispatch except views and empty tensors counts as one launch. Triton kernels,
 which a CPU cannot run, are replaced by as many dispatches as they need launches. Nothing is timed.
@@ -20,11 +20,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bench.dispatches import EachDispatch
-from bench.gpu_bounds import SHAPES, TINY, Shape, Store, decode_work, way_of
-from bench.gpu_pairs import Place, random_endpoint, random_pair
+from bench.gpu.bounds import decode_work, way_of
 from bench.host import GREEDY, SAMPLED, Case, dispatches
-from bench.static import static_model
+from bench.measuring.dispatches import EachDispatch
+from bench.models.random_pair import Place, random_endpoint, random_pair
+from bench.models.shapes import SHAPES, TINY, Shape, Store
+from bench.models.static_engine import static_model
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.attention.plan import AttentionPlan
 from mi_runtime.execution.decode_graphs import DecodeGraphs, GraphKey

@@ -34,9 +34,10 @@ from statistics import median
 import torch
 
 from bench.engine import speed
-from bench.report import interleaved, publish
-from bench.static import StaticEngine, blended_config, write_merged
-from bench.workload import BUILD, EMBEDDED_PAIR, REQUESTS
+from bench.measuring.folders import BUILD
+from bench.measuring.publishing import interleaved, publish
+from bench.models.static_engine import StaticEngine, blended_config, write_merged
+from bench.models.workloads import EMBEDDED_PAIR, REQUESTS
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.engine import Engine
 from mi_runtime.request import Dial, EngineRequest, SamplingParams

@@ -23,7 +23,8 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.report import RESULTS, machine, rounded
+from bench.measuring.folders import RESULTS
+from bench.measuring.publishing import machine, rounded
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "three-stages.md"

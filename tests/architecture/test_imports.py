@@ -4,6 +4,7 @@ Most tests read the files; some import a module in a fresh interpreter and look 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ WITHOUT_TENSORS = ("errors", "config", "request", "scheduling")
 TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
 HTTP = {"fastapi", "starlette", "uvicorn", "asyncio"}
 FILES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("server", "mi_runtime")}
+ALL = [*FILES["server"], *FILES["mi_runtime"]]
+PACKAGES = [path.parent for path in FILES["server"] if path.match("server/*/__init__.py")]
 NEEDING_TRITON = {"mi_runtime.kernels.pair_linear", "mi_runtime.kernels.paged_attention"}
 NEEDING_TRITON |= {"mi_runtime.attention.triton_backend", "mi_runtime.attention.torch_backend"}
 
@@ -57,6 +60,41 @@ def module_of(path: Path) -> str:
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def sentence(package: Path, start: str) -> str:
+    """The sentence of the package's docstring that begins so, or nothing."""
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    text = " ".join((docstring or "").split())
+    found = re.search(rf"(?:^|[.:] )({start}\b.*?)\.(?= |$)", text)
+    return found[1] if found else ""
+
+
+def names_in(text: str) -> set[str]:
+    return set(re.findall(r"`([\w.]+)`", text))
+
+
+def imported_units(package: Path) -> set[str]:
+    """What a package imports of the project: `wire`, or `mi_runtime.request` of the other side."""
+    own, known = package.parent.name, {"server": SERVER, "mi_runtime": ENGINE}
+    units = set()
+    for name in (name for path in package.rglob("*.py") for name in imports_of(path)):
+        root, unit = name.split(".")[0], unit_of(name)
+        if unit in known.get(root, ()) and unit not in ("__init__", package.name):
+            units.add(unit if root == own else f"{root}.{unit}")
+    return units
+
+
+def modules_imported_by_others(package: Path) -> set[str]:
+    prefix = module_of(package / "x")[:-1]
+    names = {
+        name.removeprefix(prefix).split(".")[0]
+        for path in ALL
+        if package not in path.parents
+        for name in imports_of(path)
+        if name.startswith(prefix)
+    }
+    return names & {path.stem for path in package.glob("*.py")}
 
 
 def modules_after_importing(module: str) -> set[str]:
@@ -101,10 +139,31 @@ def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["server", "mi_runtime"])
-def test_every_package_says_what_lives_there(package: str) -> None:
+def test_every_package_has_a_docstring(package: str) -> None:
     packages = [path for path in FILES[package] if path.name == "__init__.py"]
     docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) for path in packages}
     assert not [relative(path) for path, docstring in docstrings.items() if not docstring]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=relative)
+def test_the_docstring_of_a_package_lists_what_it_imports(package: Path) -> None:
+    """`It imports …` lists packages and modules, or `It imports no other package`."""
+    stated = sentence(package, "It imports")
+    assert stated
+    assert names_in(stated) == imported_units(package)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=relative)
+def test_the_docstring_of_a_package_lists_what_others_import_from_it(package: Path) -> None:
+    """`Others import only …` or `Others import everything but …` lists modules."""
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    only, but = (
+        sentence(package, "Others import only"),
+        sentence(package, "Others import everything"),
+    )
+    stated = names_in(only) if only else modules - names_in(but)
+    assert only or but
+    assert stated == modules_imported_by_others(package)
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)

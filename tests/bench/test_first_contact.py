@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from bench.contact_carried import normalized, unpack_missing
-from bench.contact_counters import counted
-from bench.contact_process import LONGEST_END, Ended
-from bench.contact_record import Record
-from bench.contact_tests import FILES
-from bench.first_contact import SECONDS, STEPS, Step, main
+from bench.carried.wheels import normalized, unpack_missing
+from bench.first_contact.__main__ import SECONDS, main
+from bench.first_contact.gpu_tests import FILES
+from bench.first_contact.ncu_counters import counted
+from bench.first_contact.process_group import LONGEST_END, Ended
+from bench.first_contact.record import Record
+from bench.first_contact.steps import STEPS, Step
 from bench.gpu_wheels import MACHINE, download, machine_packages
 from tests.bench.processes import is_gone
 from tests.contract.conftest import wait_until
@@ -71,8 +72,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run({name: arguments of the fake}, *flags)`: the exit code, and the steps of the JSON."""
     (tmp_path / "fakes.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("bench.contact_process.PATIENCE", 0.2)
-    monkeypatch.setattr("bench.first_contact.REHEARSING", 1)
+    monkeypatch.setattr("bench.first_contact.process_group.PATIENCE", 0.2)
+    monkeypatch.setattr("bench.first_contact.step_runner.REHEARSING", 1)
 
     def run(
         fakes: dict[str, tuple[str, ...]], *flags: str, least: int = 0, **limits: int
@@ -208,7 +209,7 @@ def test_what_cannot_be_is_said_before_any_step(
 def test_a_step_is_left_out_where_the_card_is_known_to_be_too_small(
     has: int | None, status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.first_contact.card_memory", lambda: has)
+    monkeypatch.setattr("bench.first_contact.step_runner.card_memory", lambda: has)
     step = Step("a", "large", ("this",), 60, 0, memory=130)
     assert main(["--out", str(tmp_path)], [step]) == code
     steps = json.loads((tmp_path / "first_contact.json").read_text())["steps"]
@@ -222,8 +223,10 @@ def test_a_run_that_is_ended_takes_its_step_along_and_leaves_a_whole_file(
     told = tmp_path / "pid"
     (tmp_path / "fakes.py").write_text(FAKES)
     program = (
-        "from bench.first_contact import Step, main; import bench.contact_process, sys; "
-        "bench.contact_process.PATIENCE = 0.2; "
+        "import sys; from bench.first_contact import process_group; "
+        "from bench.first_contact.__main__ import main; "
+        "from bench.first_contact.steps import Step; "
+        "process_group.PATIENCE = 0.2; "
         f"command = ('fakes', 'deaf', {str(told)!r}, 'waits'); "
         "sys.exit(main(sys.argv[1:], [Step('a', 'deaf', command, 60, 0, smoke=())]))"
     )
@@ -343,7 +346,7 @@ def test_the_most_valuable_steps_all_start_in_the_first_call() -> None:
 
 
 def test_the_coordinator_imports_nothing_that_may_be_broken() -> None:
-    program = "import sys, bench.first_contact; print(*sys.modules)"
+    program = "import sys, bench.first_contact.__main__; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers", "triton"} & set(done.stdout.split())

@@ -15,10 +15,11 @@ from unittest.mock import patch
 
 import torch
 
-from bench import kernel_cache, kernel_code
-from bench.gpu_bounds import SHAPES, TINY, Shape, Store
-from bench.gpu_pairs import Place, random_pair
+from bench import kernel_code
+from bench.carried import kernel_cache
 from bench.kernel_code import Case
+from bench.models.random_pair import Place, random_pair
+from bench.models.shapes import SHAPES, TINY, Shape, Store
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.attention.selector import uniform_plan
 from mi_runtime.attention.triton_backend import TritonAttention

@@ -21,4 +21,4 @@ def test_every_setting_has_its_row() -> None:
 
 
 def test_bounds_of_optional_settings_are_shown() -> None:
-    assert "| `MI_MAX_MODEL_LEN` | whole number ≥ 2 |" in PAGE.read_text()
+    assert "| `MI_MAX_MODEL_LEN` | integer ≥ 2 |" in PAGE.read_text()

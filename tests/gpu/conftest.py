@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.report import machine
+from bench.measuring.publishing import machine
 
 REHEARSED = os.environ.get("GPU_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSED else "cuda"

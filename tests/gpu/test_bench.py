@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import main
+from bench.gpu.__main__ import main
 
 
 @pytest.mark.parametrize("model", ["4b", "30b-a3b"])

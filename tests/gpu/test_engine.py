@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.workload import EMBEDDED_PAIR, prompts
+from bench.models.workloads import EMBEDDED_PAIR, prompts
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.errors import PairError

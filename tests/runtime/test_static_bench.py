@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.static import StaticEngine
+from bench.models.static_engine import StaticEngine
 from mi_runtime.config import EngineConfig
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from tests.runtime import oracle

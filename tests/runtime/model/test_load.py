@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
-from bench.static import static_model
+from bench.models.static_engine import static_model
 from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.errors import PairError

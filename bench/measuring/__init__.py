@@ -1,0 +1,3 @@
+"""What all benchmarks share: types of flags, folders, rounds and published results, and the
+interception of what torch dispatches.
+"""
