@@ -75,7 +75,7 @@ def names_in(text: str) -> set[str]:
 
 
 def imported_units(package: Path) -> set[str]:
-    """What a package imports of the project: `wire`, or `mi_runtime.request` of the other side."""
+    """Returns what a package imports: `wire` of its own side, `mi_runtime.request` of the other."""
     own, known = package.parent.name, {"server": SERVER, "mi_runtime": ENGINE}
     units = set()
     for name in (name for path in package.rglob("*.py") for name in imports_of(path)):
