@@ -8,6 +8,7 @@ from mi_runtime.request import SamplingParams
 from server.engine.sampling import SamplingPolicy, seed_of_choice
 from server.wire.errors import ContextTooLong, InvalidRequest
 from tests.server.chat_bodies import parse
+from tests.server.engine_info import ENGINE_INFO
 
 GENERATION_CONFIG = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_length": 9}
 POLICY = SamplingPolicy(GENERATION_CONFIG, frozenset({7}))
