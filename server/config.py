@@ -1,7 +1,8 @@
 """Every setting of `mi-server serve`: its default, its unit, and where it is read from.
 
-Flags win over the environment (`MI_PORT`), the environment over a YAML file (`--config`), the file
-over the defaults below. Unknown keys are refused in all three. Nothing changes after the start.
+Flags override the environment (`MI_PORT`), which overrides a YAML file (`--config`), which
+overrides the defaults below. Unknown keys are refused in all three. Settings never change after
+the start.
 """
 
 import os

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mi_runtime.attention.paged import PagedAttention
-from mi_runtime.attention.plan import AttentionBackend, LayerShape
+from mi_runtime.attention.plan import AttentionBackend, AttentionPlan, LayerShape
 from mi_runtime.attention.reference import PackedAttention
-from mi_runtime.execution.batch import attention_plan
+from mi_runtime.execution.batch import build_batch
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.planner import SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -81,6 +82,11 @@ def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
     return torch.tensor(rows)
 
 
+def attention_plan(chunks: list[Chunk], block_size: int, null_block: int) -> AttentionPlan:
+    """Returns the attention plan of a batch of these chunks."""
+    return build_batch(SubBatch(chunks, blended=False), block_size, null_block, CPU).attention
+
+
 def by_paged_attention(
     work: Workload, over: PagedAttention, running: list[Sequence], layer: int = 1
 ) -> Tensor:
@@ -89,7 +95,7 @@ def by_paged_attention(
     out = torch.full((len(query), work.kv_heads * work.group, VALUE_DIM), torch.nan)
     for chunks in steps(work, running):
         rows = rows_of(work, chunks)
-        over.begin(attention_plan(chunks, work.block_size, over.null_block, CPU))
+        over.begin(attention_plan(chunks, work.block_size, over.null_block))
         own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
         out[rows] = over.attend(
             layer, query[rows], key[rows], value[rows], scale=0.3, window=work.window, sinks=own
@@ -109,7 +115,7 @@ def poison(over: PagedAttention, work: Workload) -> None:
     length = NUM_BLOCKS * work.block_size
     one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
     one.block_table = list(range(NUM_BLOCKS))
-    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.null_block, CPU)
+    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.null_block)
     key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
     value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
     query = torch.zeros(length, work.kv_heads, KEY_DIM)

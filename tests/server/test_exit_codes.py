@@ -21,6 +21,16 @@ def test_an_error_of_a_command_is_printed_and_sets_the_exit_code(
     assert capsys.readouterr().err == "mi-server: no such pair\n"
 
 
+def test_a_command_that_is_interrupted_ends_with_130_and_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert exit_code_of(interrupted) == ExitCode.INTERRUPTED == 130
+    assert capsys.readouterr().err == "mi-server: interrupted\n"
+
+
 def test_the_help_lists_every_exit_code() -> None:
     listed = {int(code) for code in re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)}
     assert listed >= {code.value for code in ExitCode}

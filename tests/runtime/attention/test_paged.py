@@ -12,16 +12,15 @@ from mi_runtime.attention.paged import attention_forward
 from mi_runtime.attention.plan import LayerShape
 from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.errors import UnsupportedModel
-from mi_runtime.execution.batch import attention_plan
 from mi_runtime.scheduling.chunk import Chunk
 from tests.runtime.paged import (
-    CPU,
     KEY_DIM,
     LAYERS,
     NUM_BLOCKS,
     VALUE_DIM,
     Workload,
     attention,
+    attention_plan,
     by_paged_attention,
     by_slow_twin,
     poison,
@@ -77,7 +76,7 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     second.computed = 8
     for chunk in (Chunk(first, 0, 8), Chunk(second, 8, 3)):
         rows = rows_of(work, [chunk])
-        over.begin(attention_plan([chunk], 4, over.null_block, CPU))
+        over.begin(attention_plan([chunk], 4, over.null_block))
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )

@@ -248,9 +248,10 @@ def test_seeds_reproduce_and_differ() -> None:
 def changed_logits(logits: Tensor, one: Sequence) -> Tensor:
     """Returns the logits after penalties, bias and forbidden tokens, `[vocabulary]`."""
     sampling = one.request.sampling
-    counts = torch.bincount(torch.tensor(one.output, dtype=torch.int64), minlength=VOCAB)
+    output = one.tokens[one.prompt_length :]
+    counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=VOCAB)
     row = logits[0].clone()
-    seen = list({*one.request.prompt, *one.output})
+    seen = list({*one.request.prompt, *output})
     for token in seen:
         factor = sampling.repetition_penalty
         row[token] = row[token] / factor if row[token] > 0 else row[token] * factor

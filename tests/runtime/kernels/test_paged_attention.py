@@ -16,14 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.attention.plan import AttentionPlan, LayerShape
 from mi_runtime.attention.reference import ReferenceAttention
-from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime.paged import (
-    CPU,
     Workload,
     attention,
+    attention_plan,
     by_paged_attention,
     by_slow_twin,
     sequences,
@@ -70,7 +69,7 @@ class Case:
             one = Sequence(EngineRequest("one", (1,) * (start + length), Dial(0.5)))
             one.block_table = [blocks.pop() for _ in range(-(-len(one) // self.block_size))]
             chunks.append(Chunk(one, start, length))
-        return attention_plan(chunks, self.block_size, NUM_BLOCKS, CPU)
+        return attention_plan(chunks, self.block_size, NUM_BLOCKS)
 
     def caches(self, unwritten: float) -> tuple[Tensor, Tensor]:
         """Returns keys and values, random for every token and `unwritten` everywhere else."""
@@ -242,7 +241,7 @@ def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_correctly() -> 
     values = torch.empty_like(keys)
     one = Sequence(EngineRequest("one", (1,) * 20, Dial(0.5)))
     one.block_table = [blocks, 0]
-    plan = attention_plan([Chunk(one, 0, 20)], block_size, 1, CPU)
+    plan = attention_plan([Chunk(one, 0, 20)], block_size, 1)
     key, value, query = (torch.randn(20, heads, dim).half() for heads in (1, 1, 2))
     backend = triton_backend.TritonAttention()
     backend.write(plan, keys, values, key, value)

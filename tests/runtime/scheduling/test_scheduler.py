@@ -123,10 +123,10 @@ def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishR
             kv.append(kv_entry(req, token, kv[-1] if kv else 0, seq.dial_at(len(kv))))
         seq.append(next_token(seq, tuple(kv)))
         if seq.tokens[-1] == EOS:
-            return seq.output, FinishReason.STOP
+            return seq.tokens[len(req.prompt) :], FinishReason.STOP
         full = len(seq) == limits.max_model_len
         if full or seq.output_length == req.sampling.max_tokens:
-            return seq.output, FinishReason.LENGTH
+            return seq.tokens[len(req.prompt) :], FinishReason.LENGTH
 
 
 def is_known(chunk: Chunk) -> bool:
@@ -553,7 +553,7 @@ def test_a_step_is_scheduled_before_the_tokens_of_the_previous_one_are_known() -
     for chunks, token in ((first, 8), (second, 9)):
         (event,) = scheduler.update(chunks, {sequence: (token, None)})
         assert event.token_id == token
-    assert (sequence.output, sequence.in_flight) == ([8, 9], 0)
+    assert (sequence.tokens[-2:], sequence.in_flight) == ([8, 9], 0)
     scheduler.check_integrity()
 
 
@@ -619,7 +619,8 @@ def test_a_preempted_sequence_still_gets_the_token_in_flight() -> None:
     ]  # young would fit, but its token is in flight
     events = scheduler.update(step, {old: (9, None), young: (8, None)})
     assert [event.token_id for event in events] == [9, 8]
-    assert (young.status, young.output) == (SequenceStatus.WAITING, [8])
+    assert young.status is SequenceStatus.WAITING
+    assert young.tokens[young.prompt_length :] == [8]
     assert lengths(scheduler.schedule()) == [("old", 1), ("young", 5)]
     scheduler.check_integrity()
 

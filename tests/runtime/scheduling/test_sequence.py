@@ -11,7 +11,7 @@ def sequence(sampling: SamplingParams | None = None) -> Sequence:
 
 def test_a_new_sequence_has_its_prompt_and_nothing_computed() -> None:
     new = sequence()
-    assert (new.tokens, new.output, new.output_length) == ([4, 5, 6], [], 0)
+    assert (new.tokens, new.output_length) == ([4, 5, 6], 0)
     assert (new.computed, new.remaining, len(new)) == (0, 3, 3)
 
 
@@ -19,7 +19,7 @@ def test_sampled_tokens_are_the_output() -> None:
     grown = sequence()
     grown.append(7)
     grown.append(8)
-    assert (grown.output, grown.output_length, len(grown)) == ([7, 8], 2, 5)
+    assert (grown.tokens, grown.output_length, len(grown)) == ([4, 5, 6, 7, 8], 2, 5)
 
 
 def test_ending_is_forbidden_until_min_tokens_are_there() -> None:

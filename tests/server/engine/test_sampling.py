@@ -8,8 +8,10 @@ from mi_runtime.request import SamplingParams
 from server.engine.sampling import SamplingPolicy, seed_of_choice
 from server.wire.errors import ContextTooLong, InvalidRequest
 from tests.server.chat_bodies import parse
+from tests.server.engine_info import ENGINE_INFO
 
-POLICY = SamplingPolicy({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, frozenset({7}))
+GENERATION_CONFIG = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_length": 9}
+POLICY = SamplingPolicy(GENERATION_CONFIG, frozenset({7}))
 
 
 def resolve(prompt_tokens: int = 10, **fields: Any) -> SamplingParams:
@@ -21,6 +23,11 @@ def test_a_field_that_is_absent_comes_from_the_pair() -> None:
     params = resolve()
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.95, 20)
     assert params.eos_token_ids == {7}
+
+
+def test_a_field_that_the_pair_leaves_open_changes_nothing() -> None:
+    params = resolve()
+    assert (params.min_p, params.repetition_penalty) == (0.0, 1.0)
 
 
 def test_a_field_that_is_present_wins_even_if_it_is_zero() -> None:

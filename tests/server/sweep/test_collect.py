@@ -274,5 +274,5 @@ def test_a_wrong_address_is_reported_soon(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(SweepError, match="3 tries: refused"):
         asyncio.run(run(client_of(gone)))
     assert tries == FIRST_TRIES
-    with pytest.raises(BadParameters, match="no URL"):
+    with pytest.raises(BadParameters, match="not the URL"):
         asyncio.run(run(ServerClient("localhost:8000", api_key=None, timeout=1)))

@@ -30,14 +30,14 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None
     assert (read.chat_template, read.special_tokens) == ("B", {"eos_token": "</s>"})
 
 
-def test_sampling_defaults_and_ends_come_from_the_generation_config(tmp_path: Path) -> None:
+def test_the_generation_config_is_read_and_names_the_ends(tmp_path: Path) -> None:
     write_checkpoint(
         tmp_path,
         tokenizer_config={"chat_template": "T"},
         generation_config={"temperature": 0.6, "top_k": 20, "eos_token_id": 7, "max_length": 9},
     )
     read = EndpointText.read(tmp_path)
-    assert read.sampling_defaults == {"temperature": 0.6, "top_k": 20}
+    assert (read.generation_config["temperature"], read.generation_config["top_k"]) == (0.6, 20)
     assert read.eos_token_ids == {7}
 
 
