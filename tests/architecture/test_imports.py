@@ -28,7 +28,9 @@ TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
 HTTP = {"fastapi", "starlette", "uvicorn", "asyncio"}
 FILES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("server", "mi_runtime")}
 ALL = [*FILES["server"], *FILES["mi_runtime"]]
-PACKAGES = [path.parent for path in FILES["server"] if path.match("server/*/__init__.py")]
+PACKAGES = [
+    path.parent for path in ALL if path.name == "__init__.py" and path.parent.parent != ROOT
+]
 NEEDING_TRITON = {"mi_runtime.kernels.pair_linear", "mi_runtime.kernels.paged_attention"}
 NEEDING_TRITON |= {"mi_runtime.attention.triton_backend", "mi_runtime.attention.torch_backend"}
 
@@ -85,7 +87,7 @@ def names_in(text: str) -> set[str]:
 
 
 def imported_units(package: Path) -> set[str]:
-    """What a package imports of the project: `wire`, or `mi_runtime.request` of the other side."""
+    """Returns what a package imports: `wire` of its own side, `mi_runtime.request` of the other."""
     own, known = package.parent.name, {"server": SERVER, "mi_runtime": ENGINE}
     units = set()
     for name in (name for path in package.rglob("*.py") for name in imports_of(path)):
@@ -149,31 +151,31 @@ def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["server", "mi_runtime"])
-def test_every_package_says_what_lives_there(package: str) -> None:
+def test_every_package_has_a_docstring(package: str) -> None:
     packages = [path for path in FILES[package] if path.name == "__init__.py"]
     docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) for path in packages}
     assert not [relative(path) for path, docstring in docstrings.items() if not docstring]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=relative)
-def test_every_package_says_truly_what_it_imports(package: Path) -> None:
+def test_the_docstring_of_a_package_lists_what_it_imports(package: Path) -> None:
     """`It imports …` lists packages and modules, or `It imports no other package`."""
-    said = sentence(package, "It imports")
-    assert said
-    assert names_in(said) == imported_units(package)
+    stated = sentence(package, "It imports")
+    assert stated
+    assert names_in(stated) == imported_units(package)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=relative)
-def test_every_package_says_truly_what_others_import_from_it(package: Path) -> None:
+def test_the_docstring_of_a_package_lists_what_others_import_from_it(package: Path) -> None:
     """`Others import only …` or `Others import everything but …` lists modules."""
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
     only, but = (
         sentence(package, "Others import only"),
         sentence(package, "Others import everything"),
     )
-    said = names_in(only) if only else modules - names_in(but)
+    stated = names_in(only) if only else modules - names_in(but)
     assert only or but
-    assert said == modules_imported_by_others(package)
+    assert stated == modules_imported_by_others(package)
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)

@@ -83,6 +83,7 @@ def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
 
 
 def attention_plan(chunks: list[Chunk], block_size: int, null_block: int) -> AttentionPlan:
+    """Returns the attention plan of a batch of these chunks."""
     return build_batch(SubBatch(chunks, blended=False), block_size, null_block, CPU).attention
 
 

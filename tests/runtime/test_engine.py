@@ -137,6 +137,8 @@ def test_answers_from_the_prefix_cache_are_the_same(
     first = run_to_end(engine, *mixed_requests())
     again = run_to_end(engine, *mixed_requests())
     assert all_tokens(first) == all_tokens(again)
+    for one in mixed_requests():
+        assert tokens_of(again[one.request_id]) == greedy(one.prompt, one.dial.reasoning_lambda)
     assert all(events[0].cached_tokens for events in again.values() if events is not again["r0"])
 
 

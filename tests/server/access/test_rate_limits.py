@@ -39,7 +39,8 @@ def test_without_limits_every_request_is_accepted() -> None:
     assert all(seconds_to_wait(limits) is None for _ in range(100))
 
 
-def test_each_caller_has_requests_of_its_own(clock: Clock) -> None:
+@pytest.mark.usefixtures("clock")
+def test_each_caller_has_requests_of_its_own() -> None:
     limits = RateLimits(requests=3, tokens=None)
     assert [seconds_to_wait(limits) is None for _ in range(5)] == [True, True, True, False, False]
     assert seconds_to_wait(limits, BOB) is None
@@ -71,7 +72,8 @@ def test_a_caller_may_overdraw_its_tokens_once_and_then_waits_for_the_refill(
     assert seconds_to_wait(limits) is None
 
 
-def test_nobody_is_asked_to_wait_longer_than_two_minutes(clock: Clock) -> None:
+@pytest.mark.usefixtures("clock")
+def test_nobody_is_asked_to_wait_longer_than_two_minutes() -> None:
     limits = RateLimits(requests=None, tokens=100)
     limits.charge(ANN, 10_000)
     assert seconds_to_wait(limits) == 120

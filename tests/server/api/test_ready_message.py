@@ -4,25 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mi_runtime.request import EngineInfo
 from server.api.ready_message import describe_engine, ready_message
-
-INFO = EngineInfo(
-    pair_identity="1" * 32,
-    fingerprint="f",
-    model_type="qwen3",
-    device="cuda",
-    dtype="bfloat16",
-    delta_dtype="none",
-    vocab_size=320,
-    max_model_len=100,
-    block_size=16,
-    num_blocks=64,
-    layers=4,
-    weight_bytes=8_043_000_000,
-    peak_bytes=0,
-    load_seconds=0.0,
-)
+from tests.server.engine_info import ENGINE_INFO
 
 
 @pytest.mark.parametrize(
@@ -39,24 +22,28 @@ INFO = EngineInfo(
     ],
 )
 def test_sizes_have_three_digits(count: int, size: str) -> None:
-    assert f", {size} at the peak of loading" in describe_engine(replace(INFO, peak_bytes=count))
+    assert f", {size} at the peak of loading" in describe_engine(
+        replace(ENGINE_INFO, peak_bytes=count)
+    )
 
 
 def test_deltas_pair_kernels_and_recordings_are_named_only_if_there_are_any() -> None:
-    plain = describe_engine(INFO)
-    assert "qwen3, bfloat16 on cuda" in plain
+    plain = describe_engine(ENGINE_INFO)
+    assert "qwen3, float32 on cpu" in plain
     assert "delta" not in plain
     assert "kernels" not in plain
-    full = replace(INFO, delta_dtype="int8", pair_kernels="up to 64 rows", graphs="70 recorded")
+    full = replace(
+        ENGINE_INFO, delta_dtype="int8", pair_kernels="up to 64 rows", graphs="70 recorded"
+    )
     described = describe_engine(full)
-    assert "bfloat16 and int8 delta on cuda" in described
+    assert "float32 and int8 delta on cpu" in described
     assert "pair kernels up to 64 rows; decode steps: 70 recorded; " in described
 
 
 @pytest.mark.parametrize("needs_key", [True, False])
 def test_the_request_to_try_has_a_key_only_if_the_server_needs_one(needs_key: bool) -> None:
     text = ready_message(
-        model="m", profile="p", address="http://h:1", info=INFO, needs_key=needs_key
+        model="m", profile="p", address="http://h:1", info=ENGINE_INFO, needs_key=needs_key
     )
     assert text.startswith("Ready: m (qwen3, ")
     assert "profile p) at http://h:1\n" in text

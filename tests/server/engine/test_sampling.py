@@ -4,34 +4,19 @@ from typing import Any
 
 import pytest
 
-from mi_runtime.request import EngineInfo, SamplingParams
+from mi_runtime.request import SamplingParams
 from server.engine.sampling import SamplingPolicy, seed_of_choice
 from server.wire.errors import ContextTooLong, InvalidRequest
 from tests.server.chat_bodies import parse
+from tests.server.engine_info import ENGINE_INFO
 
-ENGINE = EngineInfo(
-    pair_identity="1" * 32,
-    fingerprint="f",
-    model_type="m",
-    device="cpu",
-    dtype="float32",
-    delta_dtype="none",
-    vocab_size=320,
-    max_model_len=100,
-    block_size=16,
-    num_blocks=64,
-    layers=4,
-    weight_bytes=0,
-    peak_bytes=0,
-    load_seconds=0.0,
-)
 GENERATION_CONFIG = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_length": 9}
 POLICY = SamplingPolicy(GENERATION_CONFIG, frozenset({7}))
 
 
 def resolve(prompt_tokens: int = 10, **fields: Any) -> SamplingParams:
     """Returns the sampling parameters of a chat request with these fields."""
-    return POLICY.resolve(parse(**fields), prompt_tokens=prompt_tokens, info=ENGINE)
+    return POLICY.resolve(parse(**fields), prompt_tokens=prompt_tokens, info=ENGINE_INFO)
 
 
 def test_a_field_that_is_absent_comes_from_the_pair() -> None:
