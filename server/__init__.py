@@ -1,3 +1,3 @@
-"""The HTTP side: OpenAI's API in front of one engine process. Imports no torch."""
+"""The HTTP process: it serves OpenAI's API in front of one engine process, and imports no torch."""
 
 __version__ = "0.1.0"

@@ -5,6 +5,8 @@ pytest workers share few cores; with more than one thread each, torch's threads 
 another.
 """
 
+import atexit
+import gc
 import os
 
 from hypothesis import settings
@@ -15,3 +17,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("long", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("same")
+
+
+def pytest_collection_finish() -> None:
+    """What collecting imported stays: with it, a garbage collection takes seconds."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)

@@ -40,7 +40,7 @@ api_key_file: /run/secrets/mi-keys
 log_format: json
 ```
 """
-WORDS: Final = {int: "whole number", float: "number", bool: "true, false", Path: "path"}
+WORDS: Final = {int: "integer", float: "number", bool: "true, false", Path: "path"}
 BOUNDS: Final = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 
 
@@ -78,7 +78,8 @@ def _takes(field: FieldInfo) -> str:
     kind = flags.plain_type(field)
     if kind is SecretStr:
         return "secret"
-    return " ".join([WORDS.get(kind, "text"), *_bounds(field)])
+    bounds = ", ".join(_bounds(field))
+    return f"{WORDS.get(kind, 'text')} {bounds}".rstrip()
 
 
 def _bounds(field: FieldInfo) -> Iterator[str]:

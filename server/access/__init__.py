@@ -1,3 +1,4 @@
-"""Who may send requests, how many, and how long an answer may take: API keys, quotas and deadlines,
-which one middleware checks before the body is read. It imports `ops`, `engine` and `wire`.
+"""Decides who may send requests, how many, and how long an answer may take. One middleware checks
+API keys and quotas and sets the deadline, before the body is read. It imports `exit_codes`, `wire`,
+`engine` and `ops`. Others import everything here.
 """

@@ -1,4 +1,5 @@
-"""The HTTP process's side of the engine: the pipe to its process, the events of each answer, and
-the sampling parameters of a request. It imports `wire`, `text` and the engine's messages
-(`mi_runtime.request`).
+"""This process's side of the engine process: the client that exchanges messages with it over a
+pipe, the open requests of one answer, and the sampling parameters of a request. It imports
+`exit_codes`, `wire`, `text`, `mi_runtime.config` and `mi_runtime.request`. Others import everything
+but `retry_after` and `watchdog`.
 """

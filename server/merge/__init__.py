@@ -7,4 +7,7 @@
 `merge_command` parses the arguments, `merge_plan` checks them, and `merged_checkpoint` writes the
 files with the model card of `model_card`. A child process (`mi_runtime.model.merge_weights`) writes
 the weights.
+
+It imports `exit_codes`, `config`, `wire`, `text`, `routing`, `mi_runtime.embedded_pair` and
+`mi_runtime.request`. Others import only `merge_command`.
 """

@@ -1,3 +1,4 @@
-"""Chooses λ: the λ that a request names, the measured profile of the pair, and the policy that
-turns a budget, an effort or load into a λ. It imports `wire`, and knows neither HTTP nor text.
+"""Chooses λ. It reads the λ, the budget or the effort that a request names and the measured profile
+of the pair, and its policy decides by them and by the load. Nothing here knows HTTP or text. It
+imports `exit_codes`, `wire` and `mi_runtime.request`. Others import everything but `routing_table`.
 """

@@ -1,3 +1,4 @@
-"""What clients and server exchange: requests, the shapes of answers, errors, and the OpenAPI
-document. Everything else in `server` may import it; it imports nothing else of `server`.
+"""What clients and the server exchange: models of requests and of answers, errors, and the OpenAPI
+document. It imports no other package. Others import everything but `answer_models`,
+`response_format`, `validation` and `wire_model`.
 """

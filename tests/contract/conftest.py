@@ -16,31 +16,32 @@ import psutil
 import pytest
 
 from mi_runtime.embedded_pair.tokenizer import save_tokenizer
+from server.cli import main
+from tests.forked import ForkedProcess
 
 ROOT = Path(__file__).parents[2]
+FAKE_WORKER = ROOT / "tests" / "server" / "fake_worker.py"
+FLAGS = ("--port", "0", "--served-model-name", "pair")
 READY = re.compile(r"^Ready: .* at (http://\S+)$", re.MULTILINE)
 
 
 class ServerProcess:
     """A server on a free port. Its output goes to a file, which also tells the port."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes] | ForkedProcess", log: Path) -> None:
+        self.process = process
         self.log = log
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MI_")}
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
 
     @classmethod
     def of_embedded_pair(cls, log: Path, *flags: str) -> "ServerProcess":
         """The command as it is shipped."""
-        command = ["-m", "server.cli", "serve", "--port", "0", "--served-model-name", "pair"]
-        return cls([*command, *flags], log)
+        command = [sys.executable, "-m", "server.cli", "serve", *FLAGS, *flags]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MI_")}
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        return cls(process, log)
 
     @classmethod
     def of_fake_engine(
@@ -52,9 +53,10 @@ class ServerProcess:
         thinking: Path | None = None,
     ) -> "ServerProcess":
         """The server on the fake engine, with the tokenizer and templates of `pair`."""
-        command = [str(ROOT / "tests" / "contract" / "serve_fake.py"), "--port", "0"]
-        command += ["--instruct", str(pair), "--thinking", str(thinking or pair)]
-        return cls([*command, "--served-model-name", "pair", *flags, "--", *worker], log)
+        directories = ["--instruct", str(pair), "--thinking", str(thinking or pair)]
+        command = [sys.executable, str(FAKE_WORKER), *worker]
+        process = ForkedProcess(main, ["serve", *FLAGS, *directories, *flags], command, log=log)
+        return cls(process, log)
 
     @property
     def output(self) -> str:

@@ -31,25 +31,15 @@ PHASES = ("before the head", "before the first token", "in the middle", "plain")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-def few_at_a_time(log: Path) -> ServerProcess:
-    """The real engine with room for few."""
-    flags = ("--max-num-seqs", f"{MAX_NUM_SEQS}", "--max-waiting", f"{MAX_WAITING}")
-    return ServerProcess.of_embedded_pair(log, *flags)
+FEW = ("--max-num-seqs", f"{MAX_NUM_SEQS}", "--max-waiting", f"{MAX_WAITING}")
+StartFake = Callable[..., ServerProcess]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    process = few_at_a_time(tmp_path_factory.mktemp("faults") / "server.log")
-    try:
-        yield process.wait_ready()
-    finally:
-        process.stop()
-
-
-@pytest.fixture
-def server_to_end(tmp_path: Path) -> Iterator[ServerProcess]:
-    """One more of them, for a test that ends it."""
-    process = few_at_a_time(tmp_path / "server.log")
+    """The real engine with room for few."""
+    log = tmp_path_factory.mktemp("faults") / "server.log"
+    process = ServerProcess.of_embedded_pair(log, *FEW)
     try:
         yield process.wait_ready()
     finally:
@@ -277,10 +267,10 @@ def test_a_body_that_never_ends_takes_nothing_from_others(server: ServerProcess)
 
 
 def test_an_engine_killed_under_load_ends_every_answer_once(
-    start_fake: Callable[..., ServerProcess], wait_until: WaitUntil
+    start_fake: StartFake, wait_until: WaitUntil
 ) -> None:
     """On the fake engine: a killed process is no more than the end of its pipe."""
-    server = start_fake("--max-num-seqs", f"{MAX_NUM_SEQS}", worker=["--step-seconds", "0.01"])
+    server = start_fake(*FEW, worker=["--step-seconds", "0.01"])
 
     async def scenario() -> list[httpx.Response]:
         bodies = [server.chat_body("forever", max_tokens=1500, stream=n % 2 == 0) for n in range(8)]
@@ -302,12 +292,13 @@ def test_an_engine_killed_under_load_ends_every_answer_once(
 
 
 def test_sigterm_under_load_lets_every_answer_finish(
-    server_to_end: ServerProcess, wait_until: WaitUntil
+    start_fake: StartFake, wait_until: WaitUntil
 ) -> None:
-    server = server_to_end
+    """On the fake engine: a signal is the server's alone."""
+    server = start_fake(*FEW, worker=["--step-seconds", "0.01"])
 
     async def scenario() -> list[httpx.Response]:
-        bodies = [long_answer(server, max_tokens=120, stream=n % 2 == 0) for n in range(8)]
+        bodies = [server.chat_body("forever", max_tokens=120, stream=n % 2 == 0) for n in range(8)]
         answers = asyncio.create_task(post_all(server, bodies))
         await asyncio.to_thread(
             wait_until, lambda: server.gauge("mi_num_requests_running") == MAX_NUM_SEQS

@@ -1,6 +1,7 @@
 """`mi-server sweep` and `calibrate` on the embedded pair, as anyone runs them."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -87,13 +88,16 @@ def test_another_parameter_is_refused_by_name(
 
 
 def test_a_killed_sweep_takes_its_server_along_and_goes_on_where_it_was(
-    swept: tuple[Path, Any], tmp_path: Path, wait_until: Callable[..., None]
+    real_server: Any, swept: tuple[Path, Any], tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
-    """It starts a server for itself; the uninterrupted one asked a running server."""
+    """It starts a server for itself, and goes on with a running one; `swept` asked that alone."""
     samples = tmp_path / "samples.jsonl"
     words = [*SMALL, "--out", str(tmp_path), "--concurrency", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "sweep", *words], cwd=ROOT, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "server.cli", "sweep", *words],
+        cwd=ROOT,
+        env={**os.environ, "MI_SERVED_MODEL_NAME": "pair"},
+        stderr=subprocess.DEVNULL,
     )
     wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 6, 120)
     below = psutil.Process(process.pid).children(recursive=True)
@@ -104,7 +108,7 @@ def test_a_killed_sweep_takes_its_server_along_and_goes_on_where_it_was(
     assert finished.count(b"\n") < 1 + 3 * 6 * 2, "it was not killed on its way"
     wait_until(lambda: not any(it.is_running() for it in below))
 
-    told = sweep(tmp_path)
+    told = sweep(tmp_path, "--url", real_server.url)
     assert samples.read_bytes().startswith(finished[: finished.rindex(b"\n")])
     assert told["points"] == swept[1]["points"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import mi_runtime.model.merge
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mi_runtime.model.merge_weights
 from server.cli import main
 from tests.contract.conftest import ROOT, ServerProcess
 
@@ -39,11 +39,11 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], check: bool) -> "subprocess.CompletedProcess[bytes]":
         _python, _m, module, *arguments = command
-        assert (module, check) == ("mi_runtime.model.merge", False)
+        assert (module, check) == ("mi_runtime.model.merge_weights", False)
         monkeypatch.setattr(sys, "argv", [module, *arguments])
-        return subprocess.CompletedProcess(command, mi_runtime.model.merge.main())
+        return subprocess.CompletedProcess(command, mi_runtime.model.merge_weights.main())
 
-    monkeypatch.setattr("server.merge.subprocess.run", run)
+    monkeypatch.setattr("server.merge.merged_checkpoint.subprocess.run", run)
 
 
 def served(server: ServerProcess, question: str, dial: Any) -> Any:

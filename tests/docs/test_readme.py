@@ -1,4 +1,4 @@
-"""The speed in `README.md` is what `bench/results` has."""
+"""The speed that `README.md` states is that of `bench/results`."""
 
 import json
 import re

@@ -1,11 +1,5 @@
-"""The engine process itself, over its pipe.
+"""The engine process itself, over its pipe. `tests/contract` starts it by its command."""
 
-Importing torch and transformers takes seconds, so all processes here are forked from one that has
-imported them. That `python -m mi_runtime.worker` starts is shown by every real server.
-"""
-
-import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -32,21 +26,19 @@ from mi_runtime.request import (
     Submit,
     TokenEvent,
 )
+from tests.forked import FORKSERVER, ForkedProcess
 from tests.runtime import oracle
 
 Directories = tuple[Path, Path]
 SECONDS = 60  # that a process may take to answer or to end
 PROMPT = tuple(range(5, 18))
 ENDLESS = 200  # tokens: the request is still running when the test comes to it
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload([__name__])
 
 
-def run(main: Callable[[], int], pipe: "Connection[Any, Any]", errors: Path) -> NoReturn:
-    """Runs `main` as the command would, in the forked process."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+def run(main: Callable[[], int], pipe: "Connection[Any, Any]") -> int:
+    """Runs `main` in the forked process as the command does."""
     sys.argv = ["worker", "--fd", str(pipe.fileno())]
-    sys.exit(main())
+    return main()
 
 
 class Worker:
@@ -56,8 +48,7 @@ class Worker:
         self.pipe, theirs = FORKSERVER.Pipe()
         self._errors = errors
         with theirs:
-            self.process = FORKSERVER.Process(target=run, args=(main, theirs, errors))
-            self.process.start()
+            self.process = ForkedProcess(run, main, theirs, log=errors)
         self.pipe.send(config)
 
     def receive(self) -> Any:
@@ -84,9 +75,7 @@ class Worker:
         return self.wait()
 
     def wait(self) -> int:
-        self.process.join(SECONDS)
-        assert self.process.exitcode is not None, "the worker does not end"
-        return self.process.exitcode
+        return self.process.wait(SECONDS)
 
     @property
     def errors(self) -> str:
@@ -216,8 +205,7 @@ def test_a_pair_that_cannot_be_served_is_reported_and_the_exit_code_is_2(
 def test_an_interrupt_from_the_terminal_is_left_to_the_other_process(worker: Worker) -> None:
     """Ctrl-C goes to both processes; the requests that drain must still be answered."""
     worker.submit("r", max_tokens=ENDLESS)
-    assert worker.process.pid is not None
-    os.kill(worker.process.pid, signal.SIGINT)
+    worker.process.send_signal(signal.SIGINT)
     assert len(worker.events_until_end("r")) == ENDLESS
 
 
