@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.carried.wheels import normalized, unpack_missing
+from bench.carried.missing_packages import normalized, unpack_missing
 from bench.first_contact.__main__ import SECONDS, main
 from bench.first_contact.gpu_tests import FILES
 from bench.first_contact.ncu_counters import counted
