@@ -20,7 +20,7 @@ EXIT_CODES: Final = """exit codes:
   1    the engine process ended, or a measurement could not continue
   2    flags, settings, files or the pair cannot be used
   3    the server cannot listen at its address and port
-  130  sweep or calibrate was interrupted by Ctrl-C"""
+  130  interrupted by Ctrl-C; `serve` only before it listens"""
 """The meaning of every code, for help texts."""
 
 
@@ -33,7 +33,8 @@ class CommandError(Exception):
 def exit_code_of(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code.
 
-    A `CommandError` is printed to standard error, and so is that Ctrl-C interrupted the command.
+    Prints the message of a `CommandError`, and that Ctrl-C interrupted the command, to standard
+    error.
     """
     try:
         return command()

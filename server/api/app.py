@@ -51,7 +51,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 def _with_access_control(app: ASGIApp, service: Service) -> ASGIApp:
-    """Adds keys, quotas and CORS. CORS is outermost, so that browsers can read refusals too."""
+    """Adds keys and quotas, and CORS around them, so that browsers can read refusals too."""
     settings = service.settings
     checked = AccessMiddleware(
         app,

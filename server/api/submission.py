@@ -1,6 +1,6 @@
 """Submits a prepared request to the engine, one engine request for each choice.
 
-Every refusal is raised here or earlier, before a status is sent.
+What this process refuses is refused here or earlier, before a status is sent.
 """
 
 import time

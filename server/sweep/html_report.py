@@ -1,4 +1,4 @@
-"""Writes the report as one HTML page: tables, and plots as inline SVG. It loads nothing else."""
+"""Writes the report as one HTML page, with tables and plots (SVG), which loads nothing else."""
 
 import html
 from collections.abc import Mapping, Sequence

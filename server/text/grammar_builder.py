@@ -1,8 +1,8 @@
 """Builds the grammar that an answer must follow, from the response format and the tools.
 
 Each schema is checked by itself, so that an error names the one at fault. This module knows the
-format of tool calls and `llguidance`'s Lark dialect. The only tokens it knows are the tags of
-calls, which a grammar names as tokens if the vocabulary has them.
+format of tool calls and `llguidance`'s Lark dialect, but no token ids: a grammar names a token by
+its text.
 """
 
 import json

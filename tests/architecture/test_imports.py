@@ -28,7 +28,9 @@ TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
 HTTP = {"fastapi", "starlette", "uvicorn", "asyncio"}
 FILES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("server", "mi_runtime")}
 ALL = [*FILES["server"], *FILES["mi_runtime"]]
-PACKAGES = [path.parent for path in FILES["server"] if path.match("server/*/__init__.py")]
+PACKAGES = [
+    path.parent for path in ALL if path.name == "__init__.py" and path.parent.parent != ROOT
+]
 NEEDING_TRITON = {"mi_runtime.kernels.pair_linear", "mi_runtime.kernels.paged_attention"}
 NEEDING_TRITON |= {"mi_runtime.attention.triton_backend", "mi_runtime.attention.torch_backend"}
 

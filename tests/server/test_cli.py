@@ -1,12 +1,9 @@
 """`mi-server` lists its commands and exit codes, and refuses a line that names no command."""
 
-from pathlib import Path
-
 import pytest
 
 from server import cli
 from server.exit_codes import ExitCode
-from server.merge import merge_command
 
 
 def test_the_help_lists_every_command_and_every_exit_code(
@@ -38,15 +35,3 @@ def test_every_command_prints_its_own_help(
         cli.main([command, "--help"])
     assert ended.value.code == ExitCode.DONE
     assert f"usage: mi-server {command}" in capsys.readouterr().out
-
-
-def test_a_merge_that_is_interrupted_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(merge_command, "write_checkpoint", interrupted)
-    out = tmp_path / "merged"
-    assert cli.main(["merge", "--lambda", "0.5", "--out", str(out)]) == ExitCode.INTERRUPTED
-    assert not [*tmp_path.iterdir()]

@@ -1,11 +1,16 @@
 """Settings come from flags, the environment and a file, in this order, and bad ones are named."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from mi_runtime.config import EngineConfig
 from server import flags
 from server.config import SECTIONS, ConfigError, Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -100,18 +105,29 @@ def test_a_pair_is_named_after_its_thinking_endpoint_or_by_the_setting() -> None
     assert load_settings([*flags, "--served-model-name", "mine"]).model_name == "mine"
 
 
-def test_every_setting_reaches_the_engine_under_its_name() -> None:
+def test_a_setting_reaches_the_engine_under_its_name() -> None:
     flags = ["--threads", "3", "--no-prefix-caching", "--max-model-len", "99", "--num-blocks", "7"]
     flags += ["--blend-policy", "pair", "--blend-cache-bytes", "1000", "--delta-dtype", "int4"]
-    flags += ["--attention-backend", "triton", "--gpu-memory-utilization", "0.5"]
-    flags += ["--no-cuda-graphs", "--no-torch-compile", "--no-async-scheduling"]
     config = load_settings(flags).engine_config(instruct=Path("a"), thinking=Path("b"))
-    assert (config.threads, config.prefix_caching, config.async_scheduling) == (3, False, False)
+    assert (config.instruct, config.thinking) == ("a", "b")
+    assert (config.threads, config.prefix_caching) == (3, False)
     assert (config.max_model_len, config.num_blocks) == (99, 7)
     assert (config.blend_policy, config.blend_cache_bytes) == ("pair", 1000)
-    assert (config.attention_backend, config.delta_dtype) == ("triton", "int4")
-    assert (config.gpu_memory_utilization, config.cuda_graphs) == (0.5, False)
-    assert not config.torch_compile
+    assert config.delta_dtype == "int4"
+
+
+def source_of(package: str) -> str:
+    return "\n".join(file.read_text() for file in (ROOT / package).rglob("*.py"))
+
+
+def test_no_setting_is_ignored() -> None:
+    """The code of the server reads it, or the engine has one of the same name and reads that."""
+    engines = {field.name for field in fields(EngineConfig)}
+    server, engine = source_of("server"), source_of("mi_runtime")
+    for name in Settings.model_fields.keys() - engines:
+        assert re.search(rf"\b(settings|self)\.{name}\b", server), f"nothing reads {name}"
+    for name in engines:
+        assert re.search(rf"\bconfig\.{name}\b", engine), f"nothing reads {name}"
 
 
 @pytest.mark.parametrize("flags", ["1,8,32", "1, 8", ""])

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 from starlette.testclient import TestClient
-from tests.server.curves import profile
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -25,7 +24,8 @@ from mi_runtime.embedded_pair.tokenizer import save_tokenizer
 from mi_runtime.request import EngineRequest
 from server.service import Service
 from server.wire.openapi import OPERATIONS
-from tests.server.conftest import opened
+from tests.server.conftest import open_client
+from tests.server.measured_profile import measured_profile
 
 CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
 ROOT = Path(__file__).parents[3]
@@ -275,10 +275,10 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(
     endpoint: Path, make_service: Callable[..., Service], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestClient]:
-    measured = tmp_path_factory.mktemp("profile") / "profile.json"
-    profile().save(measured)
-    service = make_service(thinking=str(endpoint), profile=str(measured), prefix_caching=False)
-    with opened(service) as one:
+    file = tmp_path_factory.mktemp("profile") / "profile.json"
+    measured_profile().save(file)
+    service = make_service(thinking=str(endpoint), profile=str(file), prefix_caching=False)
+    with open_client(service) as one:
         yield one
 
 

@@ -102,6 +102,13 @@ CASES = [
 ]
 
 
+def written_fields(*bodies: dict[str, Any]) -> set[str]:
+    """Returns the fields of answers or chunks and of their choices, without the choices' text."""
+    choices = [choice for body in bodies for choice in body["choices"]]
+    of_choices = {name for choice in choices for name in choice} - {"message", "delta"}
+    return {name for body in bodies for name in body} | {f"choice.{name}" for name in of_choices}
+
+
 @pytest.mark.parametrize(("path", "body"), CASES, ids=lambda it: str(it)[:60])
 def test_answers_and_streams_are_as_described(
     client: TestClient, path: str, body: dict[str, Any]
@@ -114,9 +121,10 @@ def test_answers_and_streams_are_as_described(
     check_request(path, streaming)
     *events, done, _ = client.post(path, json=streaming).text.split("\n\n")
     assert done == "data: [DONE]"
-    for event in events:
-        chunk = json.loads(event.removeprefix("data: "))
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    for chunk in chunks:
         check_response("post", path, 200, "text/event-stream", chunk)
+    assert written_fields(*chunks) == written_fields(plain.json())
 
 
 def test_an_error_that_ends_a_stream_is_as_described(client: TestClient) -> None:
