@@ -2,51 +2,54 @@
 difference that is kept small takes the memory it says, and its loading no more on top."""
 
 import json
-import subprocess
-import sys
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from mi_runtime.config import DeltaDtype
+from mi_runtime.config import DeltaDtype, Dtype
+from mi_runtime.device.memory import MemoryPeak
+from mi_runtime.model.load import load_pair
+from mi_runtime.model.pair_check import check_pair
+from tests.forked import ForkedProcess
 from tests.runtime.conftest import PairOf
 
-MIDSIZE = {  # 160 MB an endpoint in bf16: large beside what a process holds anyway
+MIDSIZE = {  # 110 MB an endpoint in bf16: large beside what a process holds anyway
     "hidden_size": 768,
     "intermediate_size": 2304,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
     "vocab_size": 4096,
 }
-WAYS = {
+Directories = tuple[Path, Path]
+WAYS: dict[str, tuple[Dtype, DeltaDtype]] = {
     "bfloat16": ("bfloat16", "none"),
     "float32": ("float32", "none"),
     "int8": ("bfloat16", "int8"),
     "int4": ("bfloat16", "int4"),
 }
-# Each way in a process of its own, which is forked when all code is there: code is no copy of a
-# model.
-LOAD = """
-import json, os, sys
-import torch
-from transformers import Qwen3ForCausalLM
-from mi_runtime.model.load import load_pair
-from mi_runtime.device.memory import MemoryPeak
-from mi_runtime.model.pair_check import check_pair
 
-for settings in json.loads(sys.argv[3]):
-    if os.fork() == 0:
-        pair, memory = check_pair(*sys.argv[1:3]), MemoryPeak(torch.device("cpu"))
-        model = load_pair(pair, "cpu", *settings)
-        memory.look()
-        print(json.dumps([model.peak_bytes, model.weight_bytes, memory.peak]), flush=True)
-        os._exit(0)
-    os.wait()
-"""
+
+def load_each_way(small: Directories, directories: Directories) -> int:
+    """Prints what loading takes, for each way in a process of its own.
+
+    These are forked when all code is there, and has run: code is no copy of a model.
+    """
+    for settings in WAYS.values():
+        load_pair(check_pair(*small), "cpu", *settings)
+    for settings in WAYS.values():
+        if os.fork() == 0:
+            pair, memory = check_pair(*directories), MemoryPeak(torch.device("cpu"))
+            model = load_pair(pair, "cpu", *settings)
+            memory.look()
+            print(json.dumps([model.peak_bytes, model.weight_bytes, memory.peak]), flush=True)
+            os._exit(0)
+        os.wait()
+    return 0
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,19 @@ class Loaded:
 
 
 @pytest.fixture(scope="module")
-def directories(pair_of: PairOf) -> tuple[Path, Path]:
+def directories(pair_of: PairOf) -> Directories:
     return pair_of("qwen3", dtype=torch.bfloat16, apart=0.1, **MIDSIZE)
 
 
 @pytest.fixture(scope="module")
-def loaded(directories: tuple[Path, Path]) -> dict[str, Loaded]:
+def loaded(
+    qwen3_pair: Directories, directories: Directories, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Loaded]:
     """By its way."""
-    settings = json.dumps(list(WAYS.values()))
-    command = [sys.executable, "-c", LOAD, *map(str, directories), settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+    log = tmp_path_factory.mktemp("loaded") / "log"
+    process = ForkedProcess(load_each_way, qwen3_pair, directories, log=log)
+    assert process.wait() == 0, log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("[")]
     return {way: Loaded(*json.loads(line)) for way, line in zip(WAYS, lines, strict=True)}
 
 
@@ -86,7 +91,7 @@ def test_a_small_difference_takes_the_memory_it_says_and_loading_hardly_more(
     delta_dtype: DeltaDtype,
     copies: float,
     loaded: dict[str, Loaded],
-    directories: tuple[Path, Path],
+    directories: Directories,
 ) -> None:
     """Thinking itself is mapped from its file, whose pages are the kernel's; no copy is made."""
     copy = (directories[0] / "model.safetensors").stat().st_size
