@@ -1,4 +1,4 @@
-"""The speed that `README.md` states is that of `bench/results`, and its families are tested ones."""
+"""The speed that `README.md` states is that of `bench/results`, and each family is tested."""
 
 import json
 import re
