@@ -32,12 +32,13 @@ class GrammarVocabulary:
 class EngineConfig:
     """Settings of one engine process.
 
-    None means that the value is derived at start from the pair and the machine. Nothing changes
-    after start. Raises ValueError for values that cannot be used.
+    Except for `grammar_vocabulary`, None means that the value is derived at start from the pair and
+    the machine. Nothing changes after start. Raises ValueError for a `lambda_step` or
+    `cuda_graph_sizes` that cannot be used.
     """
 
-    instruct: str  # directory or hub id of the Instruct endpoint
-    thinking: str  # directory or hub id of the Thinking endpoint
+    instruct: str  # directory of the Instruct endpoint
+    thinking: str  # directory of the Thinking endpoint
     device: Device = "auto"
     dtype: Dtype = "auto"
     delta_dtype: DeltaDtype = "none"  # else Thinking is stored as a rounded difference
@@ -48,7 +49,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_seqs: int = 256  # sequences that run at once
     max_batched_tokens: int = 2048  # tokens per step, prefill and decode together
-    async_scheduling: bool | None = None  # None: on a GPU only, as a CPU is device and host
+    async_scheduling: bool | None = None  # None: on for a GPU, off for a CPU
     prefix_caching: bool = True
     lambda_step: float = 0.01  # the grid to which λ is rounded
     attention_backend: AttentionName = "auto"  # auto: on a GPU the fastest that works
@@ -65,12 +66,12 @@ class EngineConfig:
         cells = 1 / self.lambda_step if self.lambda_step > 0 else 0.0
         if cells < 1 or abs(cells - round(cells)) > 1e-6:
             raise ValueError(
-                f"lambda_step must divide 1 evenly, as 0.01 does, not {self.lambda_step}"
+                f"--lambda-step must divide 1 evenly, as 0.01 does, not {self.lambda_step}"
             )
         sizes = self.cuda_graph_sizes
         ascending = all(size < later for size, later in pairwise((0, *sizes)))
         if not ascending or len(sizes) > MAX_GRAPH_SIZES:
             raise ValueError(
-                f"cuda_graph_sizes must be at most {MAX_GRAPH_SIZES} numbers that ascend, from 1 "
-                f"on, not {', '.join(map(str, sizes))}"
+                f"--cuda-graph-sizes must be at most {MAX_GRAPH_SIZES} ascending numbers above 0, "
+                f"not {', '.join(map(str, sizes))}"
             )

@@ -34,7 +34,7 @@ NOTHING_TO_SAMPLE = "no token can be sampled for this request: its logits are no
 
 
 class Engine:
-    """A loaded pair and the requests that it is answering.
+    """Answers requests with a loaded pair.
 
     Raises PairError if the pair cannot be served. If `model` is given, the configuration's
     endpoints, device and dtype are not used.

@@ -59,7 +59,7 @@ def _on_grid(value: float, step: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. The defaults do not change the model's distribution."""
+    """Sets how tokens are sampled. The defaults do not change the model's distribution."""
 
     max_tokens: int | None = None  # None: as many as the context holds; 0: none
     min_tokens: int = 0  # end-of-sequence and stop tokens are forbidden before
@@ -213,7 +213,7 @@ class EngineInfo:
     load_seconds: float
     attention: str = "reference"  # the backend, and the times of all that were measured
     graphs: str = "none"  # recorded decode steps: how many, and how they were recorded
-    pair_kernels: str = ""  # where the measurement chose them; empty without a GPU
+    pair_kernels: str = ""  # up to how many rows they are used; empty without a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +226,7 @@ class EngineStats:
     total_blocks: int = 0
     running_lambdas: tuple[float, ...] = ()  # distinct, sorted
     waiting_lambdas: tuple[float, ...] = ()
+    blend_bytes: int = 0  # of blended weights in memory now
     prefix_queried_tokens: int = 0  # counters from here on
     prefix_hit_tokens: int = 0
     preemptions: int = 0
@@ -237,7 +238,6 @@ class EngineStats:
     blend_builds: int = 0
     blend_evictions: int = 0
     forced_closes: int = 0
-    blend_bytes: int = 0  # of blended weights in memory now
 
 
 @dataclass(frozen=True, slots=True)

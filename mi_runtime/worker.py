@@ -37,13 +37,12 @@ from mi_runtime.request import (
 )
 
 LOAD_FAILED = 2  # exit code
-EXIT_SECONDS = 2.0  # in which this process may end by itself once its pipe has ended
+EXIT_SECONDS = 2.0  # for this process to exit on its own after the pipe closes
 
 
 def main() -> int:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches both processes; the other one decides
+    # Ctrl-C reaches both processes; the HTTP process handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="this process's end of the pipe")
     connection = Connection(parser.parse_args().fd)

@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     """Choose λ by the reasoning tokens of this server's own answers instead of the profile's, where
     there are enough answers."""
     adapt_min_samples: Annotated[int, Field(ge=1)] = 200
-    """Number of answers in a λ bucket from which on --adapt uses them."""
+    """Minimum number of answers in a λ bucket before --adapt uses them."""
     elastic: bool = False
     """Under load, give requests that do not set λ a cheaper point of the profile."""
     elastic_effort: Annotated[float, Field(ge=0, le=1)] = 0.25
@@ -120,9 +120,10 @@ class Settings(BaseSettings):
     elastic_kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the KV cache in use that counts as load."""
     elastic_release: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Share of these two limits; load ends when both values are at or below it."""
+    """Load ends when queue and KV cache are at or below this share of --elastic-waiting and
+    --elastic-kv-usage."""
     elastic_dwell: Annotated[float, Field(ge=0)] = 5.0
-    """Minimum seconds between two changes into or out of load."""
+    """Minimum seconds between switching elastic routing on and off."""
 
     think_closing: Annotated[str, Field(min_length=1)] = "\n</think>\n\n"
     """Closing sequence: the text that closes a think block at its cap. It must contain the closing
@@ -139,7 +140,8 @@ class Settings(BaseSettings):
     max_batched_tokens: Annotated[int, Field(ge=1)] = 2048
     """Maximum number of tokens that one step computes, of prompts and answers together."""
     async_scheduling: bool | None = None
-    """Launch a step before the results of the previous one are read; default: on a GPU."""
+    """Launch a step before the results of the previous one are read; default: on for a
+    GPU, off for a CPU."""
     block_size: Annotated[int, Field(ge=1)] = 16
     """Tokens that a KV block holds."""
     num_blocks: Annotated[int, Field(ge=1)] | None = None
@@ -164,10 +166,10 @@ class Settings(BaseSettings):
     """How layers are computed at λ: by the pair product, with blended weights, or (auto) in the
     cheaper way."""
     blend_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Bytes of the cache of blended weights, which holds complete models; default: a share of the
-    free memory."""
+    """Memory for cached blended weights in bytes; each λ takes one copy of the model; default: a
+    share of the free memory."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of the engine; default: one less than there are cores."""
+    """CPU threads of the engine; default: all cores but one."""
 
     # The server
     host: str = "127.0.0.1"
@@ -234,19 +236,22 @@ class Settings(BaseSettings):
     """Readable lines, or one JSON object per line."""
     otlp_traces_endpoint: str | None = None
     """URL to which OpenTelemetry spans are sent over HTTP, such as
-    `http://collector:4318/v1/traces`; needs `pip install 'mi-server[otel]'`; default: no traces."""
+    `http://collector:4318/v1/traces`; requires `pip install 'mi-server[otel]'`; default: no
+    traces."""
 
     @model_validator(mode="after")
     def _check_pair(self) -> "Settings":
         if (self.instruct is None) != (self.thinking is None):
-            raise ValueError("--instruct and --thinking belong together; give both or neither")
+            raise ValueError("--instruct and --thinking must be set together")
         return self
 
     @model_validator(mode="after")
     def _check_certificate_flags(self) -> "Settings":
         others = (self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs)
         if self.ssl_certfile is None and any(other is not None for other in others):
-            raise ValueError("--ssl-keyfile, its password and --ssl-ca-certs need --ssl-certfile")
+            raise ValueError(
+                "--ssl-keyfile, --ssl-keyfile-password and --ssl-ca-certs require --ssl-certfile"
+            )
         return self
 
     def check_certificate(self) -> None:

@@ -50,6 +50,7 @@ def _tracing(settings: Settings) -> "Tracing | None":
         from server.ops.tracing import Tracing
     except ImportError as error:
         raise ConfigError(
-            f"--otlp-traces-endpoint needs OpenTelemetry: pip install 'mi-server[otel]' ({error})"
+            "--otlp-traces-endpoint requires OpenTelemetry: pip install 'mi-server[otel]' "
+            f"({error})"
         ) from error
     return Tracing(settings.otlp_traces_endpoint)

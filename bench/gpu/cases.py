@@ -150,7 +150,7 @@ def what_is_off(engine: Mapping[str, Any], run: Run) -> list[str]:
     if attention.startswith(("reference", "none")):
         found.append(f"attention has no kernels: {attention}")
     # Tiny matrices may be faster without kernels.
-    if kernels.startswith("none") or (kernels.startswith("up to 0 ") and not run.smoke):
+    if kernels.startswith(("none", "off")) or (kernels.startswith("up to 0 ") and not run.smoke):
         found.append(f"pair products have no kernels: {kernels}")
     return found
 

@@ -59,7 +59,8 @@ def attention_forward(
     """
     unsupported = sorted(name for name in _MEANINGFUL if others.get(name) is not None)
     if unsupported or attention_mask is not None:
-        raise UnsupportedModel(f"attention with {', '.join(unsupported) or 'a mask of its own'}")
+        what = ", ".join(unsupported) or "a custom attention mask"
+        raise UnsupportedModel(f"attention with {what} is not supported")
     out = attention_context.attend(
         module.layer_idx,  # type: ignore[arg-type]
         query[0].transpose(0, 1),

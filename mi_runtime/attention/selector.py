@@ -84,7 +84,7 @@ def obstacle(
     if not triton_installed():
         return "triton is not installed"
     if device.type != "cuda" and not (name == "triton" and triton_interpreted()):
-        return "it needs a CUDA device"
+        return "it requires a CUDA device"
     if any(max(layer.key_dim, layer.value_dim) > LARGEST_HEAD for layer in layers):
         return f"heads of more than {LARGEST_HEAD} are not supported"
     return None if name == "triton" else _obstacle_of_torch(layers, dtype)
@@ -209,7 +209,7 @@ def fastest(
     for backend in backends:
         try:
             if not all(map(_agrees, (work.run(backend) for work in workloads), expected)):
-                findings[backend.name] = "not used, it disagrees with the reference"
+                findings[backend.name] = "disabled: its output differs from the reference"
                 continue
             milliseconds[backend] = sum(
                 work.weight * clock(lambda: work.run(backend))  # noqa: B023
@@ -218,7 +218,7 @@ def fastest(
         except torch.OutOfMemoryError:
             raise
         except launch_errors() as error:
-            findings[backend.name] = f"does not run ({cause_of(error)})"
+            findings[backend.name] = f"failed ({cause_of(error)})"
             if is_lost(workloads[0].query.device):
                 raise PairError([_lost_device(backend, findings[backend.name])]) from error
         else:
@@ -235,8 +235,12 @@ def _expected(reference: AttentionBackend, workloads: Sequence[AttentionWorkload
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = f"attention cannot be checked, as the reference does not run ({cause_of(error)})"
-        raise PairError([f"{reason}: choose one with --attention-backend"]) from error
+        raise PairError(
+            [
+                "the attention backends cannot be compared because the reference backend failed "
+                f"({cause_of(error)}); choose one with --attention-backend"
+            ]
+        ) from error
 
 
 def _agrees(out: Tensor, expected: Tensor) -> bool:
@@ -247,7 +251,7 @@ def _agrees(out: Tensor, expected: Tensor) -> bool:
 def _lost_device(backend: AttentionBackend, finding: str) -> str:
     return (
         f"the attention backend {backend.name} {finding}, and this process can no longer use the "
-        "GPU: start again with another --attention-backend"
+        "GPU; start again with another --attention-backend"
     )
 
 

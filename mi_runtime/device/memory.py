@@ -32,7 +32,7 @@ def memory_given_back() -> Iterator[None]:
 
 
 class MemoryPeak:
-    """Keeps the most memory, in bytes, that a call of `look` has found."""
+    """Tracks the peak memory, in bytes, that `look` has measured."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -17,8 +17,8 @@ A re-check is a line `Wait` followed by the body again, inside the think block. 
 text only: no tokens, no torch. All randomness comes from the caller's `random.Random`.
 
 Two choices make the task learnable by a model of a million parameters in minutes: variables are
-named in order (random names make the model learn look-ups first, which it does not), and each
-think line repeats its operands side by side (without them modular addition is not learned).
+named in order (random names would require learning look-ups, which this model fails to do), and
+each think line repeats its operands side by side (without them modular addition is not learned).
 """
 
 import re

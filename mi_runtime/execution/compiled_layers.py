@@ -61,7 +61,7 @@ def _layer(layer: nn.Module, *inputs: Any, **settings: Any) -> Any:
 
 @contextmanager
 def _layers_run_by(run: Layer, model: BlendedModel, attention: PagedAttention) -> Iterator[None]:
-    """Makes every decoder layer of the model run by `run` inside the context."""
+    """Inside the context, runs every decoder layer of the model through `run`."""
     layers = model.model.get_decoder().layers
     for number, layer in enumerate(layers):
         layer.forward = _forward_by(run, layer, attention, number)

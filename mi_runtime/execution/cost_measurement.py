@@ -31,7 +31,7 @@ from mi_runtime.scheduling.planner import CostCurve, CostModel
 ROWS = (1, 8, 32, 128, 512)
 KERNEL_ROWS = (1, 4, 16, 32, 64, 128, 256)  # with more rows, products are compute-bound
 REPEATS = 5
-RUNS_OF_GPU = 10  # timed together, so that one launch and one wait weigh little
+RUNS_OF_GPU = 10  # timed together, so that one launch and one wait cost little
 COLD_BYTES = 2**27  # of weights: too many to stay in a GPU's cache from run to run
 
 
@@ -87,9 +87,9 @@ def choose_kernels(model: BlendedModel) -> str:
     except launch_errors() as error:
         if is_lost(model.device):
             lost = "and this process can no longer use the GPU"
-            raise PairError([f"pair kernels do not run ({cause_of(error)}), {lost}"]) from error
+            raise PairError([f"pair kernels failed ({cause_of(error)}), {lost}"]) from error
         model.kernels.enable(rows=0, experts=False)
-        return f"none, as they do not run here ({cause_of(error)})"
+        return f"off: they failed ({cause_of(error)})"
     return f"up to {model.kernels.rows} rows"
 
 

@@ -28,7 +28,7 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def is_used_by(self, sequence: Sequence) -> bool:
-        """Whether it may change the logits of any token of the sequence, by its request."""
+        """Whether the request's settings can change any logits of the sequence."""
 
     def is_due(self, sequence: Sequence) -> bool:
         """Whether it changes the logits of the sequence's next token."""

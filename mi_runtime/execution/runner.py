@@ -24,7 +24,7 @@ from mi_runtime.scheduling.sequence import Sequence
 
 
 class Runner:
-    """The model with its KV cache of `num_blocks` blocks, the planner and the sampler."""
+    """Runs the model: it has the KV cache of `num_blocks` blocks, the planner and the sampler."""
 
     def __init__(
         self,

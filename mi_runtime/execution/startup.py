@@ -73,7 +73,9 @@ def start_runner(config: EngineConfig, model: BlendedModel) -> Started:
     try:
         return _start(config, model)
     except torch.OutOfMemoryError as error:
-        raise PairError([f"the GPU is full at start: {_first_sentence(error)}"]) from error
+        raise PairError(
+            [f"the GPU ran out of memory at start-up: {_first_sentence(error)}"]
+        ) from error
 
 
 def _start(config: EngineConfig, model: BlendedModel) -> Started:
@@ -154,7 +156,8 @@ def _cuda_sizes(
 def _try_recording(
     config: EngineConfig, model: BlendedModel, attention: PagedAttention, failures: list[str]
 ) -> RecordingTrial | None:
-    """Returns the first forward pass that records in a trial; adds why others fail."""
+    """Returns the first forward pass whose trial capture succeeds; appends the other errors to
+    `failures`."""
     if not config.cuda_graphs:
         return None
     if attention.backend.name == ReferenceAttention.name:
@@ -267,7 +270,7 @@ def _causes(error: BaseException) -> str:
     while (before := first.__cause__ or first.__context__) is not None:
         first = before
     sentences = [_first_sentence(one)[:LONGEST_REASON] for one in (error, first)]
-    return ", after ".join(dict.fromkeys(sentences))
+    return ", caused by ".join(dict.fromkeys(sentences))
 
 
 def _first_sentence(error: BaseException) -> str:

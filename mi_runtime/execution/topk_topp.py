@@ -34,7 +34,7 @@ PROBABILITY_BITS, DIGIT_BITS = 30, 5  # of a float32 up to 1; found per round of
 
 
 class Cut(IntEnum):
-    """How the least probability that a row keeps is found; min-p applies in addition."""
+    """How to find the smallest probability that a row keeps; min-p applies in addition."""
 
     NONE = 0
     SEARCHED = 1  # for top-p without top-k

@@ -155,7 +155,9 @@ def _load_checkpoint(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Loads one checkpoint. Raises PairError with every missing, unknown or non-finite tensor."""
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)  # before a config can name it
+    AttentionInterface.register(
+        ATTENTION_NAME, attention_forward
+    )  # must exist before a config refers to it
     try:
         with tensors_allocated_separately():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -208,9 +210,7 @@ def tensors_allocated_separately() -> Iterator[None]:
 
 def _too_large(error: torch.OutOfMemoryError) -> PairError:
     reason = (str(error).splitlines() or [""])[0]
-    return PairError(
-        [f"the pair does not fit in memory (--delta-dtype keeps it smaller): {reason}"]
-    )
+    return PairError([f"the pair does not fit in memory (try --delta-dtype): {reason}"])
 
 
 def _saved_bytes(model: nn.Module) -> int:

@@ -192,7 +192,10 @@ def _weight_files(directory: Path, problems: list[str]) -> list[Path]:
             problems.append(f"{index}: not a readable index ({_first_line(error)})")
             return []
         missing = [name for name in names if not (directory / name).is_file()]
-        problems += [f"{directory / name}: named by {index.name}, but missing" for name in missing]
+        problems += [
+            f"{directory / name}: listed in {index.name}, but the file does not exist"
+            for name in missing
+        ]
         return [directory / name for name in names if name not in missing]
     single = directory / "model.safetensors"
     if single.is_file():
@@ -217,14 +220,17 @@ def _unsupported(config: PreTrainedConfig) -> list[str]:
     problems = []
     rope = sorted(_rope_types(values) & BATCH_WIDE_ROPE)
     if rope:
-        problems.append(f"rope_type {rope[0]!r} depends on the longest row of a batch")
+        problems.append(
+            f"rope_type {rope[0]!r} is not supported: it depends on the longest sequence in the "
+            "batch"
+        )
     if values.get("attn_logit_softcapping") is not None:
         problems.append("attn_logit_softcapping (gemma2) is not supported")
     if values.get("kv_lora_rank") is not None:
         problems.append("multi-head latent attention (kv_lora_rank) is not supported")
     layers = sorted(set(values.get("layer_types") or ()) - SUPPORTED_LAYER_TYPES)
     if layers:
-        problems.append(f"layer_types {', '.join(layers)}: not supported")
+        problems.append(f"layer_types {', '.join(layers)} are not supported")
     if any(key in values for key in ("ssm_cfg", "mamba_d_state", "state_size", "mamba_d_conv")):
         problems.append(f"state-space layers (model_type {config.model_type}) are not supported")
     for key in ("quantization_config", "text_config"):

@@ -73,7 +73,9 @@ class RoutedWeight:
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Tensor:
         if func is not F.linear:
-            raise UnsupportedModel(f"a router uses its weight in {func.__name__}")
+            raise UnsupportedModel(
+                f"the router calls {func.__name__} on its weight; only F.linear is supported"
+            )
         x, weight, *bias = args
         out = cast(RoutedWeight, weight)._product(x)
         bias = bias[0] if bias else (kwargs or {}).get("bias")

@@ -103,8 +103,8 @@ class Probe:
             error = ((logits - endpoint_logits).abs().amax(1) / allowed)[of_row == value].median()
             if not error <= 1:
                 raise UnsupportedModel(
-                    f"the self-check failed: blended logits at λ = {value} are off by {error:.2g} "
-                    "times what rounding explains"
+                    f"the self-check failed: blended logits at λ = {value} differ by {error:.2g} "
+                    "times the rounding tolerance"
                 )
 
     def _logits(self, model: PreTrainedModel, device: torch.device | None = None) -> Tensor:

@@ -124,7 +124,9 @@ class ModuleSwap:
         """
         slot, axis = self._slot(name)
         if axis.axis != axis.dims - 2:
-            raise UnsupportedModel(f"{name}: its input has rows on axis {axis.axis}")
+            raise UnsupportedModel(
+                f"{name}: a linear layer with its tokens on axis {axis.axis} is not supported"
+            )
         siblings = self._siblings.get(name) or [_Both(name, module, other)]
         if group_of(name) == "head":
             pair: Matrix = self._take_vocabulary(module, other)
@@ -145,7 +147,7 @@ class ModuleSwap:
 
     def _swap_embedding(self, name: str, module: nn.Embedding, other: nn.Module) -> None:
         if module.max_norm is not None:
-            raise UnsupportedModel(f"{name}: an embedding with max_norm")
+            raise UnsupportedModel(f"{name}: an embedding with max_norm is not supported")
         pair = self._take_vocabulary(module, other)
         if type(module) is nn.Embedding:
             module.__class__ = PairEmbedding
@@ -164,7 +166,7 @@ class ModuleSwap:
     def _swap_experts(self, name: str, module: nn.Module, other: nn.Module) -> None:
         flags = cast(Any, module)
         if not getattr(flags, "has_gate", True) or getattr(flags, "has_post_expert_norm", False):
-            raise UnsupportedModel(f"{name}: experts of {type(module).__name__}")
+            raise UnsupportedModel(f"{name}: experts of {type(module).__name__} are not supported")
         for projection, attribute in zip(EXPERT_PROJECTIONS, EXPERT_ATTRIBUTES, strict=True):
             weights = _take(module, other, projection)
             assert weights is not None
@@ -197,13 +199,15 @@ class ModuleSwap:
             return self._row_parameter(name, *taken).value
         if parameter == "sinks":
             return RowParameter(*taken, self._groups.slot(group_of(name), logits_only=False)).value
-        raise UnsupportedModel(f"{name}.{parameter}: no swap covers this part of {kind}")
+        raise UnsupportedModel(f"{name}.{parameter}: parameters of {kind} are not supported")
 
     def _row_parameter(self, name: str, instruct: Tensor, thinking: Tensor) -> RowParameter:
         slot, axis = self._slot(name)
         between = axis.dims - axis.axis - 1 - instruct.dim()
         if between < 0:
-            raise UnsupportedModel(f"{name}: a parameter of shape {tuple(instruct.shape)}")
+            raise UnsupportedModel(
+                f"{name}: a parameter of shape {tuple(instruct.shape)} is not supported"
+            )
         return RowParameter(instruct, thinking, slot, between)
 
     def _slot(self, name: str) -> tuple[RowSlot, RowAxis]:
@@ -299,4 +303,5 @@ def _is_linear(module: nn.Module) -> bool:
 def _refuse_rest(name: str, module: nn.Module) -> None:
     """Raises UnsupportedModel if the module has any tensor left."""
     for parameter, _ in _own_tensors(module):
-        raise UnsupportedModel(f"{name}.{parameter}: no swap covers this part")
+        kind = type(module).__name__
+        raise UnsupportedModel(f"{name}.{parameter}: parameters of {kind} are not supported")

@@ -164,14 +164,18 @@ class GrammarState:
             try:
                 self._matcher = self._compiled.result().deep_copy()
             except ValueError as error:  # a tokenizer of a kind that the library cannot read
-                self.failure = _bounded(f"this tokenizer allows no grammar: {error}")
+                self.failure = _bounded(
+                    f"structured output is not supported for this tokenizer: {error}"
+                )
             except ImportError as error:
-                self.failure = _bounded(f"grammars cannot be applied on this machine: {error}")
+                self.failure = _bounded(
+                    f"structured output is not available (is llguidance installed?): {error}"
+                )
         return self._matcher
 
     def _failed(self, matcher: "LLMatcher") -> bool:
         if matcher.is_error():
-            self.failure = _bounded(f"the grammar cannot be followed: {matcher.get_error()}")
+            self.failure = _bounded(f"a token violated the grammar: {matcher.get_error()}")
         return self.failure is not None
 
 

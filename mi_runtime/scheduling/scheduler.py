@@ -5,7 +5,7 @@ remains of the token budget. Sequences are ranked by priority and, if that is eq
 first waiting sequence is admitted first and never overtaken by the others. When blocks run out, the
 last running sequence is preempted: it returns to the waiting queue, its KV is dropped (to be
 recomputed, or found again in the prefix cache) and its tokens are kept. So the first running
-sequence always advances, and of equal priority every sequence becomes the first. An operator who
+sequence always advances, and sequences of equal priority cannot starve. An operator who
 lets callers set priorities lets them keep others waiting. A waiting sequence of better rank takes
 the next free place; no running sequence is preempted for it.
 
@@ -18,12 +18,11 @@ when its answer grows into one.
 
 A step may be scheduled while the previous one is in flight, that is, launched but without results.
 The tokens that the previous step samples are then counted but not known. A sequence is scheduled
-before its token is known if the step does not depend on which token it is: not if the answer
-certainly ends with it, and not if it may close a think block after which another dial applies. Such
-a sequence skips one step, and its place in the budget stays free. If the token ends the answer
-after all, what was computed after it is dropped. No sequence is preempted for a token that is not
-known yet. A preempted sequence still takes the token that was being sampled for it, and is not
-admitted again before that.
+before its token is known, unless the answer certainly ends with it, or it may close a think block
+after which another dial applies. Such a sequence skips one step, and its place in the budget stays
+free. If the token ends the answer after all, what was computed after it is dropped. No sequence is
+preempted for a token that is not known yet. A preempted sequence still takes the token that was
+being sampled for it, and is not admitted again before that.
 
 The chunks that `schedule` returns count as computed at once, because later steps run after them on
 the device. The prefix cache takes a block only when its step has succeeded and all of its tokens
@@ -56,7 +55,7 @@ SCORED_ROWS: Final = 512
 
 
 class Scheduler:
-    """The running and waiting sequences of one engine, and the KV blocks that they hold.
+    """Schedules the running and waiting sequences of one engine, and gives them KV blocks.
 
     `max_model_len` limits the tokens of a prompt and its answer together, `max_batched_tokens` the
     tokens of a step, and `max_num_seqs` the sequences that run at once.

@@ -1,4 +1,5 @@
-"""The metrics that Prometheus scrapes, prefixed `mi_`; names and buckets are vLLM's if it has them.
+"""The metrics that Prometheus scrapes, prefixed `mi_`. Names and buckets are vLLM's if it has them,
+except `kv_cache_usage_ratio`, which is `kv_cache_usage_perc` there.
 
 Gauges and the engine's counters are read from the engine's last report at each scrape, and cost
 nothing in between. A `RequestMeter` follows each request. Every server has its own registry.
@@ -44,26 +45,34 @@ class Metrics:
         self.model_name = model_name
         self.registry = CollectorRegistry()
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of accepted prompts.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens of answers.")
         self._reasoning_tokens = self._counter("reasoning_tokens", "Tokens inside think blocks.")
-        self._success = self._counter("request_success", "Requests ended.", "finished_reason")
-        self._rejections = self._counter("admission_rejections", "Requests refused.", "reason")
+        self._success = self._counter("request_success", "Requests that ended.", "finished_reason")
+        self._rejections = self._counter(
+            "admission_rejections", "Requests that were refused.", "reason"
+        )
         self._ttft = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", TTFT_SECONDS
+            "time_to_first_token_seconds", "Seconds from arrival to the first token.", TTFT_SECONDS
         )
         self._answer_ttft = self._histogram(
             "time_to_first_answer_token_seconds",
-            "From arrival to the first text after the reasoning.",
+            "Seconds from arrival to the first text after the reasoning.",
             TTFT_SECONDS,
         )
         self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request.", INTER_TOKEN_SECONDS
+            "inter_token_latency_seconds",
+            "Seconds between two tokens of an answer.",
+            INTER_TOKEN_SECONDS,
         )
         self._e2e = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS
+            "e2e_request_latency_seconds",
+            "Seconds from arrival to the last token.",
+            REQUEST_SECONDS,
         )
         self._queue = self._histogram(
-            "request_queue_time_seconds", "From submission to the first step.", REQUEST_SECONDS
+            "request_queue_time_seconds",
+            "Seconds from submission to the first step.",
+            REQUEST_SECONDS,
         )
         self._request_prompt = self._histogram(
             "request_prompt_tokens", "Tokens of a prompt.", TOKENS
@@ -75,7 +84,7 @@ class Metrics:
             "request_reasoning_tokens", "Tokens of a think block.", TOKENS
         )
         self._decisions = self._counter(
-            "router_decisions", "λ values chosen, by their source.", "source", "lambda_bucket"
+            "router_decisions", "Routing decisions, by the source of λ.", "source", "lambda_bucket"
         )
         self._budget_used = self._histogram(
             "budget_used_ratio", "Reasoning tokens of an answer divided by its budget.", SHARES
@@ -211,7 +220,7 @@ class EngineState:
 
     stats: EngineStats = field(default_factory=EngineStats)
     info: EngineInfo | None = None  # None: loading
-    max_lambdas: int = 0  # most different λ values that can run at once
+    max_lambdas: int = 0  # maximum number of λ values that can run at once
 
 
 class _EngineCollector(Collector):
@@ -222,17 +231,21 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         state = self._read()
         stats = state.stats
-        yield self._gauge("num_requests_running", "Requests in the batch.", stats.running)
-        yield self._gauge("num_requests_waiting", "Requests not in the batch.", stats.waiting)
+        yield self._gauge("num_requests_running", "Requests that are running.", stats.running)
+        yield self._gauge("num_requests_waiting", "Requests that wait to run.", stats.waiting)
         usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
         yield self._gauge("kv_cache_usage_ratio", "Share of KV blocks in use.", usage)
         yield self._lambdas(state)
         if state.info is not None:
             yield self._cache_config(state.info)
         yield self._counter(
-            "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queried_tokens
+            "prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache.",
+            stats.prefix_queried_tokens,
         )
-        yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hit_tokens)
+        yield self._counter(
+            "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens
+        )
         yield self._counter("num_preemptions", "Sequences preempted.", stats.preemptions)
         yield self._executions(stats)
         yield self._counter(

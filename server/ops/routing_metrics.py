@@ -38,7 +38,7 @@ class RoutingCollector(Collector):
     def _observed(self, lengths: ObservedLengths | None) -> Metric:
         family = Metric(
             "mi_observed_reasoning_tokens",
-            "Reasoning tokens of an answer by routing class; a truncated think block is the longest.",
+            "Reasoning tokens of an answer; a truncated think block counts as longest.",
             "summary",
         )
         for name, bucket, digest in lengths.filled() if lengths else ():

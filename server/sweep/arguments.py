@@ -51,7 +51,7 @@ def sweep_parser() -> argparse.ArgumentParser:
         help="number of most probable tokens to sample from; 0: off (default)",
     )
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
-        help="sampling settings at λ = 0, for example 0.7,0.8,20 (default: those of other λ)")  # fmt: skip
+        help="sampling settings at λ = 0, such as 0.7,0.8,20 (default: as at other λ)")  # fmt: skip
     add("--dials", type=_names, default=[ALL], metavar="NAMES",
         help="blend groups that λ applies to, with the others at 0: all, mlp, attn, 0-3, 0-3.mlp; "
         "several make an ablation (default: all)")  # fmt: skip
@@ -62,8 +62,8 @@ def sweep_parser() -> argparse.ArgumentParser:
 def calibrate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "calibrate",
-        "Measures the profile from which `serve` picks λ: a grid of λ first, then more λ values and "
-        "samples where the curve bends.",
+        "Measures the profile from which `serve` picks λ: a grid of λ first, then more λ values "
+        "and samples where the curve bends.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True,
@@ -97,7 +97,7 @@ def calibrate_parser() -> argparse.ArgumentParser:
         help="number of most probable tokens to sample from; 0: off (default)",
     )
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
-        help="sampling settings at λ = 0, for example 0.7,0.8,20 (default: those of other λ)")  # fmt: skip
+        help="sampling settings at λ = 0, such as 0.7,0.8,20 (default: as at other λ)")  # fmt: skip
     add("--think-threshold", type=_number(0, 1), default=0.0,
         help="highest λ that takes Instruct's chat template; a server at --url must run with the "
         "same value (default: 0)")  # fmt: skip

@@ -22,4 +22,4 @@ class BadParameters(SweepError):
 
 
 def missing_library(library: str, extra: str) -> BadParameters:
-    return BadParameters(f"this needs `{library}`: pip install 'mi-server[{extra}]'")
+    return BadParameters(f"this requires `{library}`: pip install 'mi-server[{extra}]'")

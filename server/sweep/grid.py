@@ -118,7 +118,7 @@ def ablation_groups(layers: int) -> list[str]:
     third of the layers. Raises `BadParameters` for fewer than 3 layers.
     """
     if layers < 3:
-        raise BadParameters(f"an ablation by thirds needs 3 layers; this model has {layers}")
+        raise BadParameters(f"--ablate requires at least 3 layers; this model has {layers}")
     third, two = round(layers / 3), round(2 * layers / 3)
     ranges = [(0, two), (third, layers), (0, third), (third, two), (two, layers)]
     return [ALL, "mlp", "attn", *(f"{first}-{end - 1}" for first, end in ranges)]

@@ -89,7 +89,8 @@ class GrammarBuilder:
         token = next(filter(None, map(self._token_names.search, _strings(schema))), None)
         if token is not None:
             raise InvalidRequest(
-                f"`{param}` contains {token[0]!r}, a special token, which cannot be generated as text",
+                f"`{param}` contains {token[0]!r}, a special token, which cannot be generated as "
+                "text",
                 param=param,
             )
         fault = self._fault_of(alone)

@@ -105,7 +105,8 @@ def _check_reasoning_shown(request: ChatRequest) -> None:
     given = "include_reasoning" in request.model_fields_set
     if excluded is not None and given and excluded is request.include_reasoning:
         raise InvalidRequest(
-            "`include_reasoning` and `reasoning.exclude` contradict each other; set only one of them",
+            "`include_reasoning` and `reasoning.exclude` contradict each other; set only one of "
+            "them",
             param="reasoning.exclude",
         )
 

@@ -83,7 +83,7 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         )
     if len(request.prompts) * request.choices > MOST_CHOICES_OF_PROMPTS:
         raise InvalidRequest(
-            f"{len(request.prompts)} prompts with {request.choices} choices each exceed the maximum of "
+            f"{len(request.prompts)} prompts with {request.choices} choices each exceed the limit of "
             f"{MOST_CHOICES_OF_PROMPTS} choices",
             param="prompt",
         )

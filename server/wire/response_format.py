@@ -35,7 +35,7 @@ def check_response_format(form: ResponseFormat | None) -> None:
     """Raises `InvalidRequest` if type and schema do not belong together."""
     if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
         raise InvalidRequest(
-            "`response_format.json_schema` is required for type `json_schema` and not allowed for other "
-            "types",
+            "`response_format.json_schema` is required for type `json_schema` and not allowed for "
+            "other types",
             param="response_format.json_schema",
         )

@@ -14,5 +14,5 @@ def test_a_grid_that_divides_1_is_accepted(step: float) -> None:
 
 @pytest.mark.parametrize("step", [0.0, -0.1, 0.03, 0.7, 2.0, math.nan])
 def test_a_grid_that_does_not_divide_1_is_refused(step: float) -> None:
-    with pytest.raises(ValueError, match="lambda_step must divide 1 evenly"):
+    with pytest.raises(ValueError, match="--lambda-step must divide 1 evenly"):
         EngineConfig("a", "b", lambda_step=step)

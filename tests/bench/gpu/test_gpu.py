@@ -206,7 +206,7 @@ def test_an_engine_on_a_gpu_without_recordings_or_kernels_is_an_error() -> None:
         ("graphs", "none"),
         ("attention", "reference"),
         ("pair_kernels", "up to 0 rows"),
-        ("pair_kernels", "none, as they do not run here (…)"),
+        ("pair_kernels", "off: they failed (…)"),
     ):
         (off,) = what_is_off({**good, fact: reported}, Run("4b"))
         assert reported in off

@@ -121,7 +121,7 @@ def info_of(**choices: str) -> EngineInfo:
     [
         ("24 recorded, in 9 s", "up to 64 rows", 0),
         ("none", "up to 64 rows", 1),
-        ("24 recorded, in 9 s", "none, as they do not run here (no)", 1),
+        ("24 recorded, in 9 s", "off: they failed (no)", 1),
         ("none", "", 2),
         ("24 recorded, in 9 s", "up to 0 rows", 1),
     ],

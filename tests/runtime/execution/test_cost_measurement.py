@@ -70,7 +70,7 @@ def test_kernels_that_do_not_run_are_off_and_the_reason_is_reported(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_with_failing_kernels(qwen3_pair, monkeypatch, RuntimeError("no kernel image"))
-    assert choose_kernels(model) == "none, as they do not run here (no kernel image)"
+    assert choose_kernels(model) == "off: they failed (no kernel image)"
     assert model.kernels.rows == 0
 
 
@@ -78,7 +78,7 @@ def test_kernels_that_break_the_gpu_end_the_start(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next measurement raised an error that named neither GPU nor kernels."""
-    with pytest.raises(PairError, match=r"pair kernels do not run \(an illegal access\)"):
+    with pytest.raises(PairError, match=r"pair kernels failed \(an illegal access\)"):
         choose_kernels(
             model_with_failing_kernels(qwen3_pair, monkeypatch, RuntimeError("an illegal access"))
         )

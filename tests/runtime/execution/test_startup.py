@@ -121,4 +121,4 @@ def test_the_first_cause_of_a_failed_recording_is_reported_too() -> None:
             raise RuntimeError("capture was invalidated")
     except RuntimeError as error:
         causes = startup._causes(error)
-    assert causes == "capture was invalidated, after CUDA error: operation not permitted"
+    assert causes == "capture was invalidated, caused by CUDA error: operation not permitted"

@@ -174,7 +174,7 @@ def test_sharded_checkpoints_load(sharded: Directories, qwen3_pair: Directories)
 def test_a_missing_shard_is_named(sharded: Directories) -> None:
     shard = sorted(sharded[0].glob("model-*.safetensors"))[1]
     shard.unlink()
-    assert only_problem_of(sharded).startswith(f"{shard}: named by model.safetensors.index.json")
+    assert only_problem_of(sharded).startswith(f"{shard}: listed in model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
@@ -367,7 +367,7 @@ def test_a_family_that_is_not_supported_is_refused_by_name(
 
 def test_a_module_that_no_swap_covers_is_refused_by_name(tmp_path: Path) -> None:
     (problem,) = load_problems_of(write_pair(tmp_path, "gpt2"))
-    named = "transformer.h.0.attn.c_attn.weight: no swap covers this part of Conv1D"
+    named = "transformer.h.0.attn.c_attn.weight: parameters of Conv1D are not supported"
     assert problem == f"model_type gpt2: {named}"
 
 

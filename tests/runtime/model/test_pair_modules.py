@@ -363,7 +363,7 @@ class UnknownModule(nn.Module):
 def test_a_parameter_that_no_swap_covers_is_refused_by_name() -> None:
     models = [nn.ModuleDict({"odd": UnknownModule()}) for _ in range(2)]
     with pytest.raises(
-        UnsupportedModel, match=r"odd\.gamma: no swap covers this part of UnknownModule"
+        UnsupportedModel, match=r"odd\.gamma: parameters of UnknownModule are not supported"
     ):
         swapped(*models, {"odd": ROWS_FIRST})
 
