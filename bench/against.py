@@ -1,11 +1,11 @@
-"""One bench in two checkouts in turn: is this commit slower than the one before?
+"""Runs one benchmark in two checkouts in turn, to show whether a commit made it slower.
 
     git worktree add ../before HEAD~1
     python -m bench.against ../before bench.serving --rounds 4 -- --rounds 1
 
-Each round runs the module once in either checkout, and the order changes from round to round, so
-that a machine that gets slower does so for both. Prints for every row of the bench the ratio of
-this checkout's median to the other's. Flags of the bench itself follow `--`.
+Each round runs the module once in each checkout. The order changes from round to round, so that a
+machine that gets slower affects both. Prints the ratio of this checkout's median to the other's for
+every row. The benchmark's own flags follow `--`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from statistics import median
 HERE = Path(__file__).parents[1]
 
 Figures = dict[str, float]
-"""Medians of one run, by bench and row."""
+"""Medians of one run, by benchmark and row."""
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("other", type=Path, help="a checkout of the commit to compare with")
-    parser.add_argument("module", help="a bench that publishes rows, such as bench.serving")
+    parser.add_argument("module", help="a benchmark that publishes rows, such as bench.serving")
     parser.add_argument("--rounds", type=int, default=3)
     words = [*sys.argv[1:], "--"]
     end = words.index("--")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run(command: list[str], checkout: Path) -> Figures:
-    """Runs the bench in a checkout. Raises CalledProcessError where it fails."""
+    """Runs the benchmark in a checkout. Raises CalledProcessError if it fails."""
     done = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"bench"')]
     return {

@@ -1,5 +1,4 @@
-"""What a budget of reasoning tokens buys: with routing, and with a fixed λ that is cut at the
-budget.
+"""Measures the score that a budget of reasoning tokens buys, with routing and with a fixed λ.
 
     python -m bench.budgets [--budgets 0,5,10] [--questions 150] [--samples 8] [--seed 1]
 
@@ -55,7 +54,7 @@ class Policy:
 
     name: str
     budget: int | None
-    explicit: float | None  # λ; None: the router chooses it
+    explicit: float | None  # λ, or None if the router chooses it
 
     def body(self, unit: PlannedSample, pair: ServedPair, asking: RequestOptions) -> dict[str, Any]:
         body = request_body(unit, pair, asking)
@@ -194,9 +193,7 @@ def _share_correct(answers: Iterable[Answer]) -> float | None:
 
 
 def _gain(own: Sequence[Sample], cut: Sequence[Sample]) -> dict[str, float]:
-    """The difference in Mean@k, with the 95 % bootstrap interval of the difference on the same
-    questions.
-    """
+    """Returns the difference in Mean@k on the same questions, with its 95 % bootstrap interval."""
     pairs = zip(grouped(own), grouped(cut), strict=True)
     gains = [
         fmean(it.correct for it in one) - fmean(it.correct for it in two) for one, two in pairs

@@ -1,11 +1,10 @@
-"""How many graphs the decode steps of a model compile to, and how long that takes, by number of
-layers.
+"""Counts the graphs that a model's decode steps compile to, and times their compilation.
 
     TORCHINDUCTOR_CACHE_DIR=DIR python -m bench.compiled --layers 36
 
-Uses a random pair of tiny width and inductor's CPU backend, so no GPU is needed. The seconds are
-not those of a GPU. How they grow with the number of layers, and what a second start finds in the
-cache directory of the first, is the same there. Triton kernels are interpreted.
+Uses a random pair of tiny width and inductor's CPU backend, so it needs no GPU. The seconds are not
+those of a GPU. But they grow with the number of layers as they do there, and a second run with the
+same cache directory finds what it would find there. Triton kernels are interpreted.
 """
 
 import argparse
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def run_all(model: BlendedModel) -> None:
-    """Runs every way, for two numbers of rows."""
+    """Compiles and runs decode steps of 2 and 4 rows, for each way that a group can be computed."""
     attention = PagedAttention(
         *(model.layers, 16, 4, model.dtype, model.device, make_backend("triton"))
     )

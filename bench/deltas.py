@@ -1,17 +1,17 @@
-"""What rounding the difference between the endpoints costs, on the embedded pair in fp32.
+"""Measures what rounding the difference between the endpoints costs, on the embedded pair in fp32.
 
     python -m bench.deltas [--questions 100] [--samples 8] [--seed 1] [--kept]
 
-Compares two full endpoints (`none`) with deltas in int8 and int4:
+Compares two full endpoints (`none`) with deltas in int8 and int4, in two ways:
 
     sweep    `mi-server sweep` at T = 0.7 with the same questions and seeds. Each point is compared
-             with the exact one: is it within the exact one's 95 % interval?
+             with the exact one, and marked if it is outside the exact one's 95 % interval
     greedy   the greedy answers of the exact computation, scored again token by token: the share of
              tokens that are still the most likely one, and the error of the logits as a share of
              the distance between the endpoints' logits (median over tokens)
 
-It measures quality, not time. Writes `bench/results/deltas.json` and the tables of docs/deltas.md;
-with `--kept` only the tables, from the results of an earlier run.
+It measures quality, not time. Writes `bench/results/deltas.json` and the tables of docs/deltas.md.
+With `--kept` it writes only the tables, from the results of an earlier run.
 """
 
 import argparse

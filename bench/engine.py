@@ -1,4 +1,4 @@
-"""The engine's ways to compute Θ(λ), compared with a checkpoint merged offline, on two pairs.
+"""Compares the engine's ways to compute Θ(λ) with a checkpoint merged offline, on two pairs.
 
     python -m bench.engine [--pairs embedded,midsize] [--threads N] [--rounds N]
 
@@ -6,7 +6,7 @@ All rows run in turn in one process; results are medians over the rounds after a
 Prefill is the time from submitting 32 prompts to the last one's first token; decode is the time
 after that. Both are reported in tokens a second. Rows:
 
-    a   our engine on a checkpoint merged at λ = 0.5, without any pair module
+    a   the engine on a checkpoint merged at λ = 0.5, without any pair module
     b   one λ that is in use ("hot"): 0.5
     c   32 λ values, one for each request
     d   8 λ values, four requests each
@@ -192,7 +192,7 @@ def first_token_seconds(engine: Engine, pair: Pair, value: float, seed: int) -> 
 
 
 def in_turn(static: StaticEngine, pair: Pair, seed: int) -> Speed:
-    """Runs one engine eight times: eight engines with one λ each would run one after another."""
+    """Runs one engine eight times, as eight engines with one λ each would run in turn."""
     parts = [
         speed(static, pair, [HOT] * (REQUESTS // len(EIGHT)), seed * 100 + index)
         for index in range(len(EIGHT))
@@ -211,7 +211,7 @@ def merged_model(pair: Pair, directory: Path) -> Any:
 
 
 class Peer:
-    """`transformers` on a plain model. Its continuous batching keeps running between rounds."""
+    """Runs `transformers` on a plain model. Continuous batching keeps running between rounds."""
 
     def __init__(self, pair: Pair, model: Any, page_sizes: tuple[int, ...] = PAGE_SIZES) -> None:
         self._pair, self._model = pair, model

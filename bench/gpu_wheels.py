@@ -1,6 +1,6 @@
 """Downloads the wheels that the server needs and a GPU machine without network lacks.
 
-    python -m bench.gpu_wheels              downloads them into .wheels: 7.4 MB, for CPython 3.12
+    python -m bench.gpu_wheels              downloads 7.4 MB into .wheels, for CPython 3.12
     python -m bench.gpu_wheels --machine    prints the needed packages that the GPU machine has
 
 `bench/gpu_machine.txt` lists the packages of the GPU machine: replace it by that machine's `pip
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.carried.wheels import WHEELS, normalized
+from bench.carried.missing_packages import WHEELS, normalized
 from bench.measuring.folders import CHECKOUT
 
 MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")
@@ -60,23 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def machine_packages(text: str) -> dict[str, str | None]:
-    """Returns the machine's packages by normalized name, with their versions where a package index
-    has them.
+    """Returns the machine's packages by normalized name.
+
+    The value is the version, or None if no package index has it.
     """
     named = re.finditer(r"^(\w[\w.-]*)(?:==([\w.]+))?", text, re.MULTILINE)
     return {normalized(found[1]): found[2] for found in named}
 
 
 def requirements() -> Iterator[str]:
-    """Returns the requirements of the server, from `pyproject.toml`, and of first contact's
-    tests.
-    """
+    """Yields what the server requires, from `pyproject.toml`, and what first contact's tests do."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     yield from (*project["dependencies"], *TESTS)
 
 
 def resolved(present: dict[str, str | None]) -> dict[str, str]:
-    """Returns names and versions of all packages that are needed there, including those it has."""
+    """Returns the version of every package that the GPU machine needs, including those it has."""
     with tempfile.TemporaryDirectory() as folder:
         report, pins = Path(folder, "report.json"), Path(folder, "pins.txt")
         known = (f"{name}=={version}\n" for name, version in present.items() if version)
@@ -89,9 +88,7 @@ def resolved(present: dict[str, str | None]) -> dict[str, str]:
 
 
 def download(wanted: dict[str, str], folder: Path) -> None:
-    """Downloads exactly these wheels into `folder`, replacing its wheels. Changes nothing if one is
-    missing.
-    """
+    """Replaces the wheels in `folder` by these. Changes nothing if one cannot be downloaded."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         pins = [f"{name}=={version}" for name, version in wanted.items()]

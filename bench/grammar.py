@@ -1,11 +1,11 @@
-"""What a grammar costs: the masks of a step, compilation, and reading the vocabulary.
+"""Measures what a grammar costs: masks, compilation, and reading the vocabulary.
 
     python -m bench.grammar [--answers 8]
 
 Uses the embedded pair's tokenizer, and a made-up one of 151,936 tokens (byte level, random words).
 Answers are drawn uniformly from what the grammar allows, so that masks are computed at every kind
-of position. Microseconds: `mask` is one row's mask at one step, `apply` is changing that row's
-logits.
+of position. All rows are in microseconds: `mask` computes one row's mask at one step, and `apply`
+changes that row's logits.
 """
 
 import argparse
@@ -72,9 +72,7 @@ def main() -> None:
 
 
 def made_up() -> Tokenizer:
-    """Makes a tokenizer of bytes, random words of one to ten letters with or without a space, and
-    the end.
-    """
+    """Makes a tokenizer of bytes, random words of up to ten letters, and the end token."""
     generator = random.Random(0)
     symbols = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
     while len(symbols) < LARGE - 1:
@@ -130,9 +128,7 @@ def drawn(state: GrammarState, end: int, generator: random.Random) -> Iterator[f
 
 
 def applied(grammars: Grammars, source: str, vocabulary: int, rounds: int) -> list[float]:
-    """Returns the time of a row of a greedy step with the grammar, minus that of a step without
-    one.
-    """
+    """Returns the time of a row of a greedy step with the grammar, minus that without one."""
     times: dict[str | None, list[float]] = {source: [], None: []}
     for _ in range(rounds + 1):
         for grammar, measured in times.items():

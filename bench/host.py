@@ -1,19 +1,19 @@
-"""The host's work in a decode step, and how much of it a device that works in parallel hides.
+"""Measures the host's work in a decode step, and how much of it the device's own work hides.
 
     python -m bench.host [--rows 1,32,256] [--device-ms 5] [--context 1024] [--steps 100]
 
 The engine is the real one with asynchronous scheduling, on a model of 36 layers that computes
-nothing. A fake device has a queue: a forward adds its milliseconds to the device's clock, from when
-everything before it is done. Results are ready when that clock has passed them; until then the
+nothing. A fake device has a queue of work: a forward begins when everything before it is done, and
+takes its milliseconds. Until the device's clock reaches the end of the work that it waits for, the
 thread spins, as it does on CUDA's events. Decode steps use the recorded path, as on a GPU. The
 vocabulary is tiny, so that the tensor work of a draw, which a GPU would do, is small compared with
 the host's work of launching it. All times are CPU time of the engine's thread, so that other work
 on the machine is not counted, though it slows cores and caches.
 
-Milliseconds, medians over the steps of a run:
+Rows are milliseconds, medians over the steps of a run:
 
     not hidden      the length of a step minus the device's own time
-    device idle     between the end of what was queued and the next launch (mean)
+    device idle     the time between the end of what was queued and the next launch (mean)
     host            the work of the engine's thread in a step, without waiting, and its parts
 
 Each is measured for greedy and sampled answers, at one hot λ and at a different λ for every row,
@@ -73,7 +73,7 @@ READER = "from multiprocessing.connection import Connection as C\nc = C({fd})\nw
 class Case:
     rows: int
     sampling: SamplingParams
-    lambdas: int  # 1: a hot one
+    lambdas: int  # how many; if 1, its blended weights are in the cache
     ending: bool = False  # one row ends in every step
 
     @property
@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument(
         "--context", type=at_least(1), default=1024, help="tokens of a prompt (1024)"
     )
-    parser.add_argument("--steps", type=at_least(LAST + 1), default=100, help="of a run (100)")
+    parser.add_argument(
+        "--steps", type=at_least(LAST + 1), default=100, help="steps of a run (100)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     values: dict[str, list[float]] = {}
@@ -125,7 +127,7 @@ def cases(rows: Sequence[int]) -> Iterator[Case]:
 
 
 class FakeDevice:
-    """A queue of work; what is launched begins when everything before it is done."""
+    """A device with a queue of work: each piece begins when everything before it is done."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds  # length of a forward
@@ -198,9 +200,7 @@ def instant_model(forward: Callable[[], None], device: torch.device) -> InstantM
 def engine_of(
     case: Case, context: int, forward: Callable[[], None], device: torch.device
 ) -> Engine:
-    """Makes an engine with recorded decode steps, whose planner assumes the costs of a GPU's
-    forwards.
-    """
+    """Makes an engine with recorded decode steps, whose planner assumes a GPU's costs."""
     blocks = (context + 1024) // 16
     config = EngineConfig(
         "",
@@ -253,7 +253,7 @@ def submit(engine: Engine, case: Case, context: int, steps: int) -> None:
 
 
 def run(case: Case, seconds: float, context: int, steps: int) -> dict[str, list[float]]:
-    """Returns the milliseconds of every step, by part."""
+    """Returns the milliseconds of every step, for each part of it."""
     device = FakeDevice(seconds)
     engine = engine_of(case, context, device.forward, torch.device("cpu"))
     submit(engine, case, context, steps)
@@ -305,9 +305,7 @@ def reader() -> Iterator["Connection[object, object]"]:
 
 @contextmanager
 def watched(engine: Engine, clock: "Clock", device: FakeDevice) -> Iterator[None]:
-    """Times the parts of every step. Results are ready when the fake device's clock has passed
-    them.
-    """
+    """Times the parts of every step, and lets results wait for the fake device."""
     runner = engine._runner
     module, graphs = mi_runtime.execution.runner, runner.graphs
     parts: list[tuple[object, str, str]] = [
@@ -388,7 +386,7 @@ class Dispatches(EachDispatch):  # type: ignore[no-untyped-call]
 
 
 def dispatches(case: Case, context: int = 64, steps: int = 10) -> dict[str, float]:
-    """Returns the dispatches of a step outside the forward."""
+    """Returns how many operators a step dispatches outside the forward, by kind."""
     device = torch.device("meta")
     counting = Dispatches()
     with patch.object(Tensor, "pin_memory", lambda tensor: tensor), counting:

@@ -1,8 +1,8 @@
-"""Compiles the kernels for a GPU that need not be there, and shows what the compiler makes of them.
+"""Compiles the kernels for a GPU that need not be there, and prints what they use of it.
 
     python -m bench.kernel_code                       a table, for compute capability 9.0
     python -m bench.kernel_code --model 4b --json     one JSON line for each compiled kernel
-    python -m bench.kernel_code --pack FILE           a cache for a machine with the same Triton
+    python -m bench.kernel_code --pack FILE           for another machine with the same Triton
     python -m bench.kernel_code --unpack FILE --into DIR
 
 The host code of `mi_runtime.kernels` runs at the shapes of real models, on tensors whose memory is
@@ -109,9 +109,7 @@ class Driver:
     def unload_module(self, module: str) -> None: ...
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Returns module, function, registers, spills, and the largest number of threads of a
-        program.
-        """
+        """Returns module, function, registers, spills, and the most threads of a program."""
         return "module", "function", 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -128,7 +126,7 @@ class Driver:
 def compiled(
     cases: Iterable[Case], capability: int = 90, launcher: Callable[..., object] | None = None
 ) -> list[Variant]:
-    """Returns all kernels that the cases launch, each compiled or found once."""
+    """Compiles all kernels that the cases launch, or finds them in the cache; returns each once."""
     from triton import knobs
 
     variants: dict[str, Variant] = {}
@@ -147,8 +145,9 @@ def compiled(
 
 
 def distinct(cases: Iterable[Case], capability: int = 90) -> dict[tuple[str, str], list[str]]:
-    """Returns the kernels that the cases launch, with the cases that launch them. Kernels are
-    distinguished as Triton does, by name and key. Nothing is compiled.
+    """Returns the kernels that the cases launch, each with its cases. Compiles nothing.
+
+    Kernels are distinguished as Triton does, by name and key.
     """
     from triton import knobs
 
@@ -223,7 +222,7 @@ def _resource_usage(binary: Path) -> str:
 
 
 def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Cases for every number of rows that is recorded or measured, and for prefill chunks."""
+    """Yields a case for every number of rows that is recorded or measured, and prefill chunks."""
     from mi_runtime.execution.cost_measurement import KERNEL_ROWS
     from mi_runtime.execution.decode_graphs import SIZES
 
@@ -245,8 +244,9 @@ def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> It
 
 
 def tested() -> Iterator[Case]:
-    """Cases that only `tests/gpu` launches: the embedded pair, and products and attention of all
-    kinds.
+    """Yields cases that only `tests/gpu` launches.
+
+    They are those of the embedded pair, and products and attention of all kinds.
     """
     for dtype in (torch.float32, torch.bfloat16):
         yield from serving("embedded", EMBEDDED, dtype)
@@ -275,7 +275,7 @@ LAUNCHED: Final[dict[str, Callable[[], Iterator[Case]]]] = {
 
 
 def products(model: str, shape: Shape, rows: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Cases of the dense matrices, by how Thinking is stored."""
+    """Yields cases of the dense matrices, for each form in which Thinking is stored."""
     for what, (columns, depth) in matrices(shape).items():
         for kind, call in (("pair", _pair), ("int8", _int8), ("int4", _int4)):
             yield Case(model, f"{what} {kind}", rows, partial(call, rows, columns, depth, dtype))
@@ -341,7 +341,7 @@ def _rounded(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
 
 
 def _experts(shape: Shape, rows: int, kind: str, dtype: torch.dtype) -> None:
-    """Cases of both projections: the first takes tokens, the second the results of the first."""
+    """Computes both projections: the first of the tokens, the second of the first one's results."""
     from mi_runtime.kernels.pair_linear import align, grouped_linear
 
     alignment = align(torch.zeros(rows, shape.chosen, dtype=torch.int64), shape.experts)
@@ -367,7 +367,11 @@ def _expert_matrices(
 
 
 def write(shape: Shape, rows: int, dtype: torch.dtype) -> None:
-    """Writes KV: keys come from a norm or a rotation, values from the shared product."""
+    """Writes KV.
+
+    Keys have a tensor of their own, after norm and rotation. Values are a view of the product that
+    they share with queries and keys.
+    """
     from mi_runtime.kernels.paged_attention import write_kv
 
     kv_heads, dim = shape.kv_heads, shape.head_dim
@@ -386,8 +390,9 @@ def attend(
     window: int | None = None,
     sinks: bool = False,
 ) -> None:
-    """Attention of `decodes` rows, each a sequence of up to `longest` tokens. If `decodes` is 0,
-    attention of a chunk of `rows` tokens of one sequence.
+    """Attends with `decodes` rows, each of a sequence of up to `longest` tokens.
+
+    If `decodes` is 0, attends with a chunk of `rows` tokens of one sequence.
     """
     from mi_runtime.kernels.paged_attention import paged_attention
 
@@ -412,7 +417,7 @@ def attend(
     )
 
 
-# --- What is printed -----------------------------------------------------------------------------
+# --- Output -----------------------------------------------------------------------------
 
 
 def table(variants: Iterable[Variant]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What the server adds to a token, and what a refused request costs.
+"""Measures the delay that the server adds to a token, and the time of a refused request.
 
     python -m bench.latency [--rounds N]
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def added_to_a_token(rounds: int) -> dict[str, list[float]]:
-    """Returns quantiles over the tokens of each round, in milliseconds."""
+    """Returns the milliseconds added to a token: quantiles over the tokens of each round."""
     measured: dict[str, list[float]] = {"p50": [], "p90": [], "p99": []}
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as directory:
@@ -57,8 +57,9 @@ def added_to_a_token(rounds: int) -> dict[str, list[float]]:
 
 
 def seconds_added(stamps: Path, arrivals: dict[int, list[float]]) -> list[float]:
-    """Returns the seconds from the engine to the client, for every token of streams whose events
-    match.
+    """Returns the seconds from the engine to the client for every token.
+
+    Streams in which a token did not come as one event are left out.
     """
     handed: dict[int, list[float]] = defaultdict(list)
     for line in stamps.read_text().splitlines():
@@ -74,7 +75,7 @@ def seconds_added(stamps: Path, arrivals: dict[int, list[float]]) -> list[float]
 
 
 def of_refusals() -> dict[str, list[float]]:
-    """Returns the milliseconds of every refused request, by the reason and the load."""
+    """Returns the milliseconds of every refused request, for each reason, idle and under load."""
     flags = ("--api-key", KEY, "--max-body-bytes", "10000")
     with Server(*flags) as server:
         rows = {f"{why}, idle": milliseconds(server, why) for why in REFUSED}

@@ -4,8 +4,8 @@
 
 Both read the same files from the page cache, and end when their output is on the disk. The merge
 row is the complete command, including the start of two Python processes; the row below it is only
-the writing of the weights, in this process. It also prints the most memory that a process that
-writes needs, with torch and without pages of mapped files.
+the writing of the weights, in this process. It also prints the peak memory of a process that writes
+them, including torch, without pages of mapped files.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def weights(instruct: Path, thinking: Path) -> None:
 
 
 def memory_of_writing(*endpoints: Path) -> int:
-    """Returns the most bytes of private memory of a process that writes, sampled all the time."""
+    """Returns the peak private memory in bytes of a process that writes, sampled every 5 ms."""
     shutil.rmtree(OUT, ignore_errors=True)
     context = multiprocessing.get_context("spawn")
     writer = context.Process(target=weights, args=endpoints)

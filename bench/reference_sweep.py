@@ -1,4 +1,4 @@
-"""The λ sweep of the embedded pair, with plain `transformers` on merged weights.
+"""Sweeps λ over the embedded pair with plain `transformers` on merged weights.
 
     python -m bench.reference_sweep [--pair DIR] [--questions 150] [--samples 8]
 
@@ -9,7 +9,7 @@ answers that stopped by themselves. It uses nothing of the server, so the server
 with this table.
 
 A batch runs as long as its longest answer, so questions of similar length share batches of 150
-rows. Answers have at most `longest` new tokens. A λ takes up to a minute on one CPU thread.
+rows. Answers have at most `--longest` new tokens. A λ takes up to a minute on one CPU thread.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row:
-    """What the sweep measured at one λ."""
+    """The results of the sweep at one λ."""
 
     think_rate: float
     mean_tokens: float

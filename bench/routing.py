@@ -1,9 +1,9 @@
-"""What choosing λ costs a request: reading, checking and routing all of its inputs.
+"""Measures the time that choosing λ takes: reading, checking and routing a request's inputs.
 
     python -m bench.routing
 
-For each built-in profile and each kind of input, the median of many decisions. The request is
-parsed already; a decision is `read_reasoning_options` and then `RoutingPolicy.route`.
+Reports the median of many decisions for each built-in profile and each kind of input. The request
+is parsed already; a decision calls `read_reasoning_options` and then `RoutingPolicy.route`.
 """
 
 import json

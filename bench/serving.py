@@ -1,12 +1,11 @@
-"""Compares HTTP and streaming with the engine alone: the same 64 requests, 64 λ values, 128 new
-tokens.
+"""Compares streaming over HTTP with the engine alone, at 64 requests of 64 different λ.
 
     python -m bench.serving [--rounds N]
 
-The engine row runs in this process, with as many threads as the server's engine process uses by
-default. The HTTP row starts `mi-server serve` on the embedded pair and reads 64 streams at once in
-this process, so on two cores client, HTTP process and engine share them. The prompts are the same
-token ids. It also prints the time from start to `/ready`.
+Each answer has 128 tokens, and the prompts of both rows are the same token ids. The engine row runs
+in this process, with as many threads as the server's engine process uses by default. The HTTP row
+starts `mi-server serve` on the embedded pair and reads 64 streams at once in this process, so that
+client, HTTP process and engine share the cores. It also prints the time from start to `/ready`.
 """
 
 import argparse
@@ -110,7 +109,7 @@ class EngineAlone:
 def over_http(
     server: Server, requests: Sequence[StreamRequest], limit: float | None = None
 ) -> Answered:
-    """Reads all streams at once, and measures from the first request's start to the last one's end.
+    """Reads all streams at once, and times them from the first one's start to the last one's end.
 
     Raises `ServerFailed`, and TimeoutError if they take longer than `limit` seconds.
     """

@@ -1,4 +1,4 @@
-"""Counts where the time of a decode step should go on a GPU: the tables of docs/performance.md.
+"""Computes how long a decode step should take on a GPU, for the tables of docs/performance.md.
 
     python -m bench.step_budget            prints them
     python -m bench.step_budget --write    writes them into the page
@@ -65,7 +65,7 @@ SUBJECTS: Final = (
 
 
 class Launches(EachDispatch):  # type: ignore[no-untyped-call]
-    """Counts what would be a kernel on a GPU, and all dispatches."""
+    """Counts the dispatches that would be kernels on a GPU, and all dispatches."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ class Launches(EachDispatch):  # type: ignore[no-untyped-call]
 
 
 class StandInAttention:
-    """Replaces the Triton backend: one launch writes, one attends, one adds up parts."""
+    """Makes the launches of the Triton backend: to write, to attend, and to add up parts."""
 
     name = "stand-in"
 
@@ -129,7 +129,7 @@ def _model(store: Store, layers: int) -> BlendedModel:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Counts of one forward: its kernels when recorded, and its dispatches when not."""
+    """The kernels of a forward if it is recorded, and its dispatches if it is not."""
 
     a_layer: int
     kernels: int
@@ -160,8 +160,9 @@ def _steps(shape: Shape) -> str:
 
 
 def _step(shape: Shape, rows: int, subject: Subject) -> str:
-    """Returns a row of the table. At one row there is one λ, which takes the pair product until it
-    is hot.
+    """Returns a row of the table.
+
+    A step of one row has one λ, which runs by the pair product until its blended weights are built.
     """
     work = decode_work(shape, way_of(subject.store, subject.one_lambda), rows, CONTEXT)
     nodes = counts_of(subject).kernels
@@ -183,7 +184,7 @@ def _forwards(shape: Shape) -> str:
 
 
 def _host() -> str:
-    """Returns what a step of two rows dispatches outside its forward."""
+    """Returns the table of what a step of two rows dispatches outside its forward."""
     head = "| answers | launches | copies to the device | back | host, at least |\n"
     rows = ["|---|---|---|---|---|\n"]
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -206,9 +207,7 @@ def filled(page: str) -> str:
 
 
 def with_measured(new: str, old: str) -> str:
-    """Returns the new tables, with the figures in the last cells of the same rows of the old
-    ones.
-    """
+    """Returns the new tables, with the last cells of the same rows of the old ones."""
     kept = {_key(line): line.split("|")[-2].strip() for line in old.splitlines() if _key(line)}
     lines = [
         f"{line[:-2]}{figure} |"
@@ -220,14 +219,14 @@ def with_measured(new: str, old: str) -> str:
 
 
 def _key(line: str) -> tuple[str, ...]:
-    """Returns rows and weights of a line of the first table."""
+    """Returns the rows and the weights that a line of the first table names; else nothing."""
     cells = [cell.strip() for cell in line.split("|")]
     return tuple(cells[1:3]) if len(cells) == 11 else ()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.name}")
     if parser.parse_args().write:
         PAGE.write_text(filled(PAGE.read_text()))
     else:

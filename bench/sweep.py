@@ -11,9 +11,9 @@ row of a round. Rows, in new tokens a second:
     merges in turn  eleven merged checkpoints one after another, each in an engine that is already
                     loaded; in this process, no HTTP
 
-How far a sweep is ahead depends on the number of answers for each λ: few answers make small
-batches, and every run waits for its longest answer. The last two rows are the seconds that a user
-of the commands would wait:
+The advantage of a sweep depends on the number of answers for each λ: few answers make small
+batches, and every run waits for its longest answer. Two more rows are the seconds that a user of
+the commands would wait:
 
     sweep, from start   start a server, run all requests, stop it
     servers in turn     eleven times: merge a checkpoint, start a server on it, run the requests,
@@ -131,7 +131,7 @@ async def _swept(url: str, work: Iterable[PlannedSample]) -> float:
 
 
 def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
-    """Returns the seconds."""
+    """Starts a server, runs the sweep, stops the server, and returns the seconds of all that."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, own_server(flags, Path(folder, "server")) as url:
         swept(url, work)
@@ -139,8 +139,9 @@ def swept_from_start(work: list[PlannedSample], *flags: str) -> float:
 
 
 def servers_in_turn(work: list[PlannedSample]) -> float:
-    """Returns the seconds, including the merging. Each server has the merge as both endpoints, and
-    requests have λ = 0.
+    """Merges, serves and sweeps one λ after another, and returns the seconds of all that.
+
+    Each server has the merged checkpoint as both endpoints, and its requests have λ = 0.
     """
     started = time.perf_counter()
     for value in LAMBDAS:

@@ -1,7 +1,7 @@
 """Makes the tables and pictures of docs/three-stages.md from measured results.
 
-    python -m bench.three_stages --sweeps DIR   keep what the page needs of DIR/*/report.json
-    python -m bench.three_stages                write tables and pictures from what was kept
+    python -m bench.three_stages --sweeps DIR   first keeps what the page needs of DIR/*/report.json
+    python -m bench.three_stages                writes tables and pictures from what was kept
 
 DIR contains five sweeps: `curve` and `ablation` of the shipped pair; `trio-mi`,
 `trio-task-arithmetic` and `trio-ties` of a newly trained base with its two endpoints. The page
@@ -161,16 +161,18 @@ def curve_table(curve: Mapping[str, Any]) -> str:
 
 
 def methods_table(measured: Mapping[str, Any]) -> str:
-    """Returns the paper's choice for each method, its best point, and its cheapest points of two
-    scores.
+    """Returns the table of methods.
+
+    It has, for each method, the paper's choice, the best point, and the cheapest points that reach
+    two scores.
     """
     rows = []
     for name, method in METHODS.items():
         points = measured[name]["points"]
         (chosen,) = (it for it in points if it["lambda"] == PAPERS_CHOICE[name])
-        told = {"paper's choice": chosen, "best": best(points)}
-        told |= {f"cheapest with ≥ {least:g}": cheapest(points, least) for least in (0.9, 0.95)}
-        rows += [_method_row(method, what, point) for what, point in told.items()]
+        shown = {"paper's choice": chosen, "best": best(points)}
+        shown |= {f"cheapest with ≥ {least:g}": cheapest(points, least) for least in (0.9, 0.95)}
+        rows += [_method_row(method, what, point) for what, point in shown.items()]
     return _table("method | point | at | Mean@8 | tokens, mean | think rate", rows)
 
 
@@ -246,9 +248,7 @@ def _gain(row: Point) -> str:
 
 
 def forced_table(rows: Sequence[Point]) -> str:
-    """Returns the table of λ = 1 with a budget: the share of blocks closed by force, and correct
-    answers.
-    """
+    """Returns the table of λ = 1 with a budget: blocks closed by force, and correct answers."""
     own = [it for it in rows if it["policy"] == "λ = 1" and it["budget"] is not None]
     head = "budget | closed by force | of these correct | of the others correct | malformed"
     return _table(

@@ -1,4 +1,4 @@
-"""The command `mi-server`: finds the command that is named, and runs it to an exit code."""
+"""The program `mi-server`: runs the command that its first argument names."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ def main(
 ) -> int:
     """Runs `mi-server` with `arguments`, by default those of the process; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command = _parser().parse_args(words[:1]).command  # the rest is the command's to parse
+    command = _parser().parse_args(words[:1]).command  # the command parses the rest
     return exit_code_of(lambda: run(command, words[1:], worker_command))
 
 

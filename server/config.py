@@ -1,12 +1,14 @@
 """Every setting of `mi-server serve`: its default, its unit, and where it is read from.
 
-Flags win over the environment (`MI_PORT`), the environment over a YAML file (`--config`), the file
-over the defaults below. Unknown keys are refused in all three. Nothing changes after the start.
+Flags override the environment (`MI_PORT`), which overrides a YAML file (`--config`), which
+overrides the defaults below. Unknown keys are refused in all three. Settings never change after
+the start.
 """
 
 import os
 import ssl
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -284,35 +286,16 @@ class Settings(BaseSettings):
         return EMBEDDED_NAME if self.thinking is None else Path(self.thinking).name
 
     def engine_config(self, *, instruct: Path, thinking: Path) -> EngineConfig:
-        """Returns the engine's settings, with the endpoints as local directories.
+        """Returns the engine's settings: those of the same name, and the endpoints as directories.
 
         Raises `ConfigError` for values that do not go together.
         """
+        names = [each.name for each in fields(EngineConfig) if each.name in type(self).model_fields]
+        given = {name: getattr(self, name) for name in names}
+        given |= {"instruct": str(instruct), "thinking": str(thinking)}
+        given["cuda_graph_sizes"] = tuple(self.cuda_graph_sizes)
         try:
-            return EngineConfig(
-                instruct=str(instruct),
-                thinking=str(thinking),
-                device=self.device,
-                dtype=self.dtype,
-                delta_dtype=self.delta_dtype,
-                block_size=self.block_size,
-                num_blocks=self.num_blocks,
-                kv_cache_bytes=self.kv_cache_bytes,
-                max_model_len=self.max_model_len,
-                max_num_seqs=self.max_num_seqs,
-                max_batched_tokens=self.max_batched_tokens,
-                async_scheduling=self.async_scheduling,
-                prefix_caching=self.prefix_caching,
-                lambda_step=self.lambda_step,
-                gpu_memory_utilization=self.gpu_memory_utilization,
-                cuda_graphs=self.cuda_graphs,
-                cuda_graph_sizes=tuple(self.cuda_graph_sizes),
-                torch_compile=self.torch_compile,
-                attention_backend=self.attention_backend,
-                blend_policy=self.blend_policy,
-                blend_cache_bytes=self.blend_cache_bytes,
-                threads=self.threads,
-            )
+            return EngineConfig(**given)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

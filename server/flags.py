@@ -30,7 +30,10 @@ def sections(
 def parse(
     model: type[BaseModel], titles: Mapping[str, str], arguments: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the settings that are given, unchecked. An unknown flag and `--help` exit."""
+    """Returns the settings that the flags give, unchecked.
+
+    Exits for `--help` and for an unknown flag.
+    """
     return vars(_parser(model, titles).parse_args(arguments))
 
 
@@ -45,7 +48,7 @@ def description(field: FieldInfo) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """Returns the default as a user would write it; empty where the description names it."""
+    """Returns the default as a user would write it, or nothing if the description names it."""
     value = field.default
     if value is None or value == [] or value == "":
         return ""
@@ -69,7 +72,7 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Returns the words that a setting takes; empty where others are allowed."""
+    """Returns the words that a setting may have; empty if it is not limited to some."""
     kind = plain_type(field)
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
@@ -83,8 +86,8 @@ def _parser(model: type[BaseModel], titles: Mapping[str, str]) -> argparse.Argum
     parser = argparse.ArgumentParser(
         prog="mi-server serve",
         usage="mi-server serve [flags]",
-        description=f"{model.__doc__}\n\nFlags win over the environment (MI_PORT=8000), and the "
-        "environment wins over a YAML file (port: 8000).",
+        description=f"{model.__doc__}\n\nFlags override the environment (MI_PORT=8000), which "
+        "overrides a YAML file (port: 8000).",
         epilog="All settings: docs/configuration.md",
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
@@ -110,7 +113,7 @@ def _add(group: "argparse._ArgumentGroup", name: str, field: FieldInfo) -> None:
 
 
 def _placeholder(name: str, field: FieldInfo) -> str:
-    """The placeholder of the value in the help."""
+    """Returns the placeholder of the value in the help."""
     if choices(field):
         return "{" + ",".join(choices(field)) + "}"
     if plain_type(field) in (int, float):

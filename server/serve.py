@@ -30,7 +30,7 @@ def main(flags: Sequence[str], worker_command: Sequence[str] = WORKER_COMMAND) -
         timeout=settings.engine_timeout,
         command=worker_command,
     )
-    engine.start()  # it loads the pair while this process imports and reads files
+    engine.start()  # it loads the pair while this process imports modules and reads files
     try:
         from server.api.uvicorn_server import run
         from server.service import Service

@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class Service:
-    """Built once by `serve` and read by the handlers; only `draining` ever changes.
+    """The parts of one server. `serve` builds it once, and handlers read it.
 
-    What depends on the pair's identity is made at its first use, once the pair is loaded. The state
-    of the load is in `elastic`, that of observed lengths in `router`.
+    Of its own attributes only `draining` changes. What depends on the identity of the pair is built
+    when it is first used, after the pair is loaded.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Service:
         self.created = int(time.time())
         self._profile = None if settings.profile is None else load_profile(settings.profile)
         self.draining = False
-        self.request_numbers = itertools.count()  # unlike a client's X-Request-Id, unique
+        self.request_numbers = itertools.count()  # unique, unlike the X-Request-Id of a client
         self.lambda_reader = LambdaReader(
             settings.model_name, settings.lambda_step, settings.default_lambda
         )
@@ -94,7 +94,7 @@ class Service:
         return None
 
     def admit(self) -> EngineInfo:
-        """Returns the facts of the engine. Raises the refusal if requests are refused now."""
+        """Returns what the engine reported about itself. Raises `refusal` if there is one."""
         refusal = self.refusal
         if refusal is not None:
             raise refusal
@@ -103,7 +103,7 @@ class Service:
 
     @cached_property
     def profile(self) -> Profile | None:
-        """The operator's profile, or else the built-in one of the loaded pair, if there is one."""
+        """The profile that the operator configured, or else the built-in one of the loaded pair."""
         info, settings = self.engine.info, self.settings
         assert info is not None
         profile = self._profile or find_builtin_profile(
@@ -111,8 +111,8 @@ class Service:
         )
         if profile is None:
             logger.warning(
-                "No profile of this pair: efforts and budgets follow no measurement, and --adapt "
-                "and --elastic change nothing"
+                "No profile of this pair: efforts and budgets choose λ without measurements, and "
+                "--adapt and --elastic have no effect"
             )
         elif profile.pair.identity not in (None, info.pair_identity):
             logger.warning("The profile %r was measured on another pair", profile.name)
@@ -127,6 +127,7 @@ class Service:
 
     @cached_property
     def router(self) -> RoutingPolicy:
+        """The policy that chooses λ for the loaded pair."""
         settings = self.settings
         return RoutingPolicy(
             self.profile,

@@ -1,3 +1,4 @@
-"""What is copied to a GPU machine without network: wheels of packages that it lacks, and compiled
-kernels.
+"""What is copied to a GPU machine without network.
+
+This is the folder `.wheels`, with wheels of packages that the machine lacks, and compiled kernels.
 """

@@ -24,9 +24,7 @@ Compiled = TypeVar("Compiled")
 
 
 def pack(file: Path, compile_all: Callable[[Launcher], Compiled]) -> Compiled:
-    """Runs `compile_all` with a separate cache, and writes to `file` what running the kernels needs
-    of it.
-    """
+    """Runs `compile_all` with a cache of its own, and packs the compiled kernels into `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.part")
     with (
@@ -58,8 +56,9 @@ def unpack(file: Path, into: Path) -> int:
 
 @contextmanager
 def _building_launchers(stub: Path) -> Iterator[Launcher]:
-    """Compiles Triton's C code for the arguments of every kernel, against an empty library in place
-    of the driver's, and does not load it.
+    """Makes Triton build its launchers without a driver, and not load them.
+
+    Their C code is linked with an empty library in place of the driver's.
     """
     from triton.backends.nvidia import driver
     from triton.runtime import build
@@ -78,7 +77,7 @@ def _building_launchers(stub: Path) -> Iterator[Launcher]:
 
 
 class _Unloaded:
-    """Replaces a module of which nothing is called."""
+    """Replaces a module whose functions are never called."""
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -1,5 +1,4 @@
-"""The profiling step of first contact: the kernels of a decode step, and what limits the pair
-kernel.
+"""The profiling step of first contact: measures the kernels of a decode step.
 
     python -m bench.first_contact.decode_profile [--smoke]
 
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def profiled(smoke: bool, rows: RowPrinter) -> Facts:
-    """Prints a row for each case; returns what the engine tells of itself."""
+    """Prints a row for each case, and returns the facts of the engine."""
     decoding = Decoding(smoke)
     for case in CASES:
         rows.attempt(case, partial(decoding.profiled, case, rows))
@@ -63,7 +62,7 @@ def profiled(smoke: bool, rows: RowPrinter) -> Facts:
 
 
 class Decoding:
-    """An engine, and sequences that decode for as long as they are needed."""
+    """An engine whose sequences decode for as long as a case is measured."""
 
     def __init__(self, smoke: bool) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +78,7 @@ class Decoding:
                 num_blocks=blocks,
                 max_num_seqs=self._rows,
                 max_model_len=2 * self._tokens,
-                blend_cache_bytes=1 << 20,  # no hot λ: its weights are read as an endpoint's are
+                blend_cache_bytes=1 << 20,  # too few for blended weights, which no case uses
                 torch_compile=False,
             ),
             model,
@@ -87,7 +86,7 @@ class Decoding:
         self.device = device
 
     def profiled(self, case: str, rows: RowPrinter) -> Facts:
-        """Of one step; prints a row for each of the kernels that take most."""
+        """Returns the time and kernels of one step, and prints a row for each of the slowest."""
         self._begin(case)
         started = time.perf_counter()
         for _ in range(STEPS):
@@ -136,7 +135,7 @@ class Decoding:
             yield ProfilerActivity.CUDA
 
     def _kernels(self, profiler: Any) -> Iterator[Facts]:
-        """Returns, for each kernel by name, its launches and its microseconds in one step."""
+        """Yields the launches and the microseconds of each kernel in one step."""
         on_device = self.device.type == "cuda"
         for event in profiler.key_averages():
             if (event.device_type.name == "CUDA") != on_device:

@@ -1,8 +1,8 @@
-"""The first step of first contact: what the machine has, what imports, and whether one kernel runs.
+"""The first step of first contact: reports what the machine has, and if a kernel runs.
 
     python -m bench.first_contact.environment [--smoke]
 
-It reads and tries, and changes nothing: `nvidia-smi` is only queried.
+It changes no setting: `nvidia-smi` is only queried.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.carried.wheels import KERNELS, installed
+from bench.carried.missing_packages import KERNELS, installed
 from bench.first_contact.row_printer import RowPrinter
 from bench.gpu.cases import Skipped
 from bench.measuring.folders import CHECKOUT
@@ -26,7 +26,15 @@ from bench.measuring.folders import CHECKOUT
 PACKAGES: Final = ("mi_runtime", "server", "bench")
 OPTIONAL: Final = {"triton", "opentelemetry", "math_verify", "if_verifiable", "matplotlib"}
 """Optional packages that a module may need: those for measuring, and for kernels on a CPU."""
-TOLD: Final = ("torch", "triton", "transformers", "accelerate", "numpy", "tokenizers", "fastapi")
+REPORTED: Final = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "tokenizers",
+    "fastapi",
+)
 QUERIED: Final = (
     "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,"
     "power.limit,persistence_mode,mig.mode.current,compute_mode"
@@ -38,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="there need be no GPU")
+    parser.add_argument("--smoke", action="store_true", help="without a GPU")
     smoke = parser.parse_args(arguments).smoke
     rows = RowPrinter("environment")
     rows.attempt("packages", package_facts)
@@ -55,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def package_facts() -> Facts:
     found = installed()
-    named = ", ".join(f"{name} {found.get(name)}" for name in TOLD)
+    named = ", ".join(f"{name} {found.get(name)}" for name in REPORTED)
     return {
         "figure": f"Python {platform.python_version()}, {named}",
         "python": sys.version,
@@ -150,8 +158,9 @@ def kernel_facts() -> Facts:
 
 
 def import_facts() -> Facts:
-    """Imports every module of the engine, the server and the benchmarks. A module that lacks an
-    optional package is reported; a module that fails in another way is an error.
+    """Imports every module of the engine, the server and the benchmarks.
+
+    A module that lacks an optional package is reported. Any other failure is an error.
     """
     lacking, failed, count = {}, [], 0
     for name in modules():

@@ -51,8 +51,9 @@ class Outcomes:
         self._passed = 0
 
     def run(self, files: Sequence[str]) -> int:
-        """Runs the tests of `files` and returns an exit code. It is not 0 if no test passed:
-        without a GPU all of them are skipped.
+        """Runs the tests of `files` and returns an exit code.
+
+        It is not 0 if no test passed, because without a GPU all of them are skipped.
         """
         import pytest
 

@@ -35,7 +35,7 @@ Facts = dict[str, Any]
 
 
 def launch_pair_product(smoke: bool) -> None:
-    """Launches gate and up of Qwen3-4B for 32 rows, each with another λ."""
+    """Launches the gate and up product of Qwen3-4B for 32 rows, each at another λ."""
     import torch
 
     from mi_runtime.kernels.pair_linear import pair_linear
@@ -53,7 +53,7 @@ def launch_pair_product(smoke: bool) -> None:
 
 
 def counters(smoke: bool) -> Facts:
-    """Returns what ncu reads of the last launch. In a rehearsal it only makes the launches."""
+    """Returns the counters of the last launch. A rehearsal only makes the launches."""
     if smoke:
         launch_pair_product(smoke)
         raise Skipped("rehearsed without a GPU")

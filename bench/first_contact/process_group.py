@@ -1,4 +1,4 @@
-"""Runs a step of first contact as a process group: it ends as one, and its rows are read live.
+"""Runs a step of first contact as a process group, reads its rows as they come, and ends it.
 
 Uses only the standard library, so that it works whatever is broken on a machine. A row is a line of
 standard output that begins with `{"subject"`. Everything else, including standard error, goes to
@@ -41,8 +41,9 @@ def run_group(
     log: Path,
     on_row: Callable[[Row], None],
 ) -> Ended:
-    """Runs `command` for at most `limit` seconds. Then ends its process group, within at most
-    `LONGEST_END` seconds; no process of the group stays.
+    """Runs `command` for at most `limit` seconds, then ends every process of its group.
+
+    Ending them takes at most `LONGEST_END` seconds.
     """
     started = time.monotonic()
     with log.open("ab", buffering=0) as file:

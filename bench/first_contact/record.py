@@ -1,5 +1,4 @@
-"""The results of first contact: one JSON file that is complete at any moment, and one table at the
-end.
+"""Keeps the results of first contact in one JSON file, and makes the table at the end.
 
 A step is `ok` if its process ended with code 0, no row reports an error, and none was skipped for
 lack of time. If only the last of these fails, the step is `partial`.
@@ -53,16 +52,16 @@ class Record:
             step = self.steps[name]
             errors = [f"{name_of(row)}: {row['error']}" for row in step["rows"] if "error" in row]
             late = sum(row.get("skipped") == OUT_OF_TIME for row in step["rows"])
-            told_late = f"{late} of {len(step['rows'])} rows {OUT_OF_TIME}" if late else ""
+            skipped_late = f"{late} of {len(step['rows'])} rows {OUT_OF_TIME}" if late else ""
             status = ended.status
             if status == "ok" and (errors or late):
                 status = "failed" if errors else "partial"
-            why = "; ".join(filter(None, [ended.why, *errors, told_late]))
+            why = "; ".join(filter(None, [ended.why, *errors, skipped_late]))
             step |= {"status": status, "seconds": round(ended.seconds, 1), "why": why}
         self.write()
 
     def leave_out(self, name: str, why: str) -> None:
-        """Marks a step that does not run; it keeps what an earlier run recorded."""
+        """Records that a step does not run, unless an earlier run has recorded it."""
         with self._lock:
             if name not in self.steps:
                 self.steps[name] = {"status": "not run", "seconds": 0.0, "why": why, "rows": []}
@@ -119,9 +118,7 @@ def _cell(text: str) -> str:
 
 
 def figures_of(rows: Sequence[Row]) -> Iterator[str]:
-    """Returns the most important figures first: those that a step names, then its first measured
-    rows.
-    """
+    """Yields the most important figures first: those that a step names, then measured rows."""
     outcomes = Counter(row["outcome"] for row in rows if "outcome" in row)
     if outcomes:
         yield ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())

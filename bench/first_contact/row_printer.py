@@ -1,6 +1,4 @@
-"""Prints the rows of a step of first contact. A measurement that fails becomes a row with the
-error.
-"""
+"""Prints the rows of a step of first contact; a measurement that fails becomes a row too."""
 
 import json
 import sys

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from bench.carried.wheels import WHEELS, unpack_missing
+from bench.carried.missing_packages import WHEELS, unpack_missing
 from bench.first_contact.process_group import LONGEST_END, Ended, run_group
 from bench.first_contact.record import Record
 from bench.first_contact.steps import FOLDER, TIME, Step
@@ -25,9 +25,7 @@ REHEARSING: Final = 3  # factor on the time of a step, for a machine that does o
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """When this process is asked to end, ends the running step's group too, and prints the
-    table.
-    """
+    """Inside its context, SIGINT and SIGTERM raise SystemExit, which also ends the running step."""
 
     def end(number: int, frame: object) -> None:
         for other in SIGNALS:  # a second signal would interrupt the ending
@@ -43,9 +41,7 @@ def ended_in_order() -> Iterator[None]:
 
 
 def environment_of(folder: Path, smoke: bool) -> dict[str, str]:
-    """Returns the environment of the steps: this checkout, the files that were copied, and no
-    network.
-    """
+    """Returns the environment of the steps: this checkout, unpacked packages, and no network."""
     site = folder / "site"
     print(f"{len(unpack_missing(WHEELS, site))} packages unpacked from {WHEELS}", flush=True)
     path = [str(CHECKOUT), str(site)]
@@ -76,8 +72,9 @@ class StepRunner:
     folder: Path  # for files that nobody keeps
 
     def run_all(self, steps: Iterable[Step]) -> list[str]:
-        """Runs the steps, partial ones last, because the others give more information. Returns the
-        names of the steps that should run: all but those that this card cannot run.
+        """Runs the steps, and returns the names of all but those that this card cannot run.
+
+        Partial ones run last, because the others give more information.
         """
         self.log.touch()
         to_run = []

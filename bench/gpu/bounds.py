@@ -1,13 +1,13 @@
-"""The least that a row of the GPU bench must read and compute, and the time that takes on a card.
+"""Computes the least time that a row of the GPU bench can take on a card.
 
     seconds ≥ max(bytes / bandwidth, operations / rate)
 
 The bytes of a decode step are the weights, read once for all rows in the way they are computed, and
 the KV of every row. Only matrices and KV are counted. Norms, activations, logits and the scales of
-deltas (under 2 % of their bytes) are not, so a share of the bound is never too high. Of experts,
-those are counted that the rows are expected to use if each row chose at random. Operations are two
-for each weight and row (a multiply and an add), twice that for the pair product, and four for each
-position, head and dimension of attention.
+deltas (under 2 % of their bytes) are not, so a share of the bound is never too high. Only as many
+experts are counted as rows that choose at random are expected to use. Operations are two for each
+weight and row (a multiply and an add), twice that for the pair product, and four for each position,
+head and dimension of attention.
 
 Plain numbers in bytes, operations and seconds; no tensors. Weights and KV have two bytes each, so
 the bounds of a run in fp32 mean nothing.
@@ -30,9 +30,7 @@ class Way:
 
 
 def way_of(store: Store, one_lambda: bool) -> Way:
-    """Returns the way of a row's λ values: one λ has its own weights, blended or merged; several
-    take the pair product.
-    """
+    """Returns how a row is computed: with single weights at one λ, else by the pair product."""
     if store == "static" or one_lambda:
         return Way(ITEM, 1)
     return Way(ITEM + DIFFERENCE[store], 2)
@@ -53,7 +51,7 @@ class Work:
 
 
 def decode_work(shape: Shape, way: Way, rows: int, context: float) -> Work:
-    """The work of one step of `rows` sequences that have `context` tokens each."""
+    """Returns the work of one step of `rows` sequences that have `context` tokens each."""
     weights = shape.read(rows) * way.bytes_a_weight
     products = 2 * way.products * shape.multiplied(rows, kept=rows)
     return Work(
@@ -63,8 +61,9 @@ def decode_work(shape: Shape, way: Way, rows: int, context: float) -> Work:
 
 
 def prefill_work(shape: Shape, way: Way, sequences: int, tokens: int) -> Work:
-    """The work of prompts of `tokens` each, as if in one forward. The last token of each reaches
-    the head.
+    """Returns the work of prompts of `tokens` each, as if in one forward.
+
+    The last token of each reaches the head.
     """
     rows = sequences * tokens
     seen = sequences * tokens * (tokens + 1) / 2  # positions that rows attend to, causally
@@ -75,19 +74,19 @@ def prefill_work(shape: Shape, way: Way, sequences: int, tokens: int) -> Work:
 
 
 def answer_work(shape: Shape, way: Way, sequences: int, prompt: int, answer: int) -> Work:
-    """The work of prompts and their answers. The prefill gives the first token of each answer."""
+    """Returns the work of prompts and answers, whose first token comes from the prefill."""
     steps = decode_work(shape, way, sequences, prompt + answer / 2).times(answer - 1)
     return prefill_work(shape, way, sequences, prompt) + steps
 
 
 def _attention(shape: Shape) -> float:
-    """Operations of one row for each position it sees: a score, and a weighted sum."""
+    """Returns the operations of a row for each position it sees: a score and a weighted sum."""
     return 4.0 * shape.layers * shape.heads * shape.head_dim
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the card does at best, measured in the same run or as published by its maker."""
+    """The best that a card can do, as measured in the same run or as published by its maker."""
 
     bandwidth: float  # bytes a second of a copy, read and written
     rate: float  # operations a second of a large matrix product
@@ -99,7 +98,7 @@ class Card:
         return (moving, "bytes") if moving >= computing else (computing, "operations")
 
 
-NOMINAL: Final = {  # by a part of the device's name
+NOMINAL: Final = {  # keys are parts of a device's name
     "H100": Card(3.35e12, 989e12, measured=False),
     "H200": Card(4.8e12, 989e12, measured=False),
 }

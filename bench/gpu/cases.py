@@ -1,7 +1,6 @@
-"""What the GPU bench measures, at which sizes, and in which order. No torch, and no figures of
-devices.
+"""Lists what the GPU bench measures, at which sizes, and in which order. No torch.
 
-A *subject* is a thing that is measured, a *case* one row of it, and a *job* a case of a subject.
+A *subject* is what is measured, a *case* one row of it, and a *job* a case of a subject.
 Subjects of one group share a process and run one after another. The jobs of a group begin with the
 first row of each subject, so a run that is cut short can compare all of them. Then the other jobs
 follow, those of the last subject first, because it is in memory already. A subject that comes back
@@ -36,7 +35,7 @@ LONGEST_ERROR: Final = 500  # characters of an error in a row
 
 
 class Skipped(Exception):
-    """A row that this machine, memory or run cannot have; the message says why."""
+    """A row cannot be measured on this machine or in this run; the message says why."""
 
 
 def message_of(error: Exception) -> str:
@@ -69,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large the rows are. Where there are several sizes, the first is the most important."""
+    """The sizes of the rows. Of several sizes, the first is the most important."""
 
     decodes: tuple[tuple[int, int], ...] = (  # sequences, and tokens of context of each
         (32, 1024),
@@ -111,11 +110,11 @@ SMALL: Final = Scale(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is measured, and how large."""
+    """The model that is measured, and how."""
 
     model: str
     smoke: bool = False
-    compiled: bool = False  # recorded steps
+    compiled: bool = False  # whether recorded steps are compiled
 
     @property
     def shape(self) -> Shape:
@@ -127,16 +126,18 @@ class Run:
 
 
 def off(engine: Mapping[str, Any], run: Run, device: str) -> Row:
-    """Returns the error of an engine's row if the engine lacks, on a GPU, something that a server's
-    speed depends on. Empty if it lacks nothing, and on a CPU, which has none of it.
+    """Returns the error of an engine that lacks something that speed depends on, else nothing.
+
+    On a CPU there is never an error, because an engine there has neither recordings nor kernels.
     """
     found = what_is_off(engine, run) if device == "cuda" else []
     return {"error": "; ".join(found)} if found else {}
 
 
 def what_is_off(engine: Mapping[str, Any], run: Run) -> list[str]:
-    """Returns what the engine lacks. `engine` is what it reports of its attention, its recorded
-    decode steps and its pair products.
+    """Returns what the engine lacks.
+
+    `engine` is what it reports of its attention, its recorded decode steps and its pair products.
     """
     attention, graphs, kernels = (
         str(engine[fact]) for fact in ("attention", "graphs", "pair_kernels")

@@ -1,4 +1,4 @@
-"""The process of the GPU bench that uses the device: does jobs in order, and prints a row for each.
+"""Does the jobs of the GPU bench on the device in order, and prints a row for each.
 
     python -m bench.gpu.device_process --jobs JSON --model NAME --deadline SECONDS [flags]
 

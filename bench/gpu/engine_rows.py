@@ -1,4 +1,4 @@
-"""The rows of the GPU bench on one engine: decode, prefill, first tokens, and complete answers.
+"""Measures one engine for the GPU bench: decode, prefill, first tokens, and complete answers.
 
 The contexts of decode rows are not computed. The KV is filled with random numbers once, and the
 blocks of a prompt are put into the prefix cache under their keys, as if a request had left them
@@ -6,11 +6,11 @@ there. So the engine finds all of the prompt but its last token, and decodes fro
 Every sequence has a salt, so no two share blocks. What attention reads is as large and as scattered
 as it would be, without a prefill of a million tokens.
 
-The engine chooses its ways as a server's does (`blend_policy` auto), and each row names the ways it
-took. The timing is that of `Engine.step` on the wall clock, from one return to a later one. With
-asynchronous scheduling a step returns when the step before it is computed, so between two returns
-there are complete steps of the device, with the host's work at the same time, as in a server. A row
-is the median of its rounds, without the warm-up.
+The engine chooses how to compute each group as a server's does (`blend_policy` auto), and each row
+names the ways. Steps are timed on the wall clock, from one return of `Engine.step` to a later one.
+With asynchronous scheduling a step returns when the step before it is computed, so between two
+returns there are complete steps of the device, with the host's work at the same time, as in a
+server. A row is the median of its rounds, without the warm-up.
 """
 
 import itertools
@@ -43,7 +43,7 @@ MEMORY_OF_CPU: Final = 1e12  # bytes; more than any row needs
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`tokens` were computed in each of `seconds`, one for each round, for `work`."""
+    """The seconds of each round, and the tokens and the work of one."""
 
     seconds: tuple[float, ...]
     tokens: float
@@ -131,7 +131,7 @@ class EngineRows:
         return Measured(seconds, tokens, work)
 
     def _answers(self, case: Case) -> Measured:
-        """Measures prompts with their answers: the row that other servers have too."""
+        """Measures prompts with their answers, which other servers can be measured by too."""
         length = self._scale.answers[2]
         self._check_room(case.sequences * (case.tokens + length))
         pair, values = workload(case.tokens, length), self._values(case)
@@ -161,7 +161,7 @@ class EngineRows:
 
     @contextmanager
     def _running(self, case: Case) -> Iterator[list[EngineRequest]]:
-        """Runs the sequences of the case with their contexts until the block is left."""
+        """Submits the sequences of the case, whose contexts the prefix cache has."""
         seed = next(self._seeds)
         prompt = tuple(16 + index * 7919 % 256 for index in range(case.tokens + 1))
         sampling = SamplingParams(temperature=0.0)
@@ -229,7 +229,7 @@ class EngineRows:
         }
 
     def _ways_since(self, before: dict[str, int]) -> dict[str, int]:
-        """Returns how many groups went each way since then, without the ways that no group went."""
+        """Returns how many groups were computed in each way since then, without zeros."""
         ways = {way: count - before[way] for way, count in self._ways().items()}
         return {way: count for way, count in ways.items() if count}
 
@@ -238,12 +238,10 @@ class EngineRows:
         return self._model.groups.cache.places
 
     def _check_places(self, case: Case) -> None:
-        """Raises Skipped if the cache has too few places: a new λ would replace the hot one if
-        there is one.
-        """
+        """Raises Skipped if the blend cache has too few places for the case."""
         needed = {"one": 1, "never seen": PLACES}.get(case.lambdas, 0)
         if self._store != "static" and self._places < needed:
-            raise Skipped(f"blended weights of {needed} λ do not fit: {self._places} do")
+            raise Skipped(f"blended weights of {needed} λ do not fit, only of {self._places}")
 
     def _check_room(self, tokens: int) -> None:
         info = self.engine.info
@@ -280,9 +278,7 @@ def _free(device: torch.device) -> float:
 
 
 def _config(store: Store, scale: Scale, room: Room, positions: int, compiled: bool) -> EngineConfig:
-    """Returns a server's default configuration, except for the memory, which is what the rows
-    need.
-    """
+    """Returns a server's default configuration, but only with the memory that the rows need."""
     settings: dict[str, Any] = {
         "block_size": BLOCK,
         "num_blocks": room.tokens // BLOCK,

@@ -1,4 +1,4 @@
-"""Measures the complete server over HTTP on a random pair of real shapes, against the engine alone.
+"""Compares a complete server over HTTP with the engine alone, on a random pair of real shapes.
 
     python -m bench.gpu.http_rows [--model NAME] [--seconds 90] [--compile] [--out DIR]
     python -m bench.gpu.http_rows --smoke      tiny shapes, in fp32 if there is no GPU
@@ -78,7 +78,7 @@ KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The size of one round, which is the same for both."""
+    """The size of a round, which is the same over HTTP and for the engine alone."""
 
     count: int = 64
     new_tokens: int = 256  # several seconds, so that the reading of 64 requests is a small part
@@ -91,14 +91,14 @@ FEW: Final = Streams(count=6, new_tokens=24, context=96, rounds=1)
 
 @dataclass(frozen=True, slots=True)
 class ServedRun(Run):
-    """What is served, and how."""
+    """The model that is served, and the size of a round."""
 
     layers: int | None = None  # None: all
 
     @property
     def shape(self) -> Shape:
-        whole = (TINY if self.smoke else SHAPES)[self.model]
-        return replace(whole, layers=self.layers or whole.layers)
+        shape = (TINY if self.smoke else SHAPES)[self.model]
+        return replace(shape, layers=self.layers or shape.layers)
 
     @property
     def streams(self) -> Streams:
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", choices=SHAPES, default="4b", help="its shapes (4b)")
     parser.add_argument("--layers", type=at_least(1), help="number of layers of the model (all)")
-    parser.add_argument("--seconds", type=float, default=90, help="for the rounds (90)")
+    parser.add_argument("--seconds", type=float, default=90, help="seconds for the rounds (90)")
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
@@ -257,7 +257,7 @@ class Rounds:
         self._seeds = itertools.count()
 
     def over_http(self, kind: Lambdas) -> Row:
-        """Measures HTTP alone with few rounds, so that there is a row early."""
+        """Measures HTTP alone in few rounds, so that there is a row early."""
         executions, cpu = self._server.ways(), self._cpu_seconds()
         ways = {"HTTP": self._streamed}
         served = self._measured(kind, ways, FIRST_ROUNDS, self._left)["HTTP"]
@@ -270,7 +270,7 @@ class Rounds:
         return self._row("HTTP", kind, served, **facts)
 
     def in_turn(self, kind: Lambdas, alone: EngineAlone, share: float) -> Iterator[Row]:
-        """Measures rows of both, in a share of the time that is left."""
+        """Measures HTTP and the engine alone in turn, in a share of the time that is left."""
         ways = {"HTTP": self._streamed, "engine alone": alone.answer}
         most, seconds = self._run.streams.rounds, self._left * share
         served, by_itself = self._measured(kind, ways, most, seconds).values()
@@ -290,8 +290,9 @@ class Rounds:
         most: int,
         seconds: float,
     ) -> dict[str, list[Answered]]:
-        """Runs rounds in which all ways get the same requests, one after the other: after a
-        warm-up, as many as there is time for, and at least one.
+        """Runs rounds in which all `ways` answer the same requests in turn.
+
+        After a warm-up it runs at least one round, and as many as there is time for up to `most`.
         """
         began = time.monotonic()
         measured: dict[str, list[Answered]] = {name: [] for name in ways}
@@ -344,8 +345,9 @@ class Rounds:
 
 
 def latencies(streams: list[Streamed]) -> dict[str, Any]:
-    """Returns the seconds that this client saw to the first token and between two tokens, and the
-    number of tokens that came as one event each, as all should.
+    """Returns quantiles of the seconds to the first token and between tokens, and counts of events.
+
+    There should be one event for each token.
     """
     moments = [stream.moments for stream in streams]
     first = [one[0] - stream.sent for one, stream in zip(moments, streams, strict=True)]
@@ -363,8 +365,10 @@ def rate_of(served: list[Answered]) -> dict[str, float]:
 
 
 def steady(streams: Sequence[Streamed]) -> float:
-    """Returns the tokens a second between the first token of the last stream to start and the last
-    token of the first stream to end. This leaves out the reading of so many requests at once.
+    """Returns the tokens a second while all streams run.
+
+    That is from the first token of the last stream to start to the last token of the first one to
+    end, which leaves out the reading of so many requests at once.
     """
     moments = [stream.moments for stream in streams]
     start, end = max(one[0] for one in moments), min(one[-1] for one in moments)

@@ -1,4 +1,4 @@
-"""Measures what the card does at best, in the same run as the rows that are compared with it.
+"""Measures the best that the card can do, in the same run as the rows that are compared with it.
 
 Bandwidth is that of a copy, counting bytes read and written; the rate is that of one large product.
 The numbers are random, because zeros run faster. Copies rotate among buffers that are larger than

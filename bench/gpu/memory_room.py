@@ -1,7 +1,7 @@
-"""Divides a device's memory among the weights, the blended weights and the KV of a bench's engine.
+"""Divides a device's memory among weights, blended weights and KV for the GPU bench.
 
-A server takes all memory there is; a bench takes what its rows need, so that every engine of a
-process finds room once the one before it is gone. Plain numbers, in bytes and tokens.
+A server takes all memory; a benchmark takes what its rows need, so that every engine of a process
+finds room once the one before it is gone. Plain numbers, in bytes and tokens.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ BLOCK: Final = 16  # tokens
 class Room:
     tokens: int  # tokens of KV
     places: int  # places of the blend cache
-    blend_bytes: int | None  # for blended weights and their recordings; None: the engine divides
+    blend_bytes: int | None  # for blended weights and their recordings; None: the engine decides
 
 
 def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = ITEM) -> Room:
-    """Divides `free` bytes, for numbers of `item` bytes. Raises Skipped if the first decode row
-    does not fit, or if the pair does not while it is made: then both endpoints are there in full.
+    """Divides `free` bytes, for numbers of `item` bytes.
+
+    Raises Skipped if the first decode row does not fit, or if both endpoints in full do not, which
+    are in memory while a pair is made.
     """
     copy, token = shape.weights * item, shape.kv_bytes * item / ITEM
     kept = copy * (1 if store == "static" else 1 + DIFFERENCE[store] / ITEM)
@@ -46,10 +48,10 @@ def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = 
 
 
 def tokens_of(sequences: int, context: int, scale: Scale) -> int:
-    """Tokens of KV that a decode row has at the end of its rounds."""
+    """Returns the tokens of KV that a decode row has at the end of its rounds."""
     return sequences * -(-(context + growth(scale)) // BLOCK) * BLOCK
 
 
 def growth(scale: Scale) -> int:
-    """Tokens that each context of a decode row may grow by while it is measured."""
+    """Returns by how many tokens each context of a decode row may grow while it is measured."""
     return 1 + scale.warm + HOT_STEPS + scale.rounds * scale.steps

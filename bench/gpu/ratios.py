@@ -1,4 +1,4 @@
-"""The ratios of the GPU bench's rows that have targets. No torch."""
+"""Computes the ratios of the GPU bench's rows that have targets. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,8 +63,10 @@ FIRST_TOKEN: Final[Key] = ("pair", "first token", "never seen")
 
 
 def ratios(rows: Iterable[Row], smoke: bool = False) -> list[Ratio]:
-    """Returns the ratios whose rows exist, of one run or of several together, separately for each
-    model and for compiled rows. Rates are tokens a second, at the most important sizes.
+    """Returns the ratios whose rows exist, of one run or of several together.
+
+    Each model has ratios of its own, and so do its compiled rows. Rates are tokens a second, at the
+    most important sizes.
     """
     measured = [row for row in rows if "seconds" in row and _is_main(row, Run("", smoke).scale)]
     found: list[Ratio] = []

@@ -1,8 +1,4 @@
-"""The results of the GPU bench: a JSON file that is complete after every row, and ratios with
-targets.
-
-No torch. `ratios` also accepts the rows of several runs together.
-"""
+"""Prints the rows of the GPU bench, and writes its JSON after every row. No torch."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +32,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether there was an error, or all rows were skipped: then nothing is known."""
+        """Whether there was an error, or all rows were skipped and so nothing was measured."""
         return any("error" in row for row in self.rows) or all(
             "skipped" in row for row in self.rows
         )

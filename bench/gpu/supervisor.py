@@ -41,9 +41,7 @@ def rows_of_all(wanted: Sequence[str], run: Run, deadline: float) -> Iterator[Ro
 
 
 def rows_of_group(jobs: list[Job], run: Run, deadline: float) -> Iterator[Row]:
-    """Yields one row for each job. If a process ends early, another one does the jobs that are
-    left.
-    """
+    """Yields one row for each job. If a process ends early, another one does the rest."""
     while jobs and time.monotonic() < deadline:
         child = Child(jobs, run, deadline)
         last = jobs[0]
@@ -101,7 +99,8 @@ class Child:
 
 
 def _end_with_parent() -> None:
-    """Runs in a child process before it starts, and has it end with its parent: nothing else would
-    free the device.
+    """Runs in a child process before it starts, and makes it end with its parent.
+
+    Nothing else would free the device.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,9 +1,10 @@
-"""What `transformers` does on the same card with the same random model, at one λ.
+"""Measures `transformers` on the same card with the same random model, at one λ.
 
-Continuous batching runs with its default page size, a cache sized for the workload, and as many
-tokens a step as our engine. It chooses its attention itself: `flash_attn` if that is installed, and
-otherwise torch's, for which it records no CUDA graphs and runs its steps synchronously. `generate`
-runs with a static cache and with the compilation that it does on a GPU, which takes minutes.
+Continuous batching runs with its default page size, a cache sized for the workload, and the
+engine's default of tokens in a step. It chooses its attention itself: `flash_attn` if that is
+installed, and otherwise torch's, for which it records no CUDA graphs and runs its steps
+synchronously. `generate` runs with a static cache and with the compilation that it does on a GPU,
+which takes minutes.
 """
 
 import time
@@ -27,7 +28,7 @@ MERGED = way_of("static", one_lambda=True)
 
 
 class Batching:
-    """Continuous batching."""
+    """Measures continuous batching."""
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()
@@ -53,7 +54,7 @@ class Batching:
 
 
 class Generate:
-    """One batch of equal prompts. The prefill is timed separately, and subtracted."""
+    """Measures `generate` on one batch, whose prefill is timed separately and subtracted."""
 
     def __init__(self, shape: Shape, place: Place, scale: Scale) -> None:
         logging.set_verbosity_error()

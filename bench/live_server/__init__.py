@@ -1,3 +1,1 @@
-"""A real server process for benchmarks over HTTP, and the streams that this process reads from
-it.
-"""
+"""A real server process for benchmarks over HTTP, and the streams that its clients read."""

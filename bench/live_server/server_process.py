@@ -1,6 +1,4 @@
-"""Runs `mi-server serve` as a process, on the embedded pair or another, with clients in this
-process.
-"""
+"""Runs `mi-server serve` as a process, with clients in this process."""
 
 import asyncio
 import http.client
@@ -27,7 +25,7 @@ _SERVE = "import sys; from server.cli import main; sys.exit(main(sys.argv[2:], {
 
 
 class Server:
-    """A server on a free port of the loopback interface, for as long as the context lasts.
+    """A server on a free port of the loopback interface, which runs inside its context.
 
     It is killed if it is not ready after `start_limit` seconds. This process prints the output of
     the server and its engine.
@@ -100,7 +98,7 @@ class Server:
         return response.status, text
 
     def _end(self) -> int:
-        """Asks it to end, or kills it, and returns its exit code."""
+        """Terminates the server, or kills it if that takes too long; returns its exit code."""
         self._process.terminate()
         try:
             return self._process.wait(STOP_SECONDS)
@@ -111,7 +109,7 @@ class Server:
             self._process.wait()
 
     def ways(self) -> dict[str, int]:
-        """Returns how many blend groups forwards have computed by each way so far."""
+        """Returns how many blend groups were computed in each way so far."""
         _, text = self._get("/metrics")
         found = re.findall(r'^mi_layer_executions_total\{.*way="(\w+)"\} (\S+)', text, re.MULTILINE)
         return {way: int(float(count)) for way, count in found}
@@ -124,9 +122,7 @@ class Server:
         return {name: one.user + one.system for name, one in times.items()}
 
     async def stream_all(self, requests: Sequence[StreamRequest], key: str = "-") -> list[Streamed]:
-        """Streams all requests at once; the answers are in the order of `requests`. Raises
-        `ServerFailed`.
-        """
+        """Streams all requests at once, and returns their answers in order. Raises ServerFailed."""
         return await asyncio.gather(*(self._stream(one, key) for one in requests))
 
     async def _stream(self, request: StreamRequest, key: str) -> Streamed:

@@ -23,7 +23,7 @@ from mi_runtime.worker import run
 
 
 class StampedPipe:
-    """The pipe, which records what passes through it."""
+    """A pipe that records when each token was written to it."""
 
     def __init__(self, pipe: "Connection[object, object]") -> None:
         self._pipe = pipe

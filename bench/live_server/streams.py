@@ -21,7 +21,7 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """One stream: its request, and the seed that identifies it."""
+    """The request of one stream, identified by its seed."""
 
     text: str
     reasoning_lambda: float
@@ -68,7 +68,7 @@ class Streamed:
 
     @property
     def moments(self) -> list[float]:
-        """When each event of content was completely read: one event for each token of text."""
+        """The times at which the events of content were completely read, one for each token."""
         ends = list(accumulate(len(piece) for _, piece in self.pieces))
         events = re.finditer(rb'"delta":\{"content":[^\n]*\n', self.received)
         return [self.pieces[bisect_left(ends, event.end())][0] for event in events]

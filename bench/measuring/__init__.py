@@ -1,3 +1,5 @@
-"""What all benchmarks share: types of flags, folders, rounds and published results, and the
-interception of what torch dispatches.
+"""What all benchmarks share.
+
+`arguments` parses flags, `folders` has paths, `publishing` runs rounds in turn and writes results,
+`device` waits for a device, and `dispatches` intercepts the operators that torch dispatches.
 """

@@ -1,4 +1,4 @@
-"""Types for the arguments of the benchmarks' commands: bad ones are refused before any work."""
+"""Types of the benchmarks' arguments, so that wrong ones are refused before any work."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Returns an argument type: an integer that is at least `least`."""
+    """Returns an argument type: it parses an integer that is at least `lowest`."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -19,12 +19,12 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def numbers(text: str) -> list[int]:
-    """An argument type: positive integers separated by commas."""
+    """Parses positive integers separated by commas."""
     return [at_least(1)(part) for part in text.split(",")]
 
 
 def names(text: str, known: Collection[str]) -> list[str]:
-    """Returns an argument type: names separated by commas."""
+    """Parses names separated by commas. Raises ArgumentTypeError for one that is not `known`."""
     found = [name.strip() for name in text.split(",")]
     if unknown := sorted(set(found) - set(known)):
         listed = ", ".join(map(repr, unknown))
@@ -33,9 +33,7 @@ def names(text: str, known: Collection[str]) -> list[str]:
 
 
 def made_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
-    """Creates the output folder if it does not exist. Ends the command with an error if it
-    cannot.
-    """
+    """Creates the output folder if needed, and ends the command with an error if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,9 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class EachDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, calls `run` instead of every operator. Composite operators arrive as
-    their parts.
-    """
+    """Inside its context, calls `run` in place of every operator, composite ones part by part."""
 
     @abstractmethod
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

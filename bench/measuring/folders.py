@@ -4,5 +4,5 @@ from pathlib import Path
 from typing import Final
 
 CHECKOUT: Final = Path(__file__).parents[2]
-RESULTS: Final = CHECKOUT / "bench" / "results"  # JSON that is kept
-BUILD: Final = Path("build/bench")  # what can be made again
+RESULTS: Final = CHECKOUT / "bench" / "results"  # results that are committed
+BUILD: Final = Path("build/bench")  # files that can be made again

@@ -1,4 +1,4 @@
-"""What every bench prints and writes: the machine, a table of medians, and one JSON line."""
+"""Prints and writes the results of a benchmark: the machine, a table of medians, one JSON line."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from bench.measuring.folders import RESULTS
 
 
 def machine() -> dict[str, Any]:
-    """Returns the facts of the machine that a number needs to mean something."""
+    """Returns the facts of this machine that every published number comes with."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(rows: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Calls every row in turn, `rounds` times after a warm-up round that is not counted."""
+    """Calls every row in turn, `rounds` times after a warm-up round. Returns each row's values."""
     values: dict[str, list[float]] = {name: [] for name in rows}
     for index in range(rounds + 1):
         for name, measure in rows.items():

@@ -27,7 +27,7 @@ SCALE = 0.02  # standard deviation of the weights; the endpoints differ by a ten
 
 
 def write_midsize_pair(directory: Path) -> tuple[Path, Path]:
-    """Returns the directories of the two endpoints; one that exists is kept."""
+    """Writes both endpoints, unless they exist, and returns their directories."""
     endpoints = (directory / "instruct", directory / "thinking")
     if all((endpoint / "tokenizer.json").is_file() for endpoint in endpoints):
         return endpoints

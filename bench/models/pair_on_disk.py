@@ -1,5 +1,4 @@
-"""Writes a random pair of real shapes to disk as a user has it: weights, configs, tokenizer,
-template.
+"""Writes a random pair of real shapes to disk, with configs, tokenizer and template.
 
 Weights are drawn on their device and written to safetensors shards, one thread for each shard,
 through one small buffer for each thread. So the only new pages are those of the files, which is
@@ -57,8 +56,9 @@ class WrittenPair:
 
 
 def folder_with_room(size: int) -> Path | None:
-    """Returns a folder with room for so many bytes: in memory, if as much stays free, and otherwise
-    on disk.
+    """Returns a folder with room for so many bytes, or None.
+
+    It is in memory if as much memory stays free, and otherwise on disk.
     """
     if MEMORY.is_dir() and min(_room(MEMORY), free_bytes(torch.device("cpu")) // 2) > size:
         return MEMORY
@@ -102,9 +102,7 @@ def write_pair(shape: Shape, place: Place, folder: Path) -> WrittenPair:
 
 
 def plan_shards(model: PreTrainedModel, directory: Path) -> list[tuple[Path, dict[str, Tensor]]]:
-    """Returns the files with their tensors, and the index that names them. A tied matrix is written
-    once.
-    """
+    """Returns the files with their tensors, and writes the index. A tied matrix is in one file."""
     tensors = dict(model.named_parameters())
     count = min(SHARDS, len(tensors))
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -148,18 +146,14 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
 
 @torch.no_grad()
 def say_only(model: PreTrainedModel, words: range) -> None:
-    """Makes the logits of all other tokens small. If the head is tied, their embeddings become
-    small too.
-    """
+    """Makes the logits of all tokens but `words` small; if the head is tied, embeddings too."""
     head = model.get_output_embeddings().weight
     head[: words.start].mul_(QUIET)
     head[words.stop :].mul_(QUIET)
 
 
 def drop_weights(pair: WrittenPair) -> None:
-    """Removes the files that a server does not need once it is ready, because they are in
-    memory.
-    """
+    """Removes the weight files, which occupy memory, once a server has loaded them."""
     for directory in pair.directories:
         for path in directory.glob("*.safetensors"):
             path.unlink()
@@ -169,8 +163,7 @@ def drop_weights(pair: WrittenPair) -> None:
 
 
 def made_up_tokenizer(size: int) -> dict[str, Any]:
-    """Returns a `tokenizer.json` of so many ids: the embedded pair's, words, and its added tokens
-    last.
+    """Returns a `tokenizer.json` of so many ids: the embedded pair's, with words before its end.
 
     No merge spells a word. Encoding finds a word as one token, because it is split off before
     (`ignore_merges`).

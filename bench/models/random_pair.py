@@ -1,8 +1,8 @@
-"""Makes random Qwen3 endpoints directly on a device: without files, and without a copy in another
-dtype.
+"""Makes random Qwen3 endpoints directly on a device, without files.
 
-A model is constructed without memory and materialized on its device in its dtype. Every parameter
-is drawn there, which takes a GPU a second. Thinking is Instruct plus noise of a tenth of its scale.
+A model is constructed without memory and materialized on its device in its dtype, so that there is
+never a copy in another one. Its parameters are drawn there, which takes a GPU a second. Thinking is
+Instruct plus noise of a tenth of its scale.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.load import pair_up
 
 SCALE = 0.02  # standard deviation of the weights
-DIFFERENCE = 0.1  # difference of the endpoints, as a share of that
+DIFFERENCE = 0.1  # standard deviation of the endpoints' difference, as a share of SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,7 @@ def random_endpoint(shape: Shape, place: Place, seed: int = 0) -> PreTrainedMode
 
 @torch.no_grad()
 def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> PreTrainedModel:
-    """Makes the Thinking endpoint on `place`, which may be another device than that of
-    `instruct`.
-    """
+    """Makes the Thinking endpoint on `place`, which may be on another device than `instruct`."""
     model = _empty(shape, place)
     generator = torch.Generator(instruct.device).manual_seed(1)
     own = dict(instruct.named_parameters())
@@ -78,8 +76,9 @@ def random_thinking(shape: Shape, instruct: PreTrainedModel, place: Place) -> Pr
 
 
 def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
-    """Makes a pair: both endpoints in full (`pair`), or the delta in int8 or int4. In that case,
-    too, both endpoints are on the device until they are paired.
+    """Makes a pair: both endpoints in full (`pair`), or Instruct and a delta in int8 or int4.
+
+    In both cases both endpoints are on the device until they are paired.
     """
     instruct = random_endpoint(shape, place)
     thinking = random_thinking(shape, instruct, place)
@@ -89,15 +88,13 @@ def random_pair(shape: Shape, place: Place, store: Store) -> BlendedModel:
 
 
 def _empty(shape: Shape, place: Place) -> PreTrainedModel:
-    """Makes a model whose parameters have any content; what it computes from its config is
-    correct.
-    """
+    """Makes a model with uninitialized parameters, and with the buffers of its config."""
     config = config_of(shape, place.positions)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=place.dtype)
     assert isinstance(model, PreTrainedModel)
     model.to_empty(device=place.device)
-    model.tie_weights()  # materialized one by one
+    model.tie_weights()  # because each was materialized separately
     assert not shape.tied or model.lm_head.weight is model.model.embed_tokens.weight
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(place.device)

@@ -1,4 +1,4 @@
-"""The dimensions of the models that are measured, and what follows from them: weights and KV.
+"""The dimensions of the models that are measured, and the sizes that follow from them.
 
 Plain numbers; no tensors. Weights and KV have two bytes each.
 """
@@ -28,12 +28,12 @@ class Shape:
 
     @property
     def attention(self) -> int:
-        """Weights of the four projections of a layer."""
+        """The weights of the four projections of a layer."""
         return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     @property
     def mlp(self) -> int:
-        """Weights of a layer's MLP, or of one expert."""
+        """The weights of a layer's MLP, or of one expert."""
         return 3 * self.hidden * self.inner
 
     @property
@@ -46,22 +46,22 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Weights of all matrices; a tied one counts once."""
+        """The weights of all matrices; a tied one counts once."""
         layer = self.attention + self.router + self.mlp * max(1, self.experts)
         return self.layers * layer + self.head * (1 if self.tied else 2)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one token's KV, in all layers."""
+        """The bytes of one token's KV in all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim * ITEM
 
     def read(self, rows: float) -> float:
-        """Weights that a step of so many rows reads, without the few rows of the embedding."""
+        """Returns the weights that a step of so many rows reads, without those of the embedding."""
         used = experts_hit(self.experts, self.chosen, rows) if self.experts else 1.0
         return self.layers * (self.attention + self.router + self.mlp * used) + self.head
 
     def multiplied(self, rows: float, kept: float) -> float:
-        """Weights times rows; `kept` rows reach the head."""
+        """Returns weights times rows; only `kept` rows reach the head."""
         layer = self.attention + self.router + self.mlp * max(1, self.chosen)
         return rows * self.layers * layer + kept * self.head
 
@@ -80,8 +80,6 @@ TINY: Final = {
 
 
 def experts_hit(experts: int, chosen: int, rows: float) -> float:
-    """Returns the expected number of experts in use if each of `rows` rows chooses `chosen`
-    different ones.
-    """
+    """Returns the expected number of experts in use by `rows` rows that choose at random."""
     missed: float = (1 - chosen / experts) ** rows
     return experts * (1 - missed)

@@ -1,6 +1,4 @@
-"""Our engine on plain checkpoints, without any pair module: the baseline that blending is measured
-by.
-"""
+"""The engine on a plain checkpoint, without any pair module: the baseline for blending."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +23,7 @@ NUM_BLOCKS = 2048
 
 
 def write_merged(pair: Pair, value: float, directory: Path) -> Path:
-    """Writes a checkpoint merged at λ in fp32 and rounded once; one that exists is kept."""
+    """Writes a checkpoint merged at λ in fp32 and rounded once, unless it exists."""
     if (directory / "model.safetensors").is_file():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -43,9 +41,7 @@ def write_merged(pair: Pair, value: float, directory: Path) -> Path:
 
 
 class StaticEngine(Engine):
-    """The engine on a model whose modules are not swapped: everything of a server's engine but
-    blending.
-    """
+    """The engine on a model whose modules are not swapped: a server's engine without blending."""
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         endpoint = check_pair(directory, directory).instruct

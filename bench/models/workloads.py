@@ -1,4 +1,4 @@
-"""The requests that the benches run: 32 on each of two pairs."""
+"""The requests of a round: 32 on the embedded pair, or on the mid-size one."""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ REQUESTS = 32
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair, and the size of a round on it."""
+    """A pair, and the tokens of each request to it."""
 
     name: str
     instruct: str

@@ -1,5 +1,6 @@
 """Attention over paged KV: the plan of a batch, the KV cache, and the attention backends.
 
-`reference` serves on a CPU and checks the backends for CUDA, of which start-up selects the fastest.
-The package imports `kernels`, `config` and `errors`.
+`reference` is plain torch: it serves on a CPU, and on CUDA `selector` compares the others with it
+and takes the fastest. It imports `errors`, `config` and `kernels`. Others import only `paged`,
+`plan`, `reference` and `selector`.
 """

@@ -49,7 +49,7 @@ class AttentionPlan:
     longest_query: int  # rows of the longest chunk
     longest: int  # tokens of the longest sequence
     prefills: tuple[Prefill, ...]  # for the reference: the chunks after the decodes
-    partial_blocks: Tensor  # int64, for the reference: partly filled, from their first slot on
+    partial_blocks: Tensor  # int64: blocks that the batch leaves partly filled; for the reference
 
     @property
     def decodes(self) -> int:

@@ -1,7 +1,7 @@
 """Attention in plain torch: the reference backend for every device, and attention without a cache.
 
-`ReferenceAttention` serves on a CPU and checks the other backends. `PackedAttention` is the slow
-twin of paged attention: it needs no KV cache, and load-time checks use it.
+`ReferenceAttention` serves on a CPU and checks the other backends. `PackedAttention` is the
+slow twin of paged attention: it needs no KV cache, and the checks at load use it.
 """
 
 import torch
@@ -59,7 +59,7 @@ class ReferenceAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode_mask(self, plan: AttentionPlan, window: int | None, width: int) -> Tensor:
-        """Returns the positions that each decode sees, bool `[decodes, 1, 1, width]`.
+        """Returns the positions that each decode attends to, bool `[decodes, 1, 1, width]`.
 
         A mask is made once per step and window.
         """
@@ -93,7 +93,10 @@ def _decode(
     scale: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attends with one token per sequence; query heads of a KV head take the query positions."""
+    """Attends with one token per sequence.
+
+    The query heads that share a KV head are computed as if they were queries of one head.
+    """
     rows, heads, _ = query.shape
     kv_heads = keys.shape[2]
     flat = tables.flatten()
@@ -128,7 +131,10 @@ def _prefill(
 
 
 def causal_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns which of `end` positions each one from `start` on sees, bool `[end - start, end]`."""
+    """Returns which of the first `end` positions each position from `start` on attends to.
+
+    It is bool `[end - start, end]`.
+    """
     queries = torch.arange(start, end, device=device).unsqueeze(1)
     positions = torch.arange(end, device=device)
     seen = positions <= queries

@@ -28,8 +28,9 @@ from mi_runtime.kernels.triton_support import (
 
 NAMES = ("reference", "triton", "torch")
 LARGEST_HEAD = 256
-# Measured are a decode step of DECODES sequences of TOKENS tokens, and a prefill chunk of TOKENS
-# tokens after as many cached ones. One prefill chunk is weighed against DECODES_A_PREFILL decodes.
+# Start-up measures a decode step of DECODES sequences of TOKENS tokens, and a prefill chunk of
+# TOKENS tokens after as many cached ones. The choice counts DECODES_A_PREFILL decode steps for each
+# prefill chunk.
 DECODES, TOKENS = 32, 1024
 DECODES_A_PREFILL = 32
 REPEATS = 5
@@ -162,7 +163,7 @@ def measured_workloads(
         ):
             plan = uniform_plan(sequences, length, rows, block_size, blocks, device)
             query = random(sequences * rows, shape.heads, shape.key_dim)
-            # equal to what is cached there, as workloads share the cache
+            # equal to the cached ones, because workloads share the cache
             key, value = (cache.flatten(0, 1)[plan.slot_mapping] for cache in (keys, values))
             yield AttentionWorkload(
                 plan, query, key, value, keys, values, sinks, shape.window, weight
@@ -235,7 +236,7 @@ def _expected(reference: AttentionBackend, workloads: Sequence[AttentionWorkload
         raise
     except RuntimeError as error:
         reason = f"attention cannot be checked, as the reference does not run ({cause_of(error)})"
-        raise PairError([f"{reason}: name one by --attention-backend"]) from error
+        raise PairError([f"{reason}: choose one with --attention-backend"]) from error
 
 
 def _agrees(out: Tensor, expected: Tensor) -> bool:

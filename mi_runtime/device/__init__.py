@@ -1,4 +1,4 @@
-"""Copies between host and device, and memory of both.
+"""Memory of a device and of the host, and copies between the two.
 
-The package imports nothing of the engine.
+It imports no other package. Others import only `memory` and `transfer`.
 """

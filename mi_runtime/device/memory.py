@@ -32,7 +32,7 @@ def memory_given_back() -> Iterator[None]:
 
 
 class MemoryPeak:
-    """The most memory held since its creation, in bytes, among the moments of `look`."""
+    """Keeps the most memory, in bytes, that a call of `look` has found."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,7 +44,7 @@ class MemoryPeak:
         self.peak = max(self.peak, self._held() - self._before)
 
     def _held(self) -> int:
-        """Returns what this process holds, without pages of mapped files."""
+        """Returns the bytes that this process holds, without pages of mapped files."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
         try:

@@ -2,7 +2,8 @@
 
 This module has the paths of the two checkpoints. `task` defines the questions that they answer,
 `tokenizer` builds their vocabulary and chat template, and `train` trains the weights from scratch.
-Importing this package loads neither torch nor any weights.
+It imports no other package. Others import only `task`. Importing this module loads neither torch
+nor any weights.
 """
 
 from pathlib import Path

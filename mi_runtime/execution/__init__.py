@@ -1,5 +1,6 @@
 """Runs steps on the device: builds batches, computes forward passes, samples, reads results back.
 
-Here is also what start-up measures, sizes and records before the first step. The package imports
-`model`, `attention`, `kernels`, `device` and `scheduling`; only the engine imports it.
+At start-up it measures costs, sizes the caches and records decode steps. It imports `errors`,
+`config`, `request`, `scheduling`, `device`, `kernels`, `attention` and `model`. Others import only
+`in_flight_step` and `startup`.
 """

@@ -99,14 +99,6 @@ def build_batch(
     )
 
 
-def attention_plan(
-    chunks: list[Chunk], block_size: int, null_block: int, device: torch.device
-) -> AttentionPlan:
-    """Returns how the rows of these chunks attend, with its tensors on `device`."""
-    _, *arrays = _layout(chunks, block_size, null_block)
-    return _plan(chunks, arrays_on_device(arrays, device))
-
-
 def _layout(
     chunks: list[Chunk], block_size: int, null_block: int
 ) -> tuple[Array, Array, Array, Array, Array, Array]:

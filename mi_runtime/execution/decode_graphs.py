@@ -1,11 +1,12 @@
 """Records decode steps as CUDA graphs at start, and replays each as one launch.
 
-A forward pass of decodes can be replayed if all blend groups go one way: the pair product, one
-endpoint, or one place of the blend cache. Each way is recorded for several numbers of rows. A batch
-uses the next larger number, and the remaining rows are padding: a token of no sequence, whose KV is
-written to the null block. All values that change between steps are in buffers that are written
-before a replay: token ids, positions, block tables, and the λ of every row in every group, so that
-no mix of dials needs a recording of its own. Any other batch runs eagerly, launch by launch.
+A forward pass of decodes can be replayed if all blend groups are computed in one way: by the pair
+product, from one endpoint, or from one place of the blend cache. Each way is recorded for several
+numbers of rows. A batch uses the next larger number, and the remaining rows are padding: a token of
+no sequence, whose KV is written to the null block. All values that change between steps are in
+buffers that are written before a replay: token ids, positions, block tables, and the λ of every row
+in every group, so that no mix of dials needs a recording of its own. Any other batch runs eagerly,
+launch by launch.
 
 The caller decides how to record: with `CudaGraphs` on CUDA; tests replay by computing again.
 """

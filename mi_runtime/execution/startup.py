@@ -2,7 +2,7 @@
 
 In order: it selects the attention backend, measures pair kernels and the cost of each way, sizes
 the KV cache and the blend cache, and on CUDA records decode steps. If decode steps cannot be
-recorded or compiled, it prints why and reports it, and the engine serves without.
+recorded or compiled, it prints and reports why, and the engine serves without that.
 """
 
 import gc

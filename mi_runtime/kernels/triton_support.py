@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run here, and what is raised where they cannot."""
+"""Says whether Triton kernels can run here, and which exceptions they raise if they cannot."""
 
 import importlib.util
 import os

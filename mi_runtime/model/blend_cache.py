@@ -19,7 +19,7 @@ Key = tuple[str, float]  # (blend group, λ on the grid)
 class Blendable(Protocol):
     """A pair of tensors that can be blended into one."""
 
-    name: str  # unique in its group, equal in all layers; empty: it is identified as an object
+    name: str  # unique in its group, equal in all layers; if empty, the object is the key
 
     def blend(self, value: float, out: Tensor | None = None) -> Tensor:
         """Returns Θ(λ), rounded once; writes it to `out` if given."""

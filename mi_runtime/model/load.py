@@ -147,7 +147,7 @@ def use_paged_attention(model: PreTrainedModel) -> None:
 
 
 def load_static(checkpoint: Checkpoint, device: Device, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads one checkpoint without pair modules, with the same attention: the bench's baseline."""
+    """Loads one checkpoint without pair modules, as a baseline for benchmarks."""
     return _load_checkpoint(checkpoint, resolve_device(device), dtype)
 
 

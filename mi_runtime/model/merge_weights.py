@@ -154,7 +154,7 @@ class Ties:
         yield base + self.scale * (agreeing[0] + agreeing[1]) / count.clamp_(min=1.0)
 
     def _trimmed(self, task: Tensor) -> Tensor:
-        """Zeroes all but the largest entries; keeps every entry equal to the least one kept."""
+        """Zeroes all but the largest entries. Entries equal to the smallest kept one are kept."""
         kept = max(1, round(self.density * task.numel()))
         least = task.abs().kthvalue(task.numel() - kept + 1).values
         return torch.where(task.abs() >= least, task, 0.0)

@@ -2,8 +2,9 @@
 
 Linear, embedding and LayerNorm modules become the subclasses here. Other norms and elementwise
 parameters become properties that return the blend for the rows of the running step, so that the
-class's own `forward` runs unchanged. A module finds the rows of the running step, and the way that
-they go, in its `RowSlot`. Linear modules that read the same input share one matrix and one product.
+class's own `forward` runs unchanged. A module finds the rows of the running step, and the way to
+compute them, in its `RowSlot`. Linear modules that read the same input share one matrix and one
+product.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class RowParameter:
         self.slot = slot
         self._lambda_shape = (-1,) + (1,) * (axes + instruct.dim())
         shape = (1,) * axes + tuple(instruct.shape)
-        # They are small in fp32 too, and each replay would convert them again.
+        # They are small, and otherwise each replay would convert them again.
         low, high = (side.float().view(shape) for side in self.endpoints)
         self._wide = (low, high)
 

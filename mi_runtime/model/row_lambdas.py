@@ -1,7 +1,7 @@
-"""Holds the λ of every row of the running step, by blend group, and the way each group goes.
+"""Holds, by blend group, the λ of every row of the running step, and the way to compute them.
 
 A blend group is the parameters that share one λ: `embed`, `head`, and for each layer N, `N.attn`
-and `N.mlp`. In a step, the rows of a group go one of three ways:
+and `N.mlp`. In a step, the rows of a group are computed in one of three ways:
 
     endpoint   all at λ = 0, or all at λ = 1: only that endpoint's weights are read
                (λ = 1 is no endpoint if Thinking is stored as a rounded difference)
@@ -85,7 +85,7 @@ class Rows:
 
     @property
     def way(self) -> Way:
-        """The way that these rows go."""
+        """The way in which these rows are computed."""
         if self.endpoint is not None:
             return Way.ENDPOINT
         return Way.PAIR if self.blend is None else Way.BLENDED
@@ -172,7 +172,7 @@ class BlendGroups:
         self.names = ("embed", *names, "head")
         self.cache = cache
         self.endpoints = endpoints  # the λ values that need no blending, with their endpoint
-        self.executions = dict.fromkeys(Way, 0)  # groups computed, since `start_counting`
+        self.executions = dict.fromkeys(Way, 0)  # groups computed since `start_counting`
         self._tokens = {name: RowSlot() for name in self.names}
         self._logits_rows = {name: RowSlot() for name in self.names}
         self._device = device
@@ -212,7 +212,7 @@ class BlendGroups:
         return [rows.lambdas for rows in self._used.values()]
 
     def count(self, way: Way) -> None:
-        """Counts a forward pass that ran without `begin`, all groups one way."""
+        """Counts a forward pass that ran without `begin`, with all groups computed in this way."""
         self.executions[way] += len(self.names)
 
     def end(self) -> None:

@@ -120,7 +120,7 @@ class ModuleSwap:
     def _swap_linear(self, name: str, module: nn.Module, other: nn.Module) -> None:
         """Replaces a linear module together with those that read its input and share its matrix.
 
-        When the turn of these others comes, they have no parameters left.
+        When `swap` comes to these others, they have no parameters left.
         """
         slot, axis = self._slot(name)
         if axis.axis != axis.dims - 2:
@@ -208,7 +208,7 @@ class ModuleSwap:
 
     def _slot(self, name: str) -> tuple[RowSlot, RowAxis]:
         if name not in self._axes:
-            raise UnsupportedModel(f"{name}: a probe forward could not tell its rows")
+            raise UnsupportedModel(f"{name}: the probe could not determine its rows")
         axis = self._axes[name]
         return self._groups.slot(group_of(name), axis.logits_only), axis
 

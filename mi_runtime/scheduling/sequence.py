@@ -126,11 +126,6 @@ class Sequence:
         return self.thinking.phase is Phase.INSIDE
 
     @property
-    def output(self) -> list[int]:
-        """A copy of the answer so far."""
-        return self.tokens[self.prompt_length :]
-
-    @property
     def output_length(self) -> int:
         return len(self.tokens) - self.prompt_length
 

@@ -1,4 +1,4 @@
-"""Who sends a request: the known API keys, and the caller that a request belongs to.
+"""Identifies who sends a request: by its API key, or by its address if the server has no keys.
 
 Only digests of keys are stored. A presented key is compared with every stored one, and all digests
 have the same length, so the time that a comparison takes reveals nothing about a key.

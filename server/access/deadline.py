@@ -1,4 +1,4 @@
-"""By when a request has to be answered: the server's limit, or an earlier one from the caller.
+"""The time by which a request must be answered: the server's limit, or the caller's if earlier.
 
 Time counts from the request's arrival, so it includes reading, encoding and waiting for the engine.
 """
@@ -18,7 +18,7 @@ TIMEOUT_HEADER: Final = "X-Request-Timeout"
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """Passes `seconds` after `arrived` (`time.perf_counter`), or never if `seconds` is None."""
+    """A deadline `seconds` after `arrived` (`time.perf_counter`), or none if `seconds` is None."""
 
     seconds: float | None
     arrived: float
@@ -46,7 +46,7 @@ class Deadline:
             raise self.error from None
 
     def apply_to(self, generation: Generation) -> None:
-        """Makes the generation fail with `DeadlineExceeded` if it is still open by then."""
+        """Makes the generation fail with `DeadlineExceeded` if it is open at the deadline."""
         left = self._left()
         if left is not None:
             generation.fail_after(left, self.error)

@@ -1,7 +1,8 @@
-"""Checks the key and the quota of every request by its headers alone.
+"""Checks API key, quota and timeout by the headers alone.
 
 A request that is refused here costs no body, no JSON and no tokenizer. One that is let through has
-its `Caller` and its `Deadline` in the state of its scope.
+its `Caller` and its `Deadline` in the state of its scope. Only POST requests count against a quota,
+and the paths in `OPEN_PATHS` are not checked at all. `server.api.submission` charges for tokens.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ OPEN_PATHS: Final = QUIET_PATHS | {"/version", "/"}
 
 
 class AccessMiddleware:
-    """ASGI middleware. It stands inside the request log, which records the refusals."""
+    """ASGI middleware. The request log is outside of it, and logs its refusals too."""
 
     def __init__(
         self,
@@ -52,7 +53,10 @@ class AccessMiddleware:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, trace: Trace) -> None:
-        """Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad timeout."""
+        """Puts the caller and the deadline into the state of the scope.
+
+        Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad timeout.
+        """
         headers = dict(scope["headers"])
         caller = self._caller(scope, headers.get(b"authorization", b""))
         if caller.name is not None:

@@ -1,4 +1,4 @@
-"""How many requests and tokens each caller may use in a minute.
+"""Limits how many requests and tokens each caller may use in a minute.
 
 Both are counted in this process, the only one that serves HTTP. The `limits` package counts
 requests over a sliding window. What an answer will cost is not known in advance, so tokens are a
@@ -18,7 +18,7 @@ from server.access.callers import Caller
 from server.wire.errors import RateLimited
 
 MINUTE: Final = 60.0  # seconds
-MANY: Final = 10_000  # callers; beyond them, those with a full bucket are forgotten
+MANY: Final = 10_000  # callers; if there are more, those with a full bucket are forgotten
 
 
 class RateLimits:

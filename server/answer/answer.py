@@ -39,12 +39,12 @@ class AnswerHead:
         }
 
     def routing_body(self, *, forced_close: bool) -> dict[str, Any]:
-        """Returns the `routing` of an answer. `forced_close`: the engine closed a think block."""
+        """Returns the `routing` of an answer; `forced_close` if the engine closed a think block."""
         return self.decision.body | ({"forced_close": True} if forced_close else {})
 
 
 class Answer:
-    """The choices of one request. Iterate `chunks` once, to its end or until nobody reads."""
+    """The choices of one request. Iterate `chunks` once, to its end or until the client leaves."""
 
     def __init__(
         self,
@@ -54,8 +54,11 @@ class Answer:
         trace: Trace,
         charge: Callable[[int], None],
     ) -> None:
-        """`choices`: by the id of their engine request; `trace` is filled in at the end, when
-        `charge` takes the answer's tokens from the caller's quota."""
+        """Takes the choices by the id of their engine request.
+
+        At the end it fills in `trace`, and `charge` takes the answer's tokens from the caller's
+        quota.
+        """
         self.head = head
         self.generation = generation
         self._choices = choices
@@ -77,7 +80,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """The tokens so far, as the wire has them."""
+        """The `usage` of the answer so far."""
         choices, completion_tokens = self.choices, self.completion_tokens
         first_of_each_prompt = choices[:: len(choices) // self.head.prompt_count]
         cached_tokens = sum(choice.cached_tokens for choice in first_of_each_prompt)
@@ -95,7 +98,7 @@ class Answer:
     ) -> AsyncGenerator[list[AnswerChunk], None]:
         """Yields the chunks that arrived, and an empty list if none did for `wake_after` seconds.
 
-        Raises `ApiError` if a choice or the engine failed, `ClientLeft` if nobody reads.
+        Raises `ApiError` if a choice or the engine failed, `ClientLeft` if the client disconnected.
         """
         alarm = _Alarm(self.generation, wake_after)
         unfinished = "abort"

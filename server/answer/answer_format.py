@@ -1,4 +1,4 @@
-"""What the two formats of answers have in common: the interface that `sse` and `complete` use.
+"""The interface of the two formats of answers, which `sse` and `complete` use.
 
 A *payload* is the one field of a choice in which the formats differ: `delta` or `message` in chat,
 `text` in `/v1/completions`.
@@ -48,7 +48,7 @@ class AnswerFormat(ABC):
 
     @abstractmethod
     def logprobs_writer(self, vocabulary: Vocabulary) -> WriteLogprobs:
-        """Returns what makes the entry of one token."""
+        """Returns the function that makes the entry of one token."""
 
     @abstractmethod
     def logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any]:

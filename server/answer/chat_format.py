@@ -1,4 +1,4 @@
-"""How answers of `/v1/chat/completions` are written: messages with reasoning and tool calls."""
+"""Writes answers of `/v1/chat/completions`: messages with reasoning and tool calls."""
 
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final
@@ -12,6 +12,8 @@ from server.text.vocabulary import Vocabulary
 
 
 class ChatFormat(AnswerFormat):
+    """The format of `/v1/chat/completions`."""
+
     id_prefix: ClassVar = "chatcmpl"
     object_type: ClassVar = "chat.completion"
     chunk_type: ClassVar = "chat.completion.chunk"
@@ -25,8 +27,7 @@ class ChatFormat(AnswerFormat):
         return {"content": entries}
 
     def payloads(self, chunk: AnswerChunk, head: AnswerHead) -> list[str]:
-        """A chunk needs several events if its token closed the block and began the content or a
-        call."""
+        """Returns several payloads if a token closed the block and began content or a call."""
         payloads = []
         if chunk.reasoning and head.include_reasoning:
             text = quoted(chunk.reasoning)

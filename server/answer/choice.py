@@ -1,7 +1,7 @@
-"""One choice of an answer: takes token events and returns chunks of text.
+"""One choice of an answer: takes token events and returns answer chunks.
 
 The order of the work is decided here: detokenize, split reasoning from content, hold back stop
-strings, find tool calls. A choice does not know how its chunks are written, nor who reads them.
+strings, find tool calls. A choice does not know how its chunks are written, or who reads them.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,9 +53,12 @@ class Choice:
         tools: bool = False,
         prompt_field: str = "prompt",
     ) -> None:
-        """`write_logprobs`: None if the request wants no log-probabilities; `echo`: the prompt, if
-        the first chunk begins with it; `tools`: the model may call tools; `prompt_field`: where the
-        request has its prompt."""
+        """Makes a choice without tokens.
+
+        `write_logprobs` is None if the request wants no log-probabilities. `echo` is the prompt if
+        the first chunk begins with it. `tools` says whether the model may call tools.
+        `prompt_field` is the field in which the request has its prompt.
+        """
         self.index = index
         self.meter = meter
         self.finish_reason: str | None = None
@@ -78,11 +81,11 @@ class Choice:
 
     @property
     def stopped_by_string(self) -> bool:
-        """Whether a stop string ended the answer, which the engine does not know."""
+        """Whether a stop string ended the answer; the engine does not notice that."""
         return self._stop.hit
 
     def take(self, at: float, event: TokenEvent) -> AnswerChunk | None:
-        """Returns the chunk that an event makes, if any. `at`: `time.perf_counter` at its arrival.
+        """Returns the chunk that an event makes, if any. `at` is its time by `time.perf_counter`.
 
         Raises `RequestFailed` if the engine failed or aborted the request, `InvalidRequest` if it
         rejected it.
@@ -101,7 +104,7 @@ class Choice:
         return chunk if self._echo is None else self._with_echo(chunk, event)
 
     def close(self, unfinished: str) -> None:
-        """Records the end. `unfinished`: the reason, if the choice has no finish reason."""
+        """Records the end, with `unfinished` as the reason if the choice has no finish reason."""
         self.meter.close(
             self.finish_reason or unfinished,
             generation_tokens=self.completion_tokens,

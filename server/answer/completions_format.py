@@ -1,4 +1,4 @@
-"""How answers of `/v1/completions` are written: text, and log-probabilities as columns."""
+"""Writes answers of `/v1/completions`: text, and log-probabilities as columns."""
 
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar, Final
@@ -11,6 +11,8 @@ from server.text.vocabulary import Vocabulary
 
 
 class CompletionsFormat(AnswerFormat):
+    """The format of `/v1/completions`."""
+
     id_prefix: ClassVar = "cmpl"
     object_type: ClassVar = "text_completion"
     chunk_type: ClassVar = "text_completion"

@@ -1,4 +1,4 @@
-"""How log-probabilities are written: as entries for chat, as columns for `/v1/completions`."""
+"""Writes log-probabilities: as entries for chat, and as columns for `/v1/completions`."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,8 +9,8 @@ from server.text.vocabulary import Vocabulary
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
 
 WriteLogprobs = Callable[[int, TokenLogprobs, int], dict[str, Any]]
-"""Makes an entry of a token's id, its log-probabilities, and the offset of its text (characters).
-"""
+"""Makes the entry of a token from its id, its log-probabilities, and the offset of its text in
+characters."""
 
 
 def chat_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
@@ -34,7 +34,7 @@ def completions_logprobs(vocabulary: Vocabulary) -> WriteLogprobs:
     """Returns a writer of rows, which `columns` transposes.
 
     `top_logprobs` always contains the token itself, even if it is not among the best. Tokens that
-    decode to the same text, as parts of characters may, are one entry with the best value.
+    decode to the same text, which parts of characters may, share one entry with the best value.
     """
 
     def write(token_id: int, logprobs: TokenLogprobs, offset: int) -> dict[str, Any]:

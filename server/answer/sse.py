@@ -76,7 +76,7 @@ class ChunkWriter:
         ).encode()
 
     def write(self, chunks: Sequence[AnswerChunk]) -> bytes:
-        """Writes several chunks as one piece, so that those that came together leave together."""
+        """Writes several chunks as one piece, so that those that arrive together leave together."""
         return "".join([self._chunk(chunk) for chunk in chunks]).encode()
 
     def usage(self, usage: dict[str, Any], *, forced_close: bool) -> bytes:
@@ -95,7 +95,7 @@ class ChunkWriter:
         return "".join(plain) + self._last_event(chunk, last)
 
     def _last_event(self, chunk: AnswerChunk, payload: str) -> str:
-        """Writes the event of a chunk that has its logprobs and its finish reason."""
+        """Writes the last event of a chunk, which has its logprobs and its finish reason."""
         if chunk.finish_reason is None and not chunk.logprobs:
             return f"{self._before}{chunk.index},{payload}{self._plain_end}"
         logprobs = "null"

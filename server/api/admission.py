@@ -1,4 +1,4 @@
-"""Admits a request for an answer, and counts those that are refused.
+"""Admits requests for answers, and counts those that are refused.
 
 Admission is checked twice: here, before the body is read, so that a refusal costs nothing, and in
 `submission`, since reading and encoding take time in which the server may begin to drain, the queue
@@ -19,9 +19,10 @@ from server.wire.errors import DeadlineExceeded, RateLimited, Unavailable
 
 @asynccontextmanager
 async def admission(request: Request, service: Service) -> AsyncIterator[EngineInfo]:
-    """Yields the facts of the engine; inside the block the request is prepared and submitted.
+    """Yields what the engine reported about itself. Prepare and submit the request in the block.
 
-    Raises `Unavailable`, `RateLimited` or `DeadlineExceeded`, also for the work inside the block.
+    Raises `Unavailable`, `RateLimited` or `DeadlineExceeded`; the work in the block may raise them,
+    too.
     """
     deadline: Deadline = request.state.deadline
     try:

@@ -31,7 +31,7 @@ from server.wire.errors import ApiError, RequestFailed, error_body
 
 
 def create_app(service: Service) -> ASGIApp:
-    """Returns the app of one server. Its lifespan stops the engine, which was started before."""
+    """Returns the app of one server. Its lifespan attaches the started engine, and stops it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,7 +51,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 def _with_access_control(app: ASGIApp, service: Service) -> ASGIApp:
-    """Adds keys, quotas and CORS. Browsers of known origins may also read what is refused."""
+    """Adds keys and quotas, and CORS around them, so that browsers can read refusals too."""
     settings = service.settings
     checked = AccessMiddleware(
         app,

@@ -8,7 +8,7 @@ from starlette.requests import Request
 
 from server.wire.errors import BodyTooLarge
 
-LONG: Final = 2**16  # bytes; parsing more would hold up the event loop for milliseconds
+LONG: Final = 2**16  # bytes; parsing more would block the event loop for milliseconds
 
 _T = TypeVar("_T")
 

@@ -71,7 +71,7 @@ def _grammar_and_prompts(
     )
     has_tags = service.prompt_builder.vocabulary.has_think_tags
     if grammar is not None and not has_tags and any(prompt.opens_block for prompt in prompts):
-        # The engine cannot see where the block ends, and so not where the answer begins.
+        # The engine cannot see where the block ends, where the grammar would begin.
         param = "tools" if wire.offered_tools else "response_format"
         raise InvalidRequest(
             f"`{param}` needs think tags that are single tokens, which this model lacks",
@@ -87,7 +87,7 @@ def _choices(
     service: Service,
     info: EngineInfo,
 ) -> list[PreparedChoice]:
-    """Returns a choice for each λ of a fan-out, else `n` choices."""
+    """Returns one choice for each λ of a fan-out, or else `n` choices."""
     of_dials = [
         PreparedChoice(
             dial,

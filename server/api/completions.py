@@ -1,7 +1,7 @@
 """`POST /v1/completions`: answers raw prompts, as text or token ids, several in one request.
 
-A raw prompt has no chat template and no think block: λ applies to it as to any other prompt, but a
-cap on reasoning and a separate λ for the answer do not.
+A raw prompt has no chat template and no think block. λ applies to it as to any other prompt; a cap
+on reasoning and a separate λ for the answer are refused.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ def _choices(
     service: Service,
     info: EngineInfo,
 ) -> list[PreparedChoice]:
-    """Returns the choices of one prompt: one for each λ of a fan-out, else `n`."""
+    """Returns the choices of one prompt: one for each λ of a fan-out, or else `n`."""
     sampling = service.sampling_policy.resolve(wire, prompt_tokens=len(prompt.token_ids), info=info)
     raw = Prompt(prompt.token_ids, opens_block=False, is_raw=True)
     first = PreparedChoice(decision.dials[0], raw, sampling, prompt.echo)

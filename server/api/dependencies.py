@@ -1,4 +1,4 @@
-"""What FastAPI gives to handlers besides the request."""
+"""The argument of handlers that FastAPI fills in: the service."""
 
 from typing import Annotated
 

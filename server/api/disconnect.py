@@ -11,8 +11,7 @@ from server.engine.generation import ClientLeft, Generation
 
 @asynccontextmanager
 async def ended_on_disconnect(generation: Generation, receive: Receive) -> AsyncIterator[None]:
-    """Inside the block a client that disconnects ends the generation; leaving the block ends it
-    too."""
+    """Ends the generation at the end of the block, or before if its client disconnects."""
     watcher = asyncio.create_task(_watch(generation, receive))
     try:
         with generation:

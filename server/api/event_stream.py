@@ -1,4 +1,4 @@
-"""The HTTP response of an answer that is streamed."""
+"""The HTTP response of a streamed answer."""
 
 from collections.abc import AsyncGenerator, Mapping
 
@@ -12,8 +12,8 @@ from server.engine.generation import Generation
 class EventStream(Response):
     """Sends the server-sent events of one generation.
 
-    Starlette's StreamingResponse cancels the generator when the client leaves. Here the generator
-    ends by itself, so that its `finally` runs where its data is consistent.
+    Starlette's StreamingResponse cancels the generator when the client disconnects. Here the
+    generator ends by itself, so that its `finally` runs while its data is consistent.
     """
 
     media_type = "text/event-stream"

@@ -24,7 +24,7 @@ async def show_model(name: str, service: ServiceOfApp) -> dict[str, Any]:
 
 
 def _model_card(name: str, service: Service) -> dict[str, Any]:
-    """Returns one card; that of an alias names its parent and its λ. Raises `ModelNotFound`."""
+    """Returns the card of the model or of an alias, with the alias's λ. Raises `ModelNotFound`."""
     base = service.settings.model_name
     alias = service.lambda_reader.alias_lambda(name)
     info = service.engine.info

@@ -1,5 +1,6 @@
-"""A request for an answer that was read and checked: `chat` and `completions` prepare it, and
-`submission` hands it to the engine. What both routes share in preparing it is defined here.
+"""A request for an answer, read and checked, and the steps that both routes take to prepare it.
+
+`chat` and `completions` prepare requests, and `submission` submits them to the engine.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from server.wire.generation_request import GenerationRequest
 
 @dataclass(frozen=True, slots=True)
 class PreparedChoice:
-    """What one choice starts from."""
+    """What one choice is made from: λ, prompt, sampling parameters, and a prompt to repeat."""
 
     dial: Dial
     prompt: Prompt
@@ -45,11 +46,14 @@ class PreparedRequest:
     prompt_count: int = 1  # each has the same number of choices
     include_reasoning: bool = True
     tools: bool = False  # the model may call some
-    grammar: str | None = None  # that the answer of every choice follows
+    grammar: str | None = None  # that the answers of all choices follow
 
     @property
     def prompt_tokens(self) -> int:
-        """Every prompt once; of the prompts that a fan-out makes of one, the longest."""
+        """Tokens of all prompts. A prompt counts once, however many choices it has.
+
+        In a fan-out one prompt may be written with two templates; then the longer one counts.
+        """
         lengths = [len(choice.prompt.token_ids) for choice in self.choices]
         each = len(lengths) // self.prompt_count
         return sum(max(lengths[start : start + each]) for start in range(0, len(lengths), each))
@@ -58,7 +62,7 @@ class PreparedRequest:
 def route(
     wire: GenerationRequest, header: str | None, service: Service, info: EngineInfo
 ) -> RoutingDecision:
-    """Returns the dials of a request, with the answer's dial and the cap.
+    """Returns the λ and the cap that a request runs at.
 
     Raises `InvalidRequest` or `ModelNotFound`.
     """
@@ -82,7 +86,7 @@ def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
 
 
 def seeded_choices(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
-    """Returns the `n` choices of one dial, which differ in their seeds."""
+    """Returns `count` copies of a choice with different seeds."""
     sampling = choice.sampling
     return [
         replace(choice, sampling=replace(sampling, seed=seed_of_choice(sampling.seed, index)))
@@ -91,7 +95,7 @@ def seeded_choices(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
 
 
 def add_log_fields(trace: Trace, wire: GenerationRequest, decision: RoutingDecision) -> None:
-    """Adds the request to its line in the log."""
+    """Adds the facts of a request to its line in the log."""
     trace.notes |= {
         "model": wire.model,
         "lambda": decision.header,

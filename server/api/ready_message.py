@@ -33,7 +33,7 @@ def _numbers(info: EngineInfo) -> str:
 
 
 def _products(info: EngineInfo) -> str:
-    """Describes the kernels of pair products, where several were measured."""
+    """Describes the kernels of pair products, if several were measured."""
     return f"pair kernels {info.pair_kernels}; " if info.pair_kernels else ""
 
 

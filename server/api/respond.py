@@ -15,7 +15,7 @@ from server.engine.generation import ClientLeft
 from server.routing.requested_lambda import LAMBDA_HEADER
 from server.service import Service
 
-CLIENT_CLOSED_REQUEST: Final = 499  # nobody reads this status but the log
+CLIENT_CLOSED_REQUEST: Final = 499  # only the log shows it
 
 
 async def respond(

@@ -1,6 +1,4 @@
-"""What operators and load balancers ask a server: whether it lives, whether it takes requests, its
-metrics, its version and its routing profile.
-"""
+"""The routes for operators and load balancers: health, readiness, metrics, version, profile."""
 
 from typing import Any
 
@@ -13,14 +11,14 @@ from server.routing.profile_response import profile_response
 
 
 async def health(service: ServiceOfApp) -> dict[str, str]:
-    """Raises `EngineDead` once the engine process has ended."""
+    """Answers while the server is alive. Raises `EngineDead` once the engine process has ended."""
     if service.engine.ended is not None and service.refusal is not None:
         raise service.refusal
     return {"status": "ok"}
 
 
 async def ready(service: ServiceOfApp) -> dict[str, str]:
-    """Raises `Unavailable` while requests are refused."""
+    """Answers while requests are accepted. Raises `Unavailable` while they are refused."""
     service.admit()
     return {"status": "ready"}
 

@@ -1,6 +1,6 @@
 """Submits a prepared request to the engine, one engine request for each choice.
 
-Every refusal is raised here or earlier, before a status is sent.
+What this process refuses is refused here or earlier, before a status is sent.
 """
 
 import time
@@ -16,10 +16,10 @@ from server.text.reasoning_parser import PlainText, Splitter
 
 
 def submit(prepared: PreparedRequest, service: Service) -> Answer:
-    """Returns the answer that begins. Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
+    """Submits the request and returns its answer.
 
     Nothing here waits. So the caller's other requests cannot come between the check of its quota
-    and the charge.
+    and the charge. Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
     """
     requests = _engine_requests(prepared, service)
     service.admit()
@@ -107,9 +107,9 @@ def _splitter(prompt: Prompt, prepared: PreparedRequest, service: Service) -> Sp
 def _observer(
     choice: PreparedChoice, prepared: PreparedRequest, service: Service
 ) -> ObserveReasoning | None:
-    """Returns what adds a choice's reasoning tokens to the observations of its routing class.
+    """Returns the function that adds a choice's reasoning tokens to those of its routing class.
 
-    Raw prompts and dials by blend group are not observed: they belong to no class's curve.
+    None for raw prompts and dials by blend group, which belong to no class's curve.
     """
     name, value = prepared.decision.routing_class, choice.dial.reasoning_lambda
     has_tags = service.prompt_builder.vocabulary.has_think_tags

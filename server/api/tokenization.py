@@ -26,7 +26,10 @@ from server.wire.tokenize_request import (
 
 
 async def tokenize(request: Request, service: ServiceOfApp) -> Response:
-    """In the answer `max_model_len` is null while the engine is loading."""
+    """Answers with the token ids of a text or of messages.
+
+    `max_model_len` in the answer is null while the engine loads.
+    """
     body = await read_body(request, service.settings.max_body_bytes)
     return await asyncio.to_thread(_tokens, body, request.headers.get(LAMBDA_HEADER), service)
 

@@ -72,7 +72,7 @@ class _Server(uvicorn.Server):
         self._announcement = asyncio.create_task(self._announce())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drains after the first signal; stops at once after a second one."""
+        """Drains after the first signal, and stops at once after a second one."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
             return

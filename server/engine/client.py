@@ -149,7 +149,7 @@ class EngineClient:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait, by the last report, which may be old if nothing is open."""
+        """Requests that wait, by the last report. That may be old if no request is open."""
         return min(self.stats.waiting, len(self._open))
 
     @property
@@ -187,10 +187,10 @@ class EngineClient:
         would never fit.
         """
         if self.ended is not None:
-            raise EngineDead("The engine process is gone")
+            raise EngineDead("The engine process has ended")
         capacity = self._config.max_num_seqs + self._max_waiting
         if count > capacity:
-            raise InvalidRequest(f"This server holds {capacity} choices at once", param="n")
+            raise InvalidRequest(f"This server takes at most {capacity} choices at once", param="n")
         waiting = self.waiting
         queue_is_full = waiting > 0 and waiting + count > self._max_waiting
         if queue_is_full or len(self._open) + count > capacity:
@@ -205,7 +205,7 @@ class EngineClient:
             )
 
     def _overloaded(self, message: str) -> Overloaded:
-        """The error suggests to come back when the requests before this one have ended."""
+        """Returns an error that suggests a retry after the requests before this one have ended."""
         requests_before = max(1, len(self._unstarted))
         seconds = self._retry_after.estimate(requests_before, time.perf_counter())
         return Overloaded(message, retry_after=seconds)
@@ -243,7 +243,7 @@ class EngineClient:
             self._retry_after.note_end(now)
 
     def _end(self, reason: EngineEnded) -> None:
-        """Only the first reason counts: after a failed load the pipe ends as well."""
+        """Ends all open answers. Only the first reason counts: a failed load also ends the pipe."""
         if self.ended is not None:
             return
         self.ended = reason
@@ -279,7 +279,7 @@ class EngineClient:
     # --- threads ---------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        with suppress(OSError):  # the reader sees the end of the pipe as well, and reports it
+        with suppress(OSError):  # the reader also sees the end of the pipe, and reports it
             self._pipe.send(self._config)
             while (command := self._commands.get()) is not None:
                 self._pipe.send(command)
@@ -309,13 +309,13 @@ class EngineClient:
         )
 
     def _hand_over(self, call: Callable[[_T], None], argument: _T) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to receive it
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(call, argument)
 
     def _reap(self) -> None:
         if not self._exits():
             self._process.kill()
-            self._exits()  # if a driver blocks even that, the server exits without it
+            self._exits()  # if a driver blocks even that, the server exits without waiting
         self._shut()
         for thread in self._threads:
             thread.join()

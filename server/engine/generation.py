@@ -1,7 +1,7 @@
 """The open engine requests of one answer, and the events that arrived for them.
 
-The engine client pushes events, and one task takes all that are there at a time. If the task leaves
-early or the generation fails, the requests that are still open are aborted in the engine.
+The engine client pushes events, and one task takes all that have arrived. If the task ends early or
+the generation fails, the requests that are still open are aborted in the engine.
 """
 
 import asyncio
@@ -43,11 +43,11 @@ class Generation:
 
     @property
     def is_open(self) -> bool:
-        """Whether events will still arrive, or have to be taken."""
+        """Whether events may still arrive, or have arrived and were not taken."""
         return bool(self._open or self._events or self._failure)
 
     async def take(self) -> list[tuple[float, TokenEvent]]:
-        """Waits for events, and returns each with the time of its arrival; none after a `wake`.
+        """Waits for events, and returns each with the time of its arrival; after a `wake` none.
 
         Raises the error of a generation that failed.
         """
@@ -63,7 +63,7 @@ class Generation:
         return events
 
     def abort(self, request_id: str) -> None:
-        """Ends one request early. None of its events is taken any more."""
+        """Ends one request early, and drops its events that were not taken."""
         if request_id in self._open:
             self._open.discard(request_id)
             self._release(request_id, True)
@@ -79,8 +79,11 @@ class Generation:
             self.wake()
 
     def fail(self, error: ApiError | ClientLeft) -> None:
-        """Ends a generation that is not complete. `take` raises the error after the events that are
-        there. The engine stops at once, even if a slow reader delays the next `take`."""
+        """Ends a generation that is not complete.
+
+        The engine stops at once, even if the reader is slow. `take` raises the error, after it has
+        returned the events that arrived before.
+        """
         if not self._open:
             return
         self._failure = error

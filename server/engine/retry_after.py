@@ -1,4 +1,4 @@
-"""Estimates when a request that finds the queue full may come back."""
+"""Estimates when a request that finds the queue full should be sent again."""
 
 import math
 from collections import deque

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mi_runtime.request import EngineInfo, SamplingParams
 from server.text.checkpoint import EndpointText
@@ -14,20 +15,20 @@ from server.wire.generation_request import GenerationRequest
 class SamplingPolicy:
     """The pair's sampling defaults, and the tokens that end an answer."""
 
-    defaults: Mapping[str, float]  # of generation_config.json
+    defaults: Mapping[str, Any]  # generation_config.json
     eos_token_ids: frozenset[int]
 
     @classmethod
     def of(
         cls, instruct: EndpointText, thinking: EndpointText, vocabulary: Vocabulary
     ) -> "SamplingPolicy":
-        """Takes the Thinking endpoint's defaults, and the end tokens of both endpoints."""
+        """Returns the Thinking endpoint's defaults, with the end tokens of both endpoints."""
         ids = set(instruct.eos_token_ids) | set(thinking.eos_token_ids)
         for endpoint in (instruct, thinking):
             token = endpoint.special_tokens.get("eos_token", "")
             token_id = vocabulary.tokenizer.token_to_id(token)
             ids |= set() if token_id is None else {token_id}
-        return cls(thinking.sampling_defaults, frozenset(ids))
+        return cls(thinking.generation_config, frozenset(ids))
 
     def resolve(
         self, request: GenerationRequest, *, prompt_tokens: int, info: EngineInfo
@@ -71,7 +72,9 @@ class SamplingPolicy:
         )
 
     def _default(self, name: str, given: float | None, neutral: float) -> float:
-        return given if given is not None else self.defaults.get(name, neutral)
+        """Returns the value that is given, or else the pair's, or else the neutral one."""
+        values = (given, self.defaults.get(name), neutral)
+        return next(value for value in values if value is not None)
 
 
 def seed_of_choice(seed: int | None, index: int) -> int | None:

@@ -1,13 +1,13 @@
-"""Decides that an engine hangs: it has work, and several checks in a row saw no progress.
+"""Decides whether an engine hangs: it has work, and several checks in a row saw no progress.
 
-Checks are counted, not seconds: a server process that was itself stopped for an hour sees one check
-without progress, not an hour of silence. The engine client checks at regular times.
+It counts checks and not seconds: a server process that was itself stopped for an hour sees one
+check without progress, and not an hour of silence. The engine client checks at regular times.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
-CHECKS: Final = 4  # in the time that an engine may be silent
+CHECKS: Final = 4  # in the time that an engine may be silent (--engine-timeout)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,11 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the files; default: that of the endpoints",
+        help="number format of the files; default: that of the endpoints",
     )
     add("--think-threshold", type=float, default=0.0, help="highest λ with Instruct's template")
     add("--method", choices=METHODS, default="interpolation")
-    add("--base", help="model that both were tuned from; for task-arithmetic and ties")
+    add("--base", help="model that both endpoints were tuned from; for task-arithmetic and ties")
     add("--scale", type=float, help="factor of the task vectors; default: 0.7 (ties: 0.5)")
     add("--density", type=float, default=0.2, help="share of each task vector that ties keeps")
     return parser

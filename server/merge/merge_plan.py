@@ -35,7 +35,7 @@ class MergePlan:
 
     @property
     def template(self) -> Path:
-        """Directory of the endpoint whose template and sampling defaults the merged model gets."""
+        """The directory of the endpoint whose template and sampling defaults the model gets."""
         value = 1.0 if self.dial is None else self.dial.reasoning_lambda
         return self.thinking if value > self.arguments.think_threshold else self.instruct
 
@@ -54,7 +54,7 @@ class MergePlan:
 
     @property
     def scale(self) -> float:
-        """The factor of the task vectors, of a method that has them."""
+        """The factor of the task vectors; only for the methods that have one."""
         given = self.arguments.scale
         return DEFAULT_SCALE[self.arguments.method] if given is None else float(given)
 

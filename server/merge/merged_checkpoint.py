@@ -56,7 +56,7 @@ def _config(plan: MergePlan) -> dict[str, Any]:
 
 
 def _generation_config(plan: MergePlan) -> dict[str, Any]:
-    """The chosen endpoint's sampling defaults, with the end tokens of both endpoints."""
+    """Returns the chosen endpoint's sampling defaults, with the end tokens of both endpoints."""
     name = "generation_config.json"
     ends = [eos_token_ids_of(read_json(one / name)) for one in (plan.instruct, plan.thinking)]
     config = read_json(plan.template / name)

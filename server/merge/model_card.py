@@ -47,5 +47,5 @@ mi-server serves the same λ, and every other, from the two endpoints without me
 
 
 def _public_name(name: str) -> str:
-    """A hub id unchanged; of a directory only its last part."""
+    """Returns a hub id unchanged, and of a directory only the last part."""
     return Path(name).name if os.path.isdir(name) else name

@@ -43,7 +43,7 @@ def formatter(log_format: Literal["text", "json"]) -> logging.Formatter:
 
 
 def loggable(value: Any) -> str:
-    """Returns `value` as one printable word, escaped where it is not one."""
+    """Returns `value` as one printable word, escaped if it is not one."""
     text = str(value)
     return text if text.isprintable() and " " not in text else ascii(text)
 

@@ -147,7 +147,7 @@ class RequestMeter:
         self._queue_seconds = 0.0
 
     def token(self, at: float, *, queue_seconds: float, answers: bool) -> None:
-        """Counts a token that came at `at`.
+        """Counts a token that arrived at `at`.
 
         `answers` says whether text after the reasoning came with it.
         """
@@ -172,7 +172,9 @@ class RequestMeter:
         metrics, name = self._metrics, self._metrics.model_name
         metrics._success.labels(name, reason).inc()
         metrics._reasoning_tokens.labels(name).inc(reasoning_tokens)
-        ended = self._last_token or time.perf_counter()  # not when a slow client read it
+        ended = (
+            self._last_token or time.perf_counter()
+        )  # when it was generated, not when a slow client read it
         metrics._e2e.labels(*self._labels).observe(ended - self._arrived)
         metrics._request_prompt.labels(*self._labels).observe(self._prompt_tokens)
         metrics._request_generation.labels(*self._labels).observe(generation_tokens)
@@ -258,7 +260,7 @@ class _EngineCollector(Collector):
         return family
 
     def _lambdas(self, state: EngineState) -> Metric:
-        """Has the form of vLLM's `lora_requests_info`: lists in labels, the time as the value."""
+        """Returns λ values in the form of vLLM's `lora_requests_info`: as labels, with the time."""
         family = GaugeMetricFamily(
             "mi_lambda_blends_info",
             "Aliases of the λ values of running and waiting requests.",

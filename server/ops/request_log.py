@@ -86,7 +86,7 @@ def path_of(scope: Scope) -> str:
 
 
 def _trace(given: str | None) -> Trace:
-    """The trace of a new request; replaces an id that is too long or holds other characters."""
+    """Returns the trace of a new request; an id that is not acceptable is replaced."""
     if given is not None and _ACCEPTABLE_ID.fullmatch(given):
         return Trace(given, True, time.perf_counter())
     return Trace(uuid.uuid4().hex, False, time.perf_counter())

@@ -47,7 +47,7 @@ STAGES: Final = {
 
 
 class Tracing:
-    """Sends spans to one OTLP/HTTP endpoint, by OpenTelemetry's own environment variables."""
+    """Sends spans to one URL; OpenTelemetry's own environment variables set everything else."""
 
     def __init__(self, endpoint: str) -> None:
         resource = Resource.create({"service.name": "mi-server", "service.version": __version__})

@@ -1,9 +1,9 @@
-"""Decides when load is high enough that requests which name no λ get a cheaper one.
+"""Decides when load is so high that requests that name no λ get a cheaper one.
 
     calm ──queue or KV at its limit──▶ active ──both below `release` of it──▶ calm
            and never two changes within `dwell` seconds
 
-It knows numbers and a clock. `server.routing.routing_policy` decides what is cheaper.
+It knows only numbers and a clock; `server.routing.routing_policy` decides what is cheaper.
 """
 
 import time
@@ -21,6 +21,8 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class ElasticLimits:
+    """The loads at which the switch turns on and off, as the operator sets them."""
+
     waiting: int  # requests
     kv_usage: float  # share of the blocks, 0 to 1
     release: float  # share of both limits at or below which the pressure is over
@@ -28,7 +30,7 @@ class ElasticLimits:
 
 
 class ElasticSwitch:
-    """Whether requests get cheaper λ now. It changes only in `update`, and needs no timer."""
+    """Says whether requests get a cheaper λ now. It changes only in `update`, without a timer."""
 
     def __init__(self, limits: ElasticLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits

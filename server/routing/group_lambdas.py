@@ -1,9 +1,9 @@
-"""λ by blend group: reads what a client writes into a dial, and writes a dial for an answer.
+"""Converts λ by blend group: from what a client writes to a dial, and from a dial to JSON.
 
     {"default": 0.6, "attn": 0.8, "head": 0, "layers": {"0-11": 0, "14": {"mlp": 1}}}
 
-A group takes the λ of its layer range, else that of its part (`attn`, `mlp`, `embed`, `head`),
-else the default. Ranges are inclusive and do not overlap.
+A group takes the λ of its layer range, or else that of its part (`attn`, `mlp`, `embed`, `head`),
+or else the default. Ranges are inclusive and do not overlap.
 """
 
 import re
@@ -25,7 +25,7 @@ _RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 def dial_of_groups(given: GroupLambdas, *, step: float, layers: int) -> Dial:
     """Returns the dial that `given` means for a model of `layers` layers, on the grid of `step`.
 
-    Where every group is named and there is no default, the most common λ becomes the default.
+    If every group is named and there is no default, the most common λ becomes the default.
     Raises `InvalidRequest` that names the key.
     """
     for key, value in _numbers(given):
@@ -45,10 +45,10 @@ def dial_of_groups(given: GroupLambdas, *, step: float, layers: int) -> Dial:
 
 
 def dial_to_json(dial: Dial, layers: int) -> float | dict[str, Any]:
-    """Returns a dial as an answer writes it, a number where every group has the same λ.
+    """Returns a dial as JSON: a number if every group has the same λ.
 
-    Else it is an object like a client's, in one normal form: `attn` and `mlp` are what most layers
-    have, and `layers` lists the other layers.
+    Otherwise it is an object like a client's, in one normal form: `attn` and `mlp` are what most
+    layers have, and `layers` lists the other layers.
     """
     default, own = dial.reasoning_lambda, dict(dial.groups)
     if not own:
@@ -87,7 +87,7 @@ def _numbers(given: GroupLambdas) -> Iterator[tuple[str, float]]:
 
 
 def _values(given: GroupLambdas, layers: int) -> dict[str, float]:
-    """λ of every group that is named; a layer range overrides `attn` and `mlp`."""
+    """Returns λ of every group that is named; a layer range overrides `attn` and `mlp`."""
     values = {name: value for name in ENDS if (value := getattr(given, name)) is not None}
     for part in PARTS:
         value = getattr(given, part)
@@ -124,14 +124,14 @@ def _by_layer(
 
 
 def _layers_of(key: str, layers: int) -> range:
-    """The layers of `"0-11"` or `"14"`."""
+    """Returns the layers that `"0-11"` or `"14"` names. Raises `InvalidRequest`."""
     match = _RANGE.fullmatch(key)
     if match is not None:
         first, last = int(match[1]), int(match[2] or match[1])
         if first <= last < layers:
             return range(first, last + 1)
     raise InvalidRequest(
-        f"`{bounded(key, 40)}` is no range of layers; write `3` or `0-{layers - 1}`: "
+        f"`{bounded(key, 40)}` is not a range of layers; write `3` or `0-{layers - 1}`: "
         f"this model has layers 0 to {layers - 1}, and ranges include both ends",
         param=_range_param(key),
     )
@@ -148,7 +148,7 @@ def _of_layers(part: str, own: Mapping[str, float], default: float, layers: int)
 def _layer_entry(
     parts: Mapping[str, Sequence[float]], usual: Mapping[str, float], layer: int
 ) -> float | dict[str, float] | None:
-    """What `layers` says about one layer; None where the layer has the usual λ."""
+    """Returns the entry of one layer in `layers`, or None if it has the usual λ."""
     entry = {part: values[layer] for part, values in parts.items() if values[layer] != usual[part]}
     if len(entry) == len(PARTS) and len(set(entry.values())) == 1:
         return next(iter(entry.values()))
@@ -156,7 +156,7 @@ def _layer_entry(
 
 
 def _layer_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[str, Any]:
-    """`layers`, where neighbours with equal entries share one range."""
+    """Returns `layers`, in which neighbours with equal entries share one range."""
     ranges = {}
     for entry, run in groupby(enumerate(by_layer), key=lambda numbered: numbered[1]):
         numbers = [layer for layer, _ in run]
@@ -167,6 +167,6 @@ def _layer_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[s
 
 
 def _most_common(values: Iterable[float], preferred: float | None = None) -> float:
-    """Returns the most common value; among equally common ones the preferred, else the lowest."""
+    """Returns the most common value; of equally common ones the preferred or else the lowest."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value == preferred, -value))

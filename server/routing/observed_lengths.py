@@ -1,5 +1,4 @@
-"""Counts the reasoning tokens of finished answers, by routing class and λ bucket, as streaming
-quantiles.
+"""Keeps quantiles of the reasoning tokens of finished answers, by routing class and λ bucket.
 
 A think block that was cut, by its cap or by the answer's length, would have been longer, by an
 unknown number of tokens. Leaving it out would make every quantile too short, so it counts as longer
@@ -14,7 +13,7 @@ from fastdigest import TDigest
 from server.routing.lambda_buckets import LAMBDA_BUCKETS, lambda_bucket
 
 QUANTILES: Final = (0.5, 0.9)
-_CENTROIDS: Final = 100  # of a digest: a few kilobytes, and the p90 within 1 %
+_CENTROIDS: Final = 100  # of a digest, which takes a few kilobytes and has the p90 within 1 %
 
 
 class LengthDigest:
@@ -39,13 +38,13 @@ class LengthDigest:
 
     @property
     def mean(self) -> float | None:
-        """Mean tokens of a block; a cut one counts with the tokens it had. None without blocks."""
+        """Mean tokens of a block, cut ones with the tokens that they had. None without blocks."""
         return self.total / self.samples if self.samples else None
 
     def quantile(self, share: float) -> float | None:
-        """Tokens that `share` (0 to 1) of the blocks stay within.
+        """Returns the number of tokens that `share` (0 to 1) of the blocks do not exceed.
 
-        None without blocks, or where the quantile falls among the blocks that were cut.
+        None without blocks, or if the quantile falls among the blocks that were cut.
         """
         complete = self._complete.n_values
         rank = share * self.samples
@@ -68,7 +67,7 @@ class ObservedLengths:
         return self._digests[routing_class, lambda_bucket(value)]
 
     def filled(self) -> Iterator[tuple[str, str, LengthDigest]]:
-        """Yields class, bucket and digest wherever there is a sample."""
+        """Yields class, bucket and digest of every digest that has samples."""
         for (name, bucket), digest in self._digests.items():
             if digest.samples:
                 yield name, bucket, digest

@@ -1,4 +1,4 @@
-"""The Pareto front of points that cost tokens and have a score."""
+"""Finds the Pareto front of points that cost tokens and have a score."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -12,7 +12,7 @@ def pareto_front(
     """Returns the points that no other dominates, by rising tokens and score.
 
     A point dominates another that has no fewer tokens and no higher score. Of equal points the
-    first stays.
+    first is kept.
     """
     front: list[_T] = []
     for point in sorted(points, key=lambda it: (tokens(it), -score(it))):

@@ -1,4 +1,4 @@
-"""The answer of `GET /v1/profiles`: the active profile, and how the router uses it."""
+"""Makes the answer of `GET /v1/profiles`: the active profile, and how the router uses it."""
 
 from typing import Any, Final
 
@@ -64,12 +64,12 @@ def _points(points: tuple[Point, ...], table: RoutingTable) -> list[dict[str, An
 
 
 def _router(lengths: ExpectedLengths) -> dict[str, Any]:
-    """The reasoning tokens that the router calculates with."""
+    """Returns the reasoning tokens that the router calculates with."""
     return {"mean": lengths.mean, "p90": lengths.p90, "p90_source": lengths.p90_source}
 
 
 def _efforts(table: RoutingTable | None) -> dict[str, float]:
-    """The λ of every named effort."""
+    """Returns the λ of every named effort."""
     shares: dict[str, float] = {
         name: share if table is None else table.by_effort(share).reasoning_lambda
         for name, share in EFFORT_SHARES.items()

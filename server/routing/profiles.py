@@ -76,7 +76,7 @@ class RoutingClass(_ProfileModel):
 
 
 class MeasuredPair(_ProfileModel):
-    """The measured pair, by content, or by the endpoints' names where the content is unknown."""
+    """The measured pair, by content, or by the endpoints' names if the content is unknown."""
 
     identity: str | None = None
     """The engine's `pair_identity`: a digest of both endpoints."""
@@ -140,7 +140,7 @@ def find_builtin_profile(
 ) -> Profile | None:
     """Returns the built-in profile of a pair, or None.
 
-    A profile matches by content, or where it has no `identity` by the last parts of the endpoints'
+    A profile matches by content, or if it has no `identity`, by the last parts of the endpoints'
     names.
     """
     names = (Path(instruct).name, Path(thinking).name)

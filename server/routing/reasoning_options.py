@@ -1,7 +1,7 @@
 """Reads what a request says about reasoning besides λ: budget, effort, and thinking on or off.
 
-Several clients' names for one option are read as that option, and contradictions are refused. Of
-different options the first in this order counts: off, budget, effort, on.
+Clients have several names for one option; all are read, and contradictions are refused. If a
+request gives several options, the first in this order counts: off, budget, effort, on.
 `server.routing.routing_policy` turns them into λ.
 """
 
@@ -31,7 +31,7 @@ EFFORT_SHARES: Final[Mapping[EffortName, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class ReasoningOptions:
-    """What a request says about reasoning, each option once. None: not given."""
+    """What a request says about reasoning, each option once. None means that it says nothing."""
 
     budget: int | None = None  # reasoning tokens
     effort: float | EffortName | None = None
@@ -45,12 +45,15 @@ class ReasoningOptions:
 
     @property
     def share(self) -> float | None:
-        """The effort as a share of the gain, 0 to 1; None without one."""
+        """The effort as a share of the gain, 0 to 1; None without an effort."""
         return None if self.effort is None or self.effort == NONE else share_of(self.effort)
 
 
 def read_reasoning_options(request: GenerationRequest) -> ReasoningOptions:
-    """Raises `InvalidRequest` that states the rule and names one of the fields in conflict."""
+    """Returns the options of a request.
+
+    Raises `InvalidRequest` that states the rule and names one of the fields in conflict.
+    """
     limits, efforts, switches = budgets(request), _efforts(request), _switches(request)
     _check_agreement("budgets of reasoning tokens", limits, limits.values())
     _check_agreement("reasoning efforts", efforts, map(share_of, efforts.values()))
@@ -125,7 +128,7 @@ def _check_agreement(what: str, fields: Mapping[str, Any], meanings: Iterable[fl
 
 
 def _check_objects(request: GenerationRequest) -> None:
-    """The rules between fields of `reasoning` and of `thinking`."""
+    """Raises `InvalidRequest` for fields of `reasoning` or `thinking` that exclude each other."""
     reasoning, thinking = request.reasoning, request.thinking
     if reasoning and reasoning.effort is not None and reasoning.max_tokens is not None:
         raise InvalidRequest(
@@ -143,7 +146,7 @@ def _check_off(
     efforts: Mapping[str, float | EffortName],
     switches: Mapping[str, bool],
 ) -> None:
-    """Refuses a request that turns reasoning off and asks for it as well."""
+    """Raises `InvalidRequest` if the request turns reasoning off and also asks for it."""
     off: dict[str, Any] = {name: value for name, value in switches.items() if value is False}
     off |= {name: value for name, value in efforts.items() if value == NONE}
     wanted: dict[str, Any] = {name: value for name, value in limits.items() if value > 0}

@@ -1,6 +1,6 @@
 """Reads the λ that a request names in its body, its model alias or its header.
 
-A request that names different values in different places is refused. Where it names none, it gets
+A request that names different values in different places is refused. If it names none, it gets
 the server's default, and `server.routing.routing_policy` may choose another.
 """
 
@@ -22,7 +22,7 @@ DEFAULT: Final = "default"
 
 @dataclass(frozen=True, slots=True)
 class RequestedDials:
-    """The dials that a request names, else the default one."""
+    """The dials that a request names, or else the default one."""
 
     dials: tuple[Dial, ...]  # in a fan-out one for each choice, else one for all
     source: str  # body, model, header or default
@@ -42,7 +42,7 @@ class LambdaReader:
     def read(
         self, *, model: str, body: RequestedLambda | None, header: str | None, layers: int = 0
     ) -> RequestedDials:
-        """Returns the dials that the request names, else the default one.
+        """Returns the dials that the request names, or else the default one.
 
         `layers` is the model's number of layers; λ by blend group needs it. Raises
         `ModelNotFound`, and `InvalidRequest` for a bad or contradictory λ.
@@ -61,7 +61,7 @@ class LambdaReader:
         return RequestedDials(dials, source, fan_out=isinstance(body, list), layers=layers)
 
     def with_answer(self, requested: RequestedDials, value: float | None) -> RequestedDials:
-        """Returns the dials with `value` as the answer's λ, where one is given."""
+        """Returns the dials with `value` as the answer's λ, if one is given."""
         if value is None:
             return requested
         return replace(requested, answer_dial=self.on_grid(value, "answer_lambda"))

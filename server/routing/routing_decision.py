@@ -1,4 +1,4 @@
-"""The outcome of routing: the λ that a request runs at, and why."""
+"""The result of routing: the λ that a request runs at, and why."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class RoutingDecision:
 
     @property
     def header(self) -> str:
-        """The value of `X-Reasoning-Lambda`; for λ by blend group it is the default λ."""
+        """The value of `X-Reasoning-Lambda`. For λ by blend group it is the default λ."""
         return ",".join(f"{dial.reasoning_lambda:g}" for dial in self.dials)
 
     @property
@@ -49,7 +49,7 @@ class RoutingDecision:
         return {name: value for name, value in details.items() if value is not None}
 
     def of_choice(self, choice: int) -> dict[str, Any]:
-        """The fields that a choice adds to its own object: in a fan-out its λ, else none."""
+        """Returns the fields that a choice has for itself: its λ in a fan-out, or else none."""
         if not self.fan_out:
             return {}
         dial = self.dials[choice % len(self.dials)]  # choices go prompt by prompt

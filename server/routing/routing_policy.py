@@ -1,8 +1,8 @@
 """Decides the λ that a request runs at, from its own λ, its budget or effort, the server's default
 and the load. The answer reports every decision.
 
-Without a profile of the pair nothing is known about tokens or score. An effort is then a position
-along λ, a budget is only a cap at the default λ, and load changes nothing.
+Without a profile of the pair nothing is known about tokens or scores. Then the share of an effort
+is used as λ, a budget is only a cap at the default λ, and load changes nothing.
 """
 
 import time
@@ -38,12 +38,12 @@ class RoutingSettings:
     default: float  # λ
     step: float  # of the λ grid
     think_threshold: float  # highest λ that takes Instruct's template
-    elastic_effort: float = 1.0  # share of the gain that is bought at most under load, 0 to 1
+    elastic_effort: float = 1.0  # highest effort under load, as a share of the gain, 0 to 1
     adapt_min_samples: int | None = None  # in a bucket; None: observed lengths are not used
 
 
 class RoutingPolicy:
-    """Makes the decisions of one server. Only observed lengths change them."""
+    """Makes the decisions of one server. Only observed lengths change how it decides."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class RoutingPolicy:
     def tables(self) -> Mapping[str, RoutingTable]:
         """The table of each routing class; empty without a profile.
 
-        Where observed lengths are used, they are rebuilt every `REBUILD_SECONDS`.
+        If observed lengths are used, the tables are rebuilt every `REBUILD_SECONDS`.
         """
         due = self._built_at + REBUILD_SECONDS
         if self.settings.adapt_min_samples is not None and self._clock() >= due:
@@ -115,7 +115,7 @@ class RoutingPolicy:
     def _source_and_lambda(
         self, options: ReasoningOptions, table: RoutingTable | None
     ) -> tuple[str, float]:
-        """The first that is given decides: off, budget, effort, on; else the default."""
+        """Returns source and λ of the first that is given: off, budget, effort, on, default."""
         if options.off:
             return (EFFORT if options.effort == NONE else ENABLE_THINKING), 0.0
         if options.budget is not None:
@@ -129,14 +129,14 @@ class RoutingPolicy:
         return DEFAULT, self.settings.default
 
     def _thinking_lambda(self, table: RoutingTable | None) -> float:
-        """λ of a request to think that names no effort: the default λ, or medium effort where the
-        default does not think."""
+        """Returns λ of a request to think that names no amount: the default λ if that thinks, or
+        else the λ of medium effort."""
         if self.settings.default > self.settings.think_threshold:
             return self.settings.default
         return _by_effort(EFFORT_SHARES["medium"], table)
 
     def _cheaper(self, decision: RoutingDecision, table: RoutingTable) -> RoutingDecision:
-        """Moves to the λ of the operator's effort, unless more tokens are expected there."""
+        """Returns the decision moved to λ of the operator's effort, unless that is no cheaper."""
         candidate = table.by_effort(self.settings.elastic_effort)
         expected = table.mean_at(decision.dials[0].reasoning_lambda)
         if expected is not None and candidate.mean >= expected:
@@ -174,7 +174,10 @@ def _by_effort(share: float, table: RoutingTable | None) -> float:
 
 
 def _expected(decision: RoutingDecision, table: RoutingTable | None) -> float | None:
-    """Mean reasoning tokens, at most the cap; None for a fan-out and for λ by blend group."""
+    """Returns the mean reasoning tokens, at most the cap.
+
+    None for a fan-out and for λ by blend group, and if nothing was measured.
+    """
     dial = decision.dials[0]
     if table is None or decision.fan_out or dial.groups:
         return None

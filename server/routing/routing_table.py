@@ -1,5 +1,5 @@
-"""From a measured curve to λ: which points are worth their tokens, and which of them a budget or an
-effort selects. Plain Python that knows nothing of requests.
+"""Chooses λ from a measured curve: finds the points that are worth their tokens, and of these the
+one that a budget or an effort selects. It is plain Python and knows nothing about requests.
 
 Neither tokens nor score rise steadily with λ. So nothing here follows λ; it follows the *front*:
 the points for which no other point has as high a score at as few reasoning tokens. Ordered by
@@ -25,7 +25,7 @@ from server.routing.pareto import pareto_front
 from server.routing.profiles import Point, RoutingClass
 
 P90_PER_MEAN: Final = 1.8
-"""Estimates a p90 where only means were published: exp(1.2816 σ - σ²/2), of a log-normal
+"""Estimates the p90 if only a mean was published: exp(1.2816 σ - σ²/2), of a log-normal
 distribution with σ = 0.6."""
 MOST_CELLS: Final = 100  # λ values between 0 and 1 that interpolation considers
 _ROUNDING: Final = 1e-9
@@ -51,7 +51,7 @@ class Candidate:
 
 
 LengthsAt = Callable[[float], ExpectedLengths | None]
-"""Returns what was observed at a λ, or None where there are too few samples."""
+"""Returns what was observed at a λ, or None if there are too few samples."""
 
 
 def nothing_observed(_: float) -> None:
@@ -88,7 +88,7 @@ class RoutingTable:
         return self._best[fitting - 1] if fitting else self.cheapest
 
     def by_effort(self, share: float) -> Candidate:
-        """Returns the cheapest candidate with `share` (0 to 1) of the score the front gains."""
+        """Returns the cheapest candidate with `share` (0 to 1) of the front's gain in score."""
         low, high = self._scores[0], self._scores[-1]
         target = low + share * (high - low) - _ROUNDING
         return self.candidates[min(bisect_left(self._scores, target), len(self.candidates) - 1)]
@@ -119,21 +119,21 @@ def _candidate(point: Point, lengths: ExpectedLengths) -> Candidate:
 
 
 def _on_grid(curve: Sequence[Candidate], step: float) -> Sequence[Candidate]:
-    """The points that lie on the server's grid; all of them where none does."""
+    """Returns the points that lie on the server's grid, or all of them if none does."""
     cells = round(1 / step)
     exact = [it for it in curve if _off_grid(it.reasoning_lambda, cells) < _ROUNDING]
     return exact or curve
 
 
 def _off_grid(value: float, cells: int) -> float:
-    """The distance of λ from the nearest point of the grid."""
+    """Returns the distance of λ from the nearest point of the grid."""
     return abs(value - round(value * cells) / cells)
 
 
 def _candidates(
     front: Sequence[Candidate], curve: Sequence[Candidate], step: float
 ) -> Iterable[Candidate]:
-    """The front, and the grid points between those of its neighbours that are neighbours in λ."""
+    """Yields the front, and the grid points between its neighbours that are neighbours in λ too."""
     neighbours = {frozenset(pair) for pair in pairwise(curve)}
     yield front[0]
     for low, high in pairwise(front):
@@ -143,7 +143,7 @@ def _candidates(
 
 
 def _cells(start: Candidate, end: Candidate, step: float) -> Sequence[float]:
-    """λ values of the grid strictly between two candidates, from the first to the second."""
+    """Returns the λ values of the grid strictly between two candidates, from first to second."""
     low, high = sorted((start.reasoning_lambda, end.reasoning_lambda))
     cells = round(1 / step)
     stride = max(1, cells // MOST_CELLS)
@@ -153,7 +153,7 @@ def _cells(start: Candidate, end: Candidate, step: float) -> Sequence[float]:
 
 
 def _between(low: Candidate, high: Candidate, value: float) -> Candidate:
-    """The candidate at λ = `value`, interpolated linearly between two others."""
+    """Returns the candidate at λ = `value`, interpolated linearly between two others."""
     share = (value - low.reasoning_lambda) / (high.reasoning_lambda - low.reasoning_lambda)
 
     def at(start: float, end: float) -> float:

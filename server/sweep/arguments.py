@@ -15,7 +15,7 @@ from server.sweep.tasks import EMBEDDED
 
 GRID: Final = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 PAIR_FLAGS: Final = ("instruct", "thinking", "device", "dtype", "delta-dtype")
-"""Flags of `mi-server serve` that the commands take themselves; all others follow after `--`."""
+"""Flags of `mi-server serve` that the commands accept themselves; others follow after `--`."""
 
 _KEY: Final = "--api-key"
 
@@ -31,8 +31,13 @@ def sweep_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="report folder; a killed run continues in it")
     add("--lambdas", type=_numbers(0, 1), default=GRID, help="λ values (default: %(default)s)")
     add("--samples", type=_count(1), default=8, help="samples of each question (default: 8)")
-    add("--temperature", type=_numbers(0, 2), default="0.7", help="one or several (default: 0.7)")
-    add("--top-p", type=_numbers(1e-6, 1), default="1", help="one or several (default: 1)")
+    add(
+        "--temperature",
+        type=_numbers(0, 2),
+        default="0.7",
+        help="one value or several (default: 0.7)",
+    )
+    add("--top-p", type=_numbers(1e-6, 1), default="1", help="one value or several (default: 1)")
     add("--top-k", type=_count(0), default=0, help="0: off (default)")
     add("--instruct-decoding", type=_decoding, metavar="T,TOP_P,TOP_K",
         help="sampling settings of λ = 0, if they differ")  # fmt: skip
@@ -83,11 +88,19 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--task", default=EMBEDDED, help="`embedded` (default) or a JSONL file of questions")
     add("--grader", choices=GRADERS, help="how answers are graded; a file needs one")
     add("--pattern", help="regular expression of --grader regex; its first group is the answer")
-    add("--questions", type=_count(1), help="how many (default: 150 of embedded, all of a file)")
-    add("--max-tokens", type=_count(1), help="of an answer (default: what the context holds)")
-    add("--seed", type=int, default=0, help="of questions, samples, intervals (default: 0)")
+    add(
+        "--questions",
+        type=_count(1),
+        help="number of questions (default: 150 of embedded, all of a file)",
+    )
+    add(
+        "--max-tokens",
+        type=_count(1),
+        help="most tokens of an answer (default: what the context holds)",
+    )
+    add("--seed", type=int, default=0, help="seed of questions, samples and intervals (default: 0)")
     add("--url", help="a running mi-server; without it the command starts one")
-    add("--api-key", help="sent with every request")
+    add("--api-key", help="key to send with every request")
     add("--model", help="name of the pair at --url (default: the one it serves)")
     add("--concurrency", type=_count(1), default=128, help="requests in flight (default: 128)")
     add("--timeout", type=_number(1), default=3600.0, help="seconds for an answer (default: 3600)")
@@ -99,7 +112,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> argparse.Namespace:
-    """Returns the flags; `serve` holds those for the server. Raises `BadParameters`."""
+    """Returns the flags, with those for the server in `serve`. Raises `BadParameters`."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:at])

@@ -5,8 +5,8 @@
     2. A λ whose interval of score or think rate is wider than `target_interval` gets more samples:
        as many as its spread requires, but at most twice what it has; the widest interval first.
 
-It ends when neither rule asks for more, or the budget is too small for what they ask. Plain Python:
-the same samples give the same plan.
+It ends when neither rule wants more, or when the budget is too small for what they want. It is
+plain Python, and the same samples give the same plan.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ class _Extension:
 def next_round(
     measured: Sequence[MeasuredLambda], questions: int, rules: Rules
 ) -> dict[float, int]:
-    """Returns by λ how many samples of each question it shall have; empty at the end.
+    """Returns by λ how many samples a question should have after the round; empty at the end.
 
     `measured` is in order of λ. The first grid is planned in full, whatever the budget.
     """
@@ -66,7 +66,7 @@ def next_round(
 
 
 def _bisections(measured: Sequence[MeasuredLambda], rules: Rules) -> Iterator[_Extension]:
-    """New λ in the middle of bends, the sharpest bend first."""
+    """Yields a new λ in the middle of each bend, the sharpest bend first."""
     bends = [
         (_bend(low, high), low.reasoning_lambda, high.reasoning_lambda)
         for low, high in pairwise(measured)
@@ -82,7 +82,7 @@ def _bend(low: MeasuredLambda, high: MeasuredLambda) -> float:
 
 
 def _repetitions(measured: Sequence[MeasuredLambda], rules: Rules) -> Iterator[_Extension]:
-    """More samples of λ whose interval is too wide, the widest first."""
+    """Yields more samples for each λ whose interval is too wide, the widest first."""
     for it in sorted(measured, key=lambda it: (-it.width, it.reasoning_lambda)):
         if it.width > rules.target_interval:
             # The width of an interval falls with the square root of the samples.

@@ -1,8 +1,8 @@
 """Collects samples: sends every planned request, grades the answers and logs them.
 
 As in the paper, an answer that never closed its think block is graded with the block's text. An
-answer counts as malformed where it ended by itself, and either the grader reads no answer in it or
-a tag of the chat template is in its text. An answer that was cut by its length is unfinished,
+answer counts as malformed if it ended by itself, and either the grader reads no answer in it or a
+tag of the chat template is in its text. An answer that was cut by its length is unfinished, and
 never malformed.
 """
 
@@ -89,7 +89,7 @@ def request_body(
 
 
 def _check_lambda(planned: PlannedSample, response: httpx.Response) -> None:
-    """Refuses an answer at another λ, which a server with a coarser grid would give."""
+    """Raises `BadParameters` if the server answered at another λ, because its grid is coarser."""
     requested = f"{planned.setting.reasoning_lambda:g}"
     ran = response.headers.get(LAMBDA_HEADER, "")
     if ran != requested:
@@ -100,7 +100,7 @@ def _check_lambda(planned: PlannedSample, response: httpx.Response) -> None:
 
 
 def read_answer(planned: PlannedSample, body: Mapping[str, Any], grader: Grader) -> Sample:
-    """Grades the body of a chat completion."""
+    """Returns the graded sample of a chat completion's body."""
     choice, usage = body["choices"][0], body["usage"]
     message = choice["message"]
     content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""

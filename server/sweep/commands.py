@@ -33,7 +33,7 @@ def calibrate(arguments: Sequence[str]) -> int:
 
 
 def _exit_code(run: Callable[[], None]) -> int:
-    """Runs a command; adds to an error that the samples are kept."""
+    """Runs a command, and adds to its error that the samples are kept."""
     try:
         run()
     except BadParameters:
@@ -68,7 +68,10 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _task_and_grader(flags: argparse.Namespace) -> tuple[Task, Grader]:
-    """Refuses everything that can be refused before a server starts. Raises `BadParameters`."""
+    """Returns task and grader.
+
+    Raises `BadParameters` for all that can be refused before a server starts.
+    """
     for module in ("httpx", "matplotlib"):
         if find_spec(module) is None:
             raise missing_library(module, "measure")

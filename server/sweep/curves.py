@@ -1,6 +1,6 @@
-"""The points and curves that the samples make, for all questions and for each routing class.
+"""Turns samples into points and curves, for all questions and for each routing class.
 
-A curve holds the points of one dial and one decoding, in order of λ.
+A curve has the points of one dial and one decoding, in order of λ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ class MeasuredPoint:
         values = {name: it.value for name, it in self.numbers.items()}
         return {
             **self.head,
-            "vote_at_k": None,  # where the readings of the grader cannot be voted on
+            "vote_at_k": None,  # if the readings of the grader cannot be voted on
             **values,
             "intervals": {name: [it.low, it.high] for name, it in self.numbers.items()},
         }
@@ -73,7 +73,7 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """Dial and decoding of its last point: λ = 0 may have another decoding."""
+        """Dial and decoding. The decoding is that of the last point, as λ = 0 may have another."""
         setting = self.points[-1].setting
         dial = "" if setting.dial == ALL else f"λ in {setting.dial} only, "
         return f"{dial}{setting.decoding}"
@@ -111,7 +111,7 @@ class ClassReport:
 
     @property
     def points(self) -> list[MeasuredPoint]:
-        """The points of all curves, each once: curves may share one."""
+        """The points of all curves, each once; curves may share points."""
         unique = {point.setting: point for curve in self.curves for point in curve.points}
         return list(unique.values())
 

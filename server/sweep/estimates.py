@@ -6,15 +6,15 @@ With n samples of a question, c of them correct:
     Pass@k   1 − C(n−c, k) / C(n, k): the chance that k of the n, drawn without replacement, hold a
              correct one (unbiased; Chen et al. 2021). k is the least n of all questions
     Vote@k   whether the most frequent reading is correct; equally frequent readings count with
-             equal shares. Samples without a reading do not vote; where none votes, it is 0
+             equal shares. Samples without a reading do not vote; if none votes, it is 0
 
-and the number is the mean over the questions. Means and shares of tokens and blocks are means of
-means in the same way. Quantiles are over all samples together: the least value that at least a
-share p of them does not exceed.
+A number is the mean over the questions; so are means of tokens and shares of samples, each first
+computed for every question. A quantile is over all samples together: the least value that at least
+a share p of them does not exceed.
 
 The bootstrap draws questions with replacement, together with their samples: it covers the choice of
-the questions and the sampling. Where every answer is correct, the interval has no width, because no
-sample shows anything else. Plain Python; the same seed gives the same intervals.
+the questions and the sampling. If every answer is correct, the interval has no width, because no
+sample shows anything else. It is plain Python; the same seed gives the same intervals.
 """
 
 from bisect import bisect_left
@@ -75,8 +75,8 @@ def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
 def sampling_width(values: Sequence[Sequence[float]]) -> float:
     """Returns the width of the 95 % interval that more samples of the same questions would shrink.
 
-    `values` holds those of each question, at least 2. The spread within questions counts, and the
-    spread between questions does not: they are the same at every λ.
+    `values` has those of each question, at least 2. The spread within questions counts, and the
+    spread between questions does not, as the questions are the same at every λ.
     """
     spread = 0.0
     for own in values:
@@ -126,7 +126,7 @@ def least_samples(samples: Iterable[Sample]) -> int:
 
 
 def _columns(groups: Sequence[Answers], votes: bool) -> dict[str, list[float]]:
-    """By name, the value of each question."""
+    """Returns by name the values of all questions."""
     most = min(map(len, groups))
     names = [name for name in _PER_QUESTION if votes or name != "vote_at_k"]
     columns = {name: [_PER_QUESTION[name](own) for own in groups] for name in names}
@@ -155,13 +155,13 @@ class _Pooled:
         return cls([value for value, _ in pairs], [owner for _, owner in pairs])
 
     def quantiles(self, weights: Sequence[int]) -> list[int]:
-        """Quantiles with every sample counted as often as its question was drawn."""
+        """Returns the quantiles, with each sample counted as often as its question was drawn."""
         ranks = list(accumulate(map(weights.__getitem__, self.owners)))
         return [self.values[bisect_left(ranks, share * ranks[-1])] for _, share in _QUANTILES]
 
 
 def _resampled(count: int, random: Random, resamples: int) -> Iterable[list[int]]:
-    """Yields `resamples` times how often each question was drawn."""
+    """Yields for each of `resamples` resamples how often each question was drawn."""
     for _ in range(resamples):
         times = Counter(random.choices(range(count), k=count))
         yield [times[number] for number in range(count)]

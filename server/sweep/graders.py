@@ -1,6 +1,6 @@
-"""Graders by name: each reads an answer out of a text, and decides whether it is correct.
+"""Grades answers: a grader reads the answer in a text, and decides whether it is correct.
 
-A grader is given the answer's text, never the reasoning. Votes are counted by what it reads.
+A grader gets the text of an answer without the reasoning. What it reads is also what votes count.
 """
 
 import re
@@ -17,24 +17,29 @@ from server.sweep.tasks import EMBEDDED, Question
 
 @dataclass(frozen=True, slots=True)
 class Grade:
+    """What a grader read in an answer, and whether it is correct."""
+
     reading: str | None  # None: the text holds no answer in the grader's form
     correct: bool
 
 
 class Grader(Protocol):
+    """Grades the answers to questions whose correct answers have one form."""
+
     @property
     def votes(self) -> bool:
         """Whether equal answers have equal readings, so that a majority is meaningful."""
 
     def check(self, question: Question) -> None:
-        """Raises `BadParameters` where the question's answer is not in this grader's form."""
+        """Raises `BadParameters` if the question's answer is not in this grader's form."""
 
-    def grade(self, question: Question, text: str) -> Grade: ...
+    def grade(self, question: Question, text: str) -> Grade:
+        """Returns the grade of `text` as an answer to the question."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByReading:
-    """Reads one short text out of an answer, in a form in which equal answers are equal texts."""
+    """Reads one short text in an answer, in a form in which equal answers are equal texts."""
 
     read: Callable[[str], str | None]
     expected: Callable[[Any], str | None]
@@ -52,7 +57,10 @@ class ByReading:
 
 
 def grader_named(name: str, pattern: str | None = None) -> Grader:
-    """Raises `BadParameters` for an unknown name, a bad pattern or a library that is missing."""
+    """Returns the grader of that name.
+
+    Raises `BadParameters` for an unknown name, a bad pattern or a library that is missing.
+    """
     if (pattern is not None) != (name == "regex"):
         raise BadParameters("`--pattern` belongs to `--grader regex`, which needs it")
     if name == "regex":
@@ -103,7 +111,7 @@ _CHOICES: Final = (
     re.compile(r"\A\W*([A-Z])\b(?:[.):]|\W*\Z)"),
     re.compile(r"\b([A-Z])\W*\Z"),
 )
-"""Where the letter of a multiple choice is found, the most reliable place first."""
+"""Where the letter of a multiple choice may be, the most reliable place first."""
 
 
 def chosen_letter(text: str) -> str | None:
@@ -120,7 +128,7 @@ def _letter(answer: Any) -> str | None:
 
 
 def _by_pattern(pattern: str) -> Grader:
-    """Reads the first group of the last match; the match itself if there is no group."""
+    """Returns a grader that reads the last match, or its first group if the pattern has any."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -139,7 +147,7 @@ def _digit(text: str) -> str | None:
 
 
 class Boxed:
-    """Compares the content of the last `\\boxed{}` mathematically, by math-verify."""
+    """Compares the content of the last `\\boxed{}` mathematically, with math-verify."""
 
     votes = True
 
@@ -174,7 +182,7 @@ class Boxed:
 
 
 class Instructions:
-    """Runs IFEval's strict checks, by if-verifiable: every instruction must be followed.
+    """Runs IFEval's strict checks, with if-verifiable: every instruction must be followed.
 
     `answer` is {"instruction_id_list": [...], "kwargs": [{...}, ...]}, as in the data set.
     """

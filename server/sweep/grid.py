@@ -1,9 +1,9 @@
-"""The grid of a measurement: its settings, and its planned samples in the order they are requested.
+"""Makes the grid of a measurement: its settings, and its planned samples in the order of requests.
 
 A setting is one point of a curve: λ, the blend groups it applies to, and how tokens are drawn. A
 planned sample is one answer: a setting, a question, and the number of the sample. Consecutive
-planned samples differ in their settings, so that every batch holds all λ values; and the samples of
-one question follow each other closely, while its prompt is still cached.
+planned samples differ in their settings, so that every batch has all λ values. The samples of one
+question follow each other closely, while its prompt is still cached.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ def curves_of(
 ) -> list[list[Setting]]:
     """Returns one curve for each dial, temperature and top_p, each in order of λ.
 
-    With `instruct`, every curve draws λ = 0 by that decoding.
+    With `instruct`, every curve uses that decoding at λ = 0.
     """
     return [
         [
@@ -93,7 +93,7 @@ def curves_of(
 
 
 def settings_of(curves: Iterable[Sequence[Setting]]) -> list[Setting]:
-    """Returns the settings of all curves, each once: curves may share one."""
+    """Returns the settings of all curves, each once; curves may share settings."""
     return list(dict.fromkeys(chain.from_iterable(curves)))
 
 
@@ -142,10 +142,12 @@ def wire_dial(dial: str, value: float, layers: int) -> float | dict[str, Any]:
 
 
 def _parsed(dial: str, layers: int) -> tuple[int, int, str | None]:
-    """First and last layer, and the part of a layer or None for both."""
+    """Returns the first and the last layer, and the part of a layer or None for both parts."""
     match = _DIAL.fullmatch(dial)
     if match is None:
-        raise BadParameters(f"{dial!r} is no dial; write `all`, `mlp`, `attn`, `0-3` or `0-3.mlp`")
+        raise BadParameters(
+            f"{dial!r} is not a dial; write `all`, `mlp`, `attn`, `0-3` or `0-3.mlp`"
+        )
     first, last = int(match[1] or 0), layers - 1 if match[2] is None else int(match[2])
     if not first <= last < layers:
         raise BadParameters(f"dial {dial!r}: this model has layers 0 to {layers - 1}")

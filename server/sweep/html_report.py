@@ -1,4 +1,4 @@
-"""Writes the report as one HTML page: tables, and plots as inline SVG. It loads nothing else."""
+"""Writes the report as one HTML page, with tables and plots (SVG), which loads nothing else."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -136,7 +136,7 @@ def _draw_costs(axes: "Axes", curve: Curve, color: str) -> None:
 
 
 def _shade_stages(axes: "Axes", curves: Sequence[Curve]) -> None:
-    """Shades the transition, where there is a single curve."""
+    """Shades the transition, if there is a single curve."""
     found = curves[0].stages
     if found is not None and len(curves) == 1:
         axes.axvspan(found.instruct_until, found.thinking_from, color="0.9", zorder=0)

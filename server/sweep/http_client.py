@@ -1,4 +1,4 @@
-"""An HTTP client of one server, with many requests in flight and further tries where it is busy."""
+"""Sends requests to one server over HTTP, many at once, and tries again if it is busy."""
 
 import asyncio
 from collections.abc import Mapping
@@ -77,7 +77,9 @@ class ServerClient:
             raise BadParameters(f"{self._url} serves no model {name!r}, but {', '.join(names)}")
         pair = card.get("pair")
         if pair is None:
-            raise BadParameters(f"{self._url} is no mi-server, or an older one: it names no pair")
+            raise BadParameters(
+                f"{self._url} is not an mi-server, or an older one: it names no pair"
+            )
         facts = (pair[name] for name in ("identity", "instruct", "thinking", "layers"))
         return ServedPair(card["id"], *facts)
 
@@ -88,13 +90,16 @@ class ServerClient:
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, tries: int = TRIES
     ) -> httpx.Response:
-        """Tries again where the server is busy or the connection fails. Raises `SweepError`."""
+        """Returns the response; tries again if the server is busy or the connection fails.
+
+        Raises `SweepError`.
+        """
         for attempt in range(1, tries + 1):
             pause = min(2.0 ** (attempt - 1), LONGEST_PAUSE)
             try:
                 response = await next(self._next).request(method, path, json=body)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-                raise BadParameters(f"{self._url!r} is no URL of a server: {error}") from None
+                raise BadParameters(f"{self._url!r} is not the URL of a server: {error}") from None
             except httpx.ReadTimeout:  # a second try would take as long
                 raise SweepError(f"{self._url} sent no answer within --timeout") from None
             except httpx.TransportError as error:
@@ -119,6 +124,6 @@ def _refusal(response: httpx.Response) -> str:
 
 
 def _retry_after(response: httpx.Response, default: float) -> float:
-    """The seconds that the server asks for, bounded; `default` where it names none."""
+    """Returns the seconds that the server asks for, bounded, or `default` if it names none."""
     value = response.headers.get("Retry-After", "")
     return min(float(value), 2 * LONGEST_PAUSE) if value.isdigit() else default

@@ -1,4 +1,4 @@
-"""A measurement in progress: its server, its samples, and the report that they make."""
+"""A measurement that runs: its server, its samples, and the report about them."""
 
 import argparse
 import time
@@ -59,7 +59,7 @@ class Measurement:
         }
 
     def open_log(self, parameters: Mapping[str, Any]) -> SampleLog:
-        """Raises `BadParameters` where the file holds samples of other parameters."""
+        """Opens the file of samples. Raises `BadParameters` if it has those of other parameters."""
         return SampleLog(self._folder / "samples.jsonl", parameters)
 
     async def collect(
@@ -105,7 +105,7 @@ async def measurement(
 
 @contextmanager
 def server_url(flags: argparse.Namespace, folder: Path, *serve: str) -> Iterator[str]:
-    """Yields `--url`, or the URL of a server started with `serve` and the command's flags."""
+    """Yields `--url`, or the URL of a server that it starts with `serve` and other flags."""
     if flags.url:
         yield flags.url
         return

@@ -38,8 +38,8 @@ _NOT_INHERITED: Final = (
 def own_server(flags: Sequence[str], log: Path) -> Iterator[str]:
     """Yields the URL of a server that runs as long as the context; its output goes to `log`.
 
-    Raises `BadParameters` with the server's message where it refuses its flags or the pair, and
-    `SweepError` where it ends otherwise before it is ready.
+    Raises `BadParameters` with the server's message if it refuses its flags or the pair, and
+    `SweepError` if it ends otherwise before it is ready.
     """
     command = [sys.executable, "-m", "server.sweep.own_server", "--log-level", "warning"]
     environment = {name: it for name, it in os.environ.items() if name not in _NOT_INHERITED}

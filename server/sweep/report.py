@@ -42,7 +42,7 @@ def _csv(reports: Sequence[ClassReport]) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes `text` to `path`; a reader sees the old content or the new, never a part."""
+    """Writes `text` to `path`; a reader sees the old content or the new one, and never a part."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)

@@ -39,9 +39,9 @@ def work_folder(out: Path) -> Path:
 async def run_calibration(
     url: str, flags: argparse.Namespace, task: Task, grader: Grader, command: str
 ) -> None:
-    """Calibrates at the server of `url`, and writes report and profile. Raises `SweepError`.
+    """Calibrates the pair at the server of `url`, and writes report and profile.
 
-    `command` is recorded in the profile.
+    `command` is recorded in the profile. Raises `SweepError`.
     """
     rules = _rules(flags, len(task.questions))
     async with measurement(url, flags, task, grader, work_folder(flags.out)) as run:
@@ -69,7 +69,7 @@ async def run_calibration(
 async def _collect_in_rounds(
     run: Measurement, rules: Rules, log: SampleLog, progress: Progress
 ) -> list[Setting]:
-    """Collects round after round until the plan is empty; returns the settings in order of λ."""
+    """Collects round after round until the plan is empty. Returns the settings in order of λ."""
     counts: dict[Setting, int] = {}
     questions = len(run.task.questions)
     while plan := next_round(measured_so_far(log.samples.values(), counts), questions, rules):

@@ -11,7 +11,7 @@ from server.sweep.tasks import Task
 
 
 async def run_sweep(url: str, flags: argparse.Namespace, task: Task, grader: Grader) -> None:
-    """Sweeps λ at the server of `url`, and writes the report. Raises `SweepError`."""
+    """Measures every λ at the server of `url`, and writes the report. Raises `SweepError`."""
     async with measurement(url, flags, task, grader, flags.out) as run:
         curves = _curves(flags, run.pair.layers)
         settings = settings_of(curves)
@@ -23,7 +23,7 @@ async def run_sweep(url: str, flags: argparse.Namespace, task: Task, grader: Gra
 
 
 def _parameters(flags: argparse.Namespace, curves: Sequence[Sequence[Setting]]) -> dict[str, Any]:
-    """The parameters that distinguish the settings of this sweep from those of another."""
+    """Returns the parameters that distinguish the settings of this sweep from those of another."""
     return {
         "samples": flags.samples,
         "lambdas": [setting.reasoning_lambda for setting in curves[0]],

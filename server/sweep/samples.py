@@ -1,8 +1,8 @@
-"""The file of finished samples, `samples.jsonl`: a line with the parameters, then a line a sample.
+"""The file of finished samples, `samples.jsonl`: the parameters, then one line for each sample.
 
 Lines are only appended, and each is written before the next answer is counted: a killed run loses
 only the requests in flight. The same command continues from the file; a command with other
-parameters is refused with the names of those that differ.
+parameters is refused, with the names of those that differ.
 """
 
 import fcntl
@@ -22,11 +22,11 @@ FORMAT: Final = 1
 class Sample:
     """One answer, graded."""
 
-    setting: str  # its label
-    question: str  # its id
+    setting: str  # the label of its setting
+    question: str  # the id of its question
     sample: int
     correct: bool
-    said: str | None  # what the grader read as the answer; None: no answer
+    said: str | None  # what the grader read as the answer; None if it read none
     tokens: int  # generated, the end of the turn included
     reasoning_tokens: int
     thought: bool  # it closed a think block
@@ -49,7 +49,7 @@ class SampleLog:
     def __init__(self, path: Path, parameters: Mapping[str, Any]) -> None:
         """Opens or creates the file, and reads the samples in it.
 
-        Raises `BadParameters` where the file is of other parameters, damaged, or in use.
+        Raises `BadParameters` if the file has other parameters, is damaged, or is in use.
         """
         self.samples: dict[tuple[str, str, int], Sample] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class SampleLog:
     def _resume(self, parameters: Mapping[str, Any]) -> None:
         self._file.seek(0)
         complete, end, torn = self._file.read().rpartition(b"\n")
-        if torn:  # a line that a kill cut off
+        if torn:  # the line that was being written when the process was killed
             self._file.truncate(len(complete + end))
         if not complete:
             self._append({"format": FORMAT, "parameters": parameters})

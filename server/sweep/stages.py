@@ -38,10 +38,7 @@ NO_TRANSITION: Final = "no transition found"
 
 
 def stages(think_rates: Sequence[tuple[float, float]]) -> Stages | None:
-    """Returns the stages of points (λ, think rate) in order of λ, by `RULE`.
-
-    None without a transition.
-    """
+    """Returns the stages by `RULE` of points (λ, think rate) in order of λ; None if it has none."""
     rates = [rate for _, rate in think_rates]
     first = next((at for at, rate in enumerate(rates) if rate >= THINKS_RARELY), len(rates))
     last = len(rates)

@@ -1,9 +1,9 @@
-"""Questions: drawn for the embedded pair, or read from a JSONL file.
+"""Makes a task of questions, which it draws for the embedded pair or reads from a JSONL file.
 
     {"question": "2 + 2?", "answer": "4", "class": "short", "id": "sum-1"}
     {"messages": [{"role": "user", "content": "…"}], "answer": "4"}
 
-It knows the question and the correct answer, in the form that the grader wants; it does not grade.
+It has the correct answers, in the form that the grader needs, but does not grade.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ thinking."""
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A question, its correct answer, and the kind of work it is."""
+
     id: str
     messages: tuple[Mapping[str, Any], ...]
     answer: Any  # in the grader's form
@@ -37,17 +39,19 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
+    """The questions of a measurement."""
+
     name: str
     questions: tuple[Question, ...]
 
     @property
     def classes(self) -> list[str]:
-        """The routing classes other than the default, to which all questions belong."""
+        """The routing classes besides the default one, to which all questions belong."""
         return sorted({question.kind for question in self.questions} - {DEFAULT_CLASS})
 
     @property
     def digest(self) -> str:
-        """A digest of questions and answers: equal for equal questions in equal order."""
+        """A digest of questions and answers, which is equal for equal questions in equal order."""
         content = [[it.id, list(it.messages), it.answer, it.kind] for it in self.questions]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

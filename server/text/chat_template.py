@@ -22,7 +22,7 @@ from server.wire.errors import InvalidRequest
 
 
 class ChatTemplate:
-    """One endpoint's template, compiled. Raises `CheckpointError` where it does not parse."""
+    """One endpoint's template, compiled. Raises `CheckpointError` if it does not parse."""
 
     def __init__(self, endpoint: EndpointText) -> None:
         try:
@@ -43,7 +43,7 @@ class ChatTemplate:
     ) -> str:
         """Returns the prompt; with `add_generation_prompt`, up to the assistant's first token.
 
-        Raises `InvalidRequest` where the template refuses the messages.
+        Raises `InvalidRequest` if the template refuses the messages.
         """
         try:
             return self._template.render(
@@ -59,7 +59,7 @@ class ChatTemplate:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}` renders its content."""
+    """Renders the content of `{% generation %}…{% endgeneration %}`."""
 
     tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
@@ -70,7 +70,7 @@ class _GenerationBlock(Extension):
 
 @cache
 def _compiled(source: str) -> tuple[Template, set[str]]:
-    """Compiles a template once, for endpoints often share theirs; returns its variables as well."""
+    """Returns a compiled template and its variables. Cached: endpoints often share a template."""
     environment = _environment()
     return (
         environment.from_string(source),

@@ -19,7 +19,7 @@ class CheckpointError(CommandError):
 
 
 def local_directory(name: str) -> Path:
-    """Returns the directory of an endpoint, downloading it where `name` is a hub id.
+    """Returns the directory of an endpoint; downloads it if `name` is a hub id.
 
     Raises `CheckpointError`.
     """
@@ -41,17 +41,17 @@ def local_directory(name: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class EndpointText:
-    """What the HTTP process knows about one checkpoint."""
+    """What the HTTP process knows about one endpoint, besides its tokenizer."""
 
     directory: Path
     chat_template: str
     special_tokens: dict[str, str]  # bos_token, eos_token, …: variables of the template
     eos_token_ids: frozenset[int]
-    sampling_defaults: dict[str, float] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)  # has the sampling defaults
 
     @classmethod
     def read(cls, directory: Path) -> "EndpointText":
-        """Raises `CheckpointError`."""
+        """Reads the files of a checkpoint. Raises `CheckpointError`."""
         config = read_json(directory / "tokenizer_config.json")
         generation = read_json(directory / "generation_config.json")
         return cls(
@@ -59,12 +59,15 @@ class EndpointText:
             chat_template=_chat_template(directory, config),
             special_tokens=_special_tokens(config),
             eos_token_ids=eos_token_ids_of(generation),
-            sampling_defaults=_sampling_defaults(generation),
+            generation_config=generation,
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in the file; without the file, an empty one. Raises `CheckpointError`."""
+    """Returns the object in the file, or an empty one without the file.
+
+    Raises `CheckpointError`.
+    """
     if not path.is_file():
         return {}
     try:
@@ -92,7 +95,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Tokens by role. A config has each as text, or as an object with the text as `content`."""
+    """Returns tokens by role; a config has them as text, or as objects with text in `content`."""
     tokens = {}
     for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = config.get(role)
@@ -103,13 +106,8 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def eos_token_ids_of(generation: dict[str, Any]) -> frozenset[int]:
-    """Returns the tokens that end an answer, by a `generation_config.json`."""
+    """Returns the tokens that end an answer, from the content of `generation_config.json`."""
     ids = generation.get("eos_token_id")
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: generation[name] for name in names if generation.get(name) is not None}

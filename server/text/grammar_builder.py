@@ -1,8 +1,8 @@
 """Builds the grammar that an answer must follow, from the response format and the tools.
 
 Each schema is checked by itself, so that an error names the one at fault. This module knows the
-format of tool calls and `llguidance`'s Lark dialect. It knows no tokens but the tags of calls,
-which a grammar names as tokens where the vocabulary has them.
+format of tool calls and `llguidance`'s Lark dialect, but no token ids: a grammar names a token by
+its text.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-import llguidance  # noqa: F401 - at start, so that the first request with a schema need not wait
+import llguidance  # noqa: F401 - here, so that the first request with a schema need not wait
 
 from mi_runtime.scheduling.grammar import fault_of
 from server.text.reasoning_parser import TOOL_CALL, TOOL_CALL_END
@@ -42,7 +42,7 @@ class GrammarBuilder:
         self._fault_of = lru_cache(CHECKED)(fault_of)
 
     def grammar(self, request: ChatRequest) -> str | None:
-        """Returns the grammar of the answer, or None for any answer. May take some 100 ms.
+        """Returns the grammar of the answer, or None if it is free. May take some 100 ms.
 
         Raises `InvalidRequest` for a schema that is wrong, too large, or cannot be enforced.
         """
@@ -66,7 +66,7 @@ class GrammarBuilder:
         )
 
     def _arguments(self, request: ChatRequest) -> dict[str, dict[str, Any]]:
-        """The checked schema of each offered function's arguments."""
+        """Returns the checked schema of each offered function's arguments, by name."""
         checked = {}
         for index, tool in enumerate(request.offered_tools):
             param = f"tools[{index}].function.parameters"
@@ -112,23 +112,22 @@ class GrammarBuilder:
             return _lark(f"{calls} | answer", f"answer: {_json(answer)}", *self._calls(tools))
         strict = any(tool.strict for tool in request.offered_tools)
         if not strict and several:
-            return None  # the tool parser reads whatever calls come
+            return None  # the tool parser reads any calls
         return self._free_text(_strict_schemas(request.offered_tools, tools), several=several)
 
     def _calls(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
         return [f"call: {self._opening} body", 'BREAK: "\\n"', *self._bodies(tools)]
 
     def _free_text(self, tools: dict[str, dict[str, Any]], *, several: bool) -> str:
-        """The grammar of any text in which an opening tag begins a call."""
-        lazy = (
-            "" if self._opening == TOOL_CALL else "[lazy]"
-        )  # as text, the tag ends the text before it
+        """Returns the grammar of any text in which an opening tag begins a call."""
+        # A tag that is not a token is lazy, so that it ends the text before it.
+        lazy = "" if self._opening == TOOL_CALL else "[lazy]"
         opening = f"opening{lazy}: TEXT {self._opening}"
         start = "start: (opening body)* TEXT" if several else "start: TEXT | opening body"
         return _lark(start, opening, r"TEXT: /(.|\n)*/", *self._bodies(tools))
 
     def _bodies(self, tools: dict[str, dict[str, Any]]) -> Sequence[str]:
-        """Rules from after the opening tag through the closing one."""
+        """Returns the rules of what follows the opening tag, up to the closing one."""
         rules = ["body: " + " | ".join(f"body_{index}" for index in range(len(tools)))]
         for index, (name, schema) in enumerate(tools.items()):
             head = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
@@ -139,13 +138,13 @@ class GrammarBuilder:
 
 
 def _tag(tag: str, vocabulary: Vocabulary) -> str:
-    """How a grammar names a tag: as the token if there is one, else as text."""
+    """Returns how a grammar names a tag: as a token if it is one, or else as text."""
     is_token = vocabulary.tokenizer.token_to_id(tag) is not None
     return tag if is_token else json.dumps(tag)
 
 
 def _token_names(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """A pattern of the tokens that are never text in a grammar: `<|im_end|>`, `<think>`, …"""
+    """Returns a pattern of tokens that are never text in a grammar: `<|im_end|>`, `<think>`, …"""
     added = vocabulary.tokenizer.get_added_tokens_decoder().values()
     names = [re.escape(it.content) for it in added if it.special or it.content.startswith("<")]
     return re.compile("|".join(names) or r"(?!)")
@@ -168,7 +167,7 @@ def _strings(schema: Any) -> Iterator[str]:
 def _strict_schemas(
     offered: Sequence[FunctionTool], tools: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Schemas where the model chooses to call: functions that are not strict take any object."""
+    """Returns the schemas if the model may choose to call: without `strict`, any object fits."""
     return {
         tool.name: tools[tool.name] if tool.strict else _guided(_ANY_OBJECT, strict=True)
         for tool in offered
@@ -176,7 +175,7 @@ def _strict_schemas(
 
 
 def _guided(schema: dict[str, Any], *, strict: bool) -> dict[str, Any]:
-    """The schema with `llguidance`'s settings in it."""
+    """Returns the schema with `llguidance`'s settings in it."""
     return schema | {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": not strict}}
 
 

@@ -1,7 +1,7 @@
 """Turns messages into token ids, by the chat template that the request's λ selects.
 
-To continue a message, it is rendered with a mark at its end, and the text is cut at the mark. So
-nothing that a template writes after a message, or strips from it, matters.
+A message that is to be continued is rendered with a mark at its end, and the text is cut at the
+mark. So it does not matter what a template writes after a message, or strips from it.
 """
 
 import json
@@ -22,7 +22,7 @@ from server.wire.tools import FunctionTool, ToolCall
 ReasoningTemplate = Literal["auto", "instruct", "thinking"]
 
 MARK: Final = "\ue000end of the final message\ue001"
-"""Private characters, which templates pass through and no one writes."""
+"""Private characters, which templates pass through and nobody writes."""
 
 
 class Ending(Enum):
@@ -51,9 +51,9 @@ class Prompt:
 class PromptBuilder:
     """Builds prompts with the pair's tokenizer and its two templates.
 
-    `auto` follows the paper: above the think threshold λ takes the Thinking endpoint's template,
-    else Instruct's. The threshold is read for each prompt, because the profile that sets it is
-    known only when the pair is loaded.
+    `auto` follows the paper: λ above the think threshold takes the Thinking endpoint's template,
+    and any other takes Instruct's. The threshold is read for each prompt, because the profile that
+    sets it is known only when the pair is loaded.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PromptBuilder:
     ) -> Prompt:
         """Returns the prompt of `messages`, with `tools` as the functions offered.
 
-        Raises `InvalidRequest` where the template refuses the messages or cannot write tools.
+        Raises `InvalidRequest` if the template refuses the messages or cannot write tools.
         """
         template = self._template(dial)
         if tools and not template.takes_tools:
@@ -125,9 +125,9 @@ class PromptBuilder:
 def _continued(
     template: ChatTemplate, views: list[dict[str, Any]], tools: list[dict[str, Any]]
 ) -> tuple[str, bool]:
-    """The prompt up to the end of the last message, and whether that is inside a think block.
+    """Returns the prompt up to the end of the last message, and whether its think block is open.
 
-    A message of reasoning only, in its own field or as `<think>` without an end, is continued
+    A message that has only reasoning, in its own field or as `<think>` without an end, is continued
     inside the block. A template that does not write the field gets the block as content.
     """
     *before, last = views
@@ -150,7 +150,7 @@ def _continued(
 
 
 def _open_reasoning(message: dict[str, Any]) -> str | None:
-    """The reasoning of a message without an answer; None where it has content, or nothing."""
+    """Returns the reasoning of a message that has only reasoning, or else None."""
     content: str = message["content"]
     blanks, opened, inside = content.partition(THINK_OPEN)
     if opened and THINK_CLOSE not in inside and not blanks.strip():
@@ -159,7 +159,7 @@ def _open_reasoning(message: dict[str, Any]) -> str | None:
 
 
 def _template_view(message: Message) -> dict[str, Any]:
-    """A message as templates expect it. `developer` is OpenAI's newer name of `system`."""
+    """Returns a message as templates expect it; `developer` is OpenAI's newer name of `system`."""
     view: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,
@@ -177,7 +177,10 @@ def _template_view(message: Message) -> dict[str, Any]:
 
 
 def _call_view(call: ToolCall) -> dict[str, Any]:
-    """A call with its arguments as an object, which templates write as JSON, or else as text."""
+    """Returns a call with its arguments as an object if they are one, or else as text.
+
+    Templates write the object as JSON.
+    """
     try:
         arguments = json.loads(call.function.arguments)
     except (ValueError, RecursionError):

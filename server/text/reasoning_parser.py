@@ -1,12 +1,12 @@
-"""Where reasoning ends: splits an answer's text into reasoning and content as its tokens arrive.
+"""Splits an answer's text into reasoning and content as its tokens arrive.
 
     start ──<think>──▶ block ──</think>──▶ content
       └────── other text ──────────────────▲
 
-An answer begins in `block` if the prompt opened one, else in `start`, where the model may open a
+An answer begins in `block` if the prompt opened one, or else in `start`, where the model may open a
 block after nothing but blanks. A model may repeat the tag of a block that was closed for it: one
 closing tag that follows the block after nothing but blanks belongs to the block's end. Tags
-anywhere else are plain text. The tags and the line breaks next to them appear on neither side.
+anywhere else are plain text. The tags and the line breaks next to them are dropped.
 Nothing else is lost or repeated, with one intended exception: a block that was never closed, in an
 answer that ended by itself, was the answer, so its text is repeated at the end as content.
 
@@ -52,18 +52,20 @@ class Splitter(Protocol):
     def inside_block(self) -> bool: ...
 
     def feed(self, text: str, event: TokenEvent | None = None) -> Split:
-        """Returns the text that became certain. `event` is the one that brought `text`; it is
-        None for text that was left over from earlier tokens."""
+        """Returns the text that became certain.
+
+        `event` brought `text`; it is None for text that was left over from earlier tokens.
+        """
 
     def finish(self, *, by_length: bool) -> Split:
-        """Returns the text that was held back. `by_length`: the answer was cut off."""
+        """Returns the text that was held back; `by_length` says that the answer was cut off."""
 
 
 class TokenSplitter:
-    """Splits at tags that are single tokens, where the engine reports that the phase changes."""
+    """Splits at tags that are single tokens, when the engine reports that the phase changes."""
 
     def __init__(self, *, opened: bool, tags: Mapping[int, str]) -> None:
-        """`opened`: the prompt opened the block; `tags`: the text of each tag, by token id."""
+        """Takes whether the prompt opened the block, and the text of each tag by token id."""
         self._phase: int = Phase.INSIDE if opened else Phase.OUTSIDE
         self._tags = tags
         self._sides = _Sides(opened=opened)
@@ -101,7 +103,7 @@ class TokenSplitter:
         return self._sides.feed(text)
 
     def _tag_of(self, event: TokenEvent) -> str:
-        """The tag that the event's token is, or nothing."""
+        """Returns the tag that the event's token is, or an empty text."""
         return "" if event.token_id is None else self._tags.get(event.token_id, "")
 
 

@@ -1,4 +1,4 @@
-"""Ends an answer before the first stop string, of which no part is ever sent.
+"""Ends an answer before its first stop string, of which nothing is ever sent.
 
 Only the answer's content is searched, and not its reasoning: a stop string such as a blank line
 would often end an answer before it began.

@@ -1,4 +1,4 @@
-"""Finds strings in text that arrives in pieces, and what of it must be held back."""
+"""Finds strings in text that arrives in pieces, and how much of it must be held back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Match:
 
 
 def first_match(text: str, needles: Sequence[str]) -> Match | None:
-    """Returns the match that ends first, so that how the text was cut makes no difference.
+    """Returns the match that ends first, or None if none of `needles` occurs.
 
-    None where none of `needles` occurs.
+    So the result does not depend on how the text was cut.
     """
     matches = [
         Match(start, start + len(needle)) for needle in needles if (start := text.find(needle)) >= 0

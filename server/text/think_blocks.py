@@ -1,7 +1,7 @@
-"""How think blocks are bounded: turns the operator's settings into a request's `ThinkPolicy`.
+"""Turns the operator's settings for think blocks into the `ThinkPolicy` of a request.
 
 At its cap a block is closed by force: the engine writes the closing sequence, and the answer
-follows. In the soft window before the cap the block is closed where a sentence or a line ends.
+follows. In the soft window before the cap, a block is closed at the end of a sentence or line.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LONGEST_SOFT_WINDOW: Final = 64  # … and at most this many tokens, unless the 
 
 @dataclass(frozen=True, slots=True)
 class ThinkBlocks:
-    """The server's rules in token ids. They apply only where both tags are single tokens."""
+    """The server's rules in token ids. They apply only if both tags are single tokens."""
 
     vocabulary: Vocabulary
     closing: tuple[int, ...]
@@ -26,7 +26,7 @@ class ThinkBlocks:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, *, closing: str, soft_window: int | None) -> "ThinkBlocks":
-        """Raises `ConfigError` if the closing sequence does not close a block exactly once."""
+        """Encodes the closing sequence. Raises `ConfigError` unless it has the closing tag once."""
         ids = tuple(vocabulary.encode(closing))
         tags = [token_id for token_id in ids if token_id in vocabulary.tags]
         if vocabulary.has_think_tags and tags != [vocabulary.think_close_id]:
@@ -46,9 +46,9 @@ class ThinkBlocks:
     ) -> ThinkPolicy | None:
         """Returns what the engine needs to follow the block, or None if the tags are not tokens.
 
-        `tools`: the model may call tools, so the tag of a call does not close the block.
-        `constrained`: a grammar applies after the block. The block must then be closed, and the
-        closing sequence must not write any of the answer, which would violate the grammar.
+        With `tools` the model may call tools, so the tag of a call does not close the block. With
+        `constrained` a grammar applies after the block: the block must be closed, and the closing
+        sequence must not write any of the answer, which would violate the grammar.
         """
         open_id, close_id = self.vocabulary.think_open_id, self.vocabulary.think_close_id
         if open_id is None or close_id is None:
@@ -73,7 +73,7 @@ class ThinkBlocks:
 
     @property
     def _bare_closing(self) -> tuple[int, ...]:
-        """The closing sequence up to its tag, with what follows only if that is line breaks."""
+        """The closing sequence, cut after its tag unless only line breaks follow."""
         assert self.vocabulary.think_close_id is not None
         end = self.closing.index(self.vocabulary.think_close_id) + 1
         tail = self.vocabulary.tokenizer.decode(list(self.closing[end:]))

@@ -1,13 +1,13 @@
-"""Reads the tool calls in an answer's text: text in pieces in, content and calls out.
+"""Separates the tool calls in an answer's text from its content, as the text arrives.
 
     text ──<tool_call>──▶ head ──{"name": …, "arguments":──▶ arguments ──▶ tail
       ▲                     └── no call ──┐                                  │
       └───────────────────────────────────┴───────────</tool_call>───────────┘
 
 The format is that of Qwen and Hermes. A call is certain once its name is known and its arguments
-begin; from then on arguments are returned as they come, exactly as the model writes them. Text that
-looks like a call but is none stays content. The tags and the white space around a call are dropped;
-nothing else is lost, and the result does not depend on how the text was cut.
+begin; from then on arguments are returned as they arrive, exactly as the model writes them. Text
+that looks like a call but is none stays content. The tags and the white space around a call are
+dropped; nothing else is lost, and the result does not depend on how the text was cut.
 """
 
 import json
@@ -160,7 +160,7 @@ class ToolCallParser:
         return True
 
     def _give(self, parsed: ParsedText, end: int) -> None:
-        """Adds held text up to `end` to the content; after a call without leading white space."""
+        """Adds held text up to `end` to the content, after a call without leading white space."""
         text, self._held = self._held[:end], self._held[end:]
         if self._after_call:
             text = text.lstrip()
@@ -197,7 +197,7 @@ class _JsonObject:
         self._escaped = False
 
     def end_in(self, text: str) -> int | None:
-        """Returns the offset after the object, or of a tag that cuts it off; None if it goes on."""
+        """Returns the offset at which the object ends or a tag cuts it off; None if it goes on."""
         for place, letter in enumerate(text):
             if self._in_string:
                 self._take_in_string(letter)
@@ -231,7 +231,7 @@ def _string(text: str) -> str | None:
 
 
 def _call(text: str) -> tuple[str, str] | None:
-    """Name and arguments of a complete call; None where the text is none."""
+    """Returns name and arguments of a complete call, or None if the text is not one."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
@@ -247,7 +247,7 @@ def _call(text: str) -> tuple[str, str] | None:
 
 
 def join_deltas(deltas: Sequence[ToolCallDelta]) -> list[dict[str, object]]:
-    """Returns the calls of a complete answer, as the wire has them."""
+    """Returns the `tool_calls` of a complete answer."""
     calls: list[dict[str, object]] = []
     for index in sorted({delta.index for delta in deltas}):
         own = [delta for delta in deltas if delta.index == index]

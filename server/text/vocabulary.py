@@ -88,22 +88,22 @@ class Vocabulary:
         )
 
     def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:
-        """Returns ids and offsets of a raw text, with the tokenizer's special tokens or without."""
+        """Returns the ids of a text, and where the text of each begins and ends, in characters."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def grammar_vocabulary(
         self, directory: Path, eos_token_ids: Iterable[int]
     ) -> GrammarVocabulary | None:
-        """Returns what the engine needs for grammars; None where no known token ends an answer."""
+        """Returns what the engine needs for grammars, or None if no known token ends an answer."""
         known = [it for it in sorted(eos_token_ids) if self.tokenizer.id_to_token(it) is not None]
         if not known:
             return None
         return GrammarVocabulary(str(directory / "tokenizer.json"), tuple(known))
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Returns the ids of a text, at half the cost of `encoding`, and without holding the GIL.
+        """Returns the ids of a text, at half the cost of `encoding` and without holding the GIL.
 
-        A rendered prompt has its special tokens already.
+        A rendered prompt has its special tokens already, so they are not added by default.
         """
         (encoding,) = self.tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
@@ -181,7 +181,7 @@ class IncrementalDetokenizer:
 
 
 def _byte_symbols() -> dict[str, int]:
-    """The printable symbols that stand for the 256 bytes in byte-level vocabularies (GPT-2's)."""
+    """Returns the byte that each printable symbol stands for in byte-level vocabularies (GPT-2)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -1,6 +1,7 @@
-"""The shapes of answers, for the OpenAPI document; answers themselves are built by hand.
+"""The models of answers, for the OpenAPI document; answers themselves are built without them.
 
-A field with a default is left out where it does not apply. Tests check real answers against these.
+A field with a default is left out if it does not apply. Tests check real answers against these
+models.
 """
 
 from typing import Any, Literal

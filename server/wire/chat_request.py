@@ -108,7 +108,10 @@ def _check_reasoning_shown(request: ChatRequest) -> None:
 
 
 def _check_constrained_continuation(request: ChatRequest) -> None:
-    """Refuses a grammar, which would start from its beginning after the text that is there."""
+    """Raises `InvalidRequest` for a continued message with a grammar.
+
+    The grammar would start from its beginning, after text that is already there.
+    """
     form = request.response_format
     constrained = request.tool_choice not in (None, "none", "auto") or (
         form and form.type != "text"

@@ -1,4 +1,4 @@
-"""Turns errors into HTTP answers; `errors` itself knows no HTTP library."""
+"""Turns errors into HTTP responses; `errors` itself imports no HTTP library."""
 
 from starlette.responses import JSONResponse
 
@@ -6,5 +6,5 @@ from server.wire.errors import ApiError
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Returns the HTTP answer of an error."""
+    """Returns the HTTP response for an error."""
     return JSONResponse(error.body, error.status, headers=error.headers)

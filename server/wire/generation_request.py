@@ -145,7 +145,7 @@ class GenerationRequest(WireModel, ABC):
 
     @property
     def answer_limit(self) -> int | None:
-        """Most tokens of the answer; None where the client sets no limit."""
+        """Most tokens of the answer; None if the client sets no limit."""
         return self.max_tokens
 
     @property
@@ -158,7 +158,7 @@ class GenerationRequest(WireModel, ABC):
 
     @property
     def prompt_alternatives(self) -> int | None:
-        """The same for the tokens of the prompt."""
+        """The same as `alternatives`, for the tokens of the prompt."""
         return None
 
     @property

@@ -68,7 +68,7 @@ class Continuable(Protocol):
 
 
 def check_continuation(request: Continuable) -> None:
-    """Raises `InvalidRequest` where the last message cannot be continued."""
+    """Raises `InvalidRequest` if the last message is to be continued and cannot be."""
     if not request.continue_final_message:
         return
     if request.add_generation_prompt:
@@ -90,7 +90,7 @@ def check_continuation(request: Continuable) -> None:
 
 
 def check_message(message: Message, path: str) -> None:
-    """Raises `InvalidRequest` where a field is missing or not allowed for the message's role.
+    """Raises `InvalidRequest` if a field is missing or not allowed for the message's role.
 
     `path` names the message in the error: `messages[0]`.
     """

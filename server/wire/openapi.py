@@ -156,7 +156,7 @@ def document(version: str) -> dict[str, Any]:
 
 
 def _models() -> list[type[BaseModel]]:
-    """Every model in the table, once."""
+    """Returns every model in the table, once."""
     named: list[type[BaseModel]] = [answers.Error]
     for operation in OPERATIONS:
         named += [model for model in (operation.body, *operation.answer.values()) if model]
@@ -196,7 +196,7 @@ def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _event(chunk: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
-    """The schema of one event, whose data is JSON, or `[DONE]` at the end without an error."""
+    """Returns the schema of one event: JSON, or `[DONE]` at the end of a stream without error."""
     of_data = {"anyOf": [chunk, error]}
     json_text = {"type": "string", "contentMediaType": JSON, "contentSchema": of_data}
     data = {"anyOf": [{"const": "[DONE]"}, json_text]}

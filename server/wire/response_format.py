@@ -1,4 +1,4 @@
-"""The form that a request wants its answer to have: text, JSON, or JSON of a schema."""
+"""The form that a request requires of its answer: text, JSON, or JSON of a schema."""
 
 from typing import Annotated, Literal
 
@@ -32,7 +32,7 @@ class ResponseFormat(WireModel):
 
 
 def check_response_format(form: ResponseFormat | None) -> None:
-    """Raises `InvalidRequest` where type and schema do not belong together."""
+    """Raises `InvalidRequest` if type and schema do not belong together."""
     if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
         raise InvalidRequest(
             "`response_format.json_schema` goes with `type: json_schema`, and only with it",

@@ -1,12 +1,13 @@
 """Reads a JSON body into its model, and turns the first violation into an error naming the field.
 
-Unknown fields are refused, and so are fields of OpenAI's API that have no effect here: a typo or a
-missing feature gets an error and is never ignored.
+Unknown fields are refused, and so are the fields of OpenAI's API in `NOT_IMPLEMENTED`, so that a
+typo or a missing feature is not ignored. The few fields that are accepted without effect, because
+clients always send them, say so in their descriptions.
 """
 
 import difflib
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -14,14 +15,6 @@ from pydantic_core import ErrorDetails
 from server.wire.errors import InvalidRequest, bounded
 from server.wire.reasoning_fields import GroupLambdas
 from server.wire.wire_model import NOT_IMPLEMENTED, WireModel
-
-UNION_TAGS: Final = frozenset(
-    {
-        *("(text)", "(parts)", "(one)", "(many)", "(number)", "(groups)", "(fan-out)", "(name)"),
-        *("(texts)", "(token ids)", "(lists of token ids)", "(tool)"),
-    }
-)
-"""Union tags that pydantic puts into the path of an error."""
 
 _T = TypeVar("_T", bound=WireModel)
 
@@ -38,7 +31,7 @@ def validate_json(kind: type[_T], body: bytes) -> _T:
 def _invalid(error: ErrorDetails, kind: type[WireModel]) -> InvalidRequest:
     if error["type"] == "json_invalid":
         return InvalidRequest(f"The body is not JSON: {error['msg']}")
-    path = [part for part in error["loc"] if part not in UNION_TAGS]
+    path = _path(error)
     param = _dotted(path)
     if error["type"] == "extra_forbidden":
         return InvalidRequest(_unknown(str(path[-1]), param, kind), param=param)
@@ -56,8 +49,22 @@ def _unknown(name: str, param: str, kind: type[WireModel]) -> str:
     return f"Unknown field `{param}`{hint}"
 
 
+def _path(error: ErrorDetails) -> list[int | str]:
+    """Returns the path of the field, without union tags, which are names in parentheses.
+
+    The name of an unknown field is kept whatever it is.
+    """
+    location = error["loc"]
+    end = len(location) - (error["type"] == "extra_forbidden")
+    return [*(part for part in location[:end] if not _is_union_tag(part)), *location[end:]]
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and part.startswith("(") and part.endswith(")")
+
+
 def _dotted(path: Sequence[int | str]) -> str:
-    """The path as text: `messages[0].content` for ("messages", 0, "content")."""
+    """Returns the path as text: `messages[0].content` for ("messages", 0, "content")."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"

@@ -1,6 +1,6 @@
 """Imports point one way: down the list of packages, and from `server` to `mi_runtime`.
 
-Read from the files, and tried: what some modules bring in is asked of a fresh interpreter.
+Most tests read the files; some import a module in a fresh interpreter and look at `sys.modules`.
 """
 
 import ast
@@ -28,13 +28,15 @@ TENSORS = {"torch", "transformers", "accelerate", "safetensors", "numpy"}
 HTTP = {"fastapi", "starlette", "uvicorn", "asyncio"}
 FILES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("server", "mi_runtime")}
 ALL = [*FILES["server"], *FILES["mi_runtime"]]
-PACKAGES = [path.parent for path in FILES["server"] if path.match("server/*/__init__.py")]
+PACKAGES = [
+    path.parent for path in ALL if path.name == "__init__.py" and path.parent.parent != ROOT
+]
 NEEDING_TRITON = {"mi_runtime.kernels.pair_linear", "mi_runtime.kernels.paged_attention"}
 NEEDING_TRITON |= {"mi_runtime.attention.triton_backend", "mi_runtime.attention.torch_backend"}
 
 
 def imports_of(path: Path, *, on_import: bool = False) -> Iterator[str]:
-    """Dotted names of all that a file imports: anywhere in it, or when it is imported itself."""
+    """Yields the dotted names that a file imports anywhere, or only when it is imported itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in run_on_import(tree) if on_import else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -60,7 +62,7 @@ def roots_of(path: Path) -> set[str]:
 
 
 def unit_of(dotted: str) -> str:
-    """The package or module directly below `server` or `mi_runtime`."""
+    """Returns the package or module directly below `server` or `mi_runtime`."""
     return [*dotted.split("."), "__init__"][1]
 
 
@@ -85,7 +87,7 @@ def names_in(text: str) -> set[str]:
 
 
 def imported_units(package: Path) -> set[str]:
-    """What a package imports of the project: `wire`, or `mi_runtime.request` of the other side."""
+    """Returns what a package imports: `wire` of its own side, `mi_runtime.request` of the other."""
     own, known = package.parent.name, {"server": SERVER, "mi_runtime": ENGINE}
     units = set()
     for name in (name for path in package.rglob("*.py") for name in imports_of(path)):
@@ -135,7 +137,7 @@ def test_no_package_imports_one_above_it(package: str, order: tuple[str, ...]) -
 
 @pytest.mark.parametrize("package", ["server", "mi_runtime"])
 def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
-    """Not even inside a package, nor where a function imports."""
+    """Counts imports inside packages and inside functions too."""
     modules = {module_of(path).removesuffix(".__init__"): path for path in FILES[package]}
     imported = {
         module: {name for name in imports_of(path) if name in modules} - {module}
@@ -149,31 +151,31 @@ def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["server", "mi_runtime"])
-def test_every_package_says_what_lives_there(package: str) -> None:
+def test_every_package_has_a_docstring(package: str) -> None:
     packages = [path for path in FILES[package] if path.name == "__init__.py"]
     docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) for path in packages}
     assert not [relative(path) for path, docstring in docstrings.items() if not docstring]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=relative)
-def test_every_package_says_truly_what_it_imports(package: Path) -> None:
+def test_the_docstring_of_a_package_lists_what_it_imports(package: Path) -> None:
     """`It imports …` lists packages and modules, or `It imports no other package`."""
-    said = sentence(package, "It imports")
-    assert said
-    assert names_in(said) == imported_units(package)
+    stated = sentence(package, "It imports")
+    assert stated
+    assert names_in(stated) == imported_units(package)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=relative)
-def test_every_package_says_truly_what_others_import_from_it(package: Path) -> None:
+def test_the_docstring_of_a_package_lists_what_others_import_from_it(package: Path) -> None:
     """`Others import only …` or `Others import everything but …` lists modules."""
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
     only, but = (
         sentence(package, "Others import only"),
         sentence(package, "Others import everything"),
     )
-    said = names_in(only) if only else modules - names_in(but)
+    stated = names_in(only) if only else modules - names_in(but)
     assert only or but
-    assert said == modules_imported_by_others(package)
+    assert stated == modules_imported_by_others(package)
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
@@ -182,7 +184,7 @@ def test_the_engine_never_imports_the_server(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES["server"], ids=relative)
-def test_the_server_never_touches_a_tensor(path: Path) -> None:
+def test_the_server_imports_no_tensors(path: Path) -> None:
     assert not TENSORS & roots_of(path)
     allowed = {*WITHOUT_TENSORS, "embedded_pair"}
     engine = {name for name in imports_of(path) if name.startswith("mi_runtime.")}
@@ -204,37 +206,37 @@ def test_the_engine_speaks_token_ids_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
-def test_nothing_imports_triton_or_grammars_before_they_are_wanted(path: Path) -> None:
-    """Triton may be missing."""
+def test_only_kernels_and_grammars_import_their_libraries_when_imported(path: Path) -> None:
+    """Triton may not be installed, and llguidance is slow to import."""
     if module_of(path) not in NEEDING_TRITON:
         later = {"triton", "llguidance", *NEEDING_TRITON}
         assert not later & set(imports_of(path, on_import=True))
 
 
 @pytest.mark.parametrize("path", FILES["mi_runtime"], ids=relative)
-def test_scheduling_knows_no_tensors(path: Path) -> None:
+def test_scheduling_imports_no_tensors(path: Path) -> None:
     if unit_of(module_of(path)) in WITHOUT_TENSORS:
         assert not TENSORS & roots_of(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "server" / "routing").glob("*.py")), ids=relative)
-def test_routing_knows_no_http(path: Path) -> None:
+def test_routing_imports_no_http(path: Path) -> None:
     assert not {"jinja2", "tokenizers", *HTTP} & roots_of(path)
 
 
-def test_scheduling_brings_in_no_tensors_when_it_is_imported() -> None:
+def test_importing_scheduling_loads_no_tensors() -> None:
     modules = modules_after_importing("mi_runtime.scheduling.scheduler")
     modules |= modules_after_importing("mi_runtime.scheduling.planner")
     assert "mi_runtime.scheduling.chunk" in modules
     assert not TENSORS & modules
 
 
-def test_serving_brings_in_nothing_of_measuring() -> None:
+def test_importing_the_app_loads_nothing_of_the_sweep() -> None:
     modules = modules_after_importing("server.api.app")
     foreign = {"httpx", "matplotlib", "math_verify", "tqdm"}
     assert not [name for name in modules if name.startswith("server.sweep")]
     assert not foreign & modules
 
 
-def test_naming_the_embedded_pair_brings_in_no_tensors() -> None:
+def test_importing_the_embedded_pairs_paths_loads_no_tensors() -> None:
     assert not TENSORS & modules_after_importing("mi_runtime.embedded_pair")

@@ -1,4 +1,4 @@
-"""`docs/architecture.md` has the packages, and the functions on the path of a request."""
+"""`docs/architecture.md` lists the packages in the order of their imports, and a short glossary."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def section(title: str) -> str:
 
 
 def first_cells(text: str) -> list[str]:
-    """The first cells of a section's tables, without their headings."""
+    """Returns the first cells of a section's tables, without their headings."""
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     return [cell for cell in rows if "`" in cell or "*" in cell]
 
@@ -27,15 +27,3 @@ def test_every_package_has_its_line_in_the_order_of_imports() -> None:
 
 def test_the_glossary_has_at_most_a_dozen_words() -> None:
     assert 0 < len(first_cells(section("Glossary"))) <= 12
-
-
-def test_a_request_reaches_the_pipe_through_the_functions_that_the_page_lists() -> None:
-    listed = re.findall(r"^\d\. `([\w.]+)` \(`([\w./]+)`\)", section("The path of a request"), re.M)
-    assert len(listed) <= 8
-    assert len({path for _, path in listed}) <= 6
-    assert (listed[0][0], listed[-1][0]) == ("RequestLog.__call__", "EngineClient._write")
-    for name, path in listed:
-        *of_class, function = name.split(".")
-        text = (ROOT / path).read_text()
-        assert re.search(rf"^ *(?:async )?def {function}\(", text, re.M), name
-        assert all(f"class {one}" in text for one in of_class), name

@@ -1,4 +1,4 @@
-"""`docs/configuration.md` is what the settings say."""
+"""`docs/configuration.md` describes every setting as the code does."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from server.config import Settings
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
-def test_the_page_is_what_the_settings_print() -> None:
+def test_the_page_is_the_output_of_its_tool() -> None:
     assert PAGE.read_text() == config_reference.page()
 
 

@@ -1,4 +1,4 @@
-"""`docs/operations.md` names every metric and every error, and none that does not exist."""
+"""`docs/operations.md` lists every metric and every error, and no other."""
 
 import re
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ def section(title: str) -> str:
 
 
 def rows(title: str) -> list[list[str]]:
+    """Returns the cells of a section's table rows."""
     lines = [line for line in section(title).splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -38,20 +39,20 @@ def metrics() -> Metrics:
     return metrics
 
 
-def names(metrics: Metrics) -> dict[str, str]:
-    """Kinds by the names that are scraped."""
+def kinds_by_name(metrics: Metrics) -> dict[str, str]:
+    """Returns the kind of each metric by its scraped name."""
     families = list(metrics.registry.collect())
     ends = {"counter": "_total"}
     return {f"{it.name}{ends.get(it.type, '')}": it.type for it in families}
 
 
-def test_every_metric_has_its_row_and_no_other_one_has(metrics: Metrics) -> None:
-    told = {row[0].strip("`"): row[1] for row in rows("Metrics")}
-    assert told == names(metrics)
+def test_the_page_has_a_row_for_each_metric_and_no_other(metrics: Metrics) -> None:
+    documented = {row[0].strip("`"): row[1] for row in rows("Metrics")}
+    assert documented == kinds_by_name(metrics)
 
 
-def test_the_labels_of_a_metric_are_told(metrics: Metrics) -> None:
-    told = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows("Metrics")}
+def test_the_labels_of_a_metric_are_documented(metrics: Metrics) -> None:
+    documented = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows("Metrics")}
     metrics.routed(RoutingDecision((Dial(0.5),), "body"))
     metrics.meter(0.5, 1, arrived=0.0, cap=5).close("stop", generation_tokens=1, reasoning_tokens=0)
     metrics.rejected("overloaded")
@@ -59,29 +60,30 @@ def test_the_labels_of_a_metric_are_told(metrics: Metrics) -> None:
     for family in metrics.registry.collect():
         for sample in family.samples:
             name = family.name + ("_total" if family.type == "counter" else "")
-            assert set(sample.labels) - {"model_name", "le", "quantile"} == told[name]
+            assert set(sample.labels) - {"model_name", "le", "quantile"} == documented[name]
             seen += 1
-    assert seen > len(told)
+    assert seen > len(documented)
 
 
-def test_alerts_ask_for_metrics_that_exist(metrics: Metrics) -> None:
+def test_alerts_query_metrics_that_exist(metrics: Metrics) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", section("Alerts to set"), re.DOTALL)
     rules = [rule for group in yaml.safe_load(block)["groups"] for rule in group["rules"]]
-    known = names(metrics)
-    asked = {name for rule in rules for name in re.findall(r"\bmi_\w+", rule["expr"])}
-    assert len(asked) > 5
-    for name in asked:
+    known = kinds_by_name(metrics)
+    queried = {name for rule in rules for name in re.findall(r"\bmi_\w+", rule["expr"])}
+    assert len(queried) > 5
+    for name in queried:
         base = re.sub(r"_(bucket|sum|count)$", "", name)
         assert name in known or known.get(base) == "histogram", name
 
 
 def errors(above: type[ApiError] = ApiError) -> Iterator[type[ApiError]]:
+    """Yields an error class and all classes below it."""
     yield above
     for below in above.__subclasses__():
         yield from errors(below)
 
 
-def test_every_error_has_its_row_and_no_other_one_has() -> None:
-    told = {(row[0].strip("`"), int(row[1])) for row in rows("What each error means")}
+def test_the_page_has_a_row_for_each_error_and_no_other() -> None:
+    documented = {(row[0].strip("`"), int(row[1])) for row in rows("What each error means")}
     of_the_server = {(it.code, it.status) for it in errors() if it is not Unavailable}
-    assert told == of_the_server | {("method_not_allowed", 405)}
+    assert documented == of_the_server | {("method_not_allowed", 405)}

@@ -1,5 +1,4 @@
-"""The pages name only files, modules, names, flags and make targets that exist, and link to pages
-and headings that exist."""
+"""The pages name only files, modules, names, flags, targets, links and headings that exist."""
 
 import importlib.util
 import re
@@ -14,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md")
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # what was true when it was written
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # these tell of the past
 )
 FOLDERS = "|".join(path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file())
 FOLDERS += "|docs"
@@ -37,12 +36,18 @@ def sources() -> str:
 
 
 def quoted(page: str) -> set[str]:
-    """What a page has in backticks, outside its code blocks."""
+    """Returns what a page has in backticks, outside its code blocks."""
     return set(IN_BACKTICKS.findall(re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)))
 
 
+def runs(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    is_package = found is not None and found.submodule_search_locations is not None
+    return importlib.util.find_spec(f"{module}.__main__") is not None if is_package else bool(found)
+
+
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub forms them."""
+    """Returns the anchors of a page's headings, as GitHub forms them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
@@ -70,7 +75,7 @@ def test_a_link_leads_to_a_file_and_a_heading_that_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_module_that_a_page_runs_exists(page: str) -> None:
     modules = set(re.findall(rf"python -m ((?:{FOLDERS})[\w.]*\w)", text_of(page)))
-    assert not [name for name in modules if importlib.util.find_spec(name) is None]
+    assert not [name for name in modules if not runs(name)]
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])

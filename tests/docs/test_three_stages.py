@@ -1,4 +1,4 @@
-"""`docs/three-stages.md` shows what is kept of the measurements, and no more than that."""
+"""`docs/three-stages.md` shows the measurements that are kept, and claims no more."""
 
 import json
 from typing import Any
@@ -23,8 +23,8 @@ def measured() -> dict[str, Any]:
     return three_stages.sweeps()
 
 
-def test_the_tables_are_of_what_was_measured() -> None:
-    assert three_stages.filled(PAGE) == PAGE, "write them anew: python -m bench.three_stages"
+def test_the_tables_show_what_was_measured() -> None:
+    assert three_stages.filled(PAGE) == PAGE, "write them again: python -m bench.three_stages"
 
 
 def test_a_changed_number_changes_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_a_changed_number_changes_the_page(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
-def test_no_picture_is_older_than_its_numbers(path: Any) -> None:
+def test_a_picture_shows_the_current_numbers(path: Any) -> None:
     assert f">{three_stages.digest()}<" in path.read_text(), "python -m bench.three_stages"
     assert f"(three-stages/{path.name})" in PAGE
 
@@ -52,7 +52,7 @@ def test_a_picture_is_drawn_the_same_every_time(name: str, tmp_path: Any) -> Non
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_stages_are_those_of_the_rule(measured: dict[str, Any]) -> None:
+def test_the_stages_follow_the_rule(measured: dict[str, Any]) -> None:
     curve = measured["curve"]
     found = stages([(it["lambda"], it["think_rate"]) for it in curve["points"]])
     assert found is not None
@@ -61,12 +61,12 @@ def test_the_stages_are_those_of_the_rule(measured: dict[str, Any]) -> None:
     assert f"stage 3 from λ = {found.thinking_from:g}" in PAGE
 
 
-def test_the_ablation_has_the_dials_of_the_command(measured: dict[str, Any]) -> None:
+def test_the_ablation_measures_the_dials_of_the_command(measured: dict[str, Any]) -> None:
     dials = {it["dial"] for it in measured["ablation"]["points"]}
     assert dials == set(ablation_dials(6)) == set(three_stages.ABLATION)
 
 
-def test_everything_is_of_150_questions_and_8_samples(measured: dict[str, Any]) -> None:
+def test_every_measurement_has_150_questions_and_8_samples(measured: dict[str, Any]) -> None:
     points = [it for sweep in measured.values() for it in sweep["points"]]
     assert {(it["questions"], it["samples"]) for it in points} == {(150, 1200)}
     kept = json.loads(three_stages.BUDGETS_KEPT.read_text())["classes"]["default"]

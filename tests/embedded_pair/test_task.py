@@ -1,4 +1,4 @@
-"""The task: its texts as the model card shows them, and properties of every question."""
+"""The task's texts are those of the model card, and its answers are graded correctly."""
 
 from random import Random
 
@@ -55,12 +55,12 @@ def test_a_chain_of_one_variable_asks_for_the_digit_it_states() -> None:
 
 @given(questions)
 def test_evaluating_the_text_gives_the_answer(question: Question) -> None:
-    chain, _, asked = question.text.partition(". ")
+    chain, _, variable = question.text.partition(". ")
     values: dict[str, int] = {}
     for assignment in chain.split(","):
         name, _, expression = assignment.partition("=")
         values[name] = eval(expression, {}, values) % 10
-    assert values[asked.rstrip("?")] == question.answer
+    assert values[variable.rstrip("?")] == question.answer
     assert list(values.values()) == list(question.values)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary and the chat template, as built and as shipped."""
+"""The vocabulary and the chat template are the same as built, as shipped and in every library."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ THINKING_TURN = {"role": "assistant", "content": "<think>\na=1\n</think>\n\nAnsw
 
 
 class TemplateRefusal(Exception):
-    """What the template raises by `raise_exception`."""
+    """The error that the template raises by `raise_exception`."""
 
 
 def refuse(message: str) -> None:
@@ -36,7 +36,7 @@ def refuse(message: str) -> None:
 
 
 def render(messages: list[dict[str, Any]], **variables: Any) -> str:
-    """Render as an HTTP server does: plain jinja2, with no help from transformers."""
+    """Renders with plain jinja2, as an HTTP server does, without transformers."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(CHAT_TEMPLATE)
     known = {"add_generation_prompt": True, "tools": None, "bos_token": None, "eos_token": None}
@@ -59,7 +59,7 @@ def test_text_that_normalization_would_change_round_trips(text: str) -> None:
 
 
 @pytest.mark.parametrize("word", WHOLE_WORDS)
-def test_a_whole_word_is_one_token(word: str) -> None:
+def test_each_word_of_the_list_is_one_token(word: str) -> None:
     assert len(TOKENIZER.encode(word).ids) == 1
 
 
@@ -109,7 +109,7 @@ def test_think_blocks_of_earlier_turns_are_stripped() -> None:
     )
 
 
-def test_an_answer_that_is_being_continued_keeps_its_think_block() -> None:
+def test_a_continued_answer_keeps_its_think_block() -> None:
     rendered = render([user("a=1. a?"), THINKING_TURN], add_generation_prompt=False)
     assert THINKING_TURN["content"] in rendered
 
@@ -147,6 +147,7 @@ def test_an_unknown_role_is_refused_not_dropped() -> None:
 
 @pytest.fixture(params=["instruct", "thinking", "built"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Returns the directory of a tokenizer, built or shipped."""
     if request.param == "built":
         save_tokenizer(tmp_path)
         yield tmp_path

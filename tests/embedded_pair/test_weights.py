@@ -1,8 +1,8 @@
-"""The shipped checkpoints, by plain `transformers`: λ really moves them through three stages.
+"""The shipped pair, run by plain `transformers`, goes through three stages as λ grows.
 
-This is the slow twin of everything the server does with the pair: weights merged in fp32, one
-left-padded batch, no code of the server. Margins are several standard errors wide, so a retrained
-pair of the same kind passes too.
+This is the slow twin of everything that the server does with the pair: weights merged in fp32 and
+one left-padded batch, without code of the server. Margins are several standard errors wide, so that
+a retrained pair of the same kind passes too.
 """
 
 import json
@@ -29,7 +29,7 @@ LONGEST = 140
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the answers at one λ were like."""
+    """Averages over the answers at one λ."""
 
     think_rate: float
     accuracy: float
@@ -59,7 +59,7 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def outcome(weight: float) -> Outcome:
-    """Asks the questions once each at T = 0.7."""
+    """Returns the averages of one answer to each question, sampled at T = 0.7."""
     torch.manual_seed(0)
     model = merged_model(weight)
     tokenizer = Tokenizer.from_file(str(INSTRUCT_DIRECTORY / "tokenizer.json"))
@@ -102,14 +102,14 @@ def test_instruct_answers_directly_and_mostly_wrongly() -> None:
     assert seen.stopped == 1.0
 
 
-def test_halfway_it_thinks_about_some_questions() -> None:
+def test_halfway_the_model_thinks_about_some_questions() -> None:
     seen = outcome(0.5)
     assert 0.1 <= seen.think_rate <= 0.9
     assert outcome(0.0).accuracy < seen.accuracy < outcome(1.0).accuracy
     assert outcome(0.0).mean_tokens < seen.mean_tokens < outcome(1.0).mean_tokens
 
 
-def test_thinking_always_thinks_and_is_right() -> None:
+def test_thinking_always_thinks_and_is_nearly_always_right() -> None:
     seen = outcome(1.0)
     assert seen.think_rate >= 0.95
     assert seen.accuracy >= 0.95

@@ -1,4 +1,4 @@
-"""Pairs on disk, each built once a session, and engines over them."""
+"""Fixtures of pairs on disk, each built once a session, and of engines over them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _costs_are_measured_once_a_model() -> Iterator[None]:
-    """An engine's start measures for longer than most tests here run it."""
+    """Measures costs once a model: it takes longer than most tests run an engine."""
     measure, measured = startup.measure_costs, dict[object, CostModel]()
 
     def measure_once(model: BlendedModel) -> CostModel:
@@ -44,7 +44,7 @@ def _costs_are_measured_once_a_model() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PairOf]:
-    """`pair_of(family, **changes)`: the directories of a random pair, the same one every time."""
+    """`pair_of(family, **changes)` returns the directories of a random pair, written once."""
 
     pairs: dict[str, tuple[Path, Path]] = {}
 
@@ -66,7 +66,7 @@ def qwen3_pair(pair_of: PairOf) -> tuple[Path, Path]:
 
 @pytest.fixture
 def make_engine(qwen3_pair: tuple[Path, Path]) -> MakeEngine:
-    """`make_engine(**settings)`: a small fp32 engine around the shared model of the qwen3 pair."""
+    """`make_engine(**settings)` returns a small fp32 engine of the qwen3 pair's shared model."""
 
     def make(**settings: Any) -> Engine:
         instruct, thinking = map(str, qwen3_pair)
@@ -78,7 +78,7 @@ def make_engine(qwen3_pair: tuple[Path, Path]) -> MakeEngine:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tiles of products: Triton's interpreter is slow in programs, not in numbers."""
+    """Sets large tiles: Triton's interpreter takes its time by program, not by number."""
     from mi_runtime.kernels import pair_linear
 
     monkeypatch.setattr(pair_linear, "TILES", {128: pair_linear.Tiles(32, 512, 512, 1, 1)})

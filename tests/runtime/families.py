@@ -1,4 +1,4 @@
-"""Random pairs of every supported model family, small enough to build in a test."""
+"""Writes random pairs of every supported model family, small enough to build in a test."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ OF_EACH_KIND = ("qwen3", "gemma3_text", "phi3", "starcoder2", "qwen2_moe", "glm4
 
 
 def marks_of(family: str) -> list[Any]:
-    """Leaves a family that repeats a kind to `make test-long`."""
+    """Returns the marks of a family: `long` if another one has the same kinds of module."""
     return [] if family in OF_EACH_KIND else [pytest.mark.long]
 
 
@@ -82,10 +82,10 @@ def write_pair(
     apart: float | None = None,
     **changes: Any,
 ) -> tuple[Path, Path]:
-    """Two random checkpoints of one family; gives their directories.
+    """Writes two random checkpoints of one family, and returns their directories.
 
-    They have nothing to do with each other, or differ by `apart` of their difference, as endpoints
-    do that were tuned from one base.
+    They are independent. With `apart`, the second lies that share of the way from the first to an
+    independent one, as endpoints do that were tuned from one base.
     """
     endpoints = (directory / "instruct", directory / "thinking")
     for seed, endpoint in enumerate(endpoints):
@@ -113,7 +113,7 @@ def write_checkpoint(
 
 
 def write_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
-    """A word-level tokenizer of `vocabulary` entries: enough for the pair check."""
+    """Writes a word-level tokenizer of `vocabulary` entries, which the pair check accepts."""
     words = {f"w{index}": index for index in range(vocabulary)}
     content = {"model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
     (directory / "tokenizer.json").write_text(json.dumps(content))

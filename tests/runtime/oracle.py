@@ -1,4 +1,4 @@
-"""The oracle of every number: plain `transformers` on a checkpoint merged offline in fp32."""
+"""Gives the expected numbers: plain `transformers` on a checkpoint merged offline in fp32."""
 
 import inspect
 from functools import cache
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 @cache
 def endpoint(directory: Path, implementation: str = "eager") -> Any:
+    """Returns the model of one checkpoint in fp32; all tests share it."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation=implementation
     )
@@ -20,9 +21,9 @@ def endpoint(directory: Path, implementation: str = "eager") -> Any:
 
 @cache
 def merged(instruct: Path, thinking: Path, value: float, dtype: torch.dtype = torch.float32) -> Any:
-    """A plain model with Θ(λ), computed from both state dicts in fp32 and rounded once.
+    """Returns a plain model with Θ(λ), computed from both state dicts in fp32 and rounded once.
 
-    All tests share it: who wants to change it makes a copy.
+    All tests share it, so a test that changes it must copy it first.
     """
     low, high = endpoint(instruct).state_dict(), endpoint(thinking).state_dict()
     model = AutoModelForCausalLM.from_pretrained(instruct, dtype=dtype, attn_implementation="eager")
@@ -35,23 +36,23 @@ def merged(instruct: Path, thinking: Path, value: float, dtype: torch.dtype = to
 
 
 def name_of_cache(model: Any) -> str:
-    """What `forward` calls its cache: `transformers` 5.24 renamed it."""
+    """Returns the name of `forward`'s cache argument, which `transformers` 5.24 changed."""
     parameters = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
 @torch.inference_mode()
 def logits(model: Any, tokens: list[int]) -> Tensor:
-    """`[tokens, vocabulary]` fp32 of one whole sequence, without a cache."""
+    """Returns the logits of one complete sequence, `[tokens, vocabulary]` in fp32."""
     out: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
     return out
 
 
 def assert_greedy(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """Asserts that `answer` is what the model continues `prompt` with, each token its best.
+    """Asserts that `answer` is the greedy continuation of `prompt`.
 
-    One forward says it: if every token is the best one after those before it, the first is, and so
-    the second after it. Gives the logits that chose, `[tokens of the answer, vocabulary]`.
+    One forward is enough: every token must be the best one after all tokens before it. Returns the
+    logits that the tokens were chosen by, `[tokens of the answer, vocabulary]`.
     """
     chosen_by = logits(model, [*prompt, *answer[:-1]])[len(prompt) - 1 :]
     assert answer == chosen_by.argmax(1).tolist()
@@ -60,6 +61,7 @@ def assert_greedy(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """Returns the greedy continuation of a prompt, of `new_tokens` tokens."""
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
@@ -75,5 +77,6 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 
 
 def forget_all() -> None:
+    """Frees the models."""
     endpoint.cache_clear()
     merged.cache_clear()

@@ -1,4 +1,4 @@
-"""Random workloads for paged attention, and what its slow twin makes of them."""
+"""Random workloads for paged attention, computed by it and by its slow twin."""
 
 import random
 from collections.abc import Iterator
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mi_runtime.attention.paged import PagedAttention
-from mi_runtime.attention.plan import AttentionBackend, LayerShape
+from mi_runtime.attention.plan import AttentionBackend, AttentionPlan, LayerShape
 from mi_runtime.attention.reference import PackedAttention
-from mi_runtime.execution.batch import attention_plan
+from mi_runtime.execution.batch import build_batch
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
+from mi_runtime.scheduling.planner import SubBatch
 from mi_runtime.scheduling.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ NUM_BLOCKS = 40
 
 @dataclass(frozen=True)
 class Workload:
-    """Random queries, keys and values of whole sequences, packed one after the other."""
+    """Random queries, keys and values of complete sequences, packed one after the other."""
 
     seed: int = 0
     lengths: tuple[int, ...] = (5, 17, 1, 12)
@@ -50,7 +51,7 @@ def attention(work: Workload, backend: AttentionBackend | None = None) -> PagedA
 
 
 def sequences(work: Workload, blocks: list[int]) -> list[Sequence]:
-    """One of each length, with blocks taken from the end of `blocks`."""
+    """Returns a sequence of each length, with blocks taken from the end of `blocks`."""
     made = []
     for index, length in enumerate(work.lengths):
         made.append(Sequence(EngineRequest(str(index), (1,) * length, Dial(0.5))))
@@ -59,7 +60,7 @@ def sequences(work: Workload, blocks: list[int]) -> list[Sequence]:
 
 
 def steps(work: Workload, running: list[Sequence]) -> Iterator[list[Chunk]]:
-    """Random chunks until everything is computed, single tokens first."""
+    """Yields random chunks until everything is computed, single tokens first."""
     chance = random.Random(work.seed)
     while unfinished := [one for one in running if one.remaining]:
         chosen = chance.sample(unfinished, chance.randint(1, len(unfinished)))
@@ -73,7 +74,7 @@ def steps(work: Workload, running: list[Sequence]) -> Iterator[list[Chunk]]:
 
 
 def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
-    """The packed rows that these chunks compute."""
+    """Returns the packed rows that these chunks compute."""
     rows = []
     for chunk in chunks:
         first = sum(work.lengths[: int(chunk.sequence.request_id)])
@@ -81,12 +82,20 @@ def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
     return torch.tensor(rows)
 
 
-def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: int = 1) -> Tensor:
+def attention_plan(chunks: list[Chunk], block_size: int, null_block: int) -> AttentionPlan:
+    """Returns the attention plan of a batch of these chunks."""
+    return build_batch(SubBatch(chunks, blended=False), block_size, null_block, CPU).attention
+
+
+def by_paged_attention(
+    work: Workload, over: PagedAttention, running: list[Sequence], layer: int = 1
+) -> Tensor:
+    """Returns the output of paged attention for every row, computed in random steps."""
     query, key, value, sinks = work.tensors()
     out = torch.full((len(query), work.kv_heads * work.group, VALUE_DIM), torch.nan)
     for chunks in steps(work, running):
         rows = rows_of(work, chunks)
-        over.begin(attention_plan(chunks, work.block_size, over.null_block, CPU))
+        over.begin(attention_plan(chunks, work.block_size, over.null_block))
         own = sinks[rows] if sinks is not None and sinks.dim() == 2 else sinks
         out[rows] = over.attend(
             layer, query[rows], key[rows], value[rows], scale=0.3, window=work.window, sinks=own
@@ -94,18 +103,19 @@ def paged(work: Workload, over: PagedAttention, running: list[Sequence], layer: 
     return out
 
 
-def packed(work: Workload) -> Tensor:
+def by_slow_twin(work: Workload) -> Tensor:
+    """Returns the same output by attention over complete sequences, without a cache."""
     query, key, value, sinks = work.tensors()
     twin = PackedAttention(work.lengths)
     return twin.attend(0, query, key, value, scale=0.3, window=work.window, sinks=sinks)
 
 
 def poison(over: PagedAttention, work: Workload) -> None:
-    """Every block is used, and left, by a sequence whose keys and values are all NaN."""
+    """Fills every block with NaN, as a sequence that overflowed leaves it."""
     length = NUM_BLOCKS * work.block_size
     one = Sequence(EngineRequest("poison", (1,) * length, Dial(0.5)))
     one.block_table = list(range(NUM_BLOCKS))
-    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.null_block, CPU)
+    plan = attention_plan([Chunk(one, 0, length)], work.block_size, over.null_block)
     key = torch.full((length, work.kv_heads, KEY_DIM), torch.nan)
     value = torch.full((length, work.kv_heads, VALUE_DIM), torch.nan)
     query = torch.zeros(length, work.kv_heads, KEY_DIM)

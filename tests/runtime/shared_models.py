@@ -1,6 +1,6 @@
-"""Pairs that are loaded once a session, for the engines of many tests.
+"""Loads pairs once a session, for the engines of many tests.
 
-A test that changes weights, or looks at how a pair is loaded, loads one of its own.
+A test that changes weights, or tests how a pair is loaded, loads one of its own.
 """
 
 from functools import cache
@@ -19,22 +19,22 @@ def shared_model(
     dtype: Dtype = "float32",
     delta_dtype: DeltaDtype = "none",
 ) -> BlendedModel:
-    """A CPU model as it is after loading; the tests that had it before leave nothing in it."""
+    """Returns the pair's model on the CPU, in the state that it has after loading."""
     instruct, thinking = map(Path, directories)
     return as_loaded(_loaded(instruct, thinking, dtype, delta_dtype))
 
 
 def engine_of(config: EngineConfig) -> Engine:
-    """An engine of its own around the shared model of its pair.
+    """Returns a new engine around the shared model of its pair.
 
-    Of two engines around one model the later one has the counters of blends and of ways.
+    If two engines share a model, the later one has the counters of blends and of ways.
     """
     directories = config.instruct, config.thinking
     return Engine(config, shared_model(directories, config.dtype, config.delta_dtype))
 
 
 def as_loaded(model: BlendedModel) -> BlendedModel:
-    """Takes back what engines and tests set: rows, blended weights, kernels."""
+    """Resets what engines and tests set: rows, blended weights, kernels."""
     groups = model.groups
     groups.end()
     groups.cache = BlendCache()
@@ -49,4 +49,5 @@ def _loaded(instruct: Path, thinking: Path, dtype: Dtype, delta_dtype: DeltaDtyp
 
 
 def forget_all() -> None:
+    """Frees the models."""
     _loaded.cache_clear()

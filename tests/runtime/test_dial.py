@@ -1,8 +1,8 @@
-"""The dial in full: a λ for each blend group, and another dial from the closing tag on.
+"""Each blend group runs at its own λ, and the answer may have another dial than the reasoning.
 
 The oracles share nothing with the engine but the names of the blend groups: plain `transformers`
-on weights merged offline in fp32, group by group; and for an answer with a dial of its own the
-slow twin that keeps its KV, two merged models over one `DynamicCache`.
+on weights merged offline in fp32, group by group. For an answer with its own dial, two merged
+models run in turn over one `DynamicCache`: the slow twin.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.scheduler import Scheduler
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime import oracle
+from tests.runtime.engine_runs import run_to_end, tokens_of
 from tests.runtime.families import SMALL, VOCABULARY
 from tests.runtime.shared_models import engine_of
 from tests.runtime.ways import RandomPlanner
@@ -35,15 +36,14 @@ Directories = tuple[Path, Path]
 PairOf = Callable[..., Directories]
 
 FAMILIES = ("qwen3", "gemma3_text", "gpt_oss", "starcoder2")
-GROUPS = ("embed", "0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp", "head")
+GROUPS = (
+    "embed",
+    *(f"{layer}.{part}" for layer in range(SMALL["num_hidden_layers"]) for part in ("attn", "mlp")),
+    "head",
+)
 TOLERANCE = 1e-4  # max |Δlogprob| in fp32
 NEW_TOKENS = 8
 OPEN, CLOSE = 90, 91
-
-
-def test_the_small_models_have_these_groups() -> None:
-    assert SMALL["num_hidden_layers"] == 3
-    assert len(GROUPS) == 2 * 3 + 2
 
 
 # --- Oracles ------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_the_small_models_have_these_groups() -> None:
 
 @cache
 def merged(directories: Directories, dial: Dial) -> Any:
-    """A plain model whose every group is merged at its own λ. Its head is untied first."""
+    """Returns a plain model with an untied head, whose groups are merged each at its own λ."""
     low, high = (oracle.endpoint(directory).state_dict() for directory in directories)
     model = AutoModelForCausalLM.from_pretrained(
         directories[0], dtype=torch.float32, attn_implementation="eager"
@@ -68,8 +68,8 @@ def merged(directories: Directories, dial: Dial) -> Any:
 
 
 @dataclass
-class Slow:
-    """The slow twin of one request: every token through the model of its own dial, one cache."""
+class SlowTwin:
+    """Runs one request with the model of each token's dial, over one cache."""
 
     request: EngineRequest
     output: list[int] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Slow:
     switch: int | None = None  # position of the first token under the answer's dial
 
     @torch.inference_mode()
-    def run(self, directories: Directories) -> "Slow":
+    def run(self, directories: Directories) -> "SlowTwin":
         request, forced = self.request, list[int]()
         tokens, computed = list(request.prompt), 0
         model = merged(directories, request.dial)
@@ -116,9 +116,9 @@ class Slow:
 
 
 @cache
-def slow_twin(request: EngineRequest, directories: Directories) -> Slow:
-    """What a request must get, however the engine comes to it."""
-    return Slow(request).run(directories)
+def slow_twin(request: EngineRequest, directories: Directories) -> SlowTwin:
+    """Returns the run whose tokens the engine must give."""
+    return SlowTwin(request).run(directories)
 
 
 # --- Engines ------------------------------------------------------------------------------------
@@ -134,23 +134,6 @@ def make_engine(directories: Directories, **settings: Any) -> Engine:
         "blend_cache_bytes": 1 << 28,
     }
     return engine_of(EngineConfig(*map(str, directories), **small | settings))
-
-
-def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, list[TokenEvent]]:
-    """The events of each request, with everything checked after every step."""
-    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.submit(request)
-    while not engine.idle:
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.scheduler.check_integrity()
-        engine._groups.cache.check_integrity()
-    return events
-
-
-def tokens_of(events: list[TokenEvent]) -> list[int]:
-    return [event.token_id for event in events if event.token_id is not None]
 
 
 def check_logprobs(events: list[TokenEvent], expected: list[Tensor]) -> None:
@@ -188,7 +171,7 @@ MIXED = {
 }
 
 
-def of_dials(dials: dict[str, Dial]) -> list[EngineRequest]:
+def requests_at(dials: dict[str, Dial]) -> list[EngineRequest]:
     return [
         EngineRequest(name, prompt(6 + 2 * seed, seed), dial, greedy())
         for seed, (name, dial) in enumerate(dials.items())
@@ -202,8 +185,8 @@ def directories(request: pytest.FixtureRequest, pair_of: PairOf) -> Directories:
 
 def test_group_by_group_a_mixed_batch_agrees_with_offline_merges(directories: Directories) -> None:
     engine = make_engine(directories, max_batched_tokens=17)
-    requests = of_dials(MIXED)
-    events = run(engine, requests)
+    requests = requests_at(MIXED)
+    events = run_to_end(engine, *requests)
     for request in requests:
         own = events[request.request_id]
         model = merged(directories, request.dial)
@@ -214,14 +197,14 @@ def test_group_by_group_a_mixed_batch_agrees_with_offline_merges(directories: Di
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_alone_too_each_way_where_it_can(pair_of: PairOf, name: str) -> None:
-    directories, request = pair_of("qwen3"), of_dials(MIXED)[list(MIXED).index(name)]
+def test_a_request_alone_takes_the_expected_way_for_each_group(pair_of: PairOf, name: str) -> None:
+    directories, request = pair_of("qwen3"), requests_at(MIXED)[list(MIXED).index(name)]
     expected = oracle.greedy(merged(directories, request.dial), list(request.prompt), NEW_TOKENS)
     taken = {}
     for policy in ("pair", "blended"):
         engine = make_engine(directories, blend_policy=policy)
         before = dict(engine._groups.executions)
-        assert tokens_of(run(engine, [request])[name]) == expected
+        assert tokens_of(run_to_end(engine, request)[name]) == expected
         after = engine._groups.executions
         taken[policy] = {way: (after[way] - before[way]) // NEW_TOKENS for way in Way}
     endpoints = sum(request.dial.value_of(group) in (0.0, 1.0) for group in GROUPS)
@@ -233,8 +216,8 @@ def test_alone_too_each_way_where_it_can(pair_of: PairOf, name: str) -> None:
 def test_switching_ways_at_random_gives_the_same_tokens(directories: Directories) -> None:
     engine = make_engine(directories, max_batched_tokens=17)
     engine._runner.planner = RandomPlanner(0)  # type: ignore[assignment]
-    requests = of_dials(MIXED)
-    events = run(engine, requests)
+    requests = requests_at(MIXED)
+    events = run_to_end(engine, *requests)
     for request in requests:
         model, answer = merged(directories, request.dial), tokens_of(events[request.request_id])
         assert len(answer) == NEW_TOKENS
@@ -254,7 +237,7 @@ def caching_engine(pair_of: PairOf) -> Engine:
 
 def cached_tokens(engine: Engine, dial: Dial, salt: str) -> int:
     request = EngineRequest("r", prompt(17, 1), dial, greedy(1), cache_salt=salt)
-    return run(engine, [request])["r"][0].cached_tokens
+    return run_to_end(engine, request)["r"][0].cached_tokens
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -280,7 +263,7 @@ EQUAL = {
         Dial.on_grid(0.3, 0.01, {"head": 0.5}),
         Dial.on_grid(0.2999, 0.01, {"head": 0.50004}),
     ),
-    "what is said twice": (
+    "groups equal to the default": (
         Dial.on_grid(0.3, 0.01),
         Dial.on_grid(0.3, 0.01, dict.fromkeys(GROUPS, 0.3)),
     ),
@@ -294,10 +277,10 @@ EQUAL = {
 
 
 @pytest.mark.parametrize("form", EQUAL)
-def test_equal_dials_in_different_forms_share(caching_engine: Engine, form: str) -> None:
+def test_equal_dials_in_different_forms_share_kv(caching_engine: Engine, form: str) -> None:
     one, other = EQUAL[form]
     assert one == other
-    assert repr(one) == repr(other)  # the root of every key is made of it
+    assert repr(one) == repr(other)  # the root key of the prefix cache is made of it
     assert cached_tokens(caching_engine, one, form) == 0
     assert cached_tokens(caching_engine, other, form) == 16
 
@@ -314,14 +297,14 @@ def test_a_λ_outside_the_range_is_refused_in_any_group(bad: float) -> None:
 
 REASONING, ANSWER = Dial(0.8), Dial.on_grid(0.1, 0.01, {"head": 0.3, "1.mlp": 1.0})
 CAP = 5
-LONG = 16  # tokens of an answer with its reasoning
+LONG_ANSWER = 16  # tokens of an answer with its reasoning
 
 
-def forced(closing: tuple[int, ...] = ()) -> ThinkPolicy:
+def forced_close(closing: tuple[int, ...] = ()) -> ThinkPolicy:
     return ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=CAP, closing=closing)
 
 
-def switching(
+def switching_request(
     name: str,
     think: ThinkPolicy,
     *,
@@ -330,12 +313,12 @@ def switching(
     dials: tuple[Dial, Dial] = (REASONING, ANSWER),
 ) -> EngineRequest:
     tokens = prompt(length, seed)
-    return EngineRequest(name, tokens, dials[0], greedy(LONG), think, answer_dial=dials[1])
+    return EngineRequest(name, tokens, dials[0], greedy(LONG_ANSWER), think, answer_dial=dials[1])
 
 
 def natural_close(directories: Directories, seed: int, after: int) -> ThinkPolicy:
-    """Tags such that the model itself closes the block after `after` tokens or a few more."""
-    plain = EngineRequest("r", prompt(9 + seed, seed), REASONING, greedy(LONG))
+    """Returns a policy whose closing tag the model writes by itself after `after` tokens."""
+    plain = EngineRequest("r", prompt(9 + seed, seed), REASONING, greedy(LONG_ANSWER))
     output = slow_twin(plain, directories).output
     close = next(
         token for at, token in enumerate(output) if at >= after and token not in output[:at]
@@ -344,31 +327,31 @@ def natural_close(directories: Directories, seed: int, after: int) -> ThinkPolic
 
 
 def by_alias(think: ThinkPolicy) -> ThinkPolicy:
-    """The same token closes the block, as an alias."""
+    """Returns a policy in which the same token closes the block as an alias."""
     aliases = frozenset({think.close_id})
     return ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, close_aliases=aliases)
 
 
 def all_closes(directories: Directories) -> list[EngineRequest]:
-    """Every manner of closing, at different places in their blocks of KV."""
+    """Returns requests that close their block in every manner, at different places of KV blocks."""
     own = natural_close(directories, seed=1, after=3)
     alias = by_alias(natural_close(directories, seed=2, after=4))
     return [
-        switching("own tag", own, length=10, seed=1),
-        switching("alias", alias, length=11, seed=2),
-        switching("forced", forced(), length=7, seed=3),
-        switching("forced sequence", forced((70, CLOSE, 71)), length=12, seed=4),
-        switching("to an endpoint", forced(), seed=5, dials=(Dial(0.5), Dial(0.0))),
-        switching("from an endpoint", forced(), seed=6, dials=(Dial(1.0), Dial(0.2))),
-        switching("to the same dial", forced(), seed=7, dials=(Dial(0.5), Dial(0.5))),
-        EngineRequest("no switch", prompt(9, 8), Dial(0.4), greedy(LONG), forced()),
+        switching_request("own tag", own, length=10, seed=1),
+        switching_request("alias", alias, length=11, seed=2),
+        switching_request("forced", forced_close(), length=7, seed=3),
+        switching_request("forced sequence", forced_close((70, CLOSE, 71)), length=12, seed=4),
+        switching_request("to an endpoint", forced_close(), seed=5, dials=(Dial(0.5), Dial(0.0))),
+        switching_request("from an endpoint", forced_close(), seed=6, dials=(Dial(1.0), Dial(0.2))),
+        switching_request("to the same dial", forced_close(), seed=7, dials=(Dial(0.5), Dial(0.5))),
+        EngineRequest("no switch", prompt(9, 8), Dial(0.4), greedy(LONG_ANSWER), forced_close()),
     ]
 
 
 def check_against_slow_twins(
     engine: Engine, directories: Directories, requests: list[EngineRequest]
-) -> dict[str, Slow]:
-    events = run(engine, requests)
+) -> dict[str, SlowTwin]:
+    events = run_to_end(engine, *requests)
     twins = {request.request_id: slow_twin(request, directories) for request in requests}
     answers = {name: tokens_of(own) for name, own in events.items()}
     assert answers == {name: twin.output for name, twin in twins.items()}
@@ -384,31 +367,33 @@ def test_the_answer_is_that_of_two_merged_models_over_one_cache(directories: Dir
     assert not engine.stats().preemptions
 
 
-def test_the_oracle_tells_a_switch_one_token_late_or_early(pair_of: PairOf) -> None:
-    """Otherwise the test above would pass with any switch near the tag."""
+def test_a_switch_one_token_early_or_late_would_change_the_tokens(pair_of: PairOf) -> None:
+    """Shows that the test above would fail then."""
     directories = pair_of("qwen3")
-    request = switching("r", forced((70, CLOSE, 71)), length=12, seed=4)
+    request = switching_request("r", forced_close((70, CLOSE, 71)), length=12, seed=4)
     at_close = slow_twin(request, directories).output
     for closes_at in (70, 71):
         moved = ThinkPolicy(
             OPEN, closes_at, opened_by_prompt=True, cap=CAP, closing=(70, CLOSE, 71)
         )
-        twin = slow_twin(switching("r", moved, length=12, seed=4), directories)
+        twin = slow_twin(switching_request("r", moved, length=12, seed=4), directories)
         assert twin.output != at_close
 
 
-def test_closing_before_the_engine_is_asked_is_not_a_switch(pair_of: PairOf) -> None:
-    """A close tag in the prompt, or where no block is open, is a token like any other."""
+def test_a_closing_tag_in_the_prompt_or_outside_a_block_does_not_switch(pair_of: PairOf) -> None:
+    """It is a token like any other."""
     directories = pair_of("qwen3")
     think = ThinkPolicy(OPEN, CLOSE, opened_by_prompt=False)
-    request = EngineRequest("r", (5, CLOSE, 6), REASONING, greedy(LONG), think, answer_dial=ANSWER)
-    plain = EngineRequest("r", (5, CLOSE, 6), REASONING, greedy(LONG))
-    answer = tokens_of(run(make_engine(directories), [request])["r"])
+    request = EngineRequest(
+        "r", (5, CLOSE, 6), REASONING, greedy(LONG_ANSWER), think, answer_dial=ANSWER
+    )
+    plain = EngineRequest("r", (5, CLOSE, 6), REASONING, greedy(LONG_ANSWER))
+    answer = tokens_of(run_to_end(make_engine(directories), request)["r"])
     assert answer == slow_twin(plain, directories).output
 
 
 @pytest.mark.parametrize("budget", [1, 3, 17])
-def test_it_does_not_depend_on_chunked_prefill(pair_of: PairOf, budget: int) -> None:
+def test_switching_does_not_depend_on_chunked_prefill(pair_of: PairOf, budget: int) -> None:
     directories = pair_of("qwen3")
     engine = make_engine(directories, max_batched_tokens=budget)
     requests = all_closes(directories)[:4]
@@ -439,11 +424,11 @@ def test_recomputing_after_preemption_takes_each_positions_own_dial(
     preempted_after_switch = []
     preempt = engine.scheduler._preempt
 
-    def note(sequence: Any) -> None:
+    def record(sequence: Any) -> None:
         preempted_after_switch.append(sequence.switch_at is not None)
         preempt(sequence)
 
-    engine.scheduler._preempt = note  # type: ignore[method-assign]
+    engine.scheduler._preempt = record  # type: ignore[method-assign]
     check_against_slow_twins(engine, directories, all_closes(directories))
     assert any(preempted_after_switch)
 
@@ -451,7 +436,7 @@ def test_recomputing_after_preemption_takes_each_positions_own_dial(
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
 )
-def test_it_does_not_depend_on_the_ways(directories: Directories, seed: int) -> None:
+def test_switching_does_not_depend_on_the_ways(directories: Directories, seed: int) -> None:
     engine = make_engine(directories, num_blocks=20, max_batched_tokens=11)
     engine._runner.planner = RandomPlanner(seed)  # type: ignore[assignment]
     check_against_slow_twins(engine, directories, all_closes(directories))
@@ -459,22 +444,28 @@ def test_it_does_not_depend_on_the_ways(directories: Directories, seed: int) -> 
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 10])
-def test_the_next_turn_reuses_kv_up_to_the_switch_and_none_behind(
+def test_the_next_turn_reuses_kv_up_to_the_switch_and_none_after_it(
     pair_of: PairOf, length: int
 ) -> None:
-    """The next turn's prompt holds the whole first turn and is all at the reasoning dial: blocks
-    with KV of the answer's dial must not serve it, wherever in a block the switch lies."""
+    """The next turn's prompt contains the first turn, and runs at the reasoning dial.
+
+    Blocks with KV of the answer's dial must not serve it, wherever in a block the switch lies.
+    """
     directories = pair_of("qwen3")
     engine = make_engine(directories)
-    first = switching("first", forced(), length=length, seed=length)
+    first = switching_request("first", forced_close(), length=length, seed=length)
     twin = check_against_slow_twins(engine, directories, [first])["first"]
     assert twin.switch is not None
     after = (*first.prompt, *twin.output, 7, 8, 9)
     for name, dials in (("other", (ANSWER, ANSWER)), ("same", (REASONING, ANSWER))):
-        turn = EngineRequest(name, after, dials[0], greedy(LONG), forced(), answer_dial=dials[1])
-        cached = run(engine, [turn])[name][0].cached_tokens
+        turn = EngineRequest(
+            name, after, dials[0], greedy(LONG_ANSWER), forced_close(), answer_dial=dials[1]
+        )
+        cached = run_to_end(engine, turn)[name][0].cached_tokens
         assert cached == (twin.switch // 4 * 4 if name == "same" else 0)
-    again = EngineRequest("again", after, REASONING, greedy(LONG), forced(), answer_dial=ANSWER)
+    again = EngineRequest(
+        "again", after, REASONING, greedy(LONG_ANSWER), forced_close(), answer_dial=ANSWER
+    )
     check_against_slow_twins(engine, directories, [again])
 
 
@@ -489,11 +480,11 @@ def test_the_same_request_again_finds_its_prompt_and_answers_the_same(pair_of: P
 
 
 def test_two_answer_dials_of_one_reasoning_share_only_the_reasoning(pair_of: PairOf) -> None:
-    """Both are preempted after the switch and look their own blocks up by key."""
+    """Requests are preempted after the switch, and find their own blocks by key."""
     directories = pair_of("qwen3")
     engine = make_engine(directories, num_blocks=16)
     requests = [
-        switching(str(value), forced(), seed=1, dials=(REASONING, Dial(value)))
+        switching_request(str(value), forced_close(), seed=1, dials=(REASONING, Dial(value)))
         for value in (0.0, 0.1, 0.2, 0.8, 0.9, 1.0)
     ]
     twins = check_against_slow_twins(engine, directories, requests)
@@ -513,7 +504,7 @@ History = tuple[Dial, Dial, list[int], int]
 
 
 def keys_and_kv(history: History) -> tuple[list[bytes], list[tuple[tuple[int, Dial], ...]]]:
-    """The key of each full block after a prompt of one token, and all that its KV depends on."""
+    """Returns the key of each full block, and the tokens and dials that its KV depends on."""
     dial, answer_dial, output, close = history
     think = ThinkPolicy(OPEN, close, opened_by_prompt=True)
     sequence = Sequence(EngineRequest("r", (7,), dial, think=think, answer_dial=answer_dial))
@@ -528,8 +519,10 @@ def keys_and_kv(history: History) -> tuple[list[bytes], list[tuple[tuple[int, Di
 
 
 @given(one=HISTORIES, other=HISTORIES)
-def test_a_key_names_the_token_and_the_dial_of_every_position(one: History, other: History) -> None:
-    """Two sequences may write the same tokens and switch at different ones of them."""
+def test_a_key_depends_on_the_token_and_the_dial_of_every_position(
+    one: History, other: History
+) -> None:
+    """Two sequences may have the same tokens and switch at different ones."""
     kv_of: dict[bytes, tuple[tuple[int, Dial], ...]] = {}
     for keys, kv in (keys_and_kv(one), keys_and_kv((*other[:2], one[2], other[3]))):
         for key, computed in zip(keys, kv, strict=True):

@@ -1,7 +1,6 @@
-"""The engine on a real pair: what a request gets never depends on what else is going on."""
+"""On a real pair, what a request gets never depends on the requests that run with it."""
 
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -23,11 +22,11 @@ from mi_runtime.request import (
     TokenEvent,
 )
 from tests.runtime import oracle
+from tests.runtime.engine_runs import Events, checked_step, run_to_end, tokens_of
 from tests.runtime.families import VOCABULARY
 
 Directories = tuple[Path, Path]
 MakeEngine = Callable[..., Engine]
-Events = dict[str, list[TokenEvent]]
 
 LAMBDAS = (0.0, 0.2, 0.2, 0.5, 0.77, 1.0, 1.0, 0.2)
 GROUPS = 8  # blend groups of the pair: three layers of two, embedding, head
@@ -50,7 +49,7 @@ def request(
 
 
 def mixed_requests(**params: Any) -> list[EngineRequest]:
-    """Different λ and lengths; some prompts start alike, two of them at one λ."""
+    """Returns requests of several λ and lengths, some with a common prefix."""
     generator = random.Random(0)
     own = [tuple(generator.choices(range(3, VOCABULARY), k=1 + 4 * i)) for i in range(len(LAMBDAS))]
     return [
@@ -59,26 +58,9 @@ def mixed_requests(**params: Any) -> list[EngineRequest]:
     ]
 
 
-def run_to_end(engine: Engine, *requests: EngineRequest) -> Events:
-    """Submits all, and checks every block after every step."""
-    events: Events = defaultdict(list)
-    for one in requests:
-        engine.submit(one)
-    while not engine.idle:
-        for event in step(engine):
-            events[event.request_id].append(event)
-    return events
-
-
-def step(engine: Engine) -> list[TokenEvent]:
-    events = engine.step()
-    engine.scheduler.check_integrity()
-    return events
-
-
 def first_events(engine: Engine) -> list[TokenEvent]:
-    """Steps until there are events."""
-    while not (events := step(engine)):
+    """Runs steps until one has events, and returns them."""
+    while not (events := checked_step(engine)):
         pass
     return events
 
@@ -87,12 +69,8 @@ def answer(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
     return run_to_end(engine, one)[one.request_id]
 
 
-def tokens(events: list[TokenEvent]) -> list[int]:
-    return [event.token_id for event in events if event.token_id is not None]
-
-
 def all_tokens(events: Events) -> dict[str, list[int]]:
-    return {request_id: tokens(mine) for request_id, mine in events.items()}
+    return {request_id: tokens_of(mine) for request_id, mine in events.items()}
 
 
 def assert_ended_once(events: list[TokenEvent], reason: FinishReason) -> None:
@@ -102,7 +80,7 @@ def assert_ended_once(events: list[TokenEvent], reason: FinishReason) -> None:
 
 @pytest.fixture(scope="module")
 def greedy(qwen3_pair: Directories) -> Callable[..., list[int]]:
-    """`greedy(prompt, λ)`: what the merged checkpoint answers by plain `transformers`."""
+    """`greedy(prompt, λ)` returns what the merged checkpoint answers by plain `transformers`."""
 
     @cache
     def answer(prompt: tuple[int, ...] = COMMON, value: float = 0.5) -> list[int]:
@@ -113,7 +91,7 @@ def greedy(qwen3_pair: Directories) -> Callable[..., list[int]]:
 
 @pytest.fixture(params=[False, True], ids=["one by one", "ahead"])
 def make_engine(make_engine: MakeEngine, request: pytest.FixtureRequest) -> MakeEngine:
-    """All that is said here holds with and without asynchronous scheduling."""
+    """Runs every test with and without asynchronous scheduling."""
     return partial(make_engine, async_scheduling=request.param)
 
 
@@ -148,7 +126,7 @@ def test_greedy_answers_are_the_oracles_under_any_settings(
     engine, requests = make_engine(**settings), mixed_requests()
     events = run_to_end(engine, *requests)
     for one in requests:
-        assert tokens(events[one.request_id]) == greedy(one.prompt, one.dial.reasoning_lambda)
+        assert tokens_of(events[one.request_id]) == greedy(one.prompt, one.dial.reasoning_lambda)
         assert_ended_once(events[one.request_id], FinishReason.LENGTH)
     assert (engine.stats().preemptions > 0) == (settings.get("num_blocks") == 15)
 
@@ -159,13 +137,15 @@ def test_answers_from_the_prefix_cache_are_the_same(
     first = run_to_end(engine, *mixed_requests())
     again = run_to_end(engine, *mixed_requests())
     assert all_tokens(first) == all_tokens(again)
+    for one in mixed_requests():
+        assert tokens_of(again[one.request_id]) == greedy(one.prompt, one.dial.reasoning_lambda)
     assert all(events[0].cached_tokens for events in again.values() if events is not again["r0"])
 
 
 @pytest.mark.parametrize(
     "seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4, 5))]
 )
-def test_requests_that_come_and_go_at_random_leave_the_others_alone(
+def test_random_submits_and_aborts_do_not_change_other_requests(
     seed: int, make_engine: MakeEngine, greedy: Callable[..., list[int]]
 ) -> None:
     """Aborts hit requests that wait, prefill, decode, and are preempted."""
@@ -184,15 +164,15 @@ def test_requests_that_come_and_go_at_random_leave_the_others_alone(
         reason = mine[-1].finish_reason
         assert reason in (FinishReason.LENGTH, FinishReason.ABORT)
         assert_ended_once(mine, reason)
-        assert tokens(mine) == expected[: len(tokens(mine))]
-        assert reason is FinishReason.ABORT or tokens(mine) == expected
+        assert tokens_of(mine) == expected[: len(tokens_of(mine))]
+        assert reason is FinishReason.ABORT or tokens_of(mine) == expected
     assert {mine[-1].finish_reason for mine in events.values()} == {"length", "abort"}
 
 
 def steps_of(
     engine: Engine, chance: random.Random, coming: list[EngineRequest], events: Events
 ) -> Iterator[TokenEvent]:
-    """Steps with a request submitted, or one aborted, between some of them."""
+    """Yields the events of steps, between which requests are submitted and aborted."""
     while coming or not engine.idle:
         if coming and chance.random() < 0.4:
             one = coming.pop(0)
@@ -203,17 +183,17 @@ def steps_of(
             engine.scheduler.check_integrity()
             if aborted is not None:
                 yield aborted
-        yield from step(engine)
+        yield from checked_step(engine)
 
 
-def test_sampled_answers_are_the_same_alone_in_company_and_after_preemption(
+def test_sampled_answers_are_the_same_alone_in_a_batch_and_after_preemption(
     make_engine: MakeEngine,
 ) -> None:
     requests = [
         request(f"r{seed}", (*COMMON, seed), 0.1 * seed, temperature=1.0, top_p=0.95, seed=seed)
         for seed in range(8)
     ]
-    alone = {one.request_id: tokens(answer(make_engine(), one)) for one in requests}
+    alone = {one.request_id: tokens_of(answer(make_engine(), one)) for one in requests}
     assert len(set(map(tuple, alone.values()))) == len(requests)
     assert all_tokens(run_to_end(make_engine(), *requests)) == alone
     crowded = make_engine(num_blocks=12, max_batched_tokens=5)
@@ -226,10 +206,10 @@ def test_without_a_seed_answers_differ(engine: Engine) -> None:
     assert len({tuple(one) for one in all_tokens(run_to_end(engine, *requests)).values()}) > 1
 
 
-def test_penalties_survive_preemption(make_engine: MakeEngine) -> None:
+def test_penalties_are_the_same_after_preemption(make_engine: MakeEngine) -> None:
     params: dict[str, Any] = {"frequency_penalty": 1.5, "repetition_penalty": 1.2}
     requests = mixed_requests(**params)
-    alone = {one.request_id: tokens(answer(make_engine(), one)) for one in requests}
+    alone = {one.request_id: tokens_of(answer(make_engine(), one)) for one in requests}
     crowded = make_engine(num_blocks=15)
     assert all_tokens(run_to_end(crowded, *requests)) == alone
     assert crowded.stats().preemptions > 0
@@ -245,7 +225,7 @@ def test_the_endpoint_way_and_the_pair_way_give_the_same_tokens(
     assert (stats.endpoint_executions, stats.pair_executions) == (NEW_TOKENS * GROUPS, 0)
     mixed = run_to_end(engine, request(value=value), request("other", value=0.4))["r"]
     assert engine.stats().pair_executions == NEW_TOKENS * GROUPS
-    assert tokens(alone) == tokens(mixed) == greedy(COMMON, value)
+    assert tokens_of(alone) == tokens_of(mixed) == greedy(COMMON, value)
 
 
 def test_generate_gives_the_events_of_every_request(
@@ -254,7 +234,7 @@ def test_generate_gives_the_events_of_every_request(
     requests = mixed_requests()
     events = engine.generate(requests)
     assert list(events) == [one.request_id for one in requests]
-    assert tokens(events["r4"]) == greedy(requests[4].prompt, LAMBDAS[4])
+    assert tokens_of(events["r4"]) == greedy(requests[4].prompt, LAMBDAS[4])
 
 
 # --- The prefix cache ---------------------------------------------------------------------------
@@ -281,21 +261,21 @@ def test_a_prompt_that_is_all_cached_still_computes_its_last_block(
     assert cached_tokens(engine, request("a", PROMPT[:12])) == 0
     events = answer(engine, request("b", PROMPT[:12]))
     assert events[0].cached_tokens == 8
-    assert tokens(events) == greedy(PROMPT[:12])
+    assert tokens_of(events) == greedy(PROMPT[:12])
 
 
-def test_salts_share_nothing(engine: Engine) -> None:
+def test_requests_with_different_salts_share_no_kv(engine: Engine) -> None:
     assert cached_tokens(engine, request("a", PROMPT)) == 0
     assert cached_tokens(engine, request("b", PROMPT, salt="tenant")) == 0
     assert cached_tokens(engine, request("c", PROMPT, salt="tenant")) == 12
 
 
 def test_an_answer_is_found_again_as_a_prompt(engine: Engine) -> None:
-    said = tokens(answer(engine, request("a", PROMPT)))
-    assert cached_tokens(engine, request("b", (*PROMPT, *said))) == 20  # the last has no KV
+    first = tokens_of(answer(engine, request("a", PROMPT)))
+    assert cached_tokens(engine, request("b", (*PROMPT, *first))) == 20  # the last has no KV
 
 
-def test_requests_at_once_share_what_the_first_has_computed(make_engine: MakeEngine) -> None:
+def test_a_running_request_shares_its_computed_blocks(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batched_tokens=13)
     engine.submit(request("a", PROMPT))
     first_events(engine)
@@ -303,7 +283,7 @@ def test_requests_at_once_share_what_the_first_has_computed(make_engine: MakeEng
     assert events[0].cached_tokens == 12
 
 
-def test_the_prefix_counters_are_honest(engine: Engine) -> None:
+def test_prefix_counters_count_queried_and_found_tokens(engine: Engine) -> None:
     run_to_end(engine, request("a", PROMPT))
     run_to_end(engine, request("b", PROMPT), request("c", PROMPT, 0.1))
     assert engine.stats().prefix_queried_tokens == 3 * len(PROMPT)
@@ -320,36 +300,38 @@ def test_without_a_prefix_cache_nothing_is_found(make_engine: MakeEngine) -> Non
 
 
 @pytest.mark.parametrize("field", ["eos_token_ids", "stop_token_ids"])
-def test_an_end_token_ends_the_answer_and_is_its_last(
+def test_an_end_token_is_the_last_of_the_answer(
     field: str, engine: Engine, greedy: Callable[..., list[int]]
 ) -> None:
     end = greedy()[4]
     events = answer(engine, request(**{field: frozenset({end})}))
-    assert tokens(events) == greedy()[: greedy().index(end) + 1]
+    assert tokens_of(events) == greedy()[: greedy().index(end) + 1]
     assert_ended_once(events, FinishReason.STOP)
 
 
-def test_ignored_ends_do_not_end_but_stop_tokens_still_do(
+def test_with_ignore_eos_only_stop_tokens_end_the_answer(
     engine: Engine, greedy: Callable[..., list[int]]
 ) -> None:
     eos, stop = frozenset({greedy()[1]}), frozenset({greedy()[6]} - {greedy()[1]})
     go_on = answer(engine, request(eos_token_ids=eos, ignore_eos=True))
-    assert tokens(go_on) == greedy()
+    assert tokens_of(go_on) == greedy()
     ended = answer(engine, request(eos_token_ids=eos, stop_token_ids=stop, ignore_eos=True))
     assert_ended_once(ended, FinishReason.STOP)
 
 
-def test_no_end_comes_before_min_tokens(engine: Engine, greedy: Callable[..., list[int]]) -> None:
+def test_no_end_token_is_drawn_before_min_tokens(
+    engine: Engine, greedy: Callable[..., list[int]]
+) -> None:
     ends = frozenset(greedy()[:3])
     events = answer(engine, request(eos_token_ids=ends, min_tokens=5, max_tokens=6))
-    assert not ends.intersection(tokens(events)[:5])
-    assert len(tokens(events)) == 6
+    assert not ends.intersection(tokens_of(events)[:5])
+    assert len(tokens_of(events)) == 6
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_max_tokens_is_exact(limit: int, engine: Engine) -> None:
     events = answer(engine, request(max_tokens=limit))
-    assert len(tokens(events)) == limit
+    assert len(tokens_of(events)) == limit
     assert_ended_once(events, FinishReason.LENGTH)
 
 
@@ -357,34 +339,32 @@ def test_max_tokens_is_exact(limit: int, engine: Engine) -> None:
 def test_a_full_context_ends_the_answer(limit: int | None, make_engine: MakeEngine) -> None:
     engine = make_engine(max_model_len=21)
     events = answer(engine, request(prompt=PROMPT, max_tokens=limit))
-    assert len(tokens(events)) == 21 - len(PROMPT)
+    assert len(tokens_of(events)) == 21 - len(PROMPT)
     assert_ended_once(events, FinishReason.LENGTH)
 
 
 def test_the_longest_prompt_gets_one_token(make_engine: MakeEngine) -> None:
     events = answer(make_engine(max_model_len=14), request(prompt=PROMPT))
-    assert len(tokens(events)) == 1
+    assert len(tokens_of(events)) == 1
 
 
 def test_one_sequence_can_fill_every_block(make_engine: MakeEngine) -> None:
     engine = make_engine(num_blocks=5, max_batched_tokens=3)
     assert engine.info.max_model_len == 20
     events = answer(engine, request(prompt=PROMPT, max_tokens=None))
-    assert len(tokens(events)) == 20 - len(PROMPT)
+    assert len(tokens_of(events)) == 20 - len(PROMPT)
 
 
 # --- Aborts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", range(8), ids=lambda steps: f"after {steps} steps")
-def test_an_abort_at_any_point_of_life_frees_everything(
-    steps: int, make_engine: MakeEngine
-) -> None:
-    """Waiting after 0 steps, prefilling in chunks until 4, decoding later."""
+def test_an_abort_at_any_step_frees_all_blocks(steps: int, make_engine: MakeEngine) -> None:
+    """The request waits after 0 steps, prefills in chunks until 4, and decodes later."""
     engine = make_engine(max_batched_tokens=4, prefix_caching=False)
     engine.submit(request(prompt=PROMPT))
     for _ in range(steps):
-        step(engine)
+        checked_step(engine)
     event = engine.abort("r")
     assert event is not None
     assert (event.token_id, event.finish_reason) == (None, FinishReason.ABORT)
@@ -394,7 +374,7 @@ def test_an_abort_at_any_point_of_life_frees_everything(
     assert engine.step() == []
 
 
-def test_an_abort_of_what_is_not_there_is_nothing(engine: Engine) -> None:
+def test_an_abort_of_an_unknown_or_finished_request_has_no_event(engine: Engine) -> None:
     assert engine.abort("never") is None
     answer(engine, request())
     assert engine.abort("r") is None
@@ -405,7 +385,7 @@ def test_an_id_can_be_used_again_after_its_end(
 ) -> None:
     engine.submit(request())
     engine.abort("r")
-    assert tokens(answer(engine, request())) == greedy()
+    assert tokens_of(answer(engine, request())) == greedy()
 
 
 # --- Requests that are not taken ----------------------------------------------------------------
@@ -424,7 +404,7 @@ def test_an_id_can_be_used_again_after_its_end(
     ],
     ids=str,
 )
-def test_a_request_that_cannot_be_computed_is_rejected_and_nothing_of_it_kept(
+def test_a_request_that_cannot_be_computed_is_rejected_and_its_id_stays_free(
     changes: dict[str, Any], param: str, code: str | None, make_engine: MakeEngine
 ) -> None:
     engine = make_engine(max_model_len=32)
@@ -435,14 +415,14 @@ def test_a_request_that_cannot_be_computed_is_rejected_and_nothing_of_it_kept(
     answer(engine, request())  # its id is free
 
 
-def test_an_id_in_use_is_rejected_and_its_owner_goes_on(
+def test_an_id_in_use_is_rejected_and_its_request_continues(
     engine: Engine, greedy: Callable[..., list[int]]
 ) -> None:
     engine.submit(request())
     with pytest.raises(RequestRejected, match="in use"):
         engine.submit(request(prompt=PROMPT))
     events = [event for _ in range(NEW_TOKENS) for event in first_events(engine)]
-    assert tokens(events) == greedy()
+    assert tokens_of(events) == greedy()
 
 
 # --- A request that fails -----------------------------------------------------------------------
@@ -452,7 +432,7 @@ BROKEN = 90  # the token that stands for an overflow in the model
 
 @pytest.fixture
 def overflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As long as it is patched, the BROKEN token has NaN for its embedding, and so for its KV."""
+    """Makes the embedding of the BROKEN token NaN, and so its KV, until the patch is undone."""
     right = PairEmbedding.forward
 
     def broken(self: PairEmbedding, input: Tensor) -> Tensor:
@@ -468,7 +448,7 @@ FAILING = (*PROMPT[:6], BROKEN, *PROMPT[:6])
 
 
 @pytest.mark.usefixtures("overflow")
-def test_a_request_that_is_not_finite_fails_alone(
+def test_a_request_whose_logits_are_not_finite_fails_alone(
     make_engine: MakeEngine, greedy: Callable[..., list[int]]
 ) -> None:
     engine = make_engine(max_batched_tokens=9)
@@ -476,53 +456,53 @@ def test_a_request_that_is_not_finite_fails_alone(
     events = run_to_end(engine, *requests)
     assert_ended_once(events["bad"], FinishReason.ERROR)
     assert events["bad"][-1].error
-    assert tokens(events["bad"]) == []
+    assert tokens_of(events["bad"]) == []
     for one in requests[1:]:
-        assert tokens(events[one.request_id]) == greedy(one.prompt, one.dial.reasoning_lambda)
+        assert tokens_of(events[one.request_id]) == greedy(one.prompt, one.dial.reasoning_lambda)
     assert engine.stats().used_blocks == 0
 
 
 @pytest.mark.usefixtures("overflow")
 @pytest.mark.parametrize("steps", [1, 2, 3, None], ids=lambda steps: f"{steps} steps")
-def test_the_next_user_of_its_blocks_is_not_harmed(
+def test_the_next_user_of_a_failed_requests_blocks_gets_the_right_tokens(
     steps: int | None, make_engine: MakeEngine, greedy: Callable[..., list[int]]
 ) -> None:
-    """Also when it is aborted in its prefill, before anybody saw that it is not finite."""
+    """This holds too if it is aborted in its prefill, before its NaN is noticed."""
     engine = make_engine(num_blocks=9, max_batched_tokens=5)
     for salt in "abc":
         run_some_steps(engine, request("bad", FAILING, salt=salt), steps)
-    assert tokens(answer(engine, request(prompt=PROMPT))) == greedy(PROMPT)
+    assert tokens_of(answer(engine, request(prompt=PROMPT))) == greedy(PROMPT)
 
 
 def run_some_steps(engine: Engine, one: EngineRequest, steps: int | None) -> None:
     engine.submit(one)
     while not engine.idle and (steps is None or steps > 0):
-        step(engine)
+        checked_step(engine)
         steps = steps and steps - 1
     engine.abort(one.request_id)
 
 
-def test_the_same_prompt_is_computed_anew_after_a_failure(
+def test_a_failed_requests_prompt_is_computed_again(
     overflow: pytest.MonkeyPatch, make_engine: MakeEngine, greedy: Callable[..., list[int]]
 ) -> None:
-    """What it had computed was once wiped but still found: the answer came from zeros."""
+    """Its KV was once zeroed but stayed in the prefix cache, and the answer came from zeros."""
     engine = make_engine(max_batched_tokens=5)
     assert_ended_once(answer(engine, request("bad", FAILING)), FinishReason.ERROR)
     overflow.undo()
-    assert tokens(answer(engine, request(prompt=FAILING))) == greedy(FAILING)
+    assert tokens_of(answer(engine, request(prompt=FAILING))) == greedy(FAILING)
 
 
 @pytest.mark.usefixtures("overflow")
 def test_a_failure_leaves_the_blocks_it_shares_as_they_are(
     engine: Engine, greedy: Callable[..., list[int]]
 ) -> None:
-    """They were once wiped under a request that was still reading them."""
+    """They were once zeroed while another request was reading them."""
     engine.submit(request("good", PROMPT))
     first = first_events(engine)
     events = run_to_end(engine, request("bad", (*PROMPT, BROKEN)))
     assert_ended_once(events["bad"], FinishReason.ERROR)
     assert events["bad"][0].cached_tokens == 12
-    assert tokens(first + events["good"]) == greedy(PROMPT)
+    assert tokens_of(first + events["good"]) == greedy(PROMPT)
 
 
 # --- What events and stats tell -----------------------------------------------------------------
@@ -550,17 +530,17 @@ def test_logprobs_are_those_of_the_merged_checkpoint(
         assert [token for token, _ in event.logprobs.top] == best.indices.tolist()
 
 
-def test_waiting_is_told_in_seconds(make_engine: MakeEngine) -> None:
+def test_events_report_the_seconds_that_the_request_waited(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=1)
     events = run_to_end(engine, request("first"), request("second"))
     assert 0 <= events["first"][0].queue_seconds < events["second"][0].queue_seconds
 
 
-def test_the_stats_are_those_of_the_moment(make_engine: MakeEngine) -> None:
+def test_stats_describe_the_current_state(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=2, max_batched_tokens=32, blend_policy="pair")
     for name, value in (("a", 1.0), ("b", 0.3), ("c", 0.3), ("d", 0.0)):
         engine.submit(request(name, PROMPT, value))
-    step(engine)
+    checked_step(engine)
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (2, 2)
     assert (stats.running_lambdas, stats.waiting_lambdas) == ((0.3, 1.0), (0.0, 0.3))

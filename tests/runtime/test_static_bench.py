@@ -1,4 +1,4 @@
-"""The baseline of the benches is an engine too, and has to follow what an engine has."""
+"""The static engine, the baseline of the benches, answers as the checkpoint does."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Planners for tests: what an engine answers must not depend on which one it has."""
+"""Planners for tests, which check that an engine's answers do not depend on its planner."""
 
 import random
 
@@ -7,7 +7,7 @@ from mi_runtime.scheduling.planner import SubBatch
 
 
 class PairPlanner:
-    """Every step as one forward by the pair product."""
+    """Plans every step as one forward by the pair product."""
 
     def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
         return [SubBatch(chunks, blended=False)]
@@ -22,17 +22,17 @@ class RandomPlanner:
         self.steps = 0
 
     def plan(self, chunks: list[Chunk]) -> list[SubBatch]:
-        groups = self._by_dial(chunks) if self._random.random() < 0.5 else self._anyhow(chunks)
+        groups = self._by_dial(chunks) if self._random.random() < 0.5 else self._at_random(chunks)
         self._random.shuffle(groups)
         self.steps += 1
         self.parts += len(groups)
         return [SubBatch(group, self._random.random() < 0.6) for group in groups]
 
     def _by_dial(self, chunks: list[Chunk]) -> list[list[Chunk]]:
-        dials = dict.fromkeys(chunk.dial for chunk in chunks)  # a set would not be the same twice
+        dials = dict.fromkeys(chunk.dial for chunk in chunks)  # a set has no fixed order
         return [[chunk for chunk in chunks if chunk.dial == dial] for dial in dials]
 
-    def _anyhow(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+    def _at_random(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         count = self._random.randint(1, len(chunks))
         groups: list[list[Chunk]] = [[] for _ in range(count)]
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Checkpoints without weights, and apps whose engine process is the fake worker."""
+"""Fixtures of checkpoints without weights, and of apps whose engine process is the fake worker."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ assert OPENING_TEMPLATE != CHAT_TEMPLATE
 
 @pytest.fixture(scope="session")
 def instruct_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An endpoint whose prompt opens no think block."""
+    """Returns the directory of an endpoint whose prompt opens no think block."""
     directory = tmp_path_factory.mktemp("instruct")
     save_tokenizer(directory)
     sampling = {"temperature": 0.7, "top_k": 20, "eos_token_id": [315, 317]}
@@ -39,7 +39,7 @@ def instruct_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def opening_directory(instruct_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An endpoint whose prompt ends inside `<think>`, as Qwen3-Thinking-2507's does."""
+    """Returns an endpoint whose prompt ends inside `<think>`, as Qwen3-Thinking-2507's does."""
     directory = tmp_path_factory.mktemp("thinking")
     save_tokenizer(directory)
     (directory / "chat_template.jinja").write_text(OPENING_TEMPLATE)
@@ -58,13 +58,13 @@ ServiceFactory = Callable[..., Service]
 
 @pytest.fixture(scope="session")
 def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFactory:
-    """A service on the fake worker: `make_service("--fail-load", "why", max_waiting=0)`."""
+    """Makes services on the fake worker: `make_service("--fail-load", "why", max_waiting=0)`."""
 
     def make(
         *worker_flags: str, opening: bool = False, thinking: str | None = None, **settings: object
     ) -> Service:
         endpoint = opening_directory if opening else Path(thinking or instruct_directory)
-        given = Settings.model_validate(
+        parsed = Settings.model_validate(
             {
                 "instruct": str(instruct_directory),
                 "thinking": str(endpoint),
@@ -73,17 +73,17 @@ def make_service(instruct_directory: Path, opening_directory: Path) -> ServiceFa
             }
         )
         engine = EngineClient(
-            given.engine_config(instruct=instruct_directory, thinking=endpoint),
-            max_waiting=given.max_waiting,
-            max_waiting_tokens=given.max_waiting_tokens,
-            timeout=given.engine_timeout,
+            parsed.engine_config(instruct=instruct_directory, thinking=endpoint),
+            max_waiting=parsed.max_waiting,
+            max_waiting_tokens=parsed.max_waiting_tokens,
+            timeout=parsed.engine_timeout,
             command=[sys.executable, str(FAKE_WORKER), *worker_flags],
             stop_grace=0.5,
         )
         engine.start()
-        tracing = Tracing(given.otlp_traces_endpoint) if given.otlp_traces_endpoint else None
+        tracing = Tracing(parsed.otlp_traces_endpoint) if parsed.otlp_traces_endpoint else None
         endpoints = EndpointText.read(instruct_directory), EndpointText.read(endpoint)
-        return Service(given, *endpoints, engine, tracing)
+        return Service(parsed, *endpoints, engine, tracing)
 
     return make
 
@@ -97,8 +97,8 @@ def wait_until() -> Callable[..., None]:
 
 
 @contextmanager
-def opened(service: Service, wait: bool = True) -> Iterator[TestClient]:
-    """A client of an app on this service, which is loaded unless `wait=False`."""
+def open_client(service: Service, wait: bool = True) -> Iterator[TestClient]:
+    """Opens a client of an app on this service, and waits until it is loaded if `wait`."""
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         client.app_state["service"] = service
         if wait:
@@ -111,19 +111,19 @@ def make_client(make_service: ServiceFactory) -> Iterator[ClientFactory]:
     """Opens apps on the fake worker: `make_client("--context", "64", max_waiting=0)`."""
     with ExitStack() as stack:
         yield lambda *worker_flags, wait=True, **settings: stack.enter_context(
-            opened(make_service(*worker_flags, **settings), wait)
+            open_client(make_service(*worker_flags, **settings), wait)
         )
 
 
 @pytest.fixture(scope="session")
 def shared_client(make_service: ServiceFactory) -> Iterator[TestClient]:
-    with opened(make_service()) as client:
+    with open_client(make_service()) as client:
         yield client
 
 
 @pytest.fixture
 def client(shared_client: TestClient) -> Iterator[TestClient]:
-    """A client of an app without settings, shared by tests that leave it as they found it."""
+    """Returns a client of an app without settings, which a test must leave as it found it."""
     yield shared_client
     service = shared_client.app_state["service"]
     assert service.refusal is None, "this test needs a client of its own: `make_client()`"

@@ -1,4 +1,4 @@
-"""An engine process without a model: the engine's scheduler, with a script in place of the model.
+"""Runs an engine process without a model: the engine's scheduler, with a script for each request.
 
 Admission, the prefix cache, think blocks, grammars, ends and events are those of
 `mi_runtime.scheduling`. Only what a model would draw is made up: the last user message, or a raw
@@ -9,12 +9,12 @@ prompt, is a command.
     forever       `a` until max_tokens or abort     sampling    some sampling fields, as JSON
     wait          nothing: stays in the queue       fail        two tokens, then an error
     reject        the engine refuses the request
-    die           three tokens, then the process    wedge       three tokens, then nothing is
-                  exits with code 7                             read or sent any more
+    die           three tokens, then the process    wedge       three tokens, then the process
+                  exits with code 7                             stops reading and sending
 
-Where the grammar of an answer does not allow what the script writes, the grammar is followed, on a
-short way to its end. Commands that describe the request ignore its grammar, so that tests can read
-it.
+Where the grammar of an answer does not allow a token of the script, the answer follows the grammar
+on a short way to its end. Commands that describe the request ignore its grammar, so that tests can
+read it.
 """
 
 import argparse
@@ -65,7 +65,7 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 
 class Script:
-    """What a sequence writes, token by token."""
+    """Holds the tokens that a sequence writes for its command."""
 
     def __init__(self, command: str, token_ids: list[int], eos: int) -> None:
         self.command = command
@@ -74,9 +74,9 @@ class Script:
         )
 
     def draw(self, sequence: Sequence, fillers: list[int]) -> int | None:
-        """Returns the next token that is allowed, or None if none is.
+        """Returns the sequence's next token, or None if no token is allowed.
 
-        Where the written token is not allowed, it is the first of the `fillers` that is.
+        Where the script's token is not allowed, it is the first of the `fillers` that is allowed.
         """
         if sequence.forced_token is not None:
             return sequence.forced_token
@@ -84,13 +84,14 @@ class Script:
         grammar = sequence.constrained_by
         if grammar is None:
             return written if written not in forbidden else fillers[-1]
-        allowed = sorted(tokens_in(grammar.mask()) - forbidden)
+        allowed = sorted(allowed_token_ids(grammar.mask()) - forbidden)
         if written in allowed or written == grammar.extra_token:
             return written
         return next((token for token in fillers if token in allowed), next(iter(allowed), None))
 
 
-def tokens_in(mask: bytes) -> set[int]:
+def allowed_token_ids(mask: bytes) -> set[int]:
+    """Returns the token ids whose bits are set in a grammar's mask."""
     return {8 * at + bit for at, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1}
 
 
@@ -119,7 +120,7 @@ def describe_sampling(request: EngineRequest) -> dict[str, Any]:
     }
 
 
-def text_of(command: str, request: EngineRequest) -> str:
+def answer_text(command: str, request: EngineRequest) -> str:
     if command.startswith("say "):
         return command.removeprefix("say ")
     match command:
@@ -133,6 +134,8 @@ def text_of(command: str, request: EngineRequest) -> str:
 
 
 class FakeEngine:
+    """Answers the commands of the pipe with the engine's scheduler and the scripts."""
+
     def __init__(
         self, pipe: Connection, config: EngineConfig, *, context: int, step_seconds: float
     ) -> None:
@@ -222,7 +225,7 @@ class FakeEngine:
             self.schedule(request, command)
 
     def schedule(self, request: EngineRequest, command: str) -> None:
-        written = self.encode(text_of(command, request))
+        written = self.encode(answer_text(command, request))
         self.scripts[request.request_id] = Script(command, written, self.eos)
         if command in DESCRIPTIONS:
             request = replace(request, grammar=None)
@@ -247,10 +250,12 @@ class FakeEngine:
             if chunk.samples:
                 token = self.scripts[chunk.sequence.request_id].draw(chunk.sequence, self.fillers)
                 if token is None:
-                    events.append(self.end_undrawn(chunk.sequence))
+                    events.append(self.end_without_token(chunk.sequence))
                 else:
-                    sampled[chunk.sequence] = token, logprobs_of(chunk.sequence, token)
-        scores = {chunk.sequence: scores_of(chunk) for chunk in chunks if chunk.scored}
+                    sampled[chunk.sequence] = token, made_up_logprobs(chunk.sequence, token)
+        scores = {
+            chunk.sequence: made_up_prompt_logprobs(chunk) for chunk in chunks if chunk.scored
+        }
         self.report(events + self.scheduler.update(chunks, sampled, scores))
         for sequence in self.scheduler.running:
             self.end_on_command(self.scripts[sequence.request_id].command, sequence)
@@ -263,7 +268,7 @@ class FakeEngine:
         ]
         return [self.scheduler.fail(sequence, "the prompt says so") for sequence in running]
 
-    def end_undrawn(self, sequence: Sequence) -> TokenEvent:
+    def end_without_token(self, sequence: Sequence) -> TokenEvent:
         assert sequence.grammar is not None
         if sequence.grammar.failure is not None:
             return self.scheduler.fail(sequence, sequence.grammar.failure)
@@ -295,15 +300,15 @@ class FakeEngine:
         self.pipe.send(StepReport(tuple(events), stats))
 
 
-def logprobs_of(sequence: Sequence, token: int) -> TokenLogprobs | None:
+def made_up_logprobs(sequence: Sequence, token: int) -> TokenLogprobs | None:
     count = sequence.request.sampling.logprobs
     if count is None:
         return None
     return TokenLogprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(count)))
 
 
-def scores_of(chunk: Chunk) -> list[TokenLogprobs]:
-    """-1, -2, … for the tokens of the prompt but its first, each the best one."""
+def made_up_prompt_logprobs(chunk: Chunk) -> list[TokenLogprobs]:
+    """Returns -1, -2, … for the prompt's tokens from the second on, each ranked first."""
     prompt, count = chunk.sequence.request.prompt, chunk.sequence.request.sampling.prompt_logprobs
     assert count is not None
     return [

@@ -1,9 +1,9 @@
-"""The command line of `mi-server`; the commands themselves are tested in `tests/contract`."""
+"""`mi-server` lists its commands and exit codes, and refuses a line that names no command."""
 
 import pytest
 
 from server import cli
-from server.exit_codes import CommandError, ExitCode, exit_code_of
+from server.exit_codes import ExitCode
 
 
 def test_the_help_lists_every_command_and_every_exit_code(
@@ -28,18 +28,10 @@ def test_a_command_line_without_a_command_is_refused(
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_a_command_has_help_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_own_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == ExitCode.DONE
     assert f"usage: mi-server {command}" in capsys.readouterr().out
-
-
-def test_an_error_of_a_command_is_printed_and_sets_the_exit_code(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def failing() -> int:
-        raise CommandError("no such pair")
-
-    assert exit_code_of(failing) == ExitCode.UNUSABLE
-    assert capsys.readouterr().err == "mi-server: no such pair\n"

@@ -1,25 +1,32 @@
+"""Settings come from flags, the environment and a file, in this order, and bad ones are named."""
+
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from mi_runtime.config import EngineConfig
 from server import flags
 from server.config import SECTIONS, ConfigError, Settings, load_settings
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _unset_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(f"MI_{name.upper()}", raising=False)
 
 
-def test_without_anything_the_embedded_pair_is_served_on_loopback() -> None:
+def test_by_default_the_embedded_pair_is_served_on_loopback() -> None:
     settings = load_settings([])
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.instruct_endpoint.endswith("instruct")
     assert settings.model_name == "mi-embedded"
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(
+def test_a_flag_overrides_the_environment_which_overrides_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mi.yaml"
@@ -59,7 +66,7 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prot" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mi.yaml"
     file.write_text("port: [\n")
     with pytest.raises(ConfigError, match=r"mi\.yaml"):
@@ -98,36 +105,47 @@ def test_a_pair_is_named_after_its_thinking_endpoint_or_by_the_setting() -> None
     assert load_settings([*flags, "--served-model-name", "mine"]).model_name == "mine"
 
 
-def test_every_setting_reaches_the_engine_under_its_name() -> None:
+def test_a_setting_reaches_the_engine_under_its_name() -> None:
     flags = ["--threads", "3", "--no-prefix-caching", "--max-model-len", "99", "--num-blocks", "7"]
     flags += ["--blend-policy", "pair", "--blend-cache-bytes", "1000", "--delta-dtype", "int4"]
-    flags += ["--attention-backend", "triton", "--gpu-memory-utilization", "0.5"]
-    flags += ["--no-cuda-graphs", "--no-torch-compile", "--no-async-scheduling"]
     config = load_settings(flags).engine_config(instruct=Path("a"), thinking=Path("b"))
-    assert (config.threads, config.prefix_caching, config.async_scheduling) == (3, False, False)
+    assert (config.instruct, config.thinking) == ("a", "b")
+    assert (config.threads, config.prefix_caching) == (3, False)
     assert (config.max_model_len, config.num_blocks) == (99, 7)
     assert (config.blend_policy, config.blend_cache_bytes) == ("pair", 1000)
-    assert (config.attention_backend, config.delta_dtype) == ("triton", "int4")
-    assert (config.gpu_memory_utilization, config.cuda_graphs) == (0.5, False)
-    assert not config.torch_compile
+    assert config.delta_dtype == "int4"
+
+
+def source_of(package: str) -> str:
+    return "\n".join(file.read_text() for file in (ROOT / package).rglob("*.py"))
+
+
+def test_no_setting_is_ignored() -> None:
+    """The code of the server reads it, or the engine has one of the same name and reads that."""
+    engines = {field.name for field in fields(EngineConfig)}
+    server, engine = source_of("server"), source_of("mi_runtime")
+    for name in Settings.model_fields.keys() - engines:
+        assert re.search(rf"\b(settings|self)\.{name}\b", server), f"nothing reads {name}"
+    for name in engines:
+        assert re.search(rf"\bconfig\.{name}\b", engine), f"nothing reads {name}"
 
 
 @pytest.mark.parametrize("flags", ["1,8,32", "1, 8", ""])
-def test_the_sizes_of_recordings_reach_the_engine_as_numbers(flags: str) -> None:
+def test_cuda_graph_sizes_reach_the_engine_as_numbers(flags: str) -> None:
     settings = load_settings(["--cuda-graph-sizes", flags])
     config = settings.engine_config(instruct=Path("a"), thinking=Path("b"))
     assert config.cuda_graph_sizes == tuple(int(size) for size in flags.split(",") if size)
 
 
 @pytest.mark.parametrize("sizes", ["8,4", "8,8", "0", "-1,2", ",".join(map(str, range(1, 66)))])
-def test_sizes_of_recordings_that_do_not_ascend_are_refused(sizes: str) -> None:
+def test_cuda_graph_sizes_that_do_not_ascend_are_refused(sizes: str) -> None:
     with pytest.raises(ConfigError, match="at most 64 numbers that ascend, from 1 on"):
         load_settings([f"--cuda-graph-sizes={sizes}"]).engine_config(
             instruct=Path("a"), thinking=Path("b")
         )
 
 
-def test_sizes_of_recordings_that_are_no_numbers_are_refused_by_name() -> None:
+def test_cuda_graph_sizes_that_are_no_numbers_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="cuda_graph_sizes"):
         load_settings(["--cuda-graph-sizes", "4,many"])
 
@@ -144,7 +162,7 @@ def test_a_list_is_a_repeated_flag_a_variable_with_commas_or_a_list_of_the_file(
     assert load_settings(flags).cors_origin == ["https://e", "https://f"]
 
 
-def test_a_key_is_shown_nowhere(
+def test_an_api_key_is_printed_nowhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MI_API_KEY", "sk-one,sk-two")
@@ -162,7 +180,7 @@ def test_a_key_is_shown_nowhere(
     assert "sk-" not in str(caught.value)
 
 
-def test_what_belongs_to_a_certificate_needs_one() -> None:
+def test_a_key_file_without_a_certificate_is_refused() -> None:
     with pytest.raises(ConfigError, match="--ssl-certfile"):
         load_settings(["--ssl-keyfile", "key.pem"])
 

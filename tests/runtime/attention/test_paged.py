@@ -1,4 +1,4 @@
-"""Paged attention against its slow twin, which sees whole sequences and has no cache."""
+"""Paged attention agrees with its slow twin, which sees complete sequences and has no cache."""
 
 from dataclasses import replace
 
@@ -12,18 +12,17 @@ from mi_runtime.attention.paged import attention_forward
 from mi_runtime.attention.plan import LayerShape
 from mi_runtime.attention.reference import PackedAttention
 from mi_runtime.errors import UnsupportedModel
-from mi_runtime.execution.batch import attention_plan
 from mi_runtime.scheduling.chunk import Chunk
 from tests.runtime.paged import (
-    CPU,
     KEY_DIM,
     LAYERS,
     NUM_BLOCKS,
     VALUE_DIM,
     Workload,
     attention,
-    packed,
-    paged,
+    attention_plan,
+    by_paged_attention,
+    by_slow_twin,
     poison,
     rows_of,
     sequences,
@@ -45,30 +44,30 @@ workloads = st.builds(
 
 @given(work=workloads)
 def test_paged_attention_agrees_with_its_slow_twin(work: Workload) -> None:
-    out = paged(work, attention(work), sequences(work, shuffled_blocks(work.seed)))
-    torch.testing.assert_close(out, packed(work), atol=2e-6, rtol=1e-5)
+    out = by_paged_attention(work, attention(work), sequences(work, shuffled_blocks(work.seed)))
+    torch.testing.assert_close(out, by_slow_twin(work), atol=2e-6, rtol=1e-5)
 
 
 @given(work=workloads)
 @settings(max_examples=settings.default.max_examples // 2)
-def test_nothing_of_what_a_block_held_before_reaches_its_next_user(work: Workload) -> None:
-    """A sequence that ends in the middle of its prefill leaves whatever it computed behind."""
+def test_the_old_content_of_a_block_never_reaches_its_next_user(work: Workload) -> None:
+    """A sequence that ends during its prefill leaves its keys and values in its blocks."""
     over = attention(work)
     poison(over, work)
-    out = paged(work, over, sequences(work, shuffled_blocks(work.seed)))
-    torch.testing.assert_close(out, packed(work), atol=2e-6, rtol=1e-5)
+    out = by_paged_attention(work, over, sequences(work, shuffled_blocks(work.seed)))
+    torch.testing.assert_close(out, by_slow_twin(work), atol=2e-6, rtol=1e-5)
 
 
-def test_layers_keep_their_keys_and_values_apart() -> None:
+def test_every_layer_has_its_own_keys_and_values() -> None:
     work = Workload()
     over, blocks = attention(work), shuffled_blocks(0)
     for layer in range(LAYERS):
-        out = paged(work, over, sequences(work, list(blocks)), layer)
-        torch.testing.assert_close(out, packed(work), atol=2e-6, rtol=1e-5)
+        out = by_paged_attention(work, over, sequences(work, list(blocks)), layer)
+        torch.testing.assert_close(out, by_slow_twin(work), atol=2e-6, rtol=1e-5)
 
 
 def test_a_shared_prefix_is_read_and_not_written() -> None:
-    """The second sequence has the first one's blocks, as after a hit in the prefix cache."""
+    """The second sequence uses the first one's blocks, as after a prefix cache hit."""
     work = Workload(lengths=(8, 11), budget=100)
     query, key, value, _ = work.tensors()
     key[8:16], value[8:16] = key[:8], value[:8]
@@ -77,7 +76,7 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     second.computed = 8
     for chunk in (Chunk(first, 0, 8), Chunk(second, 8, 3)):
         rows = rows_of(work, [chunk])
-        over.begin(attention_plan([chunk], 4, over.null_block, CPU))
+        over.begin(attention_plan([chunk], 4, over.null_block))
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )
@@ -86,11 +85,11 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
     torch.testing.assert_close(out, expected[16:], atol=2e-6, rtol=1e-5)
 
 
-def test_the_slow_twin_is_attention_as_it_is_written_down() -> None:
+def test_the_slow_twin_agrees_with_the_formula_of_attention() -> None:
     work = Workload(lengths=(6,), kv_heads=1, group=2, window=3, sinks="shared")
     query, key, value, sinks = work.tensors()
     assert sinks is not None
-    out = packed(work)
+    out = by_slow_twin(work)
     for row in range(6):
         for head in range(2):
             seen = slice(max(0, row - 2), row + 1)

@@ -1,4 +1,4 @@
-"""Which attention backend serves, and that what a model answers does not depend on it."""
+"""The quickest attention backend that agrees with the reference is chosen, and answers agree."""
 
 import ast
 from collections.abc import Callable
@@ -32,8 +32,8 @@ LAYER = LayerShape(kv_heads=2, key_dim=16, value_dim=16, heads=4)
 needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 
 
-class Timed(ReferenceAttention):
-    """The reference under another name, which takes so many milliseconds of `now` a layer."""
+class TimedBackend(ReferenceAttention):
+    """The reference under another name, which advances `now` by its time for each layer."""
 
     now = 0.0
 
@@ -45,26 +45,27 @@ class Timed(ReferenceAttention):
     def attend(self, plan: AttentionPlan, *args: Any, **kwargs: Any) -> Tensor:
         if self._error:
             raise RuntimeError(self._error)
-        Timed.now += self._takes
+        TimedBackend.now += self._takes
         return super().attend(plan, *args, **kwargs) + self._wrong
 
 
 def clock(work: Callable[[], object]) -> float:
-    started = Timed.now
+    """Returns the time that `TimedBackend` says this work takes."""
+    started = TimedBackend.now
     work()
-    return Timed.now - started
+    return TimedBackend.now - started
 
 
 def workloads(*layers: LayerShape, dtype: torch.dtype = torch.float32) -> list[AttentionWorkload]:
     return list(measured_workloads(layers, dtype, CPU, block_size=4, decodes=3, tokens=21))
 
 
-def choice(*others: Timed) -> AttentionChoice:
-    return fastest([Timed("reference", 3.0), *others], workloads(LAYER), clock)
+def choice(*others: TimedBackend) -> AttentionChoice:
+    return fastest([TimedBackend("reference", 3.0), *others], workloads(LAYER), clock)
 
 
-def test_the_quickest_serves_and_all_times_are_told() -> None:
-    chosen = choice(Timed("a", 1.0), Timed("b", 2.0))
+def test_the_quickest_backend_is_chosen_and_all_times_are_reported() -> None:
+    chosen = choice(TimedBackend("a", 1.0), TimedBackend("b", 2.0))
     assert chosen.backend.name == "a"
     # 32 decode steps and one chunk
     assert chosen.description.startswith("a (")
@@ -72,44 +73,46 @@ def test_the_quickest_serves_and_all_times_are_told() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0.1, torch.nan])
-def test_one_that_computes_something_else_is_left_out(wrong: float) -> None:
-    chosen = choice(Timed("a", 1.0, wrong))
+def test_a_backend_that_disagrees_with_the_reference_is_not_used(wrong: float) -> None:
+    chosen = choice(TimedBackend("a", 1.0, wrong))
     assert chosen.backend.name == "reference"
     assert "a not used, it disagrees with the reference" in chosen.description
 
 
-def test_one_that_does_not_run_is_left_out_with_its_reason() -> None:
-    chosen = choice(Timed("a", 1.0, error="needs FA3\nat such a line"))
+def test_a_backend_that_does_not_run_is_reported_with_the_reason() -> None:
+    chosen = choice(TimedBackend("a", 1.0, error="needs FA3\nat such a line"))
     assert chosen.backend.name == "reference"
     assert "a does not run (needs FA3)" in chosen.description
 
 
-def test_one_that_takes_the_gpu_with_it_ends_the_start_and_is_named(
+def test_a_backend_that_breaks_the_gpu_is_named_in_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After an illegal access no other backend could run either."""
+    """After an illegal access, no other backend can run either."""
     monkeypatch.setattr(selector, "is_lost", lambda device: True)
     with pytest.raises(PairError, match=r"a does not run \(an illegal access.*again"):
-        choice(Timed("a", 1.0, error="an illegal access"), Timed("b", 1.0))
+        choice(TimedBackend("a", 1.0, error="an illegal access"), TimedBackend("b", 1.0))
 
 
-def test_a_reference_that_does_not_run_is_told_with_what_to_do() -> None:
+def test_a_reference_that_does_not_run_is_an_error_with_a_flag_to_set() -> None:
     with pytest.raises(PairError, match=r"No plan.*--attention-backend"):
-        fastest([Timed("reference", 1.0, error="No plan supports this")], workloads(LAYER), clock)
+        fastest(
+            [TimedBackend("reference", 1.0, error="No plan supports this")], workloads(LAYER), clock
+        )
 
 
-def test_a_gpu_that_is_full_is_no_fault_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_out(self: Timed, *args: Any, **kwargs: Any) -> Tensor:
+def test_running_out_of_memory_does_not_exclude_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(self: TimedBackend, *args: Any, **kwargs: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    other = Timed("a", 1.0)
+    other = TimedBackend("a", 1.0)
     monkeypatch.setattr(other, "attend", run_out.__get__(other))
     with pytest.raises(torch.OutOfMemoryError):
         choice(other)
 
 
 @needs_triton
-def test_what_is_told_of_a_kernel_that_does_not_compile_is_the_reason_and_not_the_place() -> None:
+def test_the_report_of_a_compile_error_is_its_reason_without_its_place() -> None:
     from triton.compiler.errors import CompilationError
 
     inner = CompilationError("def f():\n    x", ast.Pass(), "K must be at least 16\nfor this")
@@ -119,7 +122,7 @@ def test_what_is_told_of_a_kernel_that_does_not_compile_is_the_reason_and_not_th
     assert cause_of(RuntimeError()) == "RuntimeError"
 
 
-def test_every_layer_shape_is_measured_as_often_as_a_model_has_it() -> None:
+def test_a_layer_shape_is_weighted_by_the_number_of_its_layers() -> None:
     windowed = replace(LAYER, window=8)
     works = workloads(LAYER, windowed, windowed)
     assert [(work.window, work.plan.longest_query, work.weight) for work in works] == [
@@ -131,7 +134,7 @@ def test_every_layer_shape_is_measured_as_often_as_a_model_has_it() -> None:
 
 
 @needs_triton
-def test_what_is_measured_computes_the_same_on_every_backend() -> None:
+def test_the_measured_workloads_give_the_same_on_every_backend() -> None:
     from mi_runtime.attention.triton_backend import TritonAttention
 
     for work in workloads(replace(LAYER, value_dim=12, window=8, sinks=True)):
@@ -140,7 +143,7 @@ def test_what_is_measured_computes_the_same_on_every_backend() -> None:
         )
 
 
-def test_on_a_cpu_the_reference_serves_and_nothing_is_measured() -> None:
+def test_on_a_cpu_the_reference_is_used_without_measuring() -> None:
     chosen = choose_attention("auto", [LAYER], torch.float32, CPU, 16)
     assert (chosen.backend.name, chosen.description) == ("reference", "reference")
 
@@ -164,7 +167,7 @@ def test_a_backend_whose_library_is_missing_is_refused(monkeypatch: pytest.Monke
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("layer", "dtype", "pages", "said"),
+    ("layer", "dtype", "pages", "obstacle_text"),
     [
         (LAYER, torch.bfloat16, True, None),
         (LAYER, torch.bfloat16, False, "no attention over block tables"),
@@ -174,37 +177,39 @@ def test_a_backend_whose_library_is_missing_is_refused(monkeypatch: pytest.Monke
         (replace(LAYER, key_dim=300), torch.bfloat16, True, "more than 256"),
     ],
 )
-def test_what_torch_cannot_attend_is_known_before_it_is_tried(
+def test_layers_that_torch_cannot_attend_are_excluded_with_a_reason(
     layer: LayerShape,
     dtype: torch.dtype,
     pages: bool,
-    said: str | None,
+    obstacle_text: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mi_runtime.attention.torch_backend.torch_has_pages", lambda: pages)
     reason = obstacle("torch", [LAYER, layer], dtype, CUDA)
-    assert (reason is None) == (said is None)
-    assert said is None or said in str(reason)
+    assert (reason is None) == (obstacle_text is None)
+    assert obstacle_text is None or obstacle_text in str(reason)
 
 
 @needs_triton
-def test_torch_is_asked_for_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its window does not count the token itself."""
+def test_torch_attention_is_called_with_the_lengths_and_windows_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The window of torch does not count the token itself."""
     from mi_runtime.attention import torch_backend
 
-    asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return torch.zeros_like(args[0])
 
     monkeypatch.setattr(torch_backend, "varlen_attn", varlen_attn)
     for work in workloads(LAYER, replace(LAYER, window=8)):
         out = work.run(torch_backend.TorchAttention())
         assert out.shape == work.query.shape
-    windows = [named["window_size"] for _, named in asked]
+    windows = [named["window_size"] for _, named in calls]
     assert windows == [(-1, 0), (-1, 0), (7, 0), (7, 0)]
-    (_, _, _, starts, none, longest_query, longest), named = asked[1]
+    (_, _, _, starts, none, longest_query, longest), named = calls[1]
     assert (starts.tolist(), none, longest_query, longest) == ([0, 21], None, 21, 42)
     assert named["seqused_k"].tolist() == [42]
     assert (named["block_table"].dtype, named["enable_gqa"]) == (torch.int32, True)
@@ -214,7 +219,7 @@ def test_torch_is_asked_for_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) 
 def test_an_engine_answers_the_same_with_interpreted_kernels(
     pair_of: Callable[..., tuple[Path, Path]],
 ) -> None:
-    """Prefill in chunks, decodes beside it, a cached prefix, windows and sinks."""
+    """The run has chunked prefills with decodes, a cached prefix, windows and sinks."""
     instruct, thinking = map(str, pair_of("gpt_oss"))
 
     def answers(backend: Any) -> dict[str, list[int | None]]:

@@ -1,7 +1,7 @@
-"""What crosses between host and device, traced with a device whose tensors have no values.
+"""A step copies little between host and device, and never waits for the device.
 
-It is torch's `meta`: what would wait for a value raises. Fake CUDA tensors can do the same, but not
-be sliced where torch was built without CUDA.
+The tests run on torch's `meta` device, whose tensors have no values, so that waiting for a value
+raises. Fake CUDA tensors cannot be sliced in a build of torch without CUDA.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ VOCAB = 40
 OPEN, CLOSE = 7, 8
 
 
-class Crossings(TorchDispatchMode):
-    """Counts the copies between host and device; refuses those that the host would wait for."""
+class CopyTrace(TorchDispatchMode):
+    """Counts the copies between host and device, and fails for one that the host waits for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class Crossings(TorchDispatchMode):
 
 
 @pytest.fixture
-def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crossings]:
-    """Watches the test's body; pinned memory needs a GPU."""
+def copies_made(monkeypatch: pytest.MonkeyPatch) -> Iterator[CopyTrace]:
+    """Traces the test's body, without pinned memory, which needs a GPU."""
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     make = torch.tensor
 
@@ -75,12 +75,12 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crossings]:
         return make(*args, **kwargs)
 
     monkeypatch.setattr(torch, "tensor", on_the_host)
-    with Crossings() as counting:
+    with CopyTrace() as counting:
         yield counting
 
 
-class Grammar:
-    """In the place of a grammar: allows the tokens below 5, and a think block."""
+class FakeGrammar:
+    """Stands for a grammar that allows the tokens below 5, and a think block."""
 
     def __init__(self, extra_token: int | None, may_open_block: bool) -> None:
         self.extra_token, self.may_open_block = extra_token, may_open_block
@@ -91,7 +91,7 @@ class Grammar:
 
 
 def sequence(
-    grammar: Grammar | None = None,
+    grammar: FakeGrammar | None = None,
     think: ThinkPolicy | None = None,
     dial: float = 0.5,
     **params: Any,
@@ -103,8 +103,8 @@ def sequence(
     return made
 
 
-def everything() -> list[Sequence]:
-    """Every way a token is chosen, in one batch."""
+def sequences_of_every_kind() -> list[Sequence]:
+    """Returns one batch with every way in which a token is chosen."""
     ends = frozenset({1, 2})
     capped = ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=1)
     return [
@@ -115,39 +115,39 @@ def everything() -> list[Sequence]:
         sequence(repetition_penalty=1.2, presence_penalty=0.5, logit_bias=((4, 1.0),)),
         sequence(temperature=0, min_tokens=9, eos_token_ids=ends, logprobs=0),
         sequence(think=capped, logprobs=2),
-        sequence(Grammar(None, False), temperature=0),
-        sequence(Grammar(OPEN, True)),
-        sequence(Grammar(CLOSE, False)),
+        sequence(FakeGrammar(None, False), temperature=0),
+        sequence(FakeGrammar(OPEN, True)),
+        sequence(FakeGrammar(CLOSE, False)),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampling_waits_for_nothing_and_its_results_are_one_copy(
-    dtype: torch.dtype, crossings: Crossings, monkeypatch: pytest.MonkeyPatch
+def test_sampling_does_not_wait_and_returns_its_results_in_one_copy(
+    dtype: torch.dtype, copies_made: CopyTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topk_topp, "GROUP", VOCAB // 3)  # as in a large vocabulary
-    sequences = everything()
+    sequences = sequences_of_every_kind()
     assert sequences[6].forced_token == CLOSE
     logits = torch.randn(len(sequences), VOCAB, dtype=dtype, device=DEVICE)
     draw = Sampler().sample(logits, tuple(sequences))
-    assert (draw.tokens.device.type, crossings.fetched) == ("meta", 0)
+    assert (draw.tokens.device.type, copies_made.fetched) == ("meta", 0)
     Readback(draw.tensors, logits.device)
-    assert crossings.fetched == 1
+    assert copies_made.fetched == 1
 
 
 @pytest.mark.parametrize(
     ("params", "copies"), [({"temperature": 0}, 0), ({}, 1), ({"top_p": 0.9}, 1)], ids=str
 )
-def test_plain_steps_send_one_table_at_most(
-    params: dict[str, Any], copies: int, crossings: Crossings
+def test_plain_steps_send_at_most_one_table(
+    params: dict[str, Any], copies: int, copies_made: CopyTrace
 ) -> None:
     logits = torch.randn(3, VOCAB, device=DEVICE)
     Sampler().sample(logits, tuple(sequence(**params) for _ in range(3)))
-    assert crossings.sent == copies
+    assert copies_made.sent == copies
 
 
-def test_a_batch_and_its_rows_are_sent_without_waiting(crossings: Crossings) -> None:
-    """Prefills, decodes, and decodes whose token is still being drawn, of two dials."""
+def test_a_batch_and_its_rows_are_sent_in_one_copy_without_waiting(copies_made: CopyTrace) -> None:
+    """The batch has prefills, decodes, and a decode whose token is not known yet, at two dials."""
     chunks = []
     for index, (start, length) in enumerate([(4, 1), (3, 1), (0, 4), (1, 3)]):
         one = sequence(dial=0.1 * (index // 2))
@@ -156,12 +156,12 @@ def test_a_batch_and_its_rows_are_sent_without_waiting(crossings: Crossings) -> 
     drawn = {chunks[0].sequence: 2}
     batch = build_batch(SubBatch(chunks, blended=False), 4, 99, DEVICE, drawn)
     assert batch.placeholders is not None
-    assert crossings.sent == 1
+    assert copies_made.sent == 1
     BlendGroups(2, DEVICE, BlendCache(0)).begin(batch.rows)
-    assert crossings.fetched == 0
+    assert copies_made.fetched == 0
 
 
-def test_the_trace_would_tell(crossings: Crossings) -> None:
+def test_the_trace_fails_for_everything_that_waits(copies_made: CopyTrace) -> None:
     logits = torch.randn(3, VOCAB, device=DEVICE)
     for waits in (
         lambda: logits.isfinite().all().item(),
@@ -177,19 +177,19 @@ def test_the_trace_would_tell(crossings: Crossings) -> None:
             waits()
 
 
-def test_what_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_is_sent_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     there = on_device([1, 2], torch.int64, DEVICE)
     assert (len(pinned), there.device, there.dtype) == (1, DEVICE, torch.int64)
 
 
-def test_on_a_cpu_nothing_is_copied() -> None:
+def test_on_a_cpu_a_tensor_is_not_copied() -> None:
     tensor = torch.zeros(3)
     assert send(tensor, CPU) is tensor
 
 
-def test_what_comes_back_is_what_was_sent_to_the_host() -> None:
+def test_a_readback_returns_the_tensors_as_they_were() -> None:
     tensors = [
         torch.tensor([[1.5, -2.25], [0.0, torch.nan]]),
         torch.tensor([3, -1, 2**31 - 1], dtype=torch.int32),

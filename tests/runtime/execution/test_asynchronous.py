@@ -1,6 +1,6 @@
 """Asynchronous scheduling gives every request what it gets step by step, to the token.
 
-The workloads mix all that a request can ask for; what is true of one by one is the other tests'.
+The workloads mix everything that a request may contain. Other tests check the steps one by one.
 """
 
 import random
@@ -50,6 +50,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def build(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Returns a function that builds engines with grammars and these settings."""
     directories = pair_of("qwen3", vocab_size=VOCABULARY_SIZE)
     tokenizer = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
     build_tokenizer().save(str(tokenizer))
@@ -70,13 +71,13 @@ def build(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def requests(seed: int, count: int = 14) -> list[EngineRequest]:
-    """Prompts are cuts of two texts: some share a prefix."""
+    """Returns requests whose prompts begin as one of two texts, so that some share a prefix."""
     rng = random.Random(seed)
     texts = [rng.choices(range(90, VOCABULARY_SIZE), k=30) for _ in range(2)]
-    return [one_of_all(rng, f"r{index}", rng.choice(texts)) for index in range(count)]
+    return [random_request(rng, f"r{index}", rng.choice(texts)) for index in range(count)]
 
 
-def one_of_all(rng: random.Random, name: str, text: list[int]) -> EngineRequest:
+def random_request(rng: random.Random, name: str, text: list[int]) -> EngineRequest:
     sampling = SamplingParams(
         max_tokens=rng.choice([0, 1, 2, 12, 25, 25, None]),
         min_tokens=rng.choice([0, 0, 5]),
@@ -103,27 +104,27 @@ def one_of_all(rng: random.Random, name: str, text: list[int]) -> EngineRequest:
     )
 
 
-Told = tuple[list[int | None], FinishReason | None, int, bool]
-Numbers = list[float]
+Outcome = tuple[list[int | None], FinishReason | None, int, bool]
 
 
-def told(events: list[TokenEvent]) -> Told:
+def outcome(events: list[TokenEvent]) -> Outcome:
+    """Returns tokens, finish reason, reasoning tokens, and whether the block was forced closed."""
     last = events[-1]
     tokens = [event.token_id for event in events]
     return tokens, last.finish_reason, last.reasoning_tokens, last.forced_close
 
 
-def numbers(events: list[TokenEvent]) -> Numbers:
-    """Log-probabilities of prompt and answer, which rounding may move."""
+def logprobs_of(events: list[TokenEvent]) -> list[float]:
+    """Returns the log-probabilities of prompt and answer, which rounding may change."""
     prompt = [one for event in events for one in event.prompt_logprobs or ()]
     own = [event.logprobs for event in events if event.logprobs is not None]
     return [value for one in prompt + own for value in (one.token, *dict(one.top).values())]
 
 
-def drive(
+def run(
     engine: Engine, coming: list[EngineRequest], rng: random.Random, aborts: float = 0.0
 ) -> dict[str, list[TokenEvent]]:
-    """Requests come, and at times one is aborted, between steps."""
+    """Runs all requests, submitting one, and at times aborting one, between steps."""
     events: dict[str, list[TokenEvent]] = {}
     waiting = list(coming)
     while waiting or not engine.idle:
@@ -152,13 +153,13 @@ def test_a_mixed_workload_gets_the_same_tokens_as_step_by_step(
 ) -> None:
     coming = requests(seed)
     plain, ahead = (build(**settings, async_scheduling=value) for value in (False, True))
-    expected = drive(plain, coming, random.Random(seed))
-    found = drive(ahead, coming, random.Random(seed))
+    expected = run(plain, coming, random.Random(seed))
+    found = run(ahead, coming, random.Random(seed))
     for one in coming:
         name = one.request_id
-        assert told(found[name]) == told(expected[name]), one
-        assert numbers(found[name]) == pytest.approx(numbers(expected[name]), abs=1e-4)
-    assert len({told(events)[1] for events in found.values()}) >= 3
+        assert outcome(found[name]) == outcome(expected[name]), one
+        assert logprobs_of(found[name]) == pytest.approx(logprobs_of(expected[name]), abs=1e-4)
+    assert len({outcome(events)[1] for events in found.values()}) >= 3
     if settings.get("num_blocks") == FEW:
         assert plain.stats().preemptions
         assert ahead.stats().preemptions
@@ -167,50 +168,50 @@ def test_a_mixed_workload_gets_the_same_tokens_as_step_by_step(
 @pytest.mark.parametrize(
     "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))]
 )
-def test_whoever_is_aborted_has_the_beginning_of_its_answer_and_the_others_all(
+def test_an_aborted_request_has_the_beginning_of_its_answer_and_the_others_all(
     seed: int, build: Build
 ) -> None:
     coming = requests(seed + 100)
-    expected = drive(build(async_scheduling=False), coming, random.Random(seed))
+    expected = run(build(async_scheduling=False), coming, random.Random(seed))
     engine = build(num_blocks=FEW, async_scheduling=True)
-    found = drive(engine, coming, random.Random(seed), aborts=0.1)
+    found = run(engine, coming, random.Random(seed), aborts=0.1)
     reasons = {events[-1].finish_reason for events in found.values()}
     for name, events in found.items():
         if events[-1].finish_reason is FinishReason.ABORT:
-            tokens = told(events)[0][:-1]
-            assert tokens == told(expected[name])[0][: len(tokens)]
+            tokens = outcome(events)[0][:-1]
+            assert tokens == outcome(expected[name])[0][: len(tokens)]
         else:
-            assert told(events) == told(expected[name])
+            assert outcome(events) == outcome(expected[name])
     assert {FinishReason.ABORT} < reasons
 
 
-def test_a_token_that_breaks_its_request_in_flight_breaks_no_other(
+def test_a_request_that_fails_in_flight_fails_alone(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step behind the one that drew it is launched when it is seen."""
+    """The next step is launched before the failure of this one is noticed."""
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     coming = [
         EngineRequest(f"r{index}", (100 + index, 200), Dial(0.3), greedy) for index in range(3)
     ]
-    expected = drive(build(), coming, random.Random(0))
-    said = {name: told(events)[0] for name, events in expected.items()}
-    others = [*said["r0"], *said["r2"], *(token for one in coming for token in one.prompt)]
-    broken = next(token for token in said["r1"] if token not in others)
+    expected = run(build(), coming, random.Random(0))
+    alone = {name: outcome(events)[0] for name, events in expected.items()}
+    others = [*alone["r0"], *alone["r2"], *(token for one in coming for token in one.prompt)]
+    broken = next(token for token in alone["r1"] if token not in others)
     right = PairEmbedding.forward
 
     def forward(self: PairEmbedding, input: torch.Tensor) -> torch.Tensor:
         return right(self, input).masked_fill((input == broken).unsqueeze(-1), torch.nan)
 
     monkeypatch.setattr(PairEmbedding, "forward", forward)
-    found = drive(build(async_scheduling=True), coming, random.Random(0))
-    assert told(found["r0"])[0] == said["r0"]
-    assert told(found["r2"])[0] == said["r2"]
-    tokens, reason, *_ = told(found["r1"])
+    found = run(build(async_scheduling=True), coming, random.Random(0))
+    assert outcome(found["r0"])[0] == alone["r0"]
+    assert outcome(found["r2"])[0] == alone["r2"]
+    tokens, reason, *_ = outcome(found["r1"])
     assert reason is FinishReason.ERROR
-    assert tokens == [*said["r1"][: said["r1"].index(broken) + 1], None]
+    assert tokens == [*alone["r1"][: alone["r1"].index(broken) + 1], None]
 
 
-def test_a_step_is_launched_while_the_last_one_is_not_read(build: Build) -> None:
+def test_a_step_is_launched_before_the_previous_one_is_read(build: Build) -> None:
     engine, order = build(async_scheduling=True), list[str]()
     launch, update = engine._runner.launch, engine.scheduler.update
 
@@ -230,6 +231,6 @@ def test_a_step_is_launched_while_the_last_one_is_not_read(build: Build) -> None
     assert order == ["launch", *(["launch", "update"] * 3), "update"]
 
 
-def test_it_is_off_on_a_cpu_unless_asked_for(build: Build) -> None:
+def test_asynchronous_scheduling_is_off_on_a_cpu_by_default(build: Build) -> None:
     assert not build()._asynchronous
     assert build(async_scheduling=True)._asynchronous

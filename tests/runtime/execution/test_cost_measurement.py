@@ -1,4 +1,4 @@
-"""What is measured at start: where kernels are taken, and what is timed for the planner."""
+"""At start, kernels are measured against plain products, and forwards are timed for the planner."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,26 +37,24 @@ ROWS = (1, 8, 64)
         ((1, 1, 1), (1, 1, 1), 0),
     ],
 )
-def test_the_limit_of_kernels_is_where_they_save_most(
+def test_the_row_limit_of_kernels_is_where_they_save_most(
     kernel: tuple[float, ...], vendor: tuple[float, ...], limit: int
 ) -> None:
     assert best_row_limit(ROWS, kernel, vendor) == limit
 
 
-def model_of(pair: tuple[Path, Path]) -> BlendedModel:
-    return shared_model(pair)
-
-
-def test_without_a_gpu_no_kernels_are_taken_and_nothing_is_told(
+def test_without_a_gpu_no_kernels_are_used_and_nothing_is_reported(
     qwen3_pair: tuple[Path, Path],
 ) -> None:
-    model = model_of(qwen3_pair)
+    model = shared_model(qwen3_pair)
     assert choose_kernels(model) == ""
     assert (model.kernels.rows, model.kernels.experts) == (0, False)
 
 
-def failing(pair: tuple[Path, Path], patch: pytest.MonkeyPatch, error: Exception) -> BlendedModel:
-    """A model that believes itself on a GPU, whose kernels raise."""
+def model_with_failing_kernels(
+    pair: tuple[Path, Path], patch: pytest.MonkeyPatch, error: Exception
+) -> BlendedModel:
+    """Returns a model with a CUDA device, whose kernels raise this error."""
 
     def fail(model: BlendedModel) -> None:
         model.kernels.rows = 8
@@ -65,48 +63,50 @@ def failing(pair: tuple[Path, Path], patch: pytest.MonkeyPatch, error: Exception
     patch.setattr(cost_measurement, "measure_kernels", fail)
     patch.setattr(cost_measurement, "triton_installed", lambda: True)
     patch.setattr(cost_measurement, "is_lost", lambda device: "illegal" in str(error))
-    return replace(model_of(pair), device=torch.device("cuda"))
+    return replace(shared_model(pair), device=torch.device("cuda"))
 
 
-def test_kernels_that_do_not_run_are_off_and_the_reason_is_told(
+def test_kernels_that_do_not_run_are_off_and_the_reason_is_reported(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = failing(qwen3_pair, monkeypatch, RuntimeError("no kernel image"))
+    model = model_with_failing_kernels(qwen3_pair, monkeypatch, RuntimeError("no kernel image"))
     assert choose_kernels(model) == "none, as they do not run here (no kernel image)"
     assert model.kernels.rows == 0
 
 
-def test_kernels_that_take_the_gpu_with_them_end_the_start(
+def test_kernels_that_break_the_gpu_end_the_start(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured next raised an error that named neither."""
+    """The next measurement raised an error that named neither GPU nor kernels."""
     with pytest.raises(PairError, match=r"pair kernels do not run \(an illegal access\)"):
-        choose_kernels(failing(qwen3_pair, monkeypatch, RuntimeError("an illegal access")))
+        choose_kernels(
+            model_with_failing_kernels(qwen3_pair, monkeypatch, RuntimeError("an illegal access"))
+        )
 
 
-def test_a_gpu_that_is_full_is_no_fault_of_the_kernels(
+def test_running_out_of_memory_does_not_disable_the_kernels(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        choose_kernels(failing(qwen3_pair, monkeypatch, full))
+        choose_kernels(model_with_failing_kernels(qwen3_pair, monkeypatch, full))
 
 
-def test_kernels_that_are_slower_take_no_dense_products_but_the_experts(
+def test_slower_kernels_are_used_for_experts_only(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interpreted they are slower by far."""
+    """Interpreted kernels are much slower."""
     monkeypatch.setattr(cost_measurement, "KERNEL_ROWS", (1, 2))
     monkeypatch.setattr(cost_measurement, "REPEATS", 1)
-    model = model_of(pair_of("qwen3", num_hidden_layers=1))
+    model = shared_model(pair_of("qwen3", num_hidden_layers=1))
     measure_kernels(model)
     assert (model.kernels.rows, model.kernels.experts) == (0, True)
 
 
-def test_a_replay_is_timed_where_decodes_are_recorded(
+def test_a_replay_is_timed_if_decodes_are_recorded(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its fixed cost is what the products of as many rows do not explain."""
+    """Its fixed cost is its time less that of the products of as many rows."""
     engine = make_engine()
     graphs, model = record(engine), engine._runner._model
     key, _ = graphs.smallest
@@ -127,7 +127,7 @@ def test_a_replay_is_timed_where_decodes_are_recorded(
 def test_a_gpu_is_timed_on_more_weights_than_its_cache_holds(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(qwen3_pair)
+    model = shared_model(qwen3_pair)
     on_gpu = replace(model, device=torch.device("cuda"))
     (middle, *_) = cost_measurement._sampled_matrices(model)
     layer = len(cost_measurement._sampled_matrices(model))

@@ -1,7 +1,6 @@
-"""Recorded decode forwards: which one a step takes, and that a replay computes what it would have.
+"""A step of decodes takes the right recording, and its replay computes what the forward computes.
 
-Here a replay runs the forward again over the same buffers; what a CUDA graph does beside that is
-its launch.
+Here a replay runs the forward again over the same buffers, which a CUDA graph does in one launch.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,7 @@ E, B, P = Way.ENDPOINT, Way.BLENDED, Way.PAIR
 
 
 class RunAgain:
-    """A recorder whose replays run what was recorded, and count."""
+    """Records a forward as a function that runs it again, and counts the replays."""
 
     def __init__(self) -> None:
         self.replays = 0
@@ -51,6 +50,7 @@ def replays(graphs: DecodeGraphs) -> int:
 def record(
     engine: Engine, places: int = 2, sizes: tuple[int, ...] = (2, 4, 8), **settings: Any
 ) -> DecodeGraphs:
+    """Records the engine's decodes, which it then replays."""
     runner, engine._groups.cache = engine._runner, BlendCache(places)
     runner.graphs = DecodeGraphs(
         runner._model, runner.attention, RunAgain(), sizes=sizes, max_blocks=16, **settings
@@ -76,7 +76,9 @@ def test_greedy_tokens_are_those_of_the_merged_checkpoints(subject: Subject, see
 
 
 @pytest.mark.parametrize("policy", ["auto", "pair", "blended"])
-def test_so_they_are_under_every_policy(pair_of: PairOf, policy: str) -> None:
+def test_greedy_tokens_are_replayed_correctly_under_every_policy(
+    pair_of: PairOf, policy: str
+) -> None:
     subject = make_subject(pair_of("qwen3"), blend_policy=policy)
     graphs = record(subject.engine)
     subject.check_answers()
@@ -98,7 +100,7 @@ def test_every_way_is_replayed_and_counted(subject: Subject) -> None:
 
 
 class ByDial:
-    """Each dial alone where three steps in four find it, all together else."""
+    """Plans each dial alone in three steps of four, and all together in the fourth."""
 
     def __init__(self) -> None:
         self._step = 0
@@ -139,8 +141,8 @@ def test_dials_with_a_λ_for_each_group_are_replayed_too(pair_of: PairOf) -> Non
     assert answers(engine, MIXED[:1]) == {"0": expected["0"]}
 
 
-def test_padding_rows_leave_the_kv_of_others_alone(pair_of: PairOf) -> None:
-    """After a larger step, a smaller one writes one slot in each layer, and spare ones."""
+def test_padding_rows_write_to_the_null_block_only(pair_of: PairOf) -> None:
+    """After a larger step, a smaller one writes its own slot in each layer, and the null block."""
     engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
     graphs = record(engine)
     answers(engine)
@@ -182,30 +184,30 @@ def test_there_are_recordings_for_every_number_of_rows(rows: int, sizes: tuple[i
         (1, (1,), (2,)),
     ],
 )
-def test_or_for_those_that_were_asked_for_and_are_of_use(
+def test_configured_sizes_are_cut_to_the_rows_that_a_step_may_have(
     rows: int, wanted: tuple[int, ...], sizes: tuple[int, ...]
 ) -> None:
     assert sizes_for(rows, wanted) == sizes
 
 
-def test_rows_beyond_the_largest_recording_run_launch_by_launch(pair_of: PairOf) -> None:
-    """Four dials of which three fit: sometimes all are in one step, sometimes fewer."""
+def test_a_step_larger_than_any_recording_is_not_replayed(pair_of: PairOf) -> None:
+    """Three rows fit a recording, so that steps of four run without one."""
     engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
     expected = answers(engine)
     graphs, taken = record(engine, sizes=(3,)), set()
     choose = graphs.key_for
 
-    def noted(sub_batch: SubBatch) -> GraphKey | None:
+    def recording_of(sub_batch: SubBatch) -> GraphKey | None:
         taken.add(choose(sub_batch))
         return choose(sub_batch)
 
-    graphs.key_for = noted  # type: ignore[method-assign]
+    graphs.key_for = recording_of  # type: ignore[method-assign]
     assert answers(engine) == expected
     assert answers(engine, MIXED[:3]) == {name: expected[name] for name in "012"}
     assert taken == {None, GraphKey(3, P)}
 
 
-def test_the_λ_of_a_row_lie_where_kernels_are_compiled_for(pair_of: PairOf) -> None:
+def test_the_λ_of_recorded_rows_are_aligned_to_16_bytes(pair_of: PairOf) -> None:
     graphs = record(make_subject(pair_of("qwen3")).engine, sizes=(2, 5))
     held = [rows.lambdas for key in graphs.keys for rows in graphs._rows[key].values()]
     of_endpoints = graphs._shared.data_ptr()
@@ -238,7 +240,7 @@ def decode(dial: Dial, known: int = 5, computed: int = 4, **sampling: Any) -> Ch
         ([Dial(0.5)] * 9, None),
     ],
 )
-def test_a_step_takes_the_next_larger_recording_of_its_way(
+def test_a_step_takes_the_smallest_recording_of_its_way_that_fits(
     graphs: DecodeGraphs, dials: list[Dial], key: GraphKey | None
 ) -> None:
     assert graphs.key_for(SubBatch([decode(dial) for dial in dials], blended=False)) == key
@@ -248,7 +250,7 @@ def test_a_step_takes_the_next_larger_recording_of_its_way(
     "chunk",
     [
         Chunk(decode(Dial(0.5), computed=3).sequence, 3, 2),
-        decode(Dial(0.5), computed=3),  # one token of a prompt that goes on
+        decode(Dial(0.5), computed=3),  # one token of a prompt that is not complete
         decode(Dial(0.5), known=2, computed=0, prompt_logprobs=1),
     ],
 )
@@ -256,7 +258,7 @@ def test_prefills_and_scored_rows_are_not_replayed(graphs: DecodeGraphs, chunk: 
     assert graphs.key_for(SubBatch([chunk], blended=False)) is None
 
 
-def test_blended_weights_are_replayed_from_the_place_where_all_of_them_lie(
+def test_blended_weights_are_replayed_if_all_of_them_lie_in_one_place(
     graphs: DecodeGraphs,
 ) -> None:
     groups: BlendGroups = graphs._groups
@@ -273,7 +275,7 @@ def test_blended_weights_are_replayed_from_the_place_where_all_of_them_lie(
     assert graphs.key_for(low) is None
 
 
-def test_recording_leaves_the_blend_cache_empty_and_its_memory_taken(pair_of: PairOf) -> None:
+def test_recording_leaves_the_blend_cache_empty_but_keeps_its_memory(pair_of: PairOf) -> None:
     engine = make_subject(pair_of("qwen3")).engine
     record(engine)
     cache = engine._groups.cache
@@ -282,7 +284,7 @@ def test_recording_leaves_the_blend_cache_empty_and_its_memory_taken(pair_of: Pa
     assert cache.nbytes > 0
 
 
-def test_attention_is_told_the_capacity_so_that_a_recording_serves_every_length(
+def test_recorded_attention_covers_the_longest_sequence(
     graphs: DecodeGraphs,
 ) -> None:
     plan, attention = graphs._plan(4), graphs._attention

@@ -1,5 +1,7 @@
-"""How a GPU's memory is divided, what is said where it is too little, and that the largest steps
-are those that are measured. Bytes of a device that is not there; the steps run on the CPU."""
+"""A GPU's memory is divided among caches, recordings and steps, or an error says what is missing.
+
+The bytes are those of a device that does not exist; the largest steps run on the CPU.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,14 +43,14 @@ def model(monkeypatch: pytest.MonkeyPatch) -> BlendedModel:
 
 
 def qwen3_4b(patch: pytest.MonkeyPatch) -> BlendedModel:
-    """Of its KV: 2.25 MiB a block."""
+    """Returns a model of Qwen3-4B's shape, whose KV takes 2.25 MiB a block."""
     patch.setattr(memory_sizing, "blend_bytes", lambda _model: BLEND)
     layers = (LayerShape(8, 128, 128, 32),) * 36
     shape = SimpleNamespace(layers=layers, dtype=torch.bfloat16, max_positions=262_144)
     return cast(BlendedModel, shape)
 
 
-def held(
+def bytes_used(
     config: EngineConfig, model: BlendedModel, reserved: ReservedMemory, sizes: CacheSizes
 ) -> int:
     places = sizes.places * (BLEND + reserved.graphs_per_place)
@@ -56,11 +58,13 @@ def held(
     return reserved.used + reserved.workspace + reserved.graphs + places + kv
 
 
-def test_kv_gets_what_is_left_and_blended_weights_a_quarter_of_it(model: BlendedModel) -> None:
+def test_blended_weights_get_a_quarter_of_the_free_memory_and_kv_the_rest(
+    model: BlendedModel,
+) -> None:
     sizes = cuda_sizes(CONFIG, model, RESERVED)
     assert memory_sizing.block_bytes(CONFIG, model) == 16 * 36 * 8 * 256 * 2
     assert sizes.places == 1
-    spare = 72 * GIB - held(CONFIG, model, RESERVED, sizes)
+    spare = 72 * GIB - bytes_used(CONFIG, model, RESERVED, sizes)
     assert 0 <= spare < memory_sizing.block_bytes(CONFIG, model)
 
 
@@ -69,7 +73,7 @@ def test_kv_gets_no_more_than_full_sequences_can_use(model: BlendedModel) -> Non
     assert cuda_sizes(config, model, RESERVED).num_blocks == 4 * 63
 
 
-def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
+def test_configured_sizes_are_used(model: BlendedModel) -> None:
     sizes = cuda_sizes(replace(CONFIG, num_blocks=9, blend_cache_bytes=0), model, RESERVED)
     assert sizes == CacheSizes(num_blocks=9, places=0)
     by_bytes = replace(CONFIG, kv_cache_bytes=10 * GIB, blend_cache_bytes=44 * GIB)
@@ -78,21 +82,25 @@ def test_what_is_asked_for_is_given(model: BlendedModel) -> None:
     assert sizes.num_blocks == 10 * GIB // memory_sizing.block_bytes(CONFIG, model)
 
 
-def test_blended_weights_get_no_room_where_nothing_takes_them(
+def test_blended_weights_get_no_memory_if_they_cannot_be_used(
     model: BlendedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cuda_sizes(replace(CONFIG, blend_policy="pair"), model, RESERVED).places == 0
     monkeypatch.setattr(memory_sizing, "blend_bytes", lambda _model: 0)  # a plain model
-    for asked in (None, 44 * GIB):
-        assert cuda_sizes(replace(CONFIG, blend_cache_bytes=asked), model, RESERVED).places == 0
+    for configured in (None, 44 * GIB):
+        assert (
+            cuda_sizes(replace(CONFIG, blend_cache_bytes=configured), model, RESERVED).places == 0
+        )
 
 
-def test_recordings_are_counted_the_first_in_full_the_others_as_the_second() -> None:
+def test_recordings_after_the_first_are_counted_as_large_as_the_second() -> None:
     assert RESERVED.graphs == GIB + 35 * 16 * 2**20
     assert RESERVED.graphs_per_place == 12 * 16 * 2**20
 
 
-def test_too_little_is_told_in_numbers_with_what_to_do(model: BlendedModel) -> None:
+def test_too_little_memory_is_an_error_with_numbers_and_flags_to_change(
+    model: BlendedModel,
+) -> None:
     with pytest.raises(PairError) as caught:
         cuda_sizes(CONFIG, model, replace(RESERVED, used=71 * GIB))
     message = str(caught.value)
@@ -107,7 +115,7 @@ def test_too_little_is_told_in_numbers_with_what_to_do(model: BlendedModel) -> N
     workspace=st.integers(0, 8 * GIB),
     utilization=st.floats(0.05, 1.0),
 )
-def test_nothing_is_ever_promised_beyond_what_is_allowed(
+def test_the_caches_never_exceed_the_allowed_memory(
     used: int, workspace: int, utilization: float
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -121,17 +129,17 @@ def test_nothing_is_ever_promised_beyond_what_is_allowed(
             assert used + workspace + reserved.graphs > RESERVED.total * utilization - least
             return
         assert sizes.num_blocks >= 1
-        assert held(config, shape, reserved, sizes) <= RESERVED.total * utilization
+        assert bytes_used(config, shape, reserved, sizes) <= RESERVED.total * utilization
 
 
-def test_steps_of_all_sizes_run_before_requests_by_both_kinds_of_product() -> None:
-    """The first long prompt at λ = 0 compiled six kernels of experts, and all streams waited."""
+def test_steps_of_all_sizes_run_at_start_by_both_kinds_of_product() -> None:
+    """The first long prompt at λ = 0 once compiled six kernels while all streams waited."""
     steps = memory_sizing.steps_of_all_sizes(EngineConfig("", "", max_batched_tokens=2048))
     ran = {(chunk.dial, chunk.length) for (chunk,) in steps}
     assert ran == {(Dial(value), 2**power) for value in (0.0, 0.5) for power in range(12)}
 
 
-def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngine) -> None:
+def test_the_largest_steps_can_be_computed_and_sampled(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batched_tokens=40, max_num_seqs=5)
     runner, config = engine._runner, EngineConfig("", "", block_size=4, max_batched_tokens=40)
     kept: list[int] = []
@@ -151,7 +159,7 @@ def test_the_largest_steps_can_be_computed_and_drawn_from(make_engine: MakeEngin
 
 
 def test_no_more_prompt_positions_are_scored_than_a_step_may_have() -> None:
-    """A prefill may be longer; four times the logits were measured, and kept from KV."""
+    """For longer prefills, four times these logits were measured and taken from the KV cache."""
     config = EngineConfig("", "", max_batched_tokens=4 * SCORED_ROWS)
     _, (scored,), *_ = memory_sizing.largest_steps(config, vocab_size=100)
     assert len(scored.scored) + scored.samples == SCORED_ROWS
@@ -171,14 +179,14 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(
     requests = [EngineRequest(name, (5, 6, 7), Dial(0.5), GREEDY) for name in ("a", "b")]
     expected = engine.generate(requests[:1])["a"]
     calls = 0
-    really = getattr(engine._runner, what)
+    original = getattr(engine._runner, what)
 
     def third_fails(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return really(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(engine._runner, what, third_fails)
     events = engine.generate(requests)

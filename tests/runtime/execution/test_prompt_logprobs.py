@@ -1,4 +1,4 @@
-"""Log-probabilities of the prompt: those of plain `transformers` on a merged checkpoint."""
+"""Log-probabilities of the prompt are those of plain `transformers` on a merged checkpoint."""
 
 import random
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from mi_runtime.request import (
     EngineRequest,
     FinishReason,
     SamplingParams,
-    TokenEvent,
     TokenLogprobs,
 )
 from mi_runtime.scheduling import scheduler
 from tests.runtime import oracle
+from tests.runtime.engine_runs import run_to_end
 from tests.runtime.families import VOCABULARY
 
 MakeEngine = Callable[..., Engine]
@@ -34,25 +34,13 @@ def request(index: int, prompt: tuple[int, ...], value: float, **params: Any) ->
 
 
 def prompts() -> list[tuple[int, ...]]:
-    """Of several lengths, one of them a single token; two at one λ begin alike."""
+    """Returns prompts of several lengths, one of a single token, two with a common prefix."""
     rng = random.Random(0)
     own = [tuple(rng.choices(range(3, VOCABULARY), k=k)) for k in (23, 17, 9, 1, 5)]
     return [*own[:4], own[1][:12] + own[4]]
 
 
-def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, list[TokenEvent]]:
-    events: dict[str, list[TokenEvent]] = {}
-    for one in requests:
-        engine.submit(one)
-        events[one.request_id] = []
-    while not engine.idle:
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.scheduler.check_integrity()
-    return events
-
-
-def assert_oracles(
+def assert_equals_oracle(
     scores: tuple[TokenLogprobs, ...] | None, model: Any, one: EngineRequest
 ) -> None:
     assert scores is not None
@@ -80,31 +68,33 @@ def test_prompts_at_mixed_lambdas_in_one_batch_have_the_oracles_log_probabilitie
             zip(prompts(), LAMBDAS, (0, 20, 0, 20, 1), strict=True)
         )
     ]
-    events = run(engine, wanted)
+    events = run_to_end(engine, *wanted)
     for one in wanted:
         first, *others = events[one.request_id]
         model = oracle.merged(*qwen3_pair, one.dial.reasoning_lambda)
-        assert_oracles(first.prompt_logprobs, model, one)
+        assert_equals_oracle(first.prompt_logprobs, model, one)
         assert all(event.prompt_logprobs is None for event in others)
         assert (first.token_id is None) == (one.sampling.max_tokens == 0)
         assert (others or [first])[-1].finish_reason is FinishReason.LENGTH
     assert (engine.stats().preemptions > 0) == ("num_blocks" in settings)
 
 
-def test_a_long_prompt_is_scored_in_pieces_of_the_steps_limit(
+def test_a_long_prompt_is_scored_in_several_steps(
     make_engine: MakeEngine, qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "SCORED_ROWS", 4)
     engine = make_engine()
     one = request(0, prompts()[0], 0.3, max_tokens=0)
-    events = run(engine, [one])
+    events = run_to_end(engine, one)
     assert engine.stats().steps == 6  # 22 rows
-    assert_oracles(events["r0"][0].prompt_logprobs, oracle.merged(*qwen3_pair, 0.3), one)
+    assert_equals_oracle(events["r0"][0].prompt_logprobs, oracle.merged(*qwen3_pair, 0.3), one)
 
 
-def test_scoring_leaves_the_tokens_of_the_answer_as_they_are(make_engine: MakeEngine) -> None:
+def test_scoring_a_prompt_does_not_change_its_answer(make_engine: MakeEngine) -> None:
     plain, scored = (
-        run(make_engine(), [request(0, prompts()[0], 0.3, max_tokens=9, prompt_logprobs=count)])
+        run_to_end(
+            make_engine(), request(0, prompts()[0], 0.3, max_tokens=9, prompt_logprobs=count)
+        )
         for count in (None, 0)
     )
     tokens = [[event.token_id for event in events["r0"]] for events in (plain, scored)]
@@ -118,15 +108,15 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(make_engine: MakeEngin
     score = engine._runner._score
 
     def broken(logits: torch.Tensor, batch: Any, scores: Any) -> torch.Tensor:
-        """The first scored row of the first request overflowed."""
+        """Makes the first scored row of the first request infinite."""
         if batch.scored[0].sequence.request_id == "r0":
             logits = logits.clone()
             logits[0, 0] = torch.inf
         return score(logits, batch, scores)
 
     engine._runner._score = broken  # type: ignore[method-assign]
-    events = run(
-        engine, [request(index, prompts()[index], 0.3, max_tokens=2) for index in range(2)]
+    events = run_to_end(
+        engine, *(request(index, prompts()[index], 0.3, max_tokens=2) for index in range(2))
     )
     (failed,) = events["r0"]
     assert (failed.finish_reason, failed.prompt_logprobs) == (FinishReason.ERROR, None)
@@ -134,15 +124,17 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(make_engine: MakeEngin
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
-def test_rows_are_read_slice_by_slice(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_rows_give_the_same_log_probabilities(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([3, 1, 4, 1, 5, 9, 2])
-    whole = read(token_logprobs(logits, tokens, count))
+    at_once = read(token_logprobs(logits, tokens, count))
     monkeypatch.setattr(logprobs, "SLICE", 2)
-    assert read(token_logprobs(logits, tokens, count)) == whole
-    assert {len(one.top) for one in whole} == {min(count, 11)}
+    assert read(token_logprobs(logits, tokens, count)) == at_once
+    assert {len(one.top) for one in at_once} == {min(count, 11)}
     table = logits.log_softmax(1)
-    assert [one.token for one in whole] == [table[i, t].item() for i, t in enumerate(tokens)]
+    assert [one.token for one in at_once] == [table[i, t].item() for i, t in enumerate(tokens)]
 
 
 def read(found: RowLogprobs) -> list[TokenLogprobs]:

@@ -1,8 +1,8 @@
-"""The sampler against plain references of one row at a time.
+"""The sampler draws as plain references of one row at a time do.
 
-A distribution is compared exactly: the sampler inverts a cumulative distribution at one uniform
-number of the sequence's own generator, so a generator that walks an even grid of them must give
-every token as often as its probability says, to within one step of the grid.
+A distribution is compared exactly. The sampler inverts a cumulative distribution at one uniform
+number of the sequence's generator, so that a grid of such numbers must give every token as often as
+its probability says, to within one step of the grid.
 """
 
 import math
@@ -34,7 +34,7 @@ PROMPT = (3, 3, 5)
 
 
 class FixedRandom:
-    """A generator that gives the number it was told."""
+    """A random generator that always returns one number."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -52,7 +52,8 @@ def sequence(
     return made
 
 
-def at(uniform: float, **params: Any) -> Sequence:
+def sequence_at(uniform: float, **params: Any) -> Sequence:
+    """Returns a sequence whose generator gives this uniform number."""
     made = sequence(**params)
     made.rng = FixedRandom(uniform)  # type: ignore[assignment]
     return made
@@ -81,8 +82,8 @@ def logprobs(logits: Tensor, one: Sequence) -> TokenLogprobs | None:
 
 
 def drawn_distribution(logits: Tensor, **params: Any) -> Tensor:
-    """`[vocabulary]`: how often each token is drawn at an even grid of uniform numbers."""
-    sequences = [at((step + 0.5) / GRID, **params) for step in range(GRID)]
+    """Returns how often each token is drawn on a grid of uniform numbers, `[vocabulary]`."""
+    sequences = [sequence_at((step + 0.5) / GRID, **params) for step in range(GRID)]
     drawn = torch.tensor(tokens(logits.expand(GRID, -1), *sequences))
     return torch.bincount(drawn, minlength=logits.shape[1]) / GRID
 
@@ -90,7 +91,7 @@ def drawn_distribution(logits: Tensor, **params: Any) -> Tensor:
 def expected_distribution(
     logits: Tensor, *, temperature: float = 1, top_k: int = 0, top_p: float = 1, min_p: float = 0
 ) -> Tensor:
-    """The same by the warpers of `transformers`, in their order."""
+    """Returns the same distribution by the warpers of `transformers`, in their order."""
     no_ids = torch.zeros(1, 0)
     warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
@@ -116,7 +117,7 @@ def test_greedy_takes_the_best_token() -> None:
     assert tokens(logits, *sequences) == logits.argmax(1).tolist()
 
 
-def test_greedy_takes_the_first_of_equals() -> None:
+def test_greedy_takes_the_first_of_equally_good_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [7, 4, 20]] = 1.0
     assert tokens(logits, sequence(temperature=0)) == [4]
@@ -154,7 +155,7 @@ def test_a_sampled_token_takes_exactly_one_random_number() -> None:
     ],
     ids=str,
 )
-def test_tokens_are_drawn_from_the_distribution_that_is_asked_for(params: dict[str, Any]) -> None:
+def test_tokens_are_drawn_from_the_requested_distribution(params: dict[str, Any]) -> None:
     assert_same_distribution(random_logits(), **params)
 
 
@@ -166,7 +167,9 @@ def test_tokens_are_drawn_from_the_distribution_that_is_asked_for(params: dict[s
     min_p=st.floats(0, 0.5),
 )
 @settings(max_examples=settings.default.max_examples // 4)
-def test_any_mixture_of_cuts_is_that_of_transformers(seed: int, **params: Any) -> None:
+def test_any_combination_of_cuts_gives_the_distribution_of_transformers(
+    seed: int, **params: Any
+) -> None:
     assert_same_distribution(random_logits(seed=seed), **params)
 
 
@@ -177,10 +180,10 @@ def test_any_mixture_of_cuts_is_that_of_transformers(seed: int, **params: Any) -
     group=st.sampled_from([1, 7, 64, 500]),
 )
 @settings(max_examples=settings.default.max_examples // 4)
-def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting(
+def test_searching_finds_the_same_top_p_threshold_as_sorting(
     seed: int, temperature: float, coarse: bool, group: int
 ) -> None:
-    """Coarse logits have many equals; cold ones leave most tokens no mass at all."""
+    """Coarse logits have many equal values; at a low temperature most tokens have no mass."""
     top_p = torch.tensor([2**-24, 0.1, 0.5, 0.9, 0.999, 1 - 2**-20, 1 - 2**-24]).unsqueeze(1)
     logits = random_logits(len(top_p), seed, vocabulary=997)
     logits = (logits.round() if coarse else logits) / temperature
@@ -197,14 +200,14 @@ def assert_found_as_sorted(probabilities: Tensor, top_p: Tensor, group: int) -> 
     assert torch.equal(by_search, by_sorting)
 
 
-def test_so_it_is_in_a_large_vocabulary() -> None:
+def test_searching_finds_the_same_threshold_in_a_large_vocabulary() -> None:
     top_p = torch.tensor([[0.8], [0.99]])
     logits = random_logits(2, vocabulary=151_936)
     assert_found_as_sorted(logits.softmax(1), top_p, topk_topp.GROUP)
 
 
 @pytest.mark.parametrize("params", [{"top_p": 0.8}, {"top_p": 0.95, "min_p": 0.03}], ids=str)
-def test_a_searched_cut_draws_from_the_distribution_that_is_asked_for(
+def test_a_searched_threshold_gives_the_requested_distribution(
     params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topk_topp, "GROUP", 7)
@@ -214,10 +217,10 @@ def test_a_searched_cut_draws_from_the_distribution_that_is_asked_for(
 def test_the_least_and_the_greatest_uniform_number_draw_possible_tokens() -> None:
     logits = torch.full((1, VOCAB), -torch.inf)
     logits[0, [5, 9]] = 0.0
-    logits = logits.clamp(min=-1e4)  # probability 0 before, between and behind
+    logits = logits.clamp(min=-1e4)  # probability 0 before, between and after them
     for cut in ({}, {"top_p": 0.99}):
-        assert tokens(logits, at(0.0, **cut)) == [5]
-        assert tokens(logits, at(math.nextafter(1, 0), **cut)) == [9]
+        assert tokens(logits, sequence_at(0.0, **cut)) == [5]
+        assert tokens(logits, sequence_at(math.nextafter(1, 0), **cut)) == [9]
 
 
 def test_equally_probable_tokens_are_kept_or_cut_together() -> None:
@@ -242,12 +245,13 @@ def test_seeds_reproduce_and_differ() -> None:
 # --- What changes the logits --------------------------------------------------------------------
 
 
-def changed_by(logits: Tensor, one: Sequence) -> Tensor:
-    """`[vocabulary]` log-odds that the sampler sees, read off the distribution it draws from."""
+def changed_logits(logits: Tensor, one: Sequence) -> Tensor:
+    """Returns the logits after penalties, bias and forbidden tokens, `[vocabulary]`."""
     sampling = one.request.sampling
-    counts = torch.bincount(torch.tensor(one.output, dtype=torch.int64), minlength=VOCAB)
+    output = one.tokens[one.prompt_length :]
+    counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=VOCAB)
     row = logits[0].clone()
-    seen = list({*one.request.prompt, *one.output})
+    seen = list({*one.request.prompt, *output})
     for token in seen:
         factor = sampling.repetition_penalty
         row[token] = row[token] / factor if row[token] > 0 else row[token] * factor
@@ -261,7 +265,7 @@ def changed_by(logits: Tensor, one: Sequence) -> Tensor:
 
 def assert_draws_like_formula(logits: Tensor, **params: Any) -> None:
     drawn = drawn_distribution(logits, **params)
-    expected = changed_by(logits, sequence(**params)).softmax(0)
+    expected = changed_logits(logits, sequence(**params)).softmax(0)
     assert (drawn - expected).abs().max() <= 1.01 / GRID
 
 
@@ -308,7 +312,7 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
 
 
 def test_penalties_grow_with_the_answer() -> None:
-    """The counts are kept between steps; a step that saw none of the tokens must not lose them."""
+    """The counts are kept between steps, and survive a step without these tokens."""
     sampler, one = Sampler(), sequence(temperature=0, frequency_penalty=1.0)
     logits = torch.zeros(1, VOCAB)
     logits[0, :3] = torch.tensor([2.5, 1.9, 0.8])
@@ -335,14 +339,14 @@ def test_ends_are_allowed_once_min_tokens_are_there() -> None:
     assert tokens(logits, sequence(output=(7, 7), **params)) == [1]
 
 
-def test_an_end_that_the_vocabulary_lacks_forbids_nothing() -> None:
+def test_an_end_token_outside_the_vocabulary_forbids_nothing() -> None:
     ends = frozenset({VOCAB, VOCAB + 100})
     logits = random_logits()
     drawn = tokens(logits, sequence(temperature=0, min_tokens=5, eos_token_ids=ends))
     assert drawn == logits.argmax(1).tolist()
 
 
-def test_the_logits_that_come_in_are_left_as_they_are() -> None:
+def test_the_given_logits_are_not_changed() -> None:
     logits = random_logits()
     before = logits.clone()
     tokens(logits, sequence(repetition_penalty=2.0, logit_bias=((1, 5.0),), logprobs=3))
@@ -352,7 +356,7 @@ def test_the_logits_that_come_in_are_left_as_they_are() -> None:
 # --- Log-probabilities --------------------------------------------------------------------------
 
 
-def test_logprobs_are_those_of_the_model_before_everything_else() -> None:
+def test_logprobs_are_those_of_the_models_own_logits() -> None:
     logits = random_logits()
     found = logprobs(
         logits,
@@ -366,7 +370,7 @@ def test_logprobs_are_those_of_the_model_before_everything_else() -> None:
     assert [value for _, value in found.top] == pytest.approx(expected[best].tolist())
 
 
-def test_no_logprobs_unless_asked_for() -> None:
+def test_without_the_parameter_there_are_no_logprobs() -> None:
     assert logprobs(random_logits(), sequence()) is None
 
 
@@ -413,10 +417,10 @@ def with_params(params: SamplingParams) -> Sequence:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     group=st.sampled_from([64, 1024]),
 )
-def test_a_row_gives_the_same_alone_and_in_any_company(
+def test_a_row_gives_the_same_token_alone_and_in_any_batch(
     batch: list[SamplingParams], seed: int, coarse: bool, dtype: torch.dtype, group: int
 ) -> None:
-    """Coarse logits have many equals, as bf16 ones do: their order must not matter either."""
+    """Coarse logits have many equal values, as bf16 ones do, whose order must not matter."""
     logits = random_logits(len(batch), seed, vocabulary=200)
     logits = (logits.round() if coarse else logits).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -427,19 +431,19 @@ def test_a_row_gives_the_same_alone_and_in_any_company(
             assert together[row] == alone[0]
 
 
-def test_rows_are_penalized_and_drawn_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_rows_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(15, vocabulary=200)
     penalized = {"repetition_penalty": 1.5, "frequency_penalty": 0.5}
     kinds: list[dict[str, Any]] = [{}, {"top_k": 5}, penalized, {"min_p": 0.1}, {"top_p": 0.7}]
     batch = [SamplingParams(seed=row, **kinds[row % len(kinds)]) for row in range(15)]
-    whole = tokens(logits, *map(with_params, batch))
+    at_once = tokens(logits, *map(with_params, batch))
     monkeypatch.setattr(topk_topp, "SLICE", 2)
     monkeypatch.setattr(logits_processors, "SLICE", 2)
-    assert tokens(logits, *map(with_params, batch)) == whole
+    assert tokens(logits, *map(with_params, batch)) == at_once
 
 
 def test_sums_of_probabilities_are_the_same_in_any_order() -> None:
-    """A GPU adds up a row in an order that depends on how many rows there are."""
+    """On a GPU, the order of a row's sum depends on the number of rows."""
     probabilities = random_logits(3, vocabulary=5000).softmax(1)
     shuffled = probabilities[:, torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
     totals, least = [], []
@@ -451,7 +455,7 @@ def test_sums_of_probabilities_are_the_same_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_gives_nothing_and_the_others_their_tokens(value: float) -> None:
+def test_a_row_that_is_not_finite_gives_no_token_and_changes_no_other(value: float) -> None:
     logits = random_logits(3)
     expected = tokens(logits, *(sequence(seed=row, top_k=4) for row in range(3)))
     logits[1, 7] = value
@@ -465,7 +469,7 @@ def test_a_row_that_is_not_finite_gives_nothing_and_the_others_their_tokens(valu
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-46, 5e-324])
 @pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 3}], ids=str)
 def test_a_tiny_temperature_is_greedy(temperature: float, cut: dict[str, Any]) -> None:
-    """At 1e-38 logits divided by it overflowed, and the token drawn lay outside the vocabulary."""
+    """At 1e-38, the divided logits overflowed, and the token lay outside the vocabulary."""
     logits = random_logits(2) * 10
     sequences = [sequence(temperature=temperature, **cut) for _ in range(2)]
     assert tokens(logits, *sequences) == logits.argmax(1).tolist()
@@ -482,7 +486,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float, cut: dict[str, Any]) -
     ],
     ids=["infinite bias", "NaN bias", "overflowing penalty", "all forbidden"],
 )
-def test_a_row_with_nothing_to_draw_from_gives_nothing_and_harms_no_other(
+def test_a_row_without_a_possible_token_changes_no_other(
     params: dict[str, Any], temperature: float
 ) -> None:
     logits = random_logits(2)

@@ -1,4 +1,4 @@
-"""What is recorded at start where compiling or recording fails; nothing is recorded here."""
+"""At start, an engine records what compiles, and reports what failed; nothing is recorded here."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ GROUPS = SimpleNamespace(end=lambda: None, cache=BlendCache())
 MODEL = cast(Any, SimpleNamespace(logits="as it runs", groups=GROUPS))
 
 
-class Fake:
-    """Stands for recordings of one forward, which may raise when they are made."""
+class FakeGraphs:
+    """Stands for the recordings of a forward; an exception as the forward is raised."""
 
     keys = ("first", "second")
 
@@ -32,26 +32,26 @@ class Fake:
             raise self.forward
 
 
-def recorded(
+def record(
     monkeypatch: pytest.MonkeyPatch, forward: Any, how: str
 ) -> tuple[Any, str | None, list[str]]:
-    monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
+    monkeypatch.setattr(startup, "_graphs", lambda *arguments: FakeGraphs(arguments[3]))
     trial = RecordingTrial(forward, how, stream=UNUSED, first_bytes=0, next_bytes=0)
     failures: list[str] = []
     return *startup._record_all(UNUSED, MODEL, UNUSED, trial, failures), failures
 
 
-def test_what_compiles_is_recorded_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs, how, failures = recorded(monkeypatch, "compiled", COMPILED)
+def test_a_forward_that_compiles_is_recorded_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, how, failures = record(monkeypatch, "compiled", COMPILED)
     assert (graphs.forward, how, failures) == ("compiled", COMPILED, [])
 
 
-def test_where_a_way_fails_to_compile_all_is_recorded_as_it_runs(
+def test_a_forward_that_fails_to_compile_is_recorded_without_compilation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is printed with where it failed, and told in one line."""
+    """The traceback is printed, and the reason is reported in one line."""
     error = InternalTorchDynamoError("a way of its own\nand where")
-    graphs, how, failures = recorded(monkeypatch, error, COMPILED)
+    graphs, how, failures = record(monkeypatch, error, COMPILED)
     assert (graphs.forward, how) == ("as it runs", RECORDED)
     assert failures == ["with torch.compile: a way of its own"]
     printed = capsys.readouterr().err
@@ -59,26 +59,30 @@ def test_where_a_way_fails_to_compile_all_is_recorded_as_it_runs(
     assert "Traceback" in printed
 
 
-def test_what_fails_as_it_runs_too_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs, how, failures = recorded(monkeypatch, RuntimeError("broken"), RECORDED)
+def test_a_forward_that_fails_without_compilation_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs, how, failures = record(monkeypatch, RuntimeError("broken"), RECORDED)
     assert (graphs, how, failures) == (None, None, ["without torch.compile: broken"])
 
 
-def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        recorded(monkeypatch, torch.OutOfMemoryError("full"), COMPILED)
+        record(monkeypatch, torch.OutOfMemoryError("full"), COMPILED)
 
 
 # --- On a GPU that is not there -------------------------------------------------------------------
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`on_gpu(forwards, **settings)`: what is told of recordings where the compiled forward and the
-    plain one are these; an exception is what recording them raises."""
+def report_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`report_of(compiled, plain, **settings)` returns the report of recordings on a GPU.
 
-    def told(compiled: Any, plain: Any, backend: str = "triton", **settings: Any) -> str:
-        monkeypatch.setattr(startup, "_graphs", lambda *arguments: Fake(arguments[3]))
+    An exception as a forward is what recording it raises.
+    """
+
+    def report(compiled: Any, plain: Any, backend: str = "triton", **settings: Any) -> str:
+        monkeypatch.setattr(startup, "_graphs", lambda *arguments: FakeGraphs(arguments[3]))
         monkeypatch.setattr(startup, "compiled_logits", lambda model: compiled)
         monkeypatch.setattr(startup, "memory_taken_by", lambda act: (0, act()))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
@@ -89,32 +93,32 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         trial = startup._try_recording(config, model, attention, failures)
         return startup._graphs_description(trial and trial.how, 70, 9.4, failures)
 
-    return told
+    return report
 
 
 BROKEN = RuntimeError("CUDA error: operation not permitted\nwhen a stream is capturing")
 
 
-def test_engines_tell_what_was_recorded_and_why_not_more(on_gpu: Callable[..., str]) -> None:
-    """A server runs in any case; a bench can ask for what it needs."""
-    assert on_gpu("compiled", "plain") == "70 recorded and compiled, in 9 s"
-    assert on_gpu("compiled", "plain", torch_compile=False) == "70 recorded, in 9 s"
+def test_engines_report_what_was_recorded_and_what_failed(report_of: Callable[..., str]) -> None:
+    """A server starts in any case; a bench can check the report."""
+    assert report_of("compiled", "plain") == "70 recorded and compiled, in 9 s"
+    assert report_of("compiled", "plain", torch_compile=False) == "70 recorded, in 9 s"
     reason = "CUDA error: operation not permitted"
-    assert on_gpu(BROKEN, "plain") == f"70 recorded, in 9 s (with torch.compile: {reason})"
+    assert report_of(BROKEN, "plain") == f"70 recorded, in 9 s (with torch.compile: {reason})"
     both = f"none (with torch.compile: {reason}; without torch.compile: {reason})"
-    assert on_gpu(BROKEN, BROKEN) == both
+    assert report_of(BROKEN, BROKEN) == both
     waits = "none (the reference attention waits for the host)"
-    assert on_gpu("compiled", "plain", backend="reference") == waits
-    assert on_gpu("compiled", "plain", cuda_graphs=False) == "none"
+    assert report_of("compiled", "plain", backend="reference") == waits
+    assert report_of("compiled", "plain", cuda_graphs=False) == "none"
 
 
-def test_what_a_failed_recording_hides_is_told_as_well() -> None:
-    """CUDA says at a recording's end that it failed before; what failed was raised inside."""
+def test_the_first_cause_of_a_failed_recording_is_reported_too() -> None:
+    """CUDA reports at a recording's end that it failed; the first error was raised inside."""
     try:
         try:
             raise BROKEN
         finally:
             raise RuntimeError("capture was invalidated")
     except RuntimeError as error:
-        told = startup._causes(error)
-    assert told == "capture was invalidated, after CUDA error: operation not permitted"
+        causes = startup._causes(error)
+    assert causes == "capture was invalidated, after CUDA error: operation not permitted"

@@ -1,4 +1,4 @@
-"""The three ways against the oracle and each other, and an engine that switches among them.
+"""All three ways compute what the merged checkpoint computes, even if an engine mixes them.
 
 The oracle is plain `transformers` on a checkpoint merged offline in fp32; at λ = 0 and 1 it is the
 endpoint as it is on disk.
@@ -18,9 +18,10 @@ from mi_runtime.config import EngineConfig
 from mi_runtime.engine import Engine
 from mi_runtime.execution.cost_measurement import blend_bytes
 from mi_runtime.model.row_lambdas import StepRows, Way
-from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenEvent
+from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.planner import CostCurve, CostModel
 from tests.runtime import oracle
+from tests.runtime.engine_runs import run_to_end
 from tests.runtime.families import FAMILIES, VOCABULARY, marks_of
 from tests.runtime.shared_models import engine_of
 from tests.runtime.ways import RandomPlanner
@@ -47,9 +48,11 @@ class Subject:
         return oracle.merged(*self.directories, value)
 
     def check_answers(self) -> None:
-        """Answers all requests, the invariants checked after every step; compares the tokens with
-        the oracle's, and the log-probabilities, as a token may be right by luck."""
-        for name, events in answers(self.engine).items():
+        """Checks tokens and log-probabilities of all answers against the oracle's.
+
+        A token alone may be right by luck.
+        """
+        for name, events in run_to_end(self.engine, *requests()).items():
             value, prompt = PROMPTS[name]
             tokens = [event.token_id for event in events if event.token_id is not None]
             assert len(tokens) == NEW_TOKENS
@@ -59,7 +62,7 @@ class Subject:
             assert (shown - expected).abs().max() < TOLERANCE
 
     def logits(self, dials: tuple[Dial, Dial], blended: bool) -> list[Tensor]:
-        """`[tokens, vocabulary]` of two sequences, each at its dial, in one forward."""
+        """Returns the logits of two sequences in one forward, each `[tokens, vocabulary]`."""
         model, total = self.engine._runner._model, sum(LENGTHS)
         distinct = tuple(dict.fromkeys(dials))
         index = [distinct.index(dial) for dial in dials]
@@ -127,19 +130,6 @@ def requests() -> list[EngineRequest]:
     ]
 
 
-def answers(engine: Engine) -> dict[str, list[TokenEvent]]:
-    events: dict[str, list[TokenEvent]] = {}
-    for request in requests():
-        engine.submit(request)
-        events[request.request_id] = []
-    while not engine.idle:
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.scheduler.check_integrity()
-        engine._groups.cache.check_integrity()
-    return events
-
-
 # --- Logits -------------------------------------------------------------------------------------
 
 
@@ -147,8 +137,7 @@ def answers(engine: Engine) -> dict[str, list[TokenEvent]]:
 def test_the_logits_of_all_ways_are_those_of_the_merged_checkpoint(
     any_subject: Subject, value: float
 ) -> None:
-    """One forward each with all rows at λ, by single weights and by pair product; then one where
-    only half of the rows are."""
+    """All rows are at λ, by single weights and by pair product; then only half of them are."""
     subject, dial = any_subject, Dial(value)
     expected = subject.expected((value, value))
     before = subject.executions()
@@ -166,7 +155,7 @@ def test_the_logits_of_all_ways_are_those_of_the_merged_checkpoint(
             assert (logits - wanted).abs().max() < TOLERANCE
 
 
-def test_both_endpoints_in_one_forward_are_each_its_own(subject: Subject) -> None:
+def test_both_endpoints_in_one_forward_give_their_own_logits(subject: Subject) -> None:
     logits = subject.logits((Dial(1.0), Dial(0.0)), blended=True)
     for own, wanted in zip(logits, subject.expected((1.0, 0.0)), strict=True):
         assert (own - wanted).abs().max() < TOLERANCE
@@ -181,7 +170,7 @@ def test_both_endpoints_in_one_forward_are_each_its_own(subject: Subject) -> Non
 def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
     subject: Subject, seed: int
 ) -> None:
-    """Mixed decodes and chunked prefills, steps in one forward and in several."""
+    """The steps mix decodes and chunked prefills, in one forward or several."""
     before, planner = subject.executions(), RandomPlanner(seed)
     subject.engine._runner.planner = planner  # type: ignore[assignment]
     subject.check_answers()
@@ -190,8 +179,8 @@ def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
     assert all(taken[way] > before[way] for way in Way)
 
 
-def test_they_do_when_what_was_computed_one_way_is_read_by_another(subject: Subject) -> None:
-    """The prefix cache serves KV that other ways wrote."""
+def test_greedy_tokens_stay_the_same_when_another_way_wrote_the_cached_kv(subject: Subject) -> None:
+    """The prefix cache returns KV that other ways wrote."""
     subject.engine._runner.planner = RandomPlanner(4)  # type: ignore[assignment]
     subject.check_answers()
     hits = subject.engine.stats().prefix_hit_tokens
@@ -216,32 +205,34 @@ def test_every_policy_gives_the_same_tokens(pair_of: PairOf, policy: str) -> Non
 
 @pytest.mark.parametrize("places", [0, 1, 2])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_evictions_in_the_middle_of_a_run_change_nothing(
+def test_evictions_during_a_run_do_not_change_the_tokens(
     pair_of: PairOf, family: str, places: int
 ) -> None:
-    """Fewer places for blends than the three λ that want them."""
+    """Three λ are blended, and the cache holds fewer."""
     subject = make_subject(pair_of(family))
-    cache, whole = subject.engine._groups.cache, blend_bytes(subject.engine._runner._model)
+    cache, one_blend = subject.engine._groups.cache, blend_bytes(subject.engine._runner._model)
     cache.places = places
     subject.engine._runner.planner = RandomPlanner(5)  # type: ignore[assignment]
     subject.check_answers()
     stats = subject.engine.stats()
     assert stats.blend_evictions
     assert stats.blend_builds > len(subject.engine._groups.names) * 3
-    assert stats.blend_bytes <= max(1, places) * whole * 1.05  # routers come on top
+    assert stats.blend_bytes <= max(1, places) * one_blend * 1.05  # routers come on top
     cache.check_integrity()
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_preemption_between_ways_changes_nothing(pair_of: PairOf, prefix_caching: bool) -> None:
+def test_preemption_between_ways_does_not_change_the_tokens(
+    pair_of: PairOf, prefix_caching: bool
+) -> None:
     subject = make_subject(pair_of("qwen3"), num_blocks=16, prefix_caching=prefix_caching)
     subject.engine._runner.planner = RandomPlanner(6)  # type: ignore[assignment]
     subject.check_answers()
     assert subject.engine.stats().preemptions
 
 
-def test_a_hot_λ_is_served_by_blended_weights_in_the_end(pair_of: PairOf) -> None:
-    """The engine's own planner; the costs are made up, as measured ones differ by machine."""
+def test_a_hot_λ_is_computed_by_blended_weights_after_a_while(pair_of: PairOf) -> None:
+    """The costs are made up, as measured ones differ by machine."""
     subject, dial = make_subject(pair_of("qwen3")), Dial(0.5)
     engine, groups = subject.engine, subject.engine._groups
     single, pair = CostCurve((1, 2), (1.0, 1.0)), CostCurve((1, 2), (2.0, 2.0))

@@ -1,4 +1,4 @@
-"""Whole models and engines by kernels, interpreted, against the same without."""
+"""Models and engines compute the same by kernels, interpreted, as without them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ WAYS: tuple[tuple[Dials, bool], ...] = (  # pair, pair of one λ, blended, endpo
 
 
 def few_layers(family: str) -> dict[str, Any]:
-    """One layer of each kind; a window is no kind here, no kernel of a product sees it."""
+    """Returns changes that leave one layer of each kind, where a window is no kind of its own."""
     layers = 2 if family == "glm4_moe" else 1  # its first layer has no experts
     listed = {"layer_types", "no_rope_layers"} & FAMILIES[family].keys()
     cut = {key: FAMILIES[family][key][:layers] for key in listed}
@@ -49,7 +49,7 @@ def few_layers(family: str) -> dict[str, Any]:
 
 
 def logits(model: BlendedModel, dials: Dials, blended: bool = False) -> Tensor:
-    """Of every token of two sequences, each at a dial of its own where there are two."""
+    """Returns the logits of two sequences, of which the second is at the last dial."""
     tokens = sum(LENGTHS)
     index = [0] * LENGTHS[0] + [len(dials) - 1] * LENGTHS[1]
     model.groups.cache.budget = 1 << 24
@@ -61,6 +61,7 @@ def logits(model: BlendedModel, dials: Dials, blended: bool = False) -> Tensor:
 
 @contextmanager
 def by_kernel(kernels: KernelDispatch) -> Iterator[None]:
+    """Turns the kernels on for as long as the context lasts."""
     kernels.enable(rows=1000)
     yield
     kernels.enable(rows=0, experts=False)
@@ -92,7 +93,7 @@ def test_rounded_differences_compute_the_same_by_kernels(
         assert (logits(model, MIXED) - expected).abs().max() < TOLERANCE
 
 
-def test_experts_by_kernels_never_ask_the_host(
+def test_experts_by_kernels_never_read_a_tensor_on_the_host(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shared_model(pair_of("qwen3_moe", **few_layers("qwen3_moe")))
@@ -108,7 +109,7 @@ def test_experts_by_kernels_never_ask_the_host(
 
 
 @pytest.mark.parametrize(("rows", "by_kernels"), [(22, False), (23, True)])
-def test_products_of_more_rows_than_the_limit_go_by_the_vendor(
+def test_products_of_more_rows_than_the_limit_use_no_kernel(
     rows: int, by_kernels: bool, pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shared_model(pair_of("llama", **few_layers("llama")))

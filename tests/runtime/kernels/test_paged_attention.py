@@ -1,7 +1,7 @@
-"""The Triton kernels of paged attention against the reference, by Triton's interpreter.
+"""The Triton kernels of paged attention, interpreted, agree with the reference.
 
-Interpreted, a tile is 16 tokens by 16 rows, so that lengths of some tens cross every boundary. What
-compiles for a GPU is `tests/bench/test_kernel_code.py`.
+Interpreted, a tile is 16 tokens by 16 rows, so that lengths of some tens cross every boundary.
+`tests/bench/test_kernel_code.py` tests what compiles for a GPU.
 """
 
 import random
@@ -16,16 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mi_runtime.attention.paged import PagedAttention
 from mi_runtime.attention.plan import AttentionPlan, LayerShape
 from mi_runtime.attention.reference import ReferenceAttention
-from mi_runtime.execution.batch import attention_plan
 from mi_runtime.request import Dial, EngineRequest
 from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.sequence import Sequence
 from tests.runtime.paged import (
-    CPU,
     Workload,
     attention,
-    packed,
-    paged,
+    attention_plan,
+    by_paged_attention,
+    by_slow_twin,
     sequences,
     shuffled_blocks,
 )
@@ -39,7 +38,7 @@ NUM_BLOCKS = 80
 
 @dataclass(frozen=True)
 class Case:
-    """Chunks over a cache, as (tokens before the chunk, tokens of it); decodes first."""
+    """Chunks over a cache, each as (tokens before it, its tokens); decodes first."""
 
     chunks: tuple[tuple[int, int], ...] = ((39, 1), (0, 1), (15, 1), (16, 1), (21, 19), (0, 3))
     block_size: int = 4
@@ -70,10 +69,10 @@ class Case:
             one = Sequence(EngineRequest("one", (1,) * (start + length), Dial(0.5)))
             one.block_table = [blocks.pop() for _ in range(-(-len(one) // self.block_size))]
             chunks.append(Chunk(one, start, length))
-        return attention_plan(chunks, self.block_size, NUM_BLOCKS, CPU)
+        return attention_plan(chunks, self.block_size, NUM_BLOCKS)
 
     def caches(self, unwritten: float) -> tuple[Tensor, Tensor]:
-        """Keys and values: random numbers for every token, and `unwritten` everywhere else."""
+        """Returns keys and values, random for every token and `unwritten` everywhere else."""
         return self._cache(self.key_dim, unwritten, 1), self._cache(self.value_dim, unwritten, 2)
 
     def _cache(self, dim: int, unwritten: float, seed: int) -> Tensor:
@@ -107,8 +106,8 @@ class Case:
             sinks=sinks if sinks is None else sinks.float(),
         )
 
-    def found(self) -> Tensor:
-        """By the kernels, over a cache that is NaN where nothing was written."""
+    def computed(self) -> Tensor:
+        """Returns the kernels' output over a cache that is NaN where nothing was written."""
         plan = self.plan()
         keys, values = self.caches(torch.nan)
         out: Tensor = kernels.paged_attention(
@@ -120,7 +119,7 @@ class Case:
 
     def check(self, tolerance: float = 3e-6) -> None:
         torch.testing.assert_close(
-            self.found().float(), self.expected(), atol=tolerance, rtol=tolerance
+            self.computed().float(), self.expected(), atol=tolerance, rtol=tolerance
         )
 
 
@@ -148,42 +147,46 @@ def test_sinks_of_every_shape_agree_with_the_reference(sinks: str, window: int |
 
 
 @pytest.mark.parametrize(("splits", "window"), [(1, None), (2, 50), (4, None), (8, None), (8, 50)])
-def test_splits_add_up_to_the_whole(splits: int, window: int | None) -> None:
+def test_decodes_computed_in_splits_agree_with_the_reference(
+    splits: int, window: int | None
+) -> None:
     Case(LONG, splits=splits, window=window, sinks="heads").check()
 
 
 @pytest.mark.parametrize("splits", [2, 8])
 @pytest.mark.parametrize("window", [None, 20])
-def test_splits_of_prefill_chunks_add_up_to_the_whole(splits: int, window: int | None) -> None:
-    """With a window a query sees nothing of parts that another one of its tile sees."""
+def test_prefill_chunks_computed_in_splits_agree_with_the_reference(
+    splits: int, window: int | None
+) -> None:
+    """With a window, a query sees no token of a part that another query of its tile sees."""
     chunks = ((50, 1), (58, 9), (0, 21))
     Case(chunks, splits=splits, window=window, sinks="rows", kv_heads=1).check()
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 32])
-def test_a_tile_need_not_be_a_block(block_size: int) -> None:
-    """Blocks of one token are as many as there are tokens."""
+def test_blocks_of_any_size_agree_with_the_reference(block_size: int) -> None:
+    """A tile may be part of a block, or contain several."""
     Case(((17, 1), (21, 19)), block_size=block_size).check()
 
 
 def test_half_precision_agrees_with_the_reference_within_its_rounding() -> None:
-    """The interpreter multiplies no bfloat16: it takes the bits for whole numbers."""
+    """Tested in float16, as the interpreter reads the bits of bfloat16 as integers."""
     chunks = ((39, 1), (21, 9), (0, 3))
     Case(chunks, dtype=torch.float16, splits=2, sinks="rows").check(tolerance=4e-3)
 
 
-def test_many_short_chunks_are_found_by_their_tiles() -> None:
-    """Each chunk has at least one tile, and some end where the division has no remainder."""
+def test_every_tile_finds_its_chunk_among_many_short_ones() -> None:
+    """Each chunk has at least one tile, and some chunks end with their last tile."""
     chunks = tuple(enumerate([2, 4, 8, 3, 1, 5, 4, 2, 7]))
     Case(chunks, kv_heads=1).check()
 
 
-def test_a_head_that_all_queries_share_takes_more_rows_than_a_tile_has() -> None:
+def test_a_kv_head_of_more_query_heads_than_a_tile_has_rows_agrees() -> None:
     Case(((17, 1), (3, 5)), kv_heads=1, group=20).check()
 
 
 def test_rows_that_pad_a_batch_change_nothing() -> None:
-    """As in a captured graph: a row of padding is one token in the null block."""
+    """As in a CUDA graph, a row of padding is one token in the null block."""
     case = Case(LONG, splits=2)
     plan, padding = case.plan(), 3
     spare = torch.full((padding, plan.block_tables.shape[1]), NUM_BLOCKS, dtype=torch.int32)
@@ -200,8 +203,8 @@ def test_rows_that_pad_a_batch_change_nothing() -> None:
     torch.testing.assert_close(out[: case.rows], case.expected(), atol=3e-6, rtol=3e-6)
 
 
-def test_queries_need_not_be_dense() -> None:
-    """Models hand them down as views, heads before tokens."""
+def test_queries_may_be_strided() -> None:
+    """Models pass them as views, heads before tokens."""
     case = Case()
     plan, query = case.plan(), case.query()
     keys, values = case.caches(0.0)
@@ -230,15 +233,15 @@ def test_kv_is_written_to_its_slots_and_nowhere_else(across: bool) -> None:
     assert torch.equal(values, expected[1])
 
 
-def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_rightly() -> None:
-    """Its memory is only asked for: pages that nobody writes take none."""
+def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_correctly() -> None:
+    """Its memory is reserved, not used: pages that nobody writes take none."""
     block_size, dim = 16, 256
     blocks = 2**31 // (block_size * dim) + 1
     keys = torch.empty(blocks + 1, block_size, 1, dim, dtype=torch.float16)
     values = torch.empty_like(keys)
     one = Sequence(EngineRequest("one", (1,) * 20, Dial(0.5)))
     one.block_table = [blocks, 0]
-    plan = attention_plan([Chunk(one, 0, 20)], block_size, 1, CPU)
+    plan = attention_plan([Chunk(one, 0, 20)], block_size, 1)
     key, value, query = (torch.randn(20, heads, dim).half() for heads in (1, 1, 2))
     backend = triton_backend.TritonAttention()
     backend.write(plan, keys, values, key, value)
@@ -267,8 +270,8 @@ def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int)
     over = attention(work, triton_backend.TritonAttention())
     for cache in (*over._keys, *over._values):
         cache.fill_(torch.nan)
-    out = paged(work, over, sequences(work, shuffled_blocks(seed)))
-    torch.testing.assert_close(out, packed(work), atol=3e-6, rtol=1e-5)
+    out = by_paged_attention(work, over, sequences(work, shuffled_blocks(seed)))
+    torch.testing.assert_close(out, by_slow_twin(work), atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -285,15 +288,13 @@ def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int)
         (0, 0, 1),
     ],
 )
-def test_work_is_split_to_fill_a_device_and_no_further(
-    programs: int, longest: int, splits: int
-) -> None:
+def test_work_is_split_until_it_fills_the_device(programs: int, longest: int, splits: int) -> None:
     assert kernels.number_of_splits(programs, 6 * 132, longest) == splits
 
 
 @pytest.mark.parametrize("chunks", [((300, 1), (0, 1)), ((290, 10),)])
 @pytest.mark.parametrize(("window", "divided"), [(None, True), (20, False)])
-def test_work_that_a_window_leaves_small_is_not_split(
+def test_work_that_a_window_makes_small_is_not_split(
     chunks: tuple[tuple[int, int], ...],
     window: int | None,
     divided: bool,
@@ -313,7 +314,7 @@ def test_work_that_a_window_leaves_small_is_not_split(
     assert bool(added) == divided
 
 
-def test_the_operators_are_described_rightly_for_tracing() -> None:
+def test_the_operators_have_a_correct_schema_and_fake_implementation() -> None:
     case = Case(((20, 1), (3, 5)), sinks="rows", splits=2)
     plan, (keys, values) = case.plan(), case.caches(0.0)
     tests = ("test_schema", "test_faketensor")
@@ -329,8 +330,8 @@ def test_the_operators_are_described_rightly_for_tracing() -> None:
     )
 
 
-def test_a_layer_is_traced_with_tensors_of_a_gpu_that_is_not_there() -> None:
-    """Nothing in it asks the device for a value."""
+def test_a_layer_traces_with_fake_tensors_of_a_gpu() -> None:
+    """Nothing in it reads a value from the device."""
     plan = Case().plan()
     with FakeTensorMode(allow_non_fake_inputs=True):
         cuda = torch.device("cuda")

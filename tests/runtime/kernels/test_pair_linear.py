@@ -1,5 +1,7 @@
-"""Pair kernels against plain torch, interpreted on the CPU; what the compiler makes of them for a
-GPU is `tests/bench/test_kernel_code.py`."""
+"""The pair kernels, interpreted on the CPU, compute what plain torch computes.
+
+`tests/bench/test_kernel_code.py` tests what the compiler makes of them for a GPU.
+"""
 
 import pytest
 import torch
@@ -22,18 +24,18 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def lambdas(rows: int) -> Tensor:
-    """0 and 1 and what is between."""
+    """Returns a λ for each row: 0, 1 and three between."""
     return (torch.arange(rows) % 5 / 4).float()
 
 
 def assert_near(result: Tensor, exact: Tensor) -> None:
-    """One rounding of every number away, and a little for the order of the sums."""
+    """Allows for one rounding of every number, and a little for the order of the sums."""
     slack = exact.abs() * ROUNDING[result.dtype] + 1e-5 * exact.abs().max()
     assert ((result.float() - exact).abs() <= slack).all()
 
 
 def pair(columns: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `PairMatrix` keeps them: strided views of one tensor."""
+    """Returns both matrices as `PairMatrix` stores them: strided views of one tensor."""
     both = random(columns, 2, depth, dtype=dtype)
     return both[:, 0], both[:, 1]
 
@@ -57,7 +59,7 @@ def exact_pair(x: Tensor, low: Tensor, high: Tensor, weights: Tensor) -> Tensor:
         (3, torch.bfloat16),
     ],
 )
-def test_a_pair_product_is_the_two_products_mixed_row_by_row(
+def test_a_pair_product_interpolates_both_products_row_by_row(
     rows: int, columns: int, depth: int, dtype: torch.dtype
 ) -> None:
     x, (low, high) = random(rows, depth, dtype=dtype), pair(columns, depth, dtype)
@@ -72,7 +74,7 @@ def test_tiles_for_many_rows_compute_the_same() -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize(("depth", "bad"), [(50, torch.nan), (1100, torch.inf)])
-def test_what_is_not_finite_in_one_endpoint_never_reaches_rows_at_the_other(
+def test_nan_and_infinity_of_one_endpoint_never_reach_rows_at_the_other(
     depth: int, bad: float
 ) -> None:
     x, weights = random(3, depth), torch.tensor([0.0, 0.5, 1.0])
@@ -86,9 +88,8 @@ def test_what_is_not_finite_in_one_endpoint_never_reaches_rows_at_the_other(
     assert torch.equal(spoiled[2], pair_linear(x, low, low, weights)[2])
 
 
-def test_rows_of_one_batch_do_not_change_each_other() -> None:
-    """A row has the same bits beside others: at its place, as numpy's products, which the
-    interpreter takes, may round differently at another one."""
+def test_a_row_has_the_same_bits_whatever_the_other_rows_are() -> None:
+    """The row stays at its place, as the interpreter's numpy may round differently at another."""
     x, (low, high), weights = random(9, 1100), pair(40, 1100, torch.float32), lambdas(9)
     together = pair_linear(x, low, high, weights)
     for row in (0, 4, 8):
@@ -104,9 +105,9 @@ def test_splitting_k_gives_the_same_bits_every_time(monkeypatch: pytest.MonkeyPa
     split = pair_linear(x, low, high, weights)
     assert torch.equal(split, pair_linear(x, low, high, weights))
     monkeypatch.setattr(kernels, "MAX_SPLITS", 1)
-    whole = pair_linear(x, low, high, weights)
-    assert not torch.equal(split, whole)  # otherwise nothing was split
-    torch.testing.assert_close(split, whole)
+    unsplit = pair_linear(x, low, high, weights)
+    assert not torch.equal(split, unsplit)  # otherwise nothing was split
+    torch.testing.assert_close(split, unsplit)
 
 
 def test_matrices_and_inputs_may_be_strided() -> None:
@@ -123,7 +124,7 @@ def test_no_rows_give_no_rows() -> None:
 
 # --- Grouped by expert --------------------------------------------------------------------------
 
-WHO = {
+ASSIGNMENTS = {
     "no row for some, several for others": ([[0, 2], [2, 4], [2, 0], [4, 2]], 6),
     "one expert for all": ([[3]] * 19, 5),
     "every expert for every row": ([[1, 0, 2]] * 23, 3),
@@ -134,7 +135,7 @@ WHO = {
 def exact_grouped(
     x: Tensor, low: Tensor, high: Tensor, ids: Tensor, weights: Tensor, biases: Tensor | None
 ) -> Tensor:
-    """`x` has a row for each assignment."""
+    """Returns the expected rows; `x` has a row for each assignment to an expert."""
     out = []
     for row, (expert, value) in enumerate(
         zip(ids.flatten().tolist(), weights.repeat_interleave(ids.shape[1]), strict=True)
@@ -147,15 +148,15 @@ def exact_grouped(
 
 
 @pytest.mark.parametrize(
-    ("who", "dtype"),
+    ("case", "dtype"),
     [
-        *((who, torch.float32) for who in WHO),
+        *((case, torch.float32) for case in ASSIGNMENTS),
         ("no row for some, several for others", torch.float16),
         ("no row for some, several for others", torch.bfloat16),
     ],
 )
-def test_each_row_goes_through_its_experts(who: str, dtype: torch.dtype) -> None:
-    chosen, experts = WHO[who]
+def test_each_row_is_computed_by_its_experts(case: str, dtype: torch.dtype) -> None:
+    chosen, experts = ASSIGNMENTS[case]
     ids = torch.tensor(chosen)
     rows, top_k = ids.shape
     both, biases = random(experts, 70, 2, 50, dtype=dtype), random(experts, 2, 70, dtype=dtype)
@@ -196,7 +197,7 @@ def test_experts_may_be_transposed() -> None:
         )
     )
 )
-def test_blocks_cover_every_assignment_once_and_have_one_expert_each(
+def test_blocks_contain_every_assignment_once_and_have_one_expert_each(
     case: tuple[int, list[int]],
 ) -> None:
     experts, chosen = case

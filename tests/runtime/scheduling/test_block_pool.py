@@ -1,4 +1,4 @@
-"""The block pool: small stories, then random use against a slow twin that scans for everything."""
+"""The block pool shares, caches and evicts blocks as a slow twin does that scans for everything."""
 
 from dataclasses import dataclass
 from itertools import count
@@ -18,8 +18,8 @@ def pool(num_blocks: int = 4, block_size: int = 2, fingerprint: str = "pair") ->
     return BlockPool(num_blocks, block_size, fingerprint)
 
 
-def filled(blocks: BlockPool, *keys: bytes) -> list[int]:
-    """A new block table with the content of `keys`."""
+def table_of(blocks: BlockPool, *keys: bytes) -> list[int]:
+    """Returns a new block table with the content of `keys`."""
     table = blocks.acquire([], len(keys))
     assert table is not None
     for block, key in zip(table, keys, strict=True):
@@ -34,7 +34,7 @@ def test_a_new_pool_is_all_free() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(0, 0), (1, 1), (2, 1), (3, 2), (4, 2)])
-def test_tokens_take_as_many_blocks_as_they_begin(tokens: int, expected: int) -> None:
+def test_tokens_need_as_many_blocks_as_they_begin(tokens: int, expected: int) -> None:
     assert pool(block_size=2).blocks_for(tokens) == expected
 
 
@@ -46,7 +46,7 @@ def test_a_released_block_without_content_is_free_again() -> None:
 
 def test_a_released_block_with_content_is_cached_and_can_be_shared_again() -> None:
     blocks = pool()
-    table = filled(blocks, b"a")
+    table = table_of(blocks, b"a")
     blocks.release(table)
     assert (blocks.free, blocks.referenced, blocks.cached) == (3, 0, 1)
     assert blocks.find(b"a") == table[0]
@@ -55,9 +55,9 @@ def test_a_released_block_with_content_is_cached_and_can_be_shared_again() -> No
     blocks.check_integrity()
 
 
-def test_a_shared_block_stays_until_its_last_holder_lets_go() -> None:
+def test_a_shared_block_stays_referenced_until_its_last_release() -> None:
     blocks = pool()
-    table = filled(blocks, b"a")
+    table = table_of(blocks, b"a")
     assert blocks.acquire(table, 0) == table
     blocks.release(table)
     assert blocks.referenced == 1
@@ -67,7 +67,7 @@ def test_a_shared_block_stays_until_its_last_holder_lets_go() -> None:
 
 def test_the_least_recently_used_content_is_evicted_first() -> None:
     blocks = pool(2)
-    first, second = filled(blocks, b"a", b"b")
+    first, second = table_of(blocks, b"a", b"b")
     blocks.release([first])
     blocks.release([second])
     blocks.release(blocks.acquire([first], 0) or [])  # used again: now "b" is the older one
@@ -79,7 +79,7 @@ def test_the_least_recently_used_content_is_evicted_first() -> None:
 
 def test_the_tail_of_a_chain_is_evicted_before_its_head() -> None:
     blocks = pool(3)
-    blocks.release(filled(blocks, b"head", b"middle", b"tail"))
+    blocks.release(table_of(blocks, b"head", b"middle", b"tail"))
     blocks.allocate()
     assert blocks.find(b"tail") is None
     blocks.allocate()
@@ -87,24 +87,24 @@ def test_the_tail_of_a_chain_is_evicted_before_its_head() -> None:
     assert blocks.find(b"head") is not None
 
 
-def test_free_blocks_are_taken_before_content_is_lost() -> None:
+def test_free_blocks_are_used_before_content_is_evicted() -> None:
     blocks = pool(2)
-    blocks.release(filled(blocks, b"a"))
+    blocks.release(table_of(blocks, b"a"))
     blocks.allocate()
     assert blocks.find(b"a") is not None
 
 
-def test_what_does_not_fit_takes_nothing() -> None:
+def test_a_table_that_does_not_fit_takes_no_block() -> None:
     blocks = pool(3)
-    blocks.release(filled(blocks, b"a"))
+    blocks.release(table_of(blocks, b"a"))
     found = [blocks.find(b"a") or 0]
     assert blocks.acquire(found, 3) is None
     assert (blocks.free, blocks.referenced, blocks.cached) == (2, 0, 1)
 
 
-def test_taking_new_blocks_never_evicts_the_blocks_found_for_the_same_table() -> None:
+def test_new_blocks_never_evict_the_blocks_found_for_the_same_table() -> None:
     blocks = pool(3)
-    found = filled(blocks, b"a", b"b")
+    found = table_of(blocks, b"a", b"b")
     blocks.release(found)
     table = blocks.acquire(found, 1)
     assert table is not None
@@ -115,8 +115,8 @@ def test_taking_new_blocks_never_evicts_the_blocks_found_for_the_same_table() ->
 
 def test_the_second_block_of_the_same_content_stays_private() -> None:
     blocks = pool()
-    shared = filled(blocks, b"a")
-    private = filled(blocks, b"a")
+    shared = table_of(blocks, b"a")
+    private = table_of(blocks, b"a")
     assert blocks.find(b"a") == shared[0]
     blocks.release(private)
     assert (blocks.free, blocks.cached) == (3, 0)
@@ -127,7 +127,7 @@ def test_the_second_block_of_the_same_content_stays_private() -> None:
 
 def test_forgotten_content_is_not_found_and_its_blocks_become_free() -> None:
     blocks = pool()
-    table = filled(blocks, b"a", b"b")
+    table = table_of(blocks, b"a", b"b")
     blocks.forget(table)
     assert blocks.find(b"a") is None
     blocks.release(table)
@@ -137,7 +137,7 @@ def test_forgotten_content_is_not_found_and_its_blocks_become_free() -> None:
 
 def test_shared_content_is_not_forgotten() -> None:
     blocks = pool()
-    table = filled(blocks, b"a")
+    table = table_of(blocks, b"a")
     shared = blocks.acquire(table, 1)
     assert shared is not None
     blocks.forget(shared)
@@ -145,7 +145,7 @@ def test_shared_content_is_not_forgotten() -> None:
     blocks.check_integrity()
 
 
-def test_a_block_released_twice_is_our_mistake() -> None:
+def test_releasing_a_block_twice_fails_an_assertion() -> None:
     blocks = pool()
     table = [blocks.allocate()]
     blocks.release(table)
@@ -153,14 +153,14 @@ def test_a_block_released_twice_is_our_mistake() -> None:
         blocks.release(table)
 
 
-def test_an_exhausted_pool_hands_out_nothing() -> None:
+def test_allocating_from_an_exhausted_pool_fails_an_assertion() -> None:
     blocks = pool(1)
     blocks.allocate()
     with pytest.raises(AssertionError, match="no block"):
         blocks.allocate()
 
 
-def test_keys_tell_apart_everything_that_kv_depends_on() -> None:
+def test_keys_differ_in_everything_that_kv_depends_on() -> None:
     blocks, other_pair = pool(), pool(fingerprint="other pair")
     roots = {
         blocks.root_key(Dial(0.5), ""),
@@ -201,7 +201,7 @@ class SlowBlock:
 
 
 class PoolAgainstSlowTwin(RuleBasedStateMachine):
-    """The twin keeps a list of block values in use or cached, and looks for everything in it."""
+    """The twin keeps a list of the blocks in use or cached, and scans it for everything."""
 
     SIZE = 5
     keys = st.sampled_from([bytes([letter]) for letter in b"abcdefgh"])
@@ -262,10 +262,10 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
     @rule(data=st.data(), key=keys)
     def register(self, data: st.DataObject, key: bytes) -> None:
         table = data.draw(st.sampled_from([table for table in self.tables if table]))
-        nameless = [(number, block) for number, block in table if block.key is None]
-        if not nameless:
+        without_key = [(number, block) for number, block in table if block.key is None]
+        if not without_key:
             return
-        number, block = nameless[0]
+        number, block = without_key[0]
         self.pool.register(number, key)
         if self.twin_find(key) is None:
             block.key = key

@@ -1,7 +1,7 @@
-"""Answers under a grammar: the state alone, then an engine whose random model says anything.
+"""An answer under a grammar follows it, first in the state alone, then in an engine.
 
-The oracle is the `jsonschema` package: whatever is drawn, at any temperature, in any batch, must be
-an instance of the schema.
+The engine's random model would write anything. The oracle is the `jsonschema` package: whatever is
+drawn, at any temperature, in any batch, must be an instance of the schema.
 """
 
 import json
@@ -61,7 +61,7 @@ FEW_EXAMPLES = settings(  # each is an answer of a model
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """Without white space to spend tokens on."""
+    """Returns the grammar of a schema, without white space."""
     options = {"whitespace_flexible": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
 
@@ -73,6 +73,7 @@ def encode(text: str) -> list[int]:
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> GrammarVocabulary:
+    """Returns the vocabulary of the embedded pair."""
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
     TOKENIZER.save(str(path))
     return GrammarVocabulary(str(path), (EOS,))
@@ -89,7 +90,8 @@ def thinking(*, opened: bool = False, cap: int | None = None) -> ThinkingState:
     return ThinkingState(policy, TokenMarks(blanks=blanks))
 
 
-def tell(state: GrammarState, block: ThinkingState | None, tokens: Sequence[int]) -> None:
+def observe_all(state: GrammarState, block: ThinkingState | None, tokens: Sequence[int]) -> None:
+    """Passes tokens to the grammar's state and to the think block."""
     for token_id in tokens:
         state.observe(token_id)
         if block is not None:
@@ -97,6 +99,7 @@ def tell(state: GrammarState, block: ThinkingState | None, tokens: Sequence[int]
 
 
 def allowed(state: GrammarState) -> set[int]:
+    """Returns the token ids that may come next."""
     mask = state.mask()
     ids = {index for index in range(len(mask) * 8) if mask[index // 8] >> index % 8 & 1}
     return ids | ({state.extra_token} - {None})  # type: ignore[arg-type]
@@ -105,78 +108,78 @@ def allowed(state: GrammarState) -> set[int]:
 # --- the state alone ---
 
 
-def test_without_a_think_block_the_grammar_holds_from_the_first_token(grammars: Grammars) -> None:
+def test_without_a_think_block_the_grammar_constrains_the_first_token(grammars: Grammars) -> None:
     state = grammars.state(DIGITS, None)
     assert state.constrains
     assert allowed(state) == set(encode("{"))
-    tell(state, None, encode("{4"))
+    observe_all(state, None, encode("{4"))
     assert allowed(state) == set(encode("0123456789}"))
 
 
-def test_an_open_block_is_free_and_its_tokens_are_none_of_the_answer(grammars: Grammars) -> None:
+def test_tokens_inside_a_block_are_not_constrained(grammars: Grammars) -> None:
     block = thinking(opened=True)
     state = grammars.state(DIGITS, block)
     for token_id in [LETTER, *encode("}"), BREAK]:
         assert not state.constrains
-        tell(state, block, [token_id])
+        observe_all(state, block, [token_id])
     assert state.failure is None
-    tell(state, block, [CLOSE])
+    observe_all(state, block, [CLOSE])
     assert state.constrains
 
 
-def test_before_anything_is_said_a_block_may_open_instead(grammars: Grammars) -> None:
+def test_the_first_token_may_open_a_block(grammars: Grammars) -> None:
     block = thinking()
     state = grammars.state(DIGITS, block)
     assert allowed(state) == {*encode("{"), OPEN}
-    tell(state, block, [OPEN, LETTER, CLOSE])
+    observe_all(state, block, [OPEN, LETTER, CLOSE])
     assert (block.phase, state.failure) == (Phase.CLOSED, None)
     assert allowed(state) == {*encode("{"), BREAKS}
 
 
-def test_once_the_answer_began_no_block_opens(grammars: Grammars) -> None:
+def test_after_the_first_token_of_the_answer_no_block_may_open(grammars: Grammars) -> None:
     block = thinking()
     state = grammars.state(DIGITS, block)
-    tell(state, block, encode("{"))
+    observe_all(state, block, encode("{"))
     assert OPEN not in allowed(state)
 
 
-def test_behind_its_own_tag_the_model_may_write_the_closing_sequences_breaks_once(
+def test_after_its_own_closing_tag_the_model_may_write_the_line_breaks_once(
     grammars: Grammars,
 ) -> None:
     block = thinking(opened=True)
     state = grammars.state(DIGITS, block)
-    tell(state, block, [CLOSE, BREAKS])
+    observe_all(state, block, [CLOSE, BREAKS])
     assert allowed(state) == set(encode("{"))
-    tell(state, block, encode("{4}"))
+    observe_all(state, block, encode("{4}"))
     assert state.complete
 
 
-def test_the_forced_closing_sequence_is_none_of_the_answer(grammars: Grammars) -> None:
+def test_the_forced_closing_sequence_is_not_constrained(grammars: Grammars) -> None:
     block = thinking(opened=True, cap=1)
     state = grammars.state(DIGITS, block)
-    tell(state, block, [LETTER])
+    observe_all(state, block, [LETTER])
     for token_id in CLOSING:
         assert not state.constrains
         assert block.forced_token == token_id
-        tell(state, block, [token_id])
+        observe_all(state, block, [token_id])
     assert state.constrains
     assert allowed(state) == set(encode("{"))  # the line breaks are written
 
 
-def test_an_end_is_allowed_where_the_answer_is_complete_and_not_before(grammars: Grammars) -> None:
+def test_an_end_token_is_allowed_once_the_answer_is_complete(grammars: Grammars) -> None:
     state = grammars.state("start: /[0-9]{1,3}/", None)
     assert EOS not in allowed(state)
-    tell(state, None, encode("4"))
+    observe_all(state, None, encode("4"))
     assert EOS in allowed(state)
     assert not state.complete
-    tell(state, None, encode("25"))
+    observe_all(state, None, encode("25"))
     assert state.complete
     assert allowed(state) == {EOS}
 
 
-def test_a_token_against_the_grammar_is_a_failure_and_not_an_end(grammars: Grammars) -> None:
+def test_a_token_that_breaks_the_grammar_is_a_failure(grammars: Grammars) -> None:
     state = grammars.state(DIGITS, None)
-    tell(state, None, [LETTER])
+    observe_all(state, None, [LETTER])
     assert state.failure is not None
     assert state.mask() == b""
 
@@ -197,7 +200,7 @@ def test_a_tokenizer_that_the_library_cannot_read_is_a_failure(tmp_path: Path) -
     assert state.failure is not None
 
 
-def test_where_the_library_is_not_installed_a_grammar_is_a_failure_that_names_it(
+def test_without_the_library_a_grammar_is_a_failure_that_names_it(
     vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
@@ -206,13 +209,13 @@ def test_where_the_library_is_not_installed_a_grammar_is_a_failure_that_names_it
     assert "llguidance" in (state.failure or "")
 
 
-def test_sequences_of_one_grammar_do_not_move_each_other(grammars: Grammars) -> None:
+def test_sequences_with_one_grammar_have_separate_states(grammars: Grammars) -> None:
     one, other = grammars.state(DIGITS, None), grammars.state(DIGITS, None)
-    tell(one, None, encode("{12"))
+    observe_all(one, None, encode("{12"))
     assert allowed(other) == set(encode("{"))
 
 
-def test_grammars_that_were_pushed_out_are_compiled_again(vocabulary: GrammarVocabulary) -> None:
+def test_evicted_grammars_are_compiled_again(vocabulary: GrammarVocabulary) -> None:
     grammars = Grammars(vocabulary)
     states = [grammars.state(f'start: "{n}"', None) for n in range(MOST_KEPT + 2)]
     again = grammars.state('start: "0"', None)
@@ -220,7 +223,9 @@ def test_grammars_that_were_pushed_out_are_compiled_again(vocabulary: GrammarVoc
 
 
 @given(st.lists(st.binary(max_size=12), min_size=1, max_size=3), st.integers(1, 99))
-def test_bits_of_masks_say_what_is_forbidden(masks: list[bytes], vocabulary: int) -> None:
+def test_tokens_without_a_bit_in_the_mask_are_forbidden(
+    masks: list[bytes], vocabulary: int
+) -> None:
     forbidden = _forbidden(masks, torch.zeros(len(masks), vocabulary))
     for row, mask in enumerate(masks):
         bits = [byte >> bit & 1 for byte in mask for bit in range(8)][:vocabulary]
@@ -268,14 +273,15 @@ def run(engine: Engine, *requests: EngineRequest) -> dict[str, list[TokenEvent]]
     return answers
 
 
-def said(events: list[TokenEvent]) -> list[int]:
+def answer_tokens(events: list[TokenEvent]) -> list[int]:
+    """Returns the tokens of an answer, without the end token that stopped it."""
     ended = events[-1].finish_reason is FinishReason.STOP
     tokens = [event.token_id for event in events[: -1 if ended else None]]
     return [token_id for token_id in tokens if token_id is not None]
 
 
 def text_of(events: list[TokenEvent]) -> str:
-    return str(TOKENIZER.decode(said(events), skip_special_tokens=False))
+    return str(TOKENIZER.decode(answer_tokens(events), skip_special_tokens=False))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
@@ -329,7 +335,7 @@ SCHEMAS = st.recursive(LEAVES, compound, max_leaves=5)
 
 @FEW_EXAMPLES
 @given(SCHEMAS, st.sampled_from([1.0, 2.0]), st.integers(0, 2**31))
-def test_whatever_schema_the_answer_validates(
+def test_an_answer_is_an_instance_of_any_schema(
     engine: Engine, schema: dict[str, Any], temperature: float, seed: int
 ) -> None:
     fields: dict[str, Any] = {"temperature": temperature, "max_tokens": 100, "seed": seed}
@@ -338,7 +344,7 @@ def test_whatever_schema_the_answer_validates(
         jsonschema.validate(json.loads(text_of(events)), schema)
 
 
-def test_rows_with_and_without_a_grammar_share_a_batch_and_do_not_notice(engine: Engine) -> None:
+def test_answers_are_the_same_in_a_batch_of_rows_with_and_without_grammars(engine: Engine) -> None:
     fields: dict[str, Any] = {"temperature": 1.5, "max_tokens": 40}
     requests = [
         request("json", json_grammar(SCHEMA), **fields),
@@ -349,10 +355,10 @@ def test_rows_with_and_without_a_grammar_share_a_batch_and_do_not_notice(engine:
     together = run(engine, *requests)
     for one in requests:
         (alone,) = run(engine, one).values()
-        assert said(together[one.request_id]) == said(alone), one.request_id
+        assert answer_tokens(together[one.request_id]) == answer_tokens(alone), one.request_id
 
 
-def test_preemption_does_not_move_the_grammar(
+def test_preemption_does_not_change_an_answer_under_a_grammar(
     directories: tuple[Path, Path], vocabulary: GrammarVocabulary, engine: Engine
 ) -> None:
     tight = build(directories, vocabulary, num_blocks=12, prefix_caching=False)
@@ -364,7 +370,7 @@ def test_preemption_does_not_move_the_grammar(
     assert tight.scheduler.preemptions
     for one in requests:
         (alone,) = run(engine, one).values()
-        assert said(answers[one.request_id]) == said(alone)
+        assert answer_tokens(answers[one.request_id]) == answer_tokens(alone)
 
 
 def test_the_last_token_of_a_complete_answer_ends_it_without_an_end_token(engine: Engine) -> None:
@@ -374,23 +380,23 @@ def test_the_last_token_of_a_complete_answer_ends_it_without_an_end_token(engine
 
 
 @pytest.mark.parametrize("params", [{"min_tokens": 50}, {"ignore_eos": True}])
-def test_a_complete_answer_ends_though_ends_are_forbidden(
+def test_a_complete_answer_ends_even_if_end_tokens_are_forbidden(
     engine: Engine, params: dict[str, Any]
 ) -> None:
     (events,) = run(engine, request("r", DIGITS, **params)).values()
     assert events[-1].finish_reason is FinishReason.COMPLETE
 
 
-def test_where_an_end_is_ignored_the_answer_is_as_long_as_the_grammar_lets_it(
+def test_with_ignore_eos_an_answer_is_as_long_as_the_grammar_allows(
     engine: Engine,
 ) -> None:
     fields: dict[str, Any] = {"ignore_eos": True, "temperature": 1.0}
     (events,) = run(engine, request("r", "start: /[0-9]{1,9}/", **fields)).values()
-    assert len(said(events)) == 9
+    assert len(answer_tokens(events)) == 9
 
 
-def test_an_answer_that_may_neither_end_nor_go_on_is_complete(engine: Engine) -> None:
-    """The grammar wants a token that is a stop token, and those are forbidden for now."""
+def test_an_answer_without_an_allowed_token_is_complete(engine: Engine) -> None:
+    """The grammar requires a stop token, and stop tokens are forbidden before `min_tokens`."""
     brace = encode("}")[0]
     fields: dict[str, Any] = {"stop_token_ids": frozenset({brace}), "min_tokens": 50}
     (events,) = run(engine, request("r", 'start: "{4}"', **fields)).values()
@@ -404,14 +410,14 @@ def test_a_stop_token_ends_an_answer_before_it_is_complete(engine: Engine) -> No
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-def test_a_bias_cannot_push_a_token_past_the_grammar(engine: Engine) -> None:
+def test_a_bias_cannot_override_the_grammar(engine: Engine) -> None:
     fields: dict[str, Any] = {"logit_bias": ((LETTER, 100.0),), "logprobs": 0}
     (events,) = run(engine, request("r", DIGITS, **fields)).values()
-    assert LETTER not in said(events)
+    assert LETTER not in answer_tokens(events)
 
 
-def test_logprobs_are_the_models_own(engine: Engine) -> None:
-    """Under the grammar one token is certain; the model thinks little of it."""
+def test_logprobs_under_a_grammar_are_the_models_own(engine: Engine) -> None:
+    """Under the grammar one token is certain; the model gives it a low probability."""
     (events,) = run(engine, request("r", DIGITS, logprobs=0)).values()
     assert events[0].logprobs is not None
     assert events[0].logprobs.token < -1.0
@@ -426,7 +432,7 @@ def test_a_failing_grammar_fails_its_request_alone(engine: Engine) -> None:
 
 
 class Gate:
-    """Holds back the thread that compiles until it is opened."""
+    """Blocks the thread that compiles grammars until the gate is opened."""
 
     def __init__(self, engine: Engine) -> None:
         self._open = threading.Event()
@@ -437,36 +443,37 @@ class Gate:
         self._open.set()
 
 
-def test_nobody_waits_for_the_grammar_of_another(engine: Engine) -> None:
+def test_a_request_does_not_wait_for_the_grammar_of_another(engine: Engine) -> None:
     gate = Gate(engine)
     engine.submit(request("held", 'start: "held"'))
     assert engine.stats().waiting == 1
-    free = run_until_ended(engine, request("free", None, max_tokens=5))
+    free = events_of(engine, request("free", None, max_tokens=5))
     assert len(free) == 5
     assert not engine.idle
     gate.open()
-    assert until_ended(engine, "held")[-1].finish_reason is FinishReason.COMPLETE
+    assert events_until_end(engine, "held")[-1].finish_reason is FinishReason.COMPLETE
     assert engine.idle
 
 
-def test_an_engine_that_waits_for_a_grammar_alone_still_takes_requests(engine: Engine) -> None:
-    """It used to wait as long as the grammar took, behind all those that were given up before it:
-    nobody could come in, and nobody could give up."""
+def test_an_engine_with_only_a_waiting_grammar_still_takes_requests(engine: Engine) -> None:
+    """It once waited until the grammar was compiled, and took neither requests nor aborts."""
     gate = Gate(engine)
     engine.submit(request("held", 'start: "held alone"'))
     assert engine.step() == []
-    assert len(run_until_ended(engine, request("free", None, max_tokens=5))) == 5
+    assert len(events_of(engine, request("free", None, max_tokens=5))) == 5
     assert engine.abort("held") is not None
     assert engine.idle
     gate.open()
 
 
-def run_until_ended(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
+def events_of(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
+    """Submits a request, and returns its events."""
     engine.submit(one)
-    return until_ended(engine, one.request_id)
+    return events_until_end(engine, one.request_id)
 
 
-def until_ended(engine: Engine, request_id: str) -> list[TokenEvent]:
+def events_until_end(engine: Engine, request_id: str) -> list[TokenEvent]:
+    """Runs the engine until this request ends, and returns its events, which must be all."""
     events: list[TokenEvent] = []
     while not events or events[-1].finish_reason is None:
         events += engine.step()
@@ -474,7 +481,7 @@ def until_ended(engine: Engine, request_id: str) -> list[TokenEvent]:
     return events
 
 
-def test_a_request_may_be_given_up_while_its_grammar_compiles(engine: Engine) -> None:
+def test_a_request_may_be_aborted_while_its_grammar_compiles(engine: Engine) -> None:
     gate = Gate(engine)
     engine.submit(request("r", 'start: "given up"'))
     event = engine.abort("r")
@@ -505,60 +512,62 @@ def test_a_block_that_never_closes_runs_to_its_length(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("cap", [0, 7])
-def test_behind_a_forced_close_the_answer_obeys(engine: Engine, cap: int) -> None:
+def test_after_a_forced_close_the_answer_follows_the_grammar(engine: Engine, cap: int) -> None:
     never = ((CLOSE, -100.0),)
     think = replace(POLICY, cap=cap)
     (events,) = run(engine, request("r", DIGITS, think, logit_bias=never)).values()
-    tokens = said(events)
+    tokens = answer_tokens(events)
     assert tokens[cap : cap + 3] == list(CLOSING)
     assert TOKENIZER.decode(tokens[cap + 3 :])[0] == "{"
     assert events[-1].finish_reason is FinishReason.COMPLETE
 
 
-def test_behind_a_block_the_model_closes_the_answer_obeys(engine: Engine) -> None:
-    """Led to close its block at once, and to write line breaks without end."""
-    led = ((CLOSE, 200.0), (BREAKS, 90.0))
-    (events,) = run(engine, request("r", DIGITS, POLICY, logit_bias=led, temperature=0)).values()
-    tokens = said(events)
+def test_after_a_block_that_the_model_closes_the_answer_follows_the_grammar(engine: Engine) -> None:
+    """The bias makes the model close its block at once, and then write line breaks."""
+    bias = ((CLOSE, 200.0), (BREAKS, 90.0))
+    (events,) = run(engine, request("r", DIGITS, POLICY, logit_bias=bias, temperature=0)).values()
+    tokens = answer_tokens(events)
     assert tokens.count(BREAKS) == 1
     close = tokens.index(CLOSE)
     assert tokens[close + 1] == BREAKS
     assert TOKENIZER.decode(tokens[close + 2 :])[0] == "{"
 
 
-def test_a_model_that_wants_to_think_may_open_a_block_before_its_answer(engine: Engine) -> None:
+def test_a_model_may_open_a_block_before_its_answer(engine: Engine) -> None:
     think = replace(POLICY, opened_by_prompt=False, cap=3)
-    led = ((OPEN, 100.0),)
-    (events,) = run(engine, request("r", DIGITS, think, logit_bias=led)).values()
-    tokens = said(events)
+    bias = ((OPEN, 100.0),)
+    (events,) = run(engine, request("r", DIGITS, think, logit_bias=bias)).values()
+    tokens = answer_tokens(events)
     assert tokens[:7] == [OPEN, OPEN, OPEN, OPEN, *CLOSING]
     assert TOKENIZER.decode(tokens[7:])[0] == "{"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_grammar_makes_no_model_think_that_would_not(engine: Engine, temperature: float) -> None:
-    """An Instruct model wants to write a letter. Of what was left, `{` and the opening tag, the tag
-    was the likelier: it thought, badly, until its context was full."""
-    led = ((LETTER, 100.0), (OPEN, 50.0), (CLOSE, -100.0))
+def test_a_grammar_does_not_make_a_model_open_a_block(engine: Engine, temperature: float) -> None:
+    """An Instruct model prefers a letter, which the grammar forbids.
+
+    The opening tag was likelier than `{`, and the model reasoned until its context was full.
+    """
+    bias = ((LETTER, 100.0), (OPEN, 50.0), (CLOSE, -100.0))
     think = replace(POLICY, opened_by_prompt=False)
     (events,) = run(
-        engine, request("r", DIGITS, think, logit_bias=led, temperature=temperature)
+        engine, request("r", DIGITS, think, logit_bias=bias, temperature=temperature)
     ).values()
-    assert OPEN not in said(events)
+    assert OPEN not in answer_tokens(events)
     assert events[-1].finish_reason is FinishReason.COMPLETE
 
 
 @FEW_EXAMPLES
 @given(st.booleans(), st.none() | st.integers(0, 9), st.integers(0, 2**31))
-def test_whatever_the_block_does_the_answer_behind_it_obeys(
+def test_after_any_block_the_answer_follows_the_grammar(
     engine: Engine, opened: bool, cap: int | None, seed: int
 ) -> None:
-    leaning = random.Random(seed).choice([0.0, 6.0, 9.0])
-    fields: dict[str, Any] = {"logit_bias": ((OPEN, leaning), (CLOSE, leaning)), "seed": seed}
+    tag_bias = random.Random(seed).choice([0.0, 6.0, 9.0])
+    fields: dict[str, Any] = {"logit_bias": ((OPEN, tag_bias), (CLOSE, tag_bias)), "seed": seed}
     fields["max_tokens"] = 60
     think = replace(POLICY, opened_by_prompt=opened, cap=cap)
     (events,) = run(engine, request("r", DIGITS, think, temperature=2.0, **fields)).values()
-    tokens = said(events)
+    tokens = answer_tokens(events)
     if not opened and tokens[0] != OPEN:
         answer = tokens
     elif CLOSE in tokens:
@@ -567,5 +576,5 @@ def test_whatever_the_block_does_the_answer_behind_it_obeys(
         assert events[-1].finish_reason is FinishReason.LENGTH
         return
     text = TOKENIZER.decode(answer, skip_special_tokens=False).removeprefix("\n\n")
-    whole = events[-1].finish_reason is not FinishReason.LENGTH
-    assert re.fullmatch(r"\{\d{1,3}\}" if whole else r"(\{\d{0,3})?", text)
+    complete = events[-1].finish_reason is not FinishReason.LENGTH
+    assert re.fullmatch(r"\{\d{1,3}\}" if complete else r"(\{\d{0,3})?", text)

@@ -1,8 +1,8 @@
-"""The planner against made-up costs: what it may choose, what is cheapest, and when it builds.
+"""The planner chooses the cheapest way for each dial, and builds weights once that pays.
 
-Costs are in seconds and entirely made up. A plan is compared by the planner's own cost model: a
+Costs are in seconds and made up. A plan is compared by the planner's own cost model: a
 forward of R rows costs `fixed + single(R)` where its rows have single weights and
-`fixed + pair(R)` otherwise, and of decodes alone `replayed` in the place of `fixed`; building is
+`fixed + pair(R)` otherwise, and one of decodes only has `replayed` in place of `fixed`. Building is
 paid for by savings and is not part of that sum.
 """
 
@@ -29,7 +29,7 @@ from mi_runtime.scheduling.sequence import Sequence
 
 ENDPOINTS = (Dial(0.0), Dial(1.0), Dial(0.0, (("0.attn", 1.0),)))
 DIALS = (*ENDPOINTS, *(Dial(value / 10) for value in range(1, 10)), Dial(0.5, (("head", 0.2),)))
-Work = tuple[Dial | None, int]  # a dial (None: it switches inside the chunk) and its rows
+Work = tuple[Dial | None, int]  # a dial, None if it switches inside the chunk, and its rows
 
 
 def chunk(work: Work) -> Chunk:
@@ -55,7 +55,7 @@ PLAIN = CostModel(1.0, 1.0, single=affine(4.0, 0.1), pair=affine(8.0, 0.2), buil
 
 
 class Weights:
-    """Which dials have their blended weights: the least recently used go beyond `capacity`."""
+    """Holds the blended weights of `capacity` dials, and evicts the least recently used."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -66,7 +66,7 @@ class Weights:
         return float(dial not in self.held)
 
     def run(self, parts: list[SubBatch]) -> None:
-        for dial in alone(parts):
+        for dial in dials_alone(parts):
             if dial in ENDPOINTS:
                 continue
             self.builds[dial] += dial not in self.held
@@ -76,8 +76,8 @@ class Weights:
             self.held.popitem(last=False)
 
 
-class Run:
-    """A planner over such weights, step by step."""
+class PlannerRun:
+    """Runs a planner over these weights, step by step."""
 
     def __init__(self, costs: CostModel = PLAIN, capacity: int = 4) -> None:
         self.costs = costs
@@ -106,8 +106,8 @@ def seconds(costs: CostModel, parts: Iterable[SubBatch]) -> float:
     )
 
 
-def alone(parts: list[SubBatch]) -> set[Dial]:
-    """The dials of the parts with single weights: each of those has one."""
+def dials_alone(parts: list[SubBatch]) -> set[Dial]:
+    """Returns the dials of the parts with single weights, of which each has one dial."""
     found = [{one.dial for one in part.chunks} for part in parts if part.blended]
     assert all(len(dials) == 1 and None not in dials for dials in found)
     return {dial for dials in found for dial in dials if dial is not None}
@@ -137,8 +137,10 @@ SECONDS = st.floats(0.0, 50.0)
 
 @st.composite
 def affine_costs(draw: st.DrawFn) -> CostModel:
-    """Curves as hardware has them: straight, and a row of the pair costs no less than a single.
-    Nothing is recorded."""
+    """Draws straight curves, in which a row of the pair costs no less than a single one.
+
+    A replay costs what a launched forward costs.
+    """
     fixed = draw(SECONDS)
     single = affine(draw(SECONDS), draw(SECONDS))
     pair = affine(draw(SECONDS), single.seconds[1] - single.seconds[0] + draw(SECONDS))
@@ -147,7 +149,7 @@ def affine_costs(draw: st.DrawFn) -> CostModel:
 
 @st.composite
 def any_costs(draw: st.DrawFn) -> CostModel:
-    """Curves as a noisy measurement may give them."""
+    """Draws curves as a noisy measurement may give them."""
 
     def curve() -> CostCurve:
         return CostCurve((1, 8, 32), tuple(sorted(draw(st.tuples(SECONDS, SECONDS, SECONDS)))))
@@ -164,7 +166,7 @@ CURVE = CostCurve((1, 8, 32), (1.0, 8.0, 20.0))
     ("at", "expected"),
     [(1, 1.0), (8, 8.0), (32, 20.0), (2, 2.0), (20, 14.0), (34, 21.0), (512, 260.0)],
 )
-def test_a_curve_is_linear_between_its_points_and_goes_on_as_it_ended(
+def test_a_curve_is_linear_between_its_points_and_extrapolated_after_the_last(
     at: int, expected: float
 ) -> None:
     assert CURVE.at(at) == pytest.approx(expected)
@@ -174,7 +176,7 @@ def test_a_curve_is_linear_between_its_points_and_goes_on_as_it_ended(
 
 
 @given(works=WORKS, policy=st.sampled_from(["auto", "pair", "blended"]), costs=any_costs())
-def test_every_chunk_is_in_exactly_one_part_and_keeps_its_place(
+def test_every_chunk_is_in_exactly_one_part_in_the_same_order(
     works: list[Work], policy: str, costs: CostModel
 ) -> None:
     chunks = chunks_of(works)
@@ -195,12 +197,12 @@ def test_the_policy_pair_runs_one_pair_forward(works: list[Work]) -> None:
 def test_the_policy_blended_runs_every_dial_alone(works: list[Work], capacity: int) -> None:
     parts = planner("blended", capacity=capacity).plan(chunks_of(works))
     dials = {dial for dial, _ in works}
-    assert alone(parts) == dials - {None}
+    assert dials_alone(parts) == dials - {None}
     assert len(parts) == len(dials)
 
 
 @given(works=WORKS, costs=any_costs(), capacity=CAPACITIES, ready=st.sets(st.sampled_from(DIALS)))
-def test_a_plan_is_never_dearer_than_one_pair_forward_over_everything(
+def test_a_plan_never_costs_more_than_one_pair_forward_of_all_chunks(
     works: list[Work], costs: CostModel, capacity: int, ready: set[Dial]
 ) -> None:
     chunks = chunks_of(works)
@@ -219,7 +221,7 @@ def test_only_the_endpoints_of_the_model_have_single_weights_from_the_start(
     works: list[Work] = [(Dial(0.0), 40), (Dial(1.0), 40), (Dial(0.5), 40)]
     costs = CostModel(0.0, 0.0, single=affine(1.0, 0.1), pair=affine(8.0, 0.2), build=1e9)
     plan = planner(costs=costs, endpoints=endpoints).plan(chunks_of(works))
-    assert alone(plan) == expected
+    assert dials_alone(plan) == expected
 
 
 @settings(max_examples=settings.default.max_examples // 2)
@@ -236,13 +238,15 @@ def test_only_the_endpoints_of_the_model_have_single_weights_from_the_start(
 def test_a_plan_is_the_cheapest_of_all_sets_of_dials_that_may_run_alone(
     works: list[Work], costs: CostModel, capacity: int
 ) -> None:
-    """Compared with every set of dials whose weights fit, at straight curves: largest first is
-    then the best order. All weights are there, so nothing is being saved up for."""
+    """The curves are straight, so that the largest dial first is the best order.
+
+    All weights are built, so that the plan depends on no savings.
+    """
     chunks = chunks_of(works)
     dials = {dial for dial, _ in works if dial is not None}
     parts = planner("auto", costs, lambda dial: 0.0, capacity).plan(chunks)
     best = min(
-        seconds(costs, by_hand(chunks, set(chosen)))
+        seconds(costs, plan_of(chunks, set(chosen)))
         for count in range(min(len(dials), MAX_ALONE) + 1)
         for chosen in combinations(sorted(dials, key=repr), count)
         if sum(dial not in ENDPOINTS for dial in chosen) <= capacity
@@ -250,7 +254,7 @@ def test_a_plan_is_the_cheapest_of_all_sets_of_dials_that_may_run_alone(
     assert seconds(costs, parts) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-def by_hand(chunks: list[Chunk], chosen: set[Dial]) -> list[SubBatch]:
+def plan_of(chunks: list[Chunk], chosen: set[Dial]) -> list[SubBatch]:
     parts = [
         SubBatch([one for one in chunks if one.dial == dial], blended=True)
         for dial in sorted(chosen, key=repr)
@@ -264,13 +268,13 @@ def test_without_room_for_blended_weights_only_endpoints_run_alone(
     works: list[Work], costs: CostModel
 ) -> None:
     parts = planner("auto", costs, lambda dial: 0.0, capacity=0).plan(chunks_of(works))
-    assert alone(parts) <= set(ENDPOINTS)
+    assert dials_alone(parts) <= set(ENDPOINTS)
 
 
 @pytest.mark.parametrize("dial", ENDPOINTS)
-def test_endpoints_need_no_room_and_nothing_built(dial: Dial) -> None:
+def test_endpoints_run_alone_without_room_and_without_building(dial: Dial) -> None:
     parts = planner(capacity=0).plan(chunks_of([(dial, 1), (Dial(0.5), 1)] * 100))
-    assert alone(parts) == {dial}
+    assert dials_alone(parts) == {dial}
 
 
 RECORDED = CostModel(10.0, 0.5, PLAIN.single, PLAIN.pair, build=40.0)  # decodes are replayed
@@ -283,18 +287,19 @@ def plan_of_hot(costs: CostModel, *works: Work) -> list[SubBatch]:
 @pytest.mark.parametrize(
     ("costs", "split"), [(RECORDED, True), (replace(RECORDED, replayed=10.0), False)]
 )
-def test_decodes_of_hot_dials_run_apart_where_a_forward_of_them_costs_little(
-    costs: CostModel, split: bool
-) -> None:
-    """For long `fixed` was that of a forward which the host launches, and they never did."""
+def test_decodes_of_hot_dials_run_apart_if_a_replay_is_cheap(costs: CostModel, split: bool) -> None:
+    """Decodes are replayed; counted as launched forwards, they never ran apart."""
     decodes: list[Work] = [(Dial(0.3), 1), (Dial(0.6), 1)] * 16
-    assert alone(plan_of_hot(costs, *decodes)) == ({Dial(0.3), Dial(0.6)} if split else set())
+    assert dials_alone(plan_of_hot(costs, *decodes)) == ({Dial(0.3), Dial(0.6)} if split else set())
 
 
-def test_prefills_are_launched_and_cost_it() -> None:
+def test_prefills_run_apart_only_if_a_launched_forward_is_cheap() -> None:
     prefills: list[Work] = [(Dial(0.3), 16), (Dial(0.6), 16)]
-    assert alone(plan_of_hot(RECORDED, *prefills)) == set()
-    assert alone(plan_of_hot(replace(RECORDED, fixed=0.5), *prefills)) == {Dial(0.3), Dial(0.6)}
+    assert dials_alone(plan_of_hot(RECORDED, *prefills)) == set()
+    assert dials_alone(plan_of_hot(replace(RECORDED, fixed=0.5), *prefills)) == {
+        Dial(0.3),
+        Dial(0.6),
+    }
 
 
 def test_a_prefill_runs_apart_so_that_decodes_are_replayed() -> None:
@@ -305,18 +310,18 @@ def test_a_prefill_runs_apart_so_that_decodes_are_replayed() -> None:
     assert len(plan_of_hot(replace(RECORDED, replayed=10.0), *works)) == 1
 
 
-def test_the_plan_counts_the_rows_that_are_left_over() -> None:
-    """Once it looked at its largest dials alone, and split a step that had more of them."""
+def test_a_plan_counts_the_rows_of_the_dials_beyond_the_largest() -> None:
+    """A plan once counted only the largest dials, and split a step that had more of them."""
     costs = CostModel(0.5, 0.5, single=affine(0.0, 0.1), pair=affine(8.0, 0.2), build=0.0)
     works = [(Dial(value / 100), 2) for value in range(1, MAX_ALONE + 9)]
     parts = planner("auto", costs, lambda dial: 0.0, capacity=100).plan(chunks_of(works))
     assert seconds(costs, parts) <= seconds(costs, [SubBatch(chunks_of(works), blended=False)])
 
 
-def test_a_dial_that_does_not_fit_leaves_room_for_an_endpoint_behind_it() -> None:
+def test_an_endpoint_runs_alone_even_after_a_dial_that_does_not_fit() -> None:
     works: list[Work] = [(Dial(0.4), 200), (Dial(0.6), 150), (Dial(1.0), 100)]
     parts = planner(missing=lambda dial: 0.0, capacity=1).plan(chunks_of(works))
-    assert alone(parts) == {Dial(0.4), Dial(1.0)}
+    assert dials_alone(parts) == {Dial(0.4), Dial(1.0)}
 
 
 # --- When building pays -------------------------------------------------------------------------
@@ -324,20 +329,20 @@ def test_a_dial_that_does_not_fit_leaves_room_for_an_endpoint_behind_it() -> Non
 
 @given(value=st.integers(1, 99), others=st.lists(st.tuples(st.sampled_from(DIALS), st.just(1))))
 def test_a_new_dial_is_not_built_for_a_small_decode(value: int, others: list[Work]) -> None:
-    run = Run()
+    run = PlannerRun()
     run.step((Dial(value / 100), 1), *others)
     assert not run.weights.builds
 
 
-def test_a_new_dial_beside_a_large_prefill_is_not_built_by_what_that_one_saves() -> None:
-    run = Run()
-    assert alone(run.step((Dial(0.5), 1), (Dial(0.3), 600))) == {Dial(0.3)}
+def test_the_savings_of_a_large_prefill_do_not_build_the_weights_of_another_dial() -> None:
+    run = PlannerRun()
+    assert dials_alone(run.step((Dial(0.5), 1), (Dial(0.3), 600))) == {Dial(0.3)}
 
 
 @given(rows=st.integers(1, 16), build=st.floats(1.0, 1000.0))
 def test_a_hot_dial_is_built_once_its_savings_reach_the_price(rows: int, build: float) -> None:
     costs = CostModel(PLAIN.fixed, PLAIN.replayed, PLAIN.single, PLAIN.pair, build)
-    run, dial = Run(costs), Dial(0.5)
+    run, dial = PlannerRun(costs), Dial(0.5)
     saved = PLAIN.pair.at(rows) - PLAIN.single.at(rows)
     steps = 0
     while not run.weights.builds:
@@ -345,15 +350,15 @@ def test_a_hot_dial_is_built_once_its_savings_reach_the_price(rows: int, build: 
         steps += 1
     assert (steps - 1) * saved < build * (1 + 1e-9) <= steps * saved * (1 + 2e-9)
     for _ in range(10):
-        assert alone(run.step((dial, rows))) == {dial}
+        assert dials_alone(run.step((dial, rows))) == {dial}
     assert run.weights.builds[dial] == 1
 
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), costs=affine_costs())
-def test_one_dial_costs_at_most_twice_what_it_would_with_the_future_known(
+def test_one_dial_costs_at_most_twice_the_best_plan_in_hindsight(
     lengths: list[int], costs: CostModel
 ) -> None:
-    run = Run(costs)
+    run = PlannerRun(costs)
     for length in lengths:
         run.step((Dial(0.5), length))
     total = run.spent + sum(run.weights.builds.values()) * costs.build
@@ -364,33 +369,35 @@ def test_one_dial_costs_at_most_twice_what_it_would_with_the_future_known(
 
 def test_a_large_prefill_of_one_dial_is_blended_at_once() -> None:
     enough = int(PLAIN.build / 0.1) + 1
-    assert alone(Run().step((Dial(0.5), enough))) == {Dial(0.5)}
-    assert alone(Run().step((Dial(0.5), 200))) == set()
+    assert dials_alone(PlannerRun().step((Dial(0.5), enough))) == {Dial(0.5)}
+    assert dials_alone(PlannerRun().step((Dial(0.5), 200))) == set()
 
 
-def test_it_runs_beside_the_decodes_of_others() -> None:
+def test_a_large_prefill_runs_apart_from_the_decodes_of_other_dials() -> None:
     decodes: list[Work] = [(Dial(0.1), 1), (Dial(0.2), 1), (Dial(0.9), 1)]
-    parts = Run().step(*decodes, (Dial(0.5), 500))
+    parts = PlannerRun().step(*decodes, (Dial(0.5), 500))
     assert [(part.blended, rows(part)) for part in parts] == [(True, 500), (False, 3)]
 
 
-def test_what_is_there_in_part_costs_its_missing_part() -> None:
+def test_weights_that_are_built_in_part_cost_the_missing_part() -> None:
     half = planner(missing=lambda dial: 0.5)
     large = int(0.5 * PLAIN.build / 0.1)
-    assert alone(half.plan(chunks_of([(Dial(0.5), large + 1)])))
-    assert not alone(planner(missing=lambda dial: 0.5).plan(chunks_of([(Dial(0.5), large - 100)])))
+    assert dials_alone(half.plan(chunks_of([(Dial(0.5), large + 1)])))
+    assert not dials_alone(
+        planner(missing=lambda dial: 0.5).plan(chunks_of([(Dial(0.5), large - 100)]))
+    )
 
 
-def test_hot_dials_that_do_not_fit_never_push_each_other_out_in_turn() -> None:
-    run = Run(capacity=2)
+def test_hot_dials_that_do_not_fit_do_not_evict_each_other_in_turn() -> None:
+    run = PlannerRun(capacity=2)
     for _ in range(400):
         for value in (0.2, 0.4, 0.6, 0.8):
             run.step((Dial(value), 4))
     assert run.weights.builds == {Dial(0.2): 1, Dial(0.4): 1}
 
 
-def test_a_dial_that_went_idle_makes_room() -> None:
-    run = Run(capacity=1)
+def test_an_idle_dial_is_evicted_for_a_hot_one() -> None:
+    run = PlannerRun(capacity=1)
     for dial in (Dial(0.3), Dial(0.6)):
         for _ in range(200):
             run.step((dial, 4))
@@ -407,11 +414,11 @@ def test_a_dial_that_went_idle_makes_room() -> None:
     costs=any_costs(),
     capacity=CAPACITIES,
 )
-def test_builds_cost_no_more_than_could_have_been_saved(
+def test_builds_never_cost_more_than_the_pair_product(
     steps: list[list[Work]], costs: CostModel, capacity: int
 ) -> None:
-    """So the total is at most twice that of the pair product alone, evictions or not."""
-    run = Run(costs, capacity)
+    """So the total is at most twice that of the pair product, with or without evictions."""
+    run = PlannerRun(costs, capacity)
     for works in steps:
         run.step(*works)
     built = sum(run.weights.builds.values()) * costs.build
@@ -419,25 +426,25 @@ def test_builds_cost_no_more_than_could_have_been_saved(
     assert run.spent <= run.pair_only * (1 + 1e-9)
 
 
-def test_an_evicted_dial_has_its_price_again() -> None:
-    run, dial = Run(capacity=1), Dial(0.5)
+def test_an_evicted_dial_must_save_its_price_again() -> None:
+    run, dial = PlannerRun(capacity=1), Dial(0.5)
     while not run.weights.builds:
         run.step((dial, 8))
     run.weights.held.clear()
-    assert alone(run.step((dial, 8))) == set()
+    assert dials_alone(run.step((dial, 8))) == set()
     while run.weights.builds[dial] < 2:
         run.step((dial, 8))
 
 
-def test_no_more_savings_are_remembered_than_may() -> None:
-    run = Run(capacity=1)
+def test_the_number_of_remembered_savings_is_bounded() -> None:
+    run = PlannerRun(capacity=1)
     for index in range(REMEMBERED + 50):
         run.step((Dial(index / 4096 + 0.1), 1))
     assert len(run.planner._savings) == REMEMBERED
 
 
 def test_the_oldest_savings_are_forgotten_first() -> None:
-    run = Run(capacity=1)
+    run = PlannerRun(capacity=1)
     first, kept = Dial(0.01), Dial(0.02)
     run.step((first, 1))
     for index in range(REMEMBERED):

@@ -1,8 +1,9 @@
-"""The scheduler: small stories, then random workloads against requests run alone.
+"""The scheduler gives every request the tokens that it gets alone, whatever runs with it.
 
-The workloads run a fake model whose every KV entry is a digest of all that real KV depends on, and
-whose next token is a digest of the whole KV as read back through the block table. A wrong table,
-stale KV, or KV shared between dials or salts gives wrong tokens.
+First come small cases, then random workloads. They run a fake model whose every KV entry is a
+digest of all that real KV depends on, and whose next token is a digest of the sequence's KV as read
+through the block table. A wrong table, stale KV, or KV shared between dials or salts gives wrong
+tokens.
 """
 
 import random
@@ -27,7 +28,6 @@ from mi_runtime.request import (
 )
 from mi_runtime.scheduling.block_pool import BlockPool
 from mi_runtime.scheduling.chunk import Chunk, Sampled
-from mi_runtime.scheduling.request_queue import RequestQueue
 from mi_runtime.scheduling.scheduler import SCORED_ROWS, Scheduler
 from mi_runtime.scheduling.sequence import Sequence, SequenceStatus
 
@@ -99,7 +99,7 @@ def next_token(seq: Sequence, kv: tuple[int, ...]) -> int:
 
 
 def score(entry: int, token: int) -> TokenLogprobs:
-    """Of a token behind the position whose KV entry is `entry`."""
+    """Returns the made-up score of a token after the position whose KV entry is `entry`."""
     return TokenLogprobs(float(hash((entry, token)) % 1000), ())
 
 
@@ -107,14 +107,14 @@ def scores_alone(req: EngineRequest) -> tuple[TokenLogprobs, ...] | None:
     if req.sampling.prompt_logprobs is None:
         return None
     scores, entry = list[TokenLogprobs](), 0
-    for token, behind in zip(req.prompt, req.prompt[1:], strict=False):
+    for token, following in zip(req.prompt, req.prompt[1:], strict=False):
         entry = kv_entry(req, token, entry)
-        scores.append(score(entry, behind))
+        scores.append(score(entry, following))
     return tuple(scores)
 
 
 def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishReason]:
-    """What the request must get: no blocks, no batch, no scheduler."""
+    """Returns the answer without blocks, batches or a scheduler: the slow twin."""
     seq, kv = Sequence(req), list[int]()
     if req.sampling.max_tokens == 0:
         return [], FinishReason.LENGTH
@@ -123,23 +123,23 @@ def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishR
             kv.append(kv_entry(req, token, kv[-1] if kv else 0, seq.dial_at(len(kv))))
         seq.append(next_token(seq, tuple(kv)))
         if seq.tokens[-1] == EOS:
-            return seq.output, FinishReason.STOP
+            return seq.tokens[len(req.prompt) :], FinishReason.STOP
         full = len(seq) == limits.max_model_len
         if full or seq.output_length == req.sampling.max_tokens:
-            return seq.output, FinishReason.LENGTH
+            return seq.tokens[len(req.prompt) :], FinishReason.LENGTH
 
 
 def is_known(chunk: Chunk) -> bool:
-    """Whether it has tokens to read; the one of a sequence that runs ahead is being drawn."""
+    """Returns whether the chunk's tokens are known: the next one may still be drawn."""
     return chunk.start < len(chunk.sequence)
 
 
 @dataclass
 class FakeInFlightStep:
-    """A step of the fake model: its KV is there at once, its tokens when it is sampled."""
+    """A step of the fake model, whose KV is written at once, and whose tokens are drawn later."""
 
     chunks: list[Chunk]
-    kv: dict[Sequence, tuple[int, ...]]  # of what samples, as read back
+    kv: dict[Sequence, tuple[int, ...]]  # of the sequences that sample, as read
     scores: dict[Sequence, list[TokenLogprobs]]
     sampled: dict[Sequence, Sampled | None] = field(default_factory=dict)
 
@@ -151,7 +151,7 @@ class FakeInFlightStep:
 
 @dataclass
 class FakeEngine:
-    """A scheduler over the fake model, checked at every step, with the events of every request."""
+    """Runs a scheduler over the fake model, and checks it at every step."""
 
     limits: Limits
     before_update: Callable[["FakeEngine", list[Chunk]], None] = lambda engine, chunks: None
@@ -211,7 +211,7 @@ class FakeEngine:
             self.scheduler.check_integrity()
 
     def first_of_running(self) -> str | None:
-        """By priority, then arrival; where nothing runs, of the waiting."""
+        """Returns the first request that runs, or else that waits, by priority and arrival."""
         queue = self.scheduler.running or self.scheduler.waiting
         ids = [name for name in self.requests if queue.get(name) is not None]
         return min(ids, key=lambda name: self.requests[name].priority, default=None)
@@ -222,7 +222,7 @@ class FakeEngine:
         assert self.scheduler.blocks.referenced == 0
 
     def run(self, chunk: Chunk) -> tuple[int, ...]:
-        """Writes the chunk's KV; all of the sequence's, as read back."""
+        """Writes the chunk's KV, and returns that of the sequence as read through its table."""
         seq, end = chunk.sequence, chunk.start + chunk.length
         for position in range(chunk.start, end):
             before = self.read(seq, position - 1) if position else 0
@@ -233,7 +233,7 @@ class FakeEngine:
         return tuple(self.read(seq, position) for position in range(end))
 
     def token(self, seq: Sequence, position: int) -> int:
-        """Known, or drawn in the step before."""
+        """Returns the token at a position, which may be the one drawn in the step before."""
         if position < len(seq):
             return seq.tokens[position]
         assert position == len(seq)
@@ -251,7 +251,7 @@ class FakeEngine:
         return self.kv[seq.block_table[block]][slot]
 
     def check(self, chunks: list[Chunk], first: str | None) -> None:
-        """What holds for every batch. The first of the running is in it, or hangs on its token."""
+        """Checks a batch. The first request is in it, unless its next token is not known yet."""
         self.scheduler.check_integrity()
         ids = [chunk.sequence.request_id for chunk in chunks]
         assert len(set(ids)) == len(ids)
@@ -282,7 +282,7 @@ class FakeEngine:
         return [e.token_id for e in self.events[request_id] if e.token_id is not None]
 
     def check_answers(self) -> None:
-        """Every request has one terminal event and the tokens it gets when it runs alone."""
+        """Checks that every request has one terminal event, and the tokens that it gets alone."""
         for request_id, req in self.requests.items():
             reasons = [event.finish_reason for event in self.events[request_id]]
             assert [reason for reason in reasons if reason] == reasons[-1:]
@@ -296,21 +296,21 @@ class FakeEngine:
                 assert (self.tokens(request_id), reasons[-1]) == (expected, reason)
 
     def check_scores(self, request_id: str, reason: FinishReason | None) -> None:
-        """The prompt's log-probabilities stand on the first event that is no failure."""
-        told = [event.prompt_logprobs for event in self.events[request_id]]
-        assert all(scores is None for scores in told[1:])
-        if len(told) > 1 or reason not in (FinishReason.ABORT, FinishReason.ERROR):
-            assert told[0] == scores_alone(self.requests[request_id])
+        """Checks that the first event of an answer has the scores of the prompt, and no other."""
+        reported = [event.prompt_logprobs for event in self.events[request_id]]
+        assert all(scores is None for scores in reported[1:])
+        if len(reported) > 1 or reason not in (FinishReason.ABORT, FinishReason.ERROR):
+            assert reported[0] == scores_alone(self.requests[request_id])
 
     def check_order(self) -> None:
-        """Of equal priority, none ran before one that came earlier, unless that was aborted."""
-        came, ran = defaultdict[int, list[str]](list), defaultdict[int, list[str]](list)
+        """Checks that requests of equal priority ran in order of arrival."""
+        arrived, ran = defaultdict[int, list[str]](list), defaultdict[int, list[str]](list)
         for request_id in self.requests:
             if request_id in self.first_runs:
-                came[self.requests[request_id].priority].append(request_id)
+                arrived[self.requests[request_id].priority].append(request_id)
         for request_id in self.first_runs:
             ran[self.requests[request_id].priority].append(request_id)
-        assert ran == came
+        assert ran == arrived
 
 
 # --- Admission ----------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_max_tokens_below_zero_is_rejected() -> None:
     assert rejection.value.param == "max_tokens"
 
 
-def test_a_context_larger_than_the_pool_is_our_mistake() -> None:
+def test_a_context_larger_than_the_pool_fails_an_assertion() -> None:
     with pytest.raises(AssertionError, match="must fit"):
         Limits(num_blocks=2, block_size=4, max_model_len=9).scheduler()
 
@@ -373,11 +373,11 @@ def lengths(chunks: list[Chunk]) -> list[tuple[str, int]]:
     return [(chunk.sequence.request_id, chunk.length) for chunk in chunks]
 
 
-def test_nothing_to_do_is_an_empty_step() -> None:
+def test_a_scheduler_without_requests_has_an_empty_step() -> None:
     assert Limits().scheduler().schedule() == []
 
 
-def test_a_long_prompt_runs_in_chunks_behind_the_decodes() -> None:
+def test_a_long_prompt_runs_in_chunks_after_the_decodes() -> None:
     engine = FakeEngine(Limits(max_batched_tokens=6))
     engine.submit(request("a", min_tokens=20))
     assert lengths(engine.step()) == [("a", 3)]
@@ -398,7 +398,7 @@ def test_no_token_is_sampled_before_the_prompt_is_complete() -> None:
     assert len(engine.events["r"]) == 1
 
 
-def test_no_more_sequences_run_than_may() -> None:
+def test_no_more_than_max_num_seqs_sequences_run() -> None:
     engine = FakeEngine(Limits(max_num_seqs=2))
     for name in "abc":
         engine.submit(request(name, min_tokens=20))
@@ -406,7 +406,7 @@ def test_no_more_sequences_run_than_may() -> None:
     assert (len(engine.scheduler.running), len(engine.scheduler.waiting)) == (2, 1)
 
 
-def test_the_head_of_the_line_is_not_overtaken_by_one_that_would_fit() -> None:
+def test_a_request_that_fits_does_not_overtake_the_first_that_waits() -> None:
     engine = FakeEngine(Limits(num_blocks=8, max_model_len=32))
     engine.submit(request("a", prompt=(5,) * 20, min_tokens=12))
     engine.submit(request("large", prompt=(6,) * 20, max_tokens=1))
@@ -417,7 +417,7 @@ def test_the_head_of_the_line_is_not_overtaken_by_one_that_would_fit() -> None:
     assert engine.first_runs == ["a", "large", "small"]
 
 
-def test_the_youngest_is_preempted_and_its_answer_goes_on_where_it_was() -> None:
+def test_the_youngest_is_preempted_and_later_continues_its_answer() -> None:
     limits = Limits(num_blocks=6, max_model_len=24)
     engine = FakeEngine(limits)
     engine.submit(request("old", prompt=(5,) * 8, min_tokens=12, max_tokens=12))
@@ -432,7 +432,7 @@ def test_the_youngest_is_preempted_and_its_answer_goes_on_where_it_was() -> None
     engine.check_answers()
 
 
-def test_a_preempted_request_waited_and_was_looked_up_once() -> None:
+def test_preemption_changes_neither_the_waiting_time_nor_the_prefix_counters() -> None:
     engine = FakeEngine(Limits(num_blocks=6, max_model_len=24))
     engine.submit(request("old", prompt=(5,) * 8, min_tokens=12, max_tokens=12))
     engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
@@ -454,8 +454,8 @@ def test_a_budget_smaller_than_the_decodes_serves_the_oldest() -> None:
 # --- Ends ---------------------------------------------------------------------------------------
 
 
-def ending(sampled: int, req: EngineRequest) -> TokenEvent:
-    """The event of a request whose first token is `sampled`."""
+def event_of_first_token(sampled: int, req: EngineRequest) -> TokenEvent:
+    """Returns the event of a request whose first token is `sampled`."""
     scheduler = Limits().scheduler()
     sequence = Sequence(req)
     scheduler.add(sequence)
@@ -464,23 +464,23 @@ def ending(sampled: int, req: EngineRequest) -> TokenEvent:
 
 
 def test_a_stop_token_ends_the_answer_and_is_in_the_terminal_event() -> None:
-    event = ending(EOS, request())
+    event = event_of_first_token(EOS, request())
     assert (event.token_id, event.finish_reason) == (EOS, FinishReason.STOP)
 
 
 def test_an_ordinary_token_does_not_end_the_answer() -> None:
-    assert ending(9, request()).finish_reason is None
+    assert event_of_first_token(9, request()).finish_reason is None
 
 
 def test_max_tokens_ends_the_answer() -> None:
-    assert ending(9, request(max_tokens=1)).finish_reason is FinishReason.LENGTH
+    assert event_of_first_token(9, request(max_tokens=1)).finish_reason is FinishReason.LENGTH
 
 
 def test_a_stop_token_at_max_tokens_is_a_stop() -> None:
-    assert ending(EOS, request(max_tokens=1)).finish_reason is FinishReason.STOP
+    assert event_of_first_token(EOS, request(max_tokens=1)).finish_reason is FinishReason.STOP
 
 
-def test_max_tokens_beyond_the_context_ends_where_the_context_is_full() -> None:
+def test_an_answer_ends_at_a_full_context_before_max_tokens() -> None:
     engine = FakeEngine(Limits(max_model_len=10))
     engine.submit(request(prompt=(5, 6, 7), max_tokens=1000, min_tokens=1000))
     engine.finish()
@@ -500,7 +500,7 @@ def test_an_abort_frees_the_blocks_at_once_and_ends_once() -> None:
     assert engine.scheduler.abort("never seen") is None
 
 
-def test_a_failed_sequence_says_why_and_the_others_go_on() -> None:
+def test_a_failed_sequence_reports_its_error_and_the_others_continue() -> None:
     engine = FakeEngine(Limits())
     broken = engine.submit(request("broken", min_tokens=20))
     engine.submit(request("sound", max_tokens=5))
@@ -512,7 +512,7 @@ def test_a_failed_sequence_says_why_and_the_others_go_on() -> None:
     engine.check_answers()
 
 
-def test_a_sequence_that_ends_while_its_step_runs_gets_no_second_event() -> None:
+def test_a_sequence_aborted_during_its_step_gets_no_second_event() -> None:
     engine = FakeEngine(Limits())
     engine.submit(request("gone", min_tokens=20))
     engine.submit(request("there", min_tokens=20))
@@ -522,7 +522,7 @@ def test_a_sequence_that_ends_while_its_step_runs_gets_no_second_event() -> None
     assert len(engine.tokens("there")) == 1
 
 
-def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> None:
+def test_events_report_the_waiting_time_and_the_reasoning_tokens() -> None:
     engine = FakeEngine(Limits(max_num_seqs=1))
     engine.submit(request("first", min_tokens=3, max_tokens=3))
     second = engine.submit(
@@ -542,7 +542,7 @@ def test_every_event_says_how_long_the_request_waited_and_what_it_reasoned() -> 
 AHEAD = Limits(asynchronous=True)
 
 
-def test_a_step_is_scheduled_before_the_tokens_of_the_last_are_known() -> None:
+def test_a_step_is_scheduled_before_the_tokens_of_the_previous_one_are_known() -> None:
     scheduler, sequence = Limits().scheduler(), Sequence(request(max_tokens=9))
     scheduler.add(sequence)
     first, second = scheduler.schedule(), scheduler.schedule()
@@ -553,11 +553,11 @@ def test_a_step_is_scheduled_before_the_tokens_of_the_last_are_known() -> None:
     for chunks, token in ((first, 8), (second, 9)):
         (event,) = scheduler.update(chunks, {sequence: (token, None)})
         assert event.token_id == token
-    assert (sequence.output, sequence.in_flight) == ([8, 9], 0)
+    assert (sequence.tokens[-2:], sequence.in_flight) == ([8, 9], 0)
     scheduler.check_integrity()
 
 
-def test_what_ran_behind_an_end_token_is_not_seen_and_not_kept() -> None:
+def test_a_row_computed_after_an_end_token_has_no_event_and_is_not_cached() -> None:
     scheduler, sequence = Limits(block_size=1).scheduler(), Sequence(request())
     scheduler.add(sequence)
     first, superfluous = scheduler.schedule(), scheduler.schedule()
@@ -565,7 +565,7 @@ def test_what_ran_behind_an_end_token_is_not_seen_and_not_kept() -> None:
     assert event.finish_reason is FinishReason.STOP
     assert scheduler.blocks.referenced == 0
     assert scheduler.update(superfluous, {}) == []
-    assert scheduler.blocks.cached == 3  # the prompt; the end token is behind it
+    assert scheduler.blocks.cached == 3  # of the prompt, without the end token
     scheduler.check_integrity()
 
 
@@ -573,7 +573,7 @@ def test_what_ran_behind_an_end_token_is_not_seen_and_not_kept() -> None:
 @pytest.mark.parametrize(
     ("params", "rows"), [({"max_tokens": 4}, 6), ({"max_tokens": 0}, 3), ({}, 9)], ids=str
 )
-def test_no_row_is_computed_behind_an_end_that_is_known(
+def test_no_row_is_computed_after_an_end_that_is_known(
     limits: Limits, params: dict[str, int], rows: int
 ) -> None:
     engine = FakeEngine(replace(limits, max_model_len=10))
@@ -584,7 +584,7 @@ def test_no_row_is_computed_behind_an_end_that_is_known(
     assert computed == rows
 
 
-def test_nobody_is_preempted_for_a_token_that_may_never_be() -> None:
+def test_nobody_is_preempted_for_a_token_that_is_not_known() -> None:
     scheduler = Limits(num_blocks=4, max_model_len=16).scheduler()
     old, young = Sequence(request("old", (5,) * 4)), Sequence(request("young", (6,) * 4))
     scheduler.add(old)
@@ -605,7 +605,7 @@ def test_nobody_is_preempted_for_a_token_that_may_never_be() -> None:
     assert scheduler.preemptions == 1
 
 
-def test_a_preempted_sequence_takes_the_token_that_was_being_drawn() -> None:
+def test_a_preempted_sequence_still_gets_the_token_in_flight() -> None:
     scheduler = Limits(num_blocks=4, max_model_len=16).scheduler()
     old, young = Sequence(request("old", (5,) * 4)), Sequence(request("young", (6,) * 4))
     scheduler.add(old)
@@ -614,10 +614,13 @@ def test_a_preempted_sequence_takes_the_token_that_was_being_drawn() -> None:
     step = scheduler.schedule()
     assert lengths(step) == [("old", 1), ("young", 4)]
     scheduler._preempt(young)
-    assert lengths(scheduler.schedule()) == [("old", 1)]  # young would fit, but for its token
+    assert lengths(scheduler.schedule()) == [
+        ("old", 1)
+    ]  # young would fit, but its token is in flight
     events = scheduler.update(step, {old: (9, None), young: (8, None)})
     assert [event.token_id for event in events] == [9, 8]
-    assert (young.status, young.output) == (SequenceStatus.WAITING, [8])
+    assert young.status is SequenceStatus.WAITING
+    assert young.tokens[young.prompt_length :] == [8]
     assert lengths(scheduler.schedule()) == [("old", 1), ("young", 5)]
     scheduler.check_integrity()
 
@@ -634,7 +637,7 @@ def test_only_a_sequence_whose_dial_may_switch_waits_for_its_token() -> None:
 # --- Priority -----------------------------------------------------------------------------------
 
 
-def test_the_waiting_run_by_priority_and_of_equal_priority_by_arrival() -> None:
+def test_waiting_requests_run_by_priority_then_by_arrival() -> None:
     engine = FakeEngine(Limits(max_num_seqs=1))
     for name, priority in [("a", 0), ("b", 5), ("c", -5), ("d", 0), ("e", -5)]:
         engine.submit(request(name, max_tokens=1, priority=priority))
@@ -642,7 +645,7 @@ def test_the_waiting_run_by_priority_and_of_equal_priority_by_arrival() -> None:
     assert engine.first_runs == ["c", "e", "a", "d", "b"]
 
 
-def test_the_last_by_priority_is_preempted_though_it_is_older() -> None:
+def test_the_lowest_priority_is_preempted_even_if_it_is_older() -> None:
     engine = FakeEngine(Limits(num_blocks=6, max_model_len=24))
     old = engine.submit(request("old", prompt=(5,) * 8, min_tokens=12, max_tokens=12, priority=1))
     engine.submit(request("young", prompt=(6,) * 8, min_tokens=12, max_tokens=12))
@@ -653,7 +656,7 @@ def test_the_last_by_priority_is_preempted_though_it_is_older() -> None:
     engine.check_answers()
 
 
-def test_nobody_is_preempted_for_one_that_waits() -> None:
+def test_nobody_is_preempted_for_a_waiting_request() -> None:
     engine = FakeEngine(Limits(max_num_seqs=1))
     engine.submit(request("running", min_tokens=5, max_tokens=5, priority=9))
     engine.step()
@@ -663,26 +666,10 @@ def test_nobody_is_preempted_for_one_that_waits() -> None:
     assert engine.first_runs == ["running", "urgent"]
 
 
-@given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), max_size=30), st.randoms())
-def test_a_line_is_sorted_whatever_enters_and_leaves(
-    moves: list[tuple[int, bool]], rng: random.Random
-) -> None:
-    queue, inside = RequestQueue(), list[Sequence]()
-    for arrival, (priority, leave) in enumerate(moves):
-        if leave and inside:
-            queue.remove(inside.pop(rng.randrange(len(inside))))
-        sequence = Sequence(request(str(arrival)))
-        sequence.rank = (priority, arrival)
-        queue.add(sequence)
-        inside.append(sequence)
-        assert [*queue] == sorted(inside, key=lambda one: one.rank)
-        assert [queue.first, queue.last] == [next(iter(queue)), [*queue][-1]]
-
-
 # --- Log-probabilities of the prompt ------------------------------------------------------------
 
 
-def test_a_request_for_no_tokens_ends_without_one_and_has_its_prompt_scored() -> None:
+def test_with_max_tokens_0_the_only_event_has_the_prompts_scores() -> None:
     engine = FakeEngine(Limits(max_batched_tokens=4))
     engine.submit(request("r", PROMPT, max_tokens=0, prompt_logprobs=1))
     engine.finish()
@@ -692,14 +679,14 @@ def test_a_request_for_no_tokens_ends_without_one_and_has_its_prompt_scored() ->
     assert len(event.prompt_logprobs) == len(PROMPT) - 1
 
 
-def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
+def test_a_prompt_of_one_token_has_no_scores() -> None:
     engine = FakeEngine(Limits())
     engine.submit(request("r", (5,), max_tokens=0, prompt_logprobs=1))
     engine.finish()
     assert engine.events["r"][0].prompt_logprobs == ()
 
 
-def test_a_prompt_that_is_scored_takes_no_kv_from_the_cache_but_leaves_its_own() -> None:
+def test_a_scored_prompt_uses_no_cached_kv_but_caches_its_own() -> None:
     engine = FakeEngine(Limits())
     for name, scores in [("a", None), ("b", 1), ("c", None)]:
         engine.submit(request(name, PROMPT, max_tokens=1, prompt_logprobs=scores))
@@ -708,7 +695,7 @@ def test_a_prompt_that_is_scored_takes_no_kv_from_the_cache_but_leaves_its_own()
     engine.check_answers()
 
 
-def test_a_step_scores_only_so_many_positions_and_others_use_the_rest_of_it() -> None:
+def test_a_step_scores_a_bounded_number_of_positions_and_others_use_the_rest() -> None:
     length = SCORED_ROWS + 100
     engine = FakeEngine(
         Limits(num_blocks=500, max_model_len=length + 9, max_batched_tokens=4 * SCORED_ROWS)
@@ -720,7 +707,7 @@ def test_a_step_scores_only_so_many_positions_and_others_use_the_rest_of_it() ->
     engine.check_answers()
 
 
-def test_a_preempted_prompt_is_scored_once_and_from_where_it_was() -> None:
+def test_a_preempted_prompt_continues_its_scores() -> None:
     engine = FakeEngine(Limits(num_blocks=6, max_model_len=24, max_batched_tokens=3))
     engine.submit(request("first", (5,) * 4, min_tokens=20, max_tokens=20))
     scored = engine.submit(request("scored", (6,) * 14, max_tokens=2, prompt_logprobs=0))
@@ -738,7 +725,7 @@ PROMPT = tuple(range(5, 18))  # 13 tokens: three full blocks of four, and one to
 
 
 def cached_tokens(first: EngineRequest, second: EngineRequest, limits: Limits | None = None) -> int:
-    """How much of `second` is found in the cache after `first` has run."""
+    """Returns how many tokens of `second` are found in the cache after `first` has run."""
     engine = FakeEngine(limits or Limits())
     engine.submit(first)
     engine.step()
@@ -773,7 +760,7 @@ def test_only_the_common_prefix_is_shared() -> None:
     assert cached_tokens(first, request("b", (*PROMPT[:6], 30, *PROMPT[7:]))) == 4
 
 
-def test_a_hit_leaves_one_token_to_compute() -> None:
+def test_at_least_one_token_of_a_cached_prompt_is_computed() -> None:
     first = request("a", PROMPT[:12], min_tokens=9)
     assert cached_tokens(first, request("b", PROMPT[:12])) == 8
 
@@ -794,7 +781,7 @@ def test_an_answer_is_found_again_as_the_prompt_of_the_next_turn() -> None:
     engine.check_answers()
 
 
-def test_two_sequences_that_compute_the_same_block_at_once_both_keep_theirs() -> None:
+def test_two_sequences_that_compute_one_block_at_once_keep_their_own() -> None:
     engine = FakeEngine(Limits())
     for name in "ab":
         engine.submit(request(name, PROMPT, min_tokens=9, max_tokens=9))
@@ -809,7 +796,7 @@ def test_two_sequences_that_compute_the_same_block_at_once_both_keep_theirs() ->
 # --- Gauges -------------------------------------------------------------------------------------
 
 
-def test_the_distinct_lambdas_of_both_lines_are_known() -> None:
+def test_the_queues_list_their_distinct_lambdas() -> None:
     engine = FakeEngine(Limits(max_num_seqs=2))
     for name, dial in [("a", 0.9), ("b", 0.1), ("c", 0.1), ("d", 0.1)]:
         engine.submit(request(name, dial=dial, min_tokens=9))
@@ -843,7 +830,7 @@ THOUGHTS = [
 
 
 def random_request(rng: random.Random, request_id: str, limits: Limits) -> EngineRequest:
-    """Prompts are cuts of three texts, so that prefixes are shared and part in many places."""
+    """Returns a request whose prompt begins as one of three texts, to share prefixes."""
     text = random.Random(rng.randrange(3)).choices(range(3, VOCAB), k=limits.max_model_len - 1)
     tail = rng.choices(range(3, VOCAB), k=rng.choice([0, 0, 1, 5]))
     prompt = (*text[: rng.randint(1, limits.max_model_len // 2)], *tail)
@@ -863,7 +850,7 @@ def random_request(rng: random.Random, request_id: str, limits: Limits) -> Engin
 
 
 def abort_one(rng: random.Random, engine: FakeEngine) -> None:
-    """Aborts some request, whatever it is doing; at times one that has ended."""
+    """Aborts one of the last requests, in any state."""
     engine.abort(rng.choice(list(engine.requests)[-12:]))
 
 
@@ -894,24 +881,24 @@ def test_a_random_workload_gives_every_request_what_it_gets_alone(
 
 
 def test_random_workloads_reach_every_path() -> None:
-    """The workloads above would prove little if they never preempted, or aborted too early."""
-    rng, met = random.Random(7), Counter[str]()
+    """Shows that workloads like those above preempt, and abort in every state."""
+    rng, aborted = random.Random(7), Counter[str]()
     engine = FakeEngine(Limits(num_blocks=16, max_batched_tokens=10))
     for _ in range(1000):
         if engine.scheduler.unfinished < 12:
             engine.submit(random_request(rng, str(len(engine.requests)), engine.limits))
         if rng.random() < 0.1:
             victim = rng.choice([*engine.scheduler.running, *engine.scheduler.waiting])
-            met[life_of(victim)] += 1
+            aborted[state_of(victim)] += 1
             engine.abort(victim.request_id)
         engine.step()
     engine.finish()
     engine.check_answers()
     assert engine.scheduler.preemptions > 20
-    assert set(met) == {"waiting", "preempted", "prefilling", "decoding"}
+    assert set(aborted) == {"waiting", "preempted", "prefilling", "decoding"}
 
 
-def life_of(sequence: Sequence) -> str:
+def state_of(sequence: Sequence) -> str:
     if sequence.status is SequenceStatus.RUNNING:
         return "decoding" if sequence.remaining == 1 else "prefilling"
     return "preempted" if sequence.output_length else "waiting"

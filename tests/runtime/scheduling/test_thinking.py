@@ -1,6 +1,6 @@
-"""The think block by token ids: when it opens, who closes it and where, what counts as reasoning.
+"""A think block opens and closes by token ids, and the engine forces it closed at its cap.
 
-First the state alone, told made-up tokens; then an engine, whose model is led by logit biases.
+First come tests of the state alone, then of an engine whose model follows logit biases.
 """
 
 import pickle
@@ -32,10 +32,19 @@ OPEN, CLOSE = 1, 2
 WORDS = st.lists(st.integers(3, 9))
 STOP, ALIAS = 3, 4  # ends a sentence; closes an open block as CLOSE does
 MARKS = TokenMarks(soft_ends=frozenset({STOP}))
+BLANK = 0
+WITH_BLANKS = TokenMarks(blanks=frozenset({BLANK}))
 
 
-def after(tokens: list[int], *, opened_by_prompt: bool = False) -> ThinkingState:
-    state = ThinkingState(ThinkPolicy(OPEN, CLOSE, opened_by_prompt))
+def after(
+    tokens: list[int],
+    *,
+    opened_by_prompt: bool = False,
+    cap: int | None = None,
+    marks: TokenMarks | None = None,
+) -> ThinkingState:
+    """Returns the state of a block after these tokens."""
+    state = ThinkingState(ThinkPolicy(OPEN, CLOSE, opened_by_prompt, cap), marks)
     for token in tokens:
         state.observe(token)
     return state
@@ -65,6 +74,16 @@ def test_nothing_reopens_a_closed_block() -> None:
     assert (state.phase, state.reasoning_tokens) == (Phase.CLOSED, 1)
 
 
+def test_blanks_may_stand_before_the_open_tag() -> None:
+    assert after([BLANK, BLANK, OPEN], marks=WITH_BLANKS).phase is Phase.INSIDE
+
+
+def test_after_the_first_text_an_open_tag_is_text() -> None:
+    state = after([BLANK, 7, OPEN, 7], cap=0, marks=WITH_BLANKS)
+    assert (state.phase, state.reasoning_tokens) == (Phase.CLOSED, 0)
+    assert state.forced_token is None
+
+
 @given(lead=WORDS, reasoning=WORDS, answer=st.lists(st.integers(1, 9)))
 def test_the_reasoning_is_what_lies_between_the_tags(
     lead: list[int], reasoning: list[int], answer: list[int]
@@ -74,7 +93,9 @@ def test_the_reasoning_is_what_lies_between_the_tags(
 
 
 @given(reasoning=WORDS, answer=st.lists(st.integers(1, 9)))
-def test_a_tag_in_the_prompt_opens_the_same_block(reasoning: list[int], answer: list[int]) -> None:
+def test_a_block_opened_by_the_prompt_ends_as_one_opened_by_the_answer(
+    reasoning: list[int], answer: list[int]
+) -> None:
     by_prompt = after([*reasoning, CLOSE, *answer], opened_by_prompt=True)
     by_answer = after([OPEN, *reasoning, CLOSE, *answer])
     assert by_prompt.phase is by_answer.phase
@@ -98,7 +119,7 @@ POLICIES = st.builds(
 
 
 def write(policy: ThinkPolicy, wanted: list[int]) -> tuple[list[int], ThinkingState]:
-    """The answer of a model that wants to write these tokens, and what became of its block."""
+    """Returns the answer of a model that wants these tokens, and the final state of its block."""
     state, answer = ThinkingState(policy, MARKS), list[int]()
     for token in wanted:
         while (forced := state.forced_token) is not None:
@@ -113,7 +134,7 @@ def write(policy: ThinkPolicy, wanted: list[int]) -> tuple[list[int], ThinkingSt
 
 
 def write_slowly(policy: ThinkPolicy, wanted: list[int]) -> list[int]:
-    """The slow twin: looks at the whole answer and puts the closing sequence where it belongs."""
+    """Inserts the closing sequence into the complete answer: the slow twin."""
     first = 0
     if not policy.opened_by_prompt:
         if OPEN not in wanted:
@@ -133,7 +154,7 @@ def write_slowly(policy: ThinkPolicy, wanted: list[int]) -> list[int]:
 
 
 @given(policy=POLICIES, wanted=TOKENS)
-def test_the_closing_sequence_is_written_once_and_whole_and_the_answer_goes_on(
+def test_the_closing_sequence_is_written_once_and_the_answer_continues(
     policy: ThinkPolicy, wanted: list[int]
 ) -> None:
     answer, state = write(policy, wanted)
@@ -143,7 +164,7 @@ def test_the_closing_sequence_is_written_once_and_whole_and_the_answer_goes_on(
 
 
 @given(policy=POLICIES, wanted=TOKENS)
-def test_no_more_reasoning_is_written_than_the_cap(policy: ThinkPolicy, wanted: list[int]) -> None:
+def test_reasoning_never_exceeds_the_cap(policy: ThinkPolicy, wanted: list[int]) -> None:
     _, state = write(policy, wanted)
     if policy.cap is not None:
         assert state.reasoning_tokens <= policy.cap
@@ -164,7 +185,7 @@ def test_a_soft_close_follows_a_soft_end_within_the_window(
 
 
 @given(policy=POLICIES, wanted=TOKENS)
-def test_exactly_one_token_closes_the_block_and_it_is_reported_there(
+def test_exactly_one_token_is_reported_as_closing_the_block(
     policy: ThinkPolicy, wanted: list[int]
 ) -> None:
     answer, written = write(policy, wanted)
@@ -175,7 +196,7 @@ def test_exactly_one_token_closes_the_block_and_it_is_reported_there(
 
 
 @given(policy=POLICIES, wanted=TOKENS)
-def test_the_end_is_forbidden_inside_the_block_only_and_only_where_asked(
+def test_an_end_token_is_forbidden_only_inside_the_block_and_only_by_forbid_eos(
     policy: ThinkPolicy, wanted: list[int]
 ) -> None:
     answer, _ = write(policy, wanted)
@@ -211,7 +232,7 @@ def test_a_cap_of_zero_closes_the_block_as_it_opens(opened_by_prompt: bool) -> N
     assert (state.reasoning_tokens, state.phase, state.forced_close) == (0, Phase.CLOSED, True)
 
 
-def test_a_block_that_is_not_yet_closed_was_not_closed_by_the_engine() -> None:
+def test_a_forced_close_is_reported_from_the_closing_tag_on() -> None:
     state = ThinkingState(ThinkPolicy(OPEN, CLOSE, True, cap=1, closing=(10, CLOSE)))
     for token, closed in ((7, False), (10, False), (CLOSE, True)):
         state.observe(token)
@@ -242,7 +263,7 @@ PROMPT = (20, 21, 22)
 
 
 def biased(*tokens: int, max_tokens: int = 12, temperature: float = 0.0) -> SamplingParams:
-    """A model that likes `tokens` best, the first most."""
+    """Returns sampling parameters that make the model prefer `tokens`, the first most."""
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -252,7 +273,7 @@ def biased(*tokens: int, max_tokens: int = 12, temperature: float = 0.0) -> Samp
     )
 
 
-def ask(
+def request(
     name: str, think: ThinkPolicy | None, sampling: SamplingParams | None = None
 ) -> EngineRequest:
     return EngineRequest(name, PROMPT, Dial(0.5), sampling or biased(WORD), think)
@@ -266,11 +287,11 @@ def tokens_of(events: list[TokenEvent]) -> list[int]:
     return [event.token_id for event in events if event.token_id is not None]
 
 
-def test_at_the_cap_the_engine_closes_the_block_and_the_answer_goes_on(
+def test_at_the_cap_the_engine_closes_the_block_and_the_answer_continues(
     make_engine: MakeEngine,
 ) -> None:
     engine = make_engine()
-    events = answer_of(engine, ask("r", CAPPED))
+    events = answer_of(engine, request("r", CAPPED))
     assert tokens_of(events) == [*[WORD] * 4, 10, CLOSE, 11, *[WORD] * 5]
     assert [event.reasoning_tokens for event in events] == [1, 2, 3, *[4] * 9]
     assert [event.forced_close for event in events] == [False] * 5 + [True] * 7
@@ -279,71 +300,73 @@ def test_at_the_cap_the_engine_closes_the_block_and_the_answer_goes_on(
     assert engine.stats().forced_closes == 1
 
 
-def test_in_the_window_it_closes_at_a_soft_end(make_engine: MakeEngine) -> None:
+def test_inside_the_soft_window_the_engine_closes_the_block_at_a_soft_end(
+    make_engine: MakeEngine,
+) -> None:
     engine = make_engine(marks=TokenMarks(soft_ends=frozenset({WORD})))
-    events = answer_of(engine, ask("r", replace(CAPPED, soft_window=2)))
+    events = answer_of(engine, request("r", replace(CAPPED, soft_window=2)))
     assert tokens_of(events)[:5] == [WORD, WORD, 10, CLOSE, 11]
     assert events[-1].reasoning_tokens == 2
 
 
 def test_a_cap_of_zero_answers_without_reasoning(make_engine: MakeEngine) -> None:
-    events = answer_of(make_engine(), ask("r", replace(CAPPED, cap=0)))
+    events = answer_of(make_engine(), request("r", replace(CAPPED, cap=0)))
     assert tokens_of(events)[:4] == [10, CLOSE, 11, WORD]
     assert (events[0].reasoning_tokens, events[-1].reasoning_tokens) == (0, 0)
 
 
 def test_a_block_that_the_answer_opens_is_capped_too(make_engine: MakeEngine) -> None:
     think = replace(CAPPED, opened_by_prompt=False, cap=0)
-    events = answer_of(make_engine(), ask("r", think, biased(OPEN, max_tokens=6)))
+    events = answer_of(make_engine(), request("r", think, biased(OPEN, max_tokens=6)))
     assert tokens_of(events) == [OPEN, 10, CLOSE, 11, OPEN, OPEN]
     assert [event.phase for event in events] == [Phase.INSIDE] * 2 + [Phase.CLOSED] * 4
 
 
-def test_an_event_without_a_token_has_the_phase_that_the_prompt_left(
+def test_an_event_without_a_token_has_the_phase_after_the_prompt(
     make_engine: MakeEngine,
 ) -> None:
     engine = make_engine()
-    (end,) = answer_of(engine, ask("r", CAPPED, biased(WORD, max_tokens=0)))
+    (end,) = answer_of(engine, request("r", CAPPED, biased(WORD, max_tokens=0)))
     assert (end.token_id, end.phase) == (None, Phase.INSIDE)
-    (end,) = answer_of(engine, ask("s", None, biased(WORD, max_tokens=0)))
+    (end,) = answer_of(engine, request("s", None, biased(WORD, max_tokens=0)))
     assert (end.token_id, end.phase) == (None, Phase.OUTSIDE)
 
 
-def test_phases_travel_through_the_pipe_as_plain_numbers(make_engine: MakeEngine) -> None:
-    events = answer_of(make_engine(), ask("r", CAPPED))
+def test_phases_are_sent_through_the_pipe_as_plain_numbers(make_engine: MakeEngine) -> None:
+    events = answer_of(make_engine(), request("r", CAPPED))
     assert {type(event.phase) for event in events} == {int}
     report = StepReport(tuple(events), EngineStats())
     assert pickle.loads(pickle.dumps(report)) == report
 
 
-def test_an_alias_closes_the_block_for_the_model(make_engine: MakeEngine) -> None:
+def test_a_block_closed_by_an_alias_is_not_a_forced_close(make_engine: MakeEngine) -> None:
     engine, think = make_engine(), replace(CAPPED, close_aliases=frozenset({WORD}))
-    events = answer_of(engine, ask("r", think))
+    events = answer_of(engine, request("r", think))
     assert tokens_of(events) == [WORD] * 12
     assert not any(event.forced_close for event in events)
     assert engine.stats().forced_closes == 0
 
 
-def test_the_answer_may_not_end_inside_the_block_where_that_is_asked(
+def test_with_forbid_eos_the_answer_does_not_end_inside_the_block(
     make_engine: MakeEngine,
 ) -> None:
     engine, wants_end = make_engine(), biased(EOS, WORD)
-    allowed = answer_of(engine, ask("allowed", CAPPED, wants_end))
+    allowed = answer_of(engine, request("allowed", CAPPED, wants_end))
     assert tokens_of(allowed) == [EOS]
     assert not allowed[-1].forced_close
-    forbidden = answer_of(engine, ask("forbidden", replace(CAPPED, forbid_eos=True), wants_end))
+    forbidden = answer_of(engine, request("forbidden", replace(CAPPED, forbid_eos=True), wants_end))
     assert tokens_of(forbidden) == [*[WORD] * 4, 10, CLOSE, 11, EOS]
     assert forbidden[-1].finish_reason is FinishReason.STOP
     unopened = replace(CAPPED, forbid_eos=True, opened_by_prompt=False)
-    assert tokens_of(answer_of(engine, ask("unopened", unopened, wants_end))) == [EOS]
+    assert tokens_of(answer_of(engine, request("unopened", unopened, wants_end))) == [EOS]
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 9))
-def test_an_answer_cut_before_the_tag_was_not_closed_by_the_engine(
+def test_an_answer_cut_before_the_closing_tag_is_not_a_forced_close(
     make_engine: MakeEngine, max_tokens: int
 ) -> None:
     engine = make_engine()
-    events = answer_of(engine, ask("r", CAPPED, biased(WORD, max_tokens=max_tokens)))
+    events = answer_of(engine, request("r", CAPPED, biased(WORD, max_tokens=max_tokens)))
     full = [*[WORD] * 4, 10, CLOSE, 11, WORD]
     assert tokens_of(events) == full[:max_tokens]
     assert events[-1].forced_close == (CLOSE in full[:max_tokens])
@@ -351,11 +374,14 @@ def test_an_answer_cut_before_the_tag_was_not_closed_by_the_engine(
 
 
 @pytest.mark.parametrize("num_blocks", [64, 5])
-def test_each_forced_close_counts_once(make_engine: MakeEngine, num_blocks: int) -> None:
-    """Preempted and recomputed, too: what was forced is a token like any other then."""
+def test_each_forced_close_is_counted_once(make_engine: MakeEngine, num_blocks: int) -> None:
+    """A sequence that is preempted afterwards recomputes forced tokens like any others."""
     engine = make_engine(num_blocks=num_blocks)
-    requests = [ask(str(index), CAPPED) for index in range(3)]
-    requests += [ask("open", None), ask("alias", replace(CAPPED, close_aliases=frozenset({WORD})))]
+    requests = [request(str(index), CAPPED) for index in range(3)]
+    requests += [
+        request("open", None),
+        request("alias", replace(CAPPED, close_aliases=frozenset({WORD}))),
+    ]
     events = engine.generate(requests)
     assert bool(engine.stats().preemptions) == (num_blocks == 5)
     expected = [*[WORD] * 4, 10, CLOSE, 11, *[WORD] * 5]
@@ -363,9 +389,9 @@ def test_each_forced_close_counts_once(make_engine: MakeEngine, num_blocks: int)
     assert engine.stats().forced_closes == 3
 
 
-def test_a_request_aborted_after_its_forced_close_counts_too(make_engine: MakeEngine) -> None:
+def test_the_forced_close_of_an_aborted_request_is_counted(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine.submit(ask("r", CAPPED))
+    engine.submit(request("r", CAPPED))
     for _ in range(7):
         engine.step()
     event = engine.abort("r")
@@ -374,18 +400,21 @@ def test_a_request_aborted_after_its_forced_close_counts_too(make_engine: MakeEn
     assert engine.stats().forced_closes == 1
 
 
-def test_forced_tokens_draw_nothing_from_anybodys_generator(make_engine: MakeEngine) -> None:
-    """A sampled request answers the same beside forced ones; and one that is forced goes on with
-    the numbers that it would have drawn without."""
+def test_forced_tokens_draw_no_random_number(make_engine: MakeEngine) -> None:
+    """Other requests draw the same numbers, and so does the request after its forced tokens."""
     engine = make_engine()
     free = SamplingParams(max_tokens=12, temperature=1.0, seed=7)
-    alone = tokens_of(answer_of(engine, ask("sampled", None, free)))
-    beside = engine.generate(
-        [ask("before", CAPPED), ask("sampled", None, free), ask("after", replace(CAPPED, cap=0))]
+    alone = tokens_of(answer_of(engine, request("sampled", None, free)))
+    together = engine.generate(
+        [
+            request("before", CAPPED),
+            request("sampled", None, free),
+            request("after", replace(CAPPED, cap=0)),
+        ]
     )
-    assert tokens_of(beside["sampled"]) == alone
+    assert tokens_of(together["sampled"]) == alone
     assert len(set(alone)) > 6
-    engine.submit(ask("counted", CAPPED, free))
+    engine.submit(request("counted", CAPPED, free))
     sequence = engine.scheduler.waiting.first
     while not engine.idle:
         engine.step()
@@ -400,7 +429,7 @@ def test_the_log_probabilities_of_forced_tokens_are_the_models_own(
     make_engine: MakeEngine,
 ) -> None:
     sampling = replace(biased(WORD), logprobs=VOCABULARY)
-    for event in answer_of(make_engine(), ask("r", CAPPED, sampling)):
+    for event in answer_of(make_engine(), request("r", CAPPED, sampling)):
         assert event.logprobs is not None
         assert event.token_id is not None
         assert event.logprobs.token == pytest.approx(dict(event.logprobs.top)[event.token_id])

@@ -1,3 +1,5 @@
+"""An API key names its caller, and no message, log or object shows a key."""
+
 from pathlib import Path
 
 import pytest
@@ -7,12 +9,12 @@ from server.access.callers import Caller, KeyFileError, KeyRing
 from server.wire.errors import InvalidApiKey
 
 
-def ring(*keys: str) -> KeyRing:
+def key_ring(*keys: str) -> KeyRing:
     return KeyRing([(key, "") for key in keys])
 
 
-def test_every_key_is_known_under_its_place() -> None:
-    keys = ring("sk-one", "sk-two")
+def test_a_key_is_named_after_its_position() -> None:
+    keys = key_ring("sk-one", "sk-two")
     assert keys.caller(b"Bearer sk-two").name == "key2"
     assert keys.caller(b"bearer sk-one").name == "key1"
 
@@ -24,14 +26,16 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("header", REFUSED)
-def test_anything_else_is_refused_without_saying_what_was_given(header: bytes) -> None:
+def test_any_other_header_is_refused_and_not_repeated(header: bytes) -> None:
     with pytest.raises(InvalidApiKey) as caught:
-        ring("sk-one", "sk-two").caller(header)
+        key_ring("sk-one", "sk-two").caller(header)
     assert "sk-" not in caught.value.message
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
 
 
-def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_compared_with_all_keys_even_after_a_match(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compared = []
 
     def compare(one: bytes, other: bytes) -> bool:
@@ -39,11 +43,11 @@ def test_all_keys_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) 
         return one == other
 
     monkeypatch.setattr("server.access.callers.hmac.compare_digest", compare)
-    ring("a", "much-longer", "c").caller(b"Bearer a")
+    key_ring("a", "much-longer", "c").caller(b"Bearer a")
     assert compared == [(32, 32)] * 3
 
 
-def test_a_file_has_one_key_a_line_followed_by_a_name(tmp_path: Path) -> None:
+def test_each_line_of_a_key_file_is_a_key_and_a_name(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# keys of the team\n\nsk-1 search team  # since May\nsk-2\n")
     keys = KeyRing.of([SecretStr("sk-0")], file)
@@ -55,7 +59,7 @@ def test_a_file_has_one_key_a_line_followed_by_a_name(tmp_path: Path) -> None:
     ("text", "message"),
     [("# none\n", "no keys in it"), ("sk-1\nsk-1 twice\n", "twice"), ("schlüssel\n", "ASCII")],
 )
-def test_a_file_that_cannot_be_used_is_refused_without_its_keys(
+def test_a_key_file_that_cannot_be_used_is_refused_without_showing_its_keys(
     text: str, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys"
@@ -68,11 +72,11 @@ def test_a_file_that_cannot_be_used_is_refused_without_its_keys(
 
 
 def test_a_ring_keeps_no_key() -> None:
-    assert "sk-secret" not in repr(vars(ring("sk-secret")))
+    assert "sk-secret" not in repr(vars(key_ring("sk-secret")))
 
 
-def test_callers_of_different_keys_have_different_salts() -> None:
-    keys = ring("sk-one", "sk-two")
+def test_callers_with_different_keys_have_different_cache_salts() -> None:
+    keys = key_ring("sk-one", "sk-two")
     one, two = (keys.caller(b"Bearer sk-" + name) for name in (b"one", b"two"))
     assert (
         len({one.cache_salt(""), one.cache_salt("x"), two.cache_salt(""), two.cache_salt("x")}) == 4
@@ -81,6 +85,6 @@ def test_callers_of_different_keys_have_different_salts() -> None:
     assert "sk-one" not in one.cache_salt("")
 
 
-def test_without_keys_the_salt_is_the_requests_own() -> None:
+def test_without_keys_the_cache_salt_is_the_requests_own() -> None:
     assert not KeyRing([])
     assert Caller("10.0.0.1").cache_salt("x") == "x"

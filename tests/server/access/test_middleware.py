@@ -1,8 +1,7 @@
-"""Keys, quotas and origins over the app: what is refused, and that the headers alone decide."""
+"""Keys, quotas and origins are checked by the headers alone, before the body is read."""
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,17 @@ from starlette.testclient import TestClient
 from server.api.app import create_app
 from server.service import Service
 from server.wire.errors import Overloaded
+from tests.server.chat_requests import MakeClient, WaitUntil, chat, check_error, metric
 
-MakeClient = Callable[..., TestClient]
 ONE, TWO = {"Authorization": "Bearer sk-one"}, {"Authorization": "Bearer sk-two"}
 
 
-def chat(
-    client: TestClient, content: str, headers: dict[str, str] | None = None, **fields: Any
-) -> Any:
-    body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
-    return client.post("/v1/chat/completions", json=body, headers=headers)
-
-
-def check_error(response: Any, status: int, code: str, param: str | None = None) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param)
-    assert response.headers["X-Request-Id"]
-
-
 def rejections(client: TestClient, reason: str) -> float | None:
-    service: Service = client.app_state["service"]
-    labels = {"model_name": "pair", "reason": reason}
-    return service.metrics.registry.get_sample_value("mi_admission_rejections_total", labels)
+    return metric(client, "mi_admission_rejections_total", reason=reason)
 
 
-def first_answer(service: Service, headers: dict[str, str]) -> tuple[int, int]:
-    """Returns the status of a request, and how often its body was read."""
+def status_and_reads(service: Service, headers: dict[str, str]) -> tuple[int, int]:
+    """Returns the status of a chat request, and how often its body was read."""
     reads, statuses = 0, []
 
     async def receive() -> Any:
@@ -57,29 +39,34 @@ def first_answer(service: Service, headers: dict[str, str]) -> tuple[int, int]:
 
 
 @pytest.fixture
-def keyed(make_client: MakeClient) -> TestClient:
+def client_with_keys(make_client: MakeClient) -> TestClient:
+    """Returns a client of an app with two API keys."""
     return make_client(api_key=["sk-one", "sk-two"])
 
 
-def test_with_keys_only_what_watches_the_server_is_open(keyed: TestClient) -> None:
+def test_with_keys_only_monitoring_and_the_playground_are_open(
+    client_with_keys: TestClient,
+) -> None:
     for path in ("/health", "/ready", "/metrics", "/version", "/"):
-        assert keyed.get(path).status_code == 200
+        assert client_with_keys.get(path).status_code == 200
     for path in ("/v1/models", "/v1/models/pair", "/no/such/path", "/health/", "/docs"):
-        response = keyed.get(path)
+        response = client_with_keys.get(path)
         check_error(response, 401, "invalid_api_key")
         assert response.headers["WWW-Authenticate"] == "Bearer"
-    check_error(chat(keyed, "say x"), 401, "invalid_api_key")
-    check_error(chat(keyed, "say x", {"Authorization": "Bearer no"}), 401, "invalid_api_key")
-    assert rejections(keyed, "invalid_api_key") == 7
+    check_error(chat(client_with_keys, "say x"), 401, "invalid_api_key")
+    check_error(
+        chat(client_with_keys, "say x", {"Authorization": "Bearer no"}), 401, "invalid_api_key"
+    )
+    assert rejections(client_with_keys, "invalid_api_key") == 7
 
 
-def test_each_key_is_welcome(keyed: TestClient) -> None:
+def test_every_configured_key_is_accepted(client_with_keys: TestClient) -> None:
     for key in (ONE, TWO):
-        assert chat(keyed, "say x", key).status_code == 200
-        assert keyed.get("/v1/models", headers=key).status_code == 200
+        assert chat(client_with_keys, "say x", key).status_code == 200
+        assert client_with_keys.get("/v1/models", headers=key).status_code == 200
 
 
-def test_below_a_gateways_prefix_the_same_paths_are_open(make_client: MakeClient) -> None:
+def test_under_a_gateways_prefix_the_same_paths_are_open(make_client: MakeClient) -> None:
     client = make_client(api_key=["sk-one"])
     below = TestClient(client.app, root_path="/mi")
     assert below.get("/mi/version").status_code == 200
@@ -89,19 +76,19 @@ def test_below_a_gateways_prefix_the_same_paths_are_open(make_client: MakeClient
 def test_a_refusal_reads_no_body(make_client: MakeClient) -> None:
     client = make_client(api_key=["sk-one"], rate_limit_requests=1)
     service: Service = client.app_state["service"]
-    assert first_answer(service, {}) == (401, 0)
-    assert first_answer(service, ONE | {"X-Request-Timeout": "soon"}) == (400, 0)
+    assert status_and_reads(service, {}) == (401, 0)
+    assert status_and_reads(service, ONE | {"X-Request-Timeout": "soon"}) == (400, 0)
     assert chat(client, "say x", ONE).status_code == 200
-    assert first_answer(service, ONE) == (429, 0)
+    assert status_and_reads(service, ONE) == (429, 0)
     service.draining = True
-    assert first_answer(service, ONE) == (429, 0)
+    assert status_and_reads(service, ONE) == (429, 0)
 
 
-def test_a_server_that_takes_no_requests_reads_no_body(make_client: MakeClient) -> None:
+def test_a_draining_server_reads_no_body(make_client: MakeClient) -> None:
     client = make_client()
     service: Service = client.app_state["service"]
     service.draining = True
-    assert first_answer(service, {}) == (503, 0)
+    assert status_and_reads(service, {}) == (503, 0)
 
 
 def test_a_full_queue_reads_no_body(
@@ -113,10 +100,10 @@ def test_a_full_queue_reads_no_body(
         raise Overloaded("full", retry_after=7)
 
     monkeypatch.setattr(service.engine, "check_room", full)
-    assert first_answer(service, {}) == (503, 0)
+    assert status_and_reads(service, {}) == (503, 0)
 
 
-def test_a_key_over_its_requests_hears_when_to_come_back(make_client: MakeClient) -> None:
+def test_a_key_over_its_quota_gets_a_429_with_retry_after(make_client: MakeClient) -> None:
     client = make_client(api_key=["sk-one", "sk-two"], rate_limit_requests=2)
     for _ in range(2):
         assert chat(client, "say x", ONE, stream=True).status_code == 200
@@ -128,7 +115,7 @@ def test_a_key_over_its_requests_hears_when_to_come_back(make_client: MakeClient
     assert rejections(client, "rate_limit_exceeded") == 1
 
 
-def test_prompts_and_answers_count_as_tokens(make_client: MakeClient) -> None:
+def test_tokens_of_prompts_and_answers_use_up_the_quota(make_client: MakeClient) -> None:
     prompt = chat(make_client(), "forever", max_tokens=1).json()["usage"]["prompt_tokens"]
     client = make_client(api_key=["sk-one"], rate_limit_tokens=2 * prompt + 100)
     for _ in range(2):
@@ -136,13 +123,17 @@ def test_prompts_and_answers_count_as_tokens(make_client: MakeClient) -> None:
     check_error(chat(client, "forever", ONE, max_tokens=100), 429, "rate_limit_exceeded")
 
 
-def test_a_prompt_counts_before_its_answer_ends(make_client: MakeClient, wait_until: Any) -> None:
+def test_a_prompt_is_charged_before_its_answer_ends(
+    make_client: MakeClient, wait_until: WaitUntil
+) -> None:
     client = make_client(rate_limit_tokens=5)
     service: Service = client.app_state["service"]
-    with client.stream("POST", "/v1/chat/completions", json=body("say x")) as response:
+    message = {"role": "user", "content": "forever"}
+    body = {"model": "pair", "messages": [message], "stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
+        check_error(chat(client, "say x"), 429, "rate_limit_exceeded")
     wait_until(lambda: service.engine.open_requests == 0)
-    check_error(chat(client, "say x"), 429, "rate_limit_exceeded")
 
 
 def test_requests_sent_at_once_do_not_all_spend_the_same_tokens(
@@ -171,10 +162,6 @@ def test_a_request_that_the_engine_has_no_room_for_costs_nothing(
     assert chat(client, "say x").status_code == 200
 
 
-def body(content: str) -> dict[str, Any]:
-    return {"model": "pair", "messages": [{"role": "user", "content": content}], "stream": True}
-
-
 def test_without_keys_each_address_has_a_quota(make_client: MakeClient) -> None:
     client = make_client(rate_limit_requests=1)
     assert client.post("/v1/models").status_code == 405
@@ -183,9 +170,13 @@ def test_without_keys_each_address_has_a_quota(make_client: MakeClient) -> None:
     assert other.post("/v1/models").status_code == 405
 
 
-def test_the_salt_of_a_request_is_its_keys_and_its_own(keyed: TestClient) -> None:
+def test_the_cache_salt_depends_on_the_key_and_on_the_requests_own_salt(
+    client_with_keys: TestClient,
+) -> None:
     def salt(headers: dict[str, str], **fields: Any) -> str:
-        text = chat(keyed, "request", headers, **fields).json()["choices"][0]["message"]["content"]
+        text = chat(client_with_keys, "request", headers, **fields).json()["choices"][0]["message"][
+            "content"
+        ]
         found: str = json.loads(text)["cache_salt"]
         return found
 
@@ -195,7 +186,7 @@ def test_the_salt_of_a_request_is_its_keys_and_its_own(keyed: TestClient) -> Non
     assert "sk-" not in "".join(salts)
 
 
-def test_without_keys_a_request_has_only_its_own_salt(make_client: MakeClient) -> None:
+def test_without_keys_the_cache_salt_is_the_requests_own(make_client: MakeClient) -> None:
     answer = chat(make_client(), "request", cache_salt="x").json()
     assert json.loads(answer["choices"][0]["message"]["content"])["cache_salt"] == "x"
 
@@ -221,12 +212,14 @@ def test_the_log_names_the_key_and_never_shows_it(
 PAGE = {"Origin": "https://page.example"}
 
 
-def test_by_default_no_other_origin_may_read(make_client: MakeClient) -> None:
+def test_by_default_no_other_origin_may_read_answers(make_client: MakeClient) -> None:
     response = make_client().get("/v1/models", headers=PAGE)
     assert "Access-Control-Allow-Origin" not in response.headers
 
 
-def test_a_known_origin_may_ask_first_and_read_even_refusals(make_client: MakeClient) -> None:
+def test_a_configured_origin_may_send_a_preflight_and_read_refusals(
+    make_client: MakeClient,
+) -> None:
     client = make_client(api_key=["sk-one"], cors_origin=["https://page.example"])
     preflight = PAGE | {
         "Access-Control-Request-Method": "POST",

@@ -1,4 +1,4 @@
-"""A choice, from token events to chunks: however they arrive, they give the text of all tokens."""
+"""A choice turns token events into chunks, which together have the text of all tokens."""
 
 import time
 
@@ -53,7 +53,7 @@ def new_choice(
 
 
 def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
-    """The engine's events of these tokens and an end-of-sequence."""
+    """Returns the engine's events of these tokens and an end-of-sequence."""
     policy = BLOCKS.policy(opened_by_prompt=opened, cap=None)
     assert policy is not None
     engine, events = ThinkingState(policy, VOCABULARY.marks), []
@@ -66,7 +66,7 @@ def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
 
 
 def chunks_of(choice: Choice, ids: list[int], *, opened: bool = False) -> list[AnswerChunk]:
-    """The chunks of these tokens and an end-of-sequence, up to a stop string."""
+    """Returns the chunks of these tokens and an end-of-sequence, up to a stop string."""
     chunks = []
     for event in events_of(ids, opened=opened):
         chunk = choice.take(0.0, event)
@@ -81,7 +81,7 @@ def chunks_of(choice: Choice, ids: list[int], *, opened: bool = False) -> list[A
 def test_chunks_give_the_text_of_all_tokens_together(
     ids: list[int], stops: list[str], opened: bool
 ) -> None:
-    expected, stop = split_at_once(ids, opened), StopStrings(stops)
+    expected, stop = split_of_all(ids, opened), StopStrings(stops)
     content = stop.feed(expected.content)
     content += "" if stop.hit else stop.finish()
 
@@ -92,8 +92,8 @@ def test_chunks_give_the_text_of_all_tokens_together(
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
 
 
-def split_at_once(ids: list[int], opened: bool) -> Split:
-    """The split of all tokens, before anybody looks at its content."""
+def split_of_all(ids: list[int], opened: bool) -> Split:
+    """Returns the split of all tokens, before stop strings are searched for."""
     parser, text, split = splitter(opened), IncrementalDetokenizer(VOCABULARY), Split()
     *events, end = events_of(ids, opened=opened)
     for event, token_id in zip(events, ids, strict=True):
@@ -102,7 +102,7 @@ def split_at_once(ids: list[int], opened: bool) -> Split:
     return split.then(parser.finish(by_length=False))
 
 
-def test_a_closing_tag_that_ends_the_answer_leaves_reasoning_alone() -> None:
+def test_an_answer_that_ends_with_the_closing_tag_has_reasoning_only() -> None:
     choice = new_choice(opened=True)
     *events, close, _ = events_of(VOCABULARY.encode("ab</think>"), opened=True)
     events.append(close._replace(finish_reason=FinishReason.STOP))
@@ -127,7 +127,7 @@ def test_a_forced_close_is_reported_on_the_last_chunk() -> None:
     ]
 
 
-def test_an_ending_token_is_counted_but_not_shown() -> None:
+def test_the_end_of_sequence_is_counted_but_not_shown() -> None:
     choice = new_choice()
     chunks = chunks_of(choice, VOCABULARY.encode("ab"))
     assert "".join(chunk.content for chunk in chunks) == "ab"
@@ -184,12 +184,12 @@ def echoing_choice(text: str) -> Choice:
     )
 
 
-def test_an_echo_stands_before_the_first_chunk_alone() -> None:
+def test_an_echo_comes_once_at_the_start_of_the_first_chunk() -> None:
     chunks = chunks_of(echoing_choice("ab"), VOCABULARY.encode("cd"))
     assert [chunk.content for chunk in chunks] == ["abc", "d", ""]
 
 
-def test_an_echo_is_written_where_no_token_follows() -> None:
+def test_an_echo_is_written_even_if_no_token_follows() -> None:
     end = TokenEvent("r", None, FinishReason.LENGTH)
     chunk = echoing_choice("ab").take(0.0, end)
     assert chunk is not None

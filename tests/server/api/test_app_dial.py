@@ -1,7 +1,6 @@
-"""The dial in full over the app: groups, fan-out, the answer's λ, and the cap on reasoning."""
+"""λ by group, fan-out, the answer's λ and the cap on reasoning work over the app."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +9,16 @@ from starlette.testclient import TestClient
 
 from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from server.ops import logs
-
-MakeClient = Callable[..., TestClient]
-
+from tests.server.chat_requests import MakeClient, answer_to, chat, check_error, stream_events
+from tests.server.tag_tokens import without_think_tokens
 
 UNMEASURED = {"profile": "neutral", "routing_class": "default"}
 
 
-def chat(client: TestClient, content: str, **fields: Any) -> Any:
-    headers = fields.pop("headers", {})
-    body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
-    return client.post("/v1/chat/completions", json=body, headers=headers)
-
-
-def answer_to(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
-    response = chat(client, content, **fields)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def requested(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
-    """What reached the engine, of each choice."""
+def engine_requests(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
+    """Returns the request of each choice as it reached the engine."""
     answer = answer_to(client, "request", **fields)
     return [json.loads(choice["message"]["content"]) for choice in answer["choices"]]
-
-
-def streamed(client: TestClient, content: str, **fields: Any) -> list[dict[str, Any]]:
-    *events, done, _ = chat(client, content, stream=True, **fields).text.split("\n\n")
-    assert done == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 # --- λ by group ---
@@ -47,7 +26,7 @@ def streamed(client: TestClient, content: str, **fields: Any) -> list[dict[str, 
 
 def test_an_object_reaches_the_engine_group_by_group(client: TestClient) -> None:
     value = {"default": 0.6, "head": 0, "layers": {"0-1": {"attn": 1}}}
-    (got,) = requested(client, reasoning_lambda=value)
+    (got,) = engine_requests(client, reasoning_lambda=value)
     assert got["dial"] == [0.6, {"0.attn": 1.0, "1.attn": 1.0, "head": 0.0}]
 
 
@@ -62,7 +41,7 @@ def test_an_object_is_reported_in_its_canonical_form(client: TestClient) -> None
     assert "reasoning_lambda" not in response.json()["choices"][0]
 
 
-def test_the_default_of_an_object_chooses_the_template_and_the_metrics(
+def test_the_default_of_an_object_selects_the_template_and_the_metrics_bucket(
     make_client: MakeClient,
 ) -> None:
     client = make_client(opening=True)
@@ -89,29 +68,29 @@ def test_a_fan_out_is_one_choice_for_each_lambda_in_order(client: TestClient) ->
     assert response.headers["X-Reasoning-Lambda"] == "1,0.2,0.6"
 
 
-def test_each_choice_of_a_fan_out_is_what_a_request_of_its_own_gets(
+def test_each_choice_of_a_fan_out_is_the_same_as_a_request_of_its_own(
     make_client: MakeClient,
 ) -> None:
     client = make_client(opening=True)
     fields: dict[str, Any] = {"seed": 5, "thinking_budget": 900, "answer_lambda": 0.2, "n": None}
     lambdas = [0, 0.6, 0.2]
-    together = requested(client, reasoning_lambda=lambdas, **fields)
-    alone = [requested(client, reasoning_lambda=value, **fields)[0] for value in lambdas]
+    together = engine_requests(client, reasoning_lambda=lambdas, **fields)
+    alone = [engine_requests(client, reasoning_lambda=value, **fields)[0] for value in lambdas]
     assert together == alone
     assert together[0]["prompt"] != together[1]["prompt"]  # each has its own template
 
 
-def test_the_prompt_of_a_fan_out_is_counted_once_at_its_longest(make_client: MakeClient) -> None:
+def test_the_longest_prompt_of_a_fan_out_is_counted_once(make_client: MakeClient) -> None:
     client = make_client(opening=True)
     short, long = (answer_to(client, "say x", reasoning_lambda=it)["usage"] for it in (0, 1))
     both = answer_to(client, "say x", reasoning_lambda=[1, 0])["usage"]
     assert short["prompt_tokens"] < long["prompt_tokens"] == both["prompt_tokens"]
 
 
-def test_in_a_stream_the_first_and_last_chunk_of_a_choice_name_its_lambda(
+def test_in_a_stream_the_first_and_last_chunk_of_a_choice_have_its_lambda(
     client: TestClient,
 ) -> None:
-    events = streamed(client, "say xy", reasoning_lambda=[0.2, 1])
+    events = stream_events(client, "say xy", reasoning_lambda=[0.2, 1])
     for index, value in enumerate([0.2, 1.0]):
         own = [it["choices"][0] for it in events if it["choices"][0]["index"] == index]
         assert [it.get("reasoning_lambda") for it in own] == [value, None, None, value]
@@ -121,17 +100,19 @@ def test_in_a_stream_the_first_and_last_chunk_of_a_choice_name_its_lambda(
 
 
 def test_an_answer_lambda_reaches_the_engine_and_is_reported(client: TestClient) -> None:
-    (got,) = requested(client, reasoning_lambda=0.6, answer_lambda=0.2)
+    (got,) = engine_requests(client, reasoning_lambda=0.6, answer_lambda=0.2)
     assert got["answer"] == [0.2, {}]
     answer = answer_to(client, "say x", reasoning_lambda=0.6, answer_lambda=0.2)
     reported = {"reasoning_lambda": 0.6, "answer_lambda": 0.2, "source": "body"}
     assert answer["routing"] == reported | UNMEASURED
 
 
-def test_an_answer_lambda_that_changes_nothing_is_no_switch(client: TestClient) -> None:
-    (got,) = requested(client, reasoning_lambda=0.6, answer_lambda=0.6)
+def test_an_answer_lambda_equal_to_the_dial_is_dropped(client: TestClient) -> None:
+    (got,) = engine_requests(client, reasoning_lambda=0.6, answer_lambda=0.6)
     assert got["answer"] is None
-    (got,) = requested(client, reasoning_lambda={"default": 0.6, "head": 0}, answer_lambda=0.6)
+    (got,) = engine_requests(
+        client, reasoning_lambda={"default": 0.6, "head": 0}, answer_lambda=0.6
+    )
     assert got["answer"] == [0.6, {}]
 
 
@@ -146,18 +127,18 @@ def test_an_answer_lambda_that_changes_nothing_is_no_switch(client: TestClient) 
         {"thinking": {"type": "enabled", "budget_tokens": 100}},
     ],
 )
-def test_a_budget_under_any_name_is_the_engines_cap(
+def test_a_budget_under_any_name_becomes_the_engines_cap(
     client: TestClient, fields: dict[str, Any]
 ) -> None:
-    (got,) = requested(client, **fields)
+    (got,) = engine_requests(client, **fields)
     cap, window, closing = got["think"]
     assert (cap, window) == (100, 10)
     assert build_tokenizer().decode(closing) == "\n</think>\n\n"
     assert answer_to(client, "say x", **fields)["routing"]["cap"] == 100
 
 
-def test_minus_one_is_no_budget(client: TestClient) -> None:
-    (got,) = requested(client, thinking_token_budget=-1)
+def test_a_budget_of_minus_one_is_none(client: TestClient) -> None:
+    (got,) = engine_requests(client, thinking_token_budget=-1)
     assert got["think"][:2] == [None, 0]
     assert "cap" not in answer_to(client, "say x", thinking_token_budget=-1)["routing"]
 
@@ -175,10 +156,10 @@ def test_a_block_that_is_closed_by_force_ends_exactly_at_the_cap(
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": cap}
 
 
-def test_a_stream_tells_a_forced_close_at_its_end_only(make_client: MakeClient) -> None:
+def test_a_stream_reports_a_forced_close_only_at_its_end(make_client: MakeClient) -> None:
     client = make_client(opening=True)
     fields = {"reasoning_lambda": 1, "thinking_token_budget": 3}
-    events = streamed(client, "say abcd", stream_options={"include_usage": True}, **fields)
+    events = stream_events(client, "say abcd", stream_options={"include_usage": True}, **fields)
     reported = [it["routing"].get("forced_close") for it in events if "routing" in it]
     assert reported == [None, True, True]
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
@@ -186,13 +167,13 @@ def test_a_stream_tells_a_forced_close_at_its_end_only(make_client: MakeClient) 
     assert "".join(it.get("content", "") for it in deltas) == "d"
 
 
-def test_a_block_that_ends_in_time_is_not_closed_by_force(client: TestClient) -> None:
+def test_a_block_that_ends_before_the_cap_is_not_closed_by_force(client: TestClient) -> None:
     answer = answer_to(client, "say <think>ab</think>c", thinking_token_budget=20)
     reported = {"reasoning_lambda": 0.8, "source": "budget", "cap": 20}
     assert answer["routing"] == reported | UNMEASURED
 
 
-def test_a_cap_never_touches_an_answer_that_only_mentions_the_tags(client: TestClient) -> None:
+def test_a_cap_does_not_apply_to_tags_inside_the_answer(client: TestClient) -> None:
     text = "Write <think> and then think a lot about it."
     answer = answer_to(client, f"say {text}", thinking_token_budget=2)
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
@@ -212,7 +193,7 @@ def test_a_block_closes_at_a_line_or_sentence_end_inside_the_soft_window(
     assert (message["reasoning"], message["content"]) == ("abcdef", "gh")
 
 
-def test_the_closing_sequence_is_the_operators(make_client: MakeClient) -> None:
+def test_the_operator_sets_the_closing_sequence(make_client: MakeClient) -> None:
     client = make_client(opening=True, think_closing="\nTime is up.\n</think>\n\nSo: ")
     answer = answer_to(client, "say abcd", reasoning_lambda=1, thinking_token_budget=2)
     message = answer["choices"][0]["message"]
@@ -256,10 +237,7 @@ def test_the_closing_sequence_is_the_operators(make_client: MakeClient) -> None:
     ],
 )
 def test_a_bad_dial_names_its_field(client: TestClient, fields: dict[str, Any], param: str) -> None:
-    response = chat(client, "say x", **fields)
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert (error["code"], error["param"]) == ("invalid_request_error", param)
+    check_error(chat(client, "say x", **fields), 400, "invalid_request_error", param)
 
 
 @pytest.mark.parametrize("field", ["answer_lambda", "thinking_token_budget", "thinking_budget"])
@@ -268,25 +246,24 @@ def test_without_tags_that_are_tokens_think_fields_are_refused(
 ) -> None:
     client = make_client(thinking=str(untagged))
     response = chat(client, "say x", **{field: 1})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == field
+    check_error(response, 400, "invalid_request_error", field)
     assert "single tokens" in response.json()["error"]["message"]
     assert chat(client, "say x", thinking_budget=-1).status_code == 200
 
 
 @pytest.fixture(scope="module")
 def untagged(instruct_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An endpoint whose vocabulary spells the think tags."""
+    """Returns an endpoint in whose vocabulary the think tags are no tokens."""
     directory = tmp_path_factory.mktemp("untagged")
     for file in instruct_directory.iterdir():
         text = file.read_text()
         if file.name == "tokenizer.json":
-            text = text.replace('"<think>"', '"<other>"').replace('"</think>"', '"</other>"')
+            text = without_think_tokens(text)
         (directory / file.name).write_text(text)
     return directory
 
 
-def test_a_request_with_a_cap_leaves_it_in_the_log(
+def test_the_log_line_of_a_request_has_its_cap(
     make_client: MakeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = make_client(opening=True)

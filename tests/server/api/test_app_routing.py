@@ -1,24 +1,27 @@
-"""Budget, effort and load over the app, with a profile and without; and what is shown of it."""
+"""Budget, effort and load choose λ over the app, and the profile and what it observed are shown."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from tests.server.curves import profile
-
-MakeClient = Callable[..., TestClient]
-WaitUntil = Callable[..., None]
+from tests.server.chat_requests import (
+    MakeClient,
+    WaitUntil,
+    chat,
+    check_error,
+    metric,
+    stream_events,
+)
+from tests.server.measured_profile import measured_profile
 
 
 @pytest.fixture
-def profiled(make_client: MakeClient, tmp_path: Path) -> Callable[..., TestClient]:
-    """A client of a pair that was measured: `profiled(elastic=True)`."""
+def profiled(make_client: MakeClient, tmp_path: Path) -> MakeClient:
+    """Opens clients of a pair that has a profile: `profiled(elastic=True)`."""
     path = tmp_path / "profile.json"
-    profile().save(path)
+    measured_profile().save(path)
 
     def make(*worker_flags: str, **settings: object) -> TestClient:
         return make_client(*worker_flags, profile=str(path), **settings)
@@ -26,26 +29,15 @@ def profiled(make_client: MakeClient, tmp_path: Path) -> Callable[..., TestClien
     return make
 
 
-def chat(client: TestClient, content: str = "lambda", **fields: Any) -> Any:
-    body = {"model": "pair", "messages": [{"role": "user", "content": content}]} | fields
-    return client.post("/v1/chat/completions", json=body)
-
-
-def routed(client: TestClient, content: str = "lambda", **fields: Any) -> dict[str, Any]:
-    """The routing of an answer, whose λ reached the engine."""
-    response = chat(client, content, **fields)
+def routed(client: TestClient, **fields: Any) -> dict[str, Any]:
+    """Returns the routing that an answer reports, after checking that its λ reached the engine."""
+    response = chat(client, "lambda", **fields)
     assert response.status_code == 200, response.text
     routing: dict[str, Any] = response.json()["routing"]
     text = response.json()["choices"][0]["message"]["content"]
-    assert content != "lambda" or text == f"{routing['reasoning_lambda']:g}"
+    assert text == f"{routing['reasoning_lambda']:g}"
     assert response.headers["X-Reasoning-Lambda"] == f"{routing['reasoning_lambda']:g}"
     return routing
-
-
-def metric(client: TestClient, name: str, **labels: str) -> float | None:
-    registry = client.app_state["service"].metrics.registry
-    value: float | None = registry.get_sample_value(name, {"model_name": "pair"} | labels)
-    return value
 
 
 # --- inputs ---
@@ -101,17 +93,16 @@ def test_a_budget_is_a_hard_cap_too(profiled: MakeClient) -> None:
     }
 
 
-def test_openrouters_exclude_leaves_the_reasoning_out(profiled: MakeClient) -> None:
+def test_reasoning_that_is_excluded_as_openrouter_does_is_left_out(profiled: MakeClient) -> None:
     client = profiled(opening=True)
     answer = chat(client, "say ab</think>c", reasoning={"effort": "max", "exclude": True}).json()
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "c"}
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
 
 
-def test_a_stream_tells_the_routing_first_and_last(profiled: MakeClient) -> None:
+def test_a_stream_reports_the_routing_in_its_first_and_last_chunk(profiled: MakeClient) -> None:
     client = profiled()
-    *events, _, _ = chat(client, "say xyz", reasoning_effort=0.8, stream=True).text.split("\n\n")
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    chunks = stream_events(client, "say xyz", reasoning_effort=0.8)
     with_routing = [index for index, chunk in enumerate(chunks) if "routing" in chunk]
     assert with_routing == [0, len(chunks) - 1]
     for index in with_routing:
@@ -130,8 +121,7 @@ def test_a_stream_tells_the_routing_first_and_last(profiled: MakeClient) -> None
 def test_a_contradiction_or_an_unknown_key_is_a_400_that_names_it(
     client: TestClient, fields: dict[str, Any], param: str
 ) -> None:
-    response = chat(client, **fields)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    check_error(chat(client, "say x", **fields), 400, "invalid_request_error", param)
 
 
 def test_a_pair_that_was_not_measured_gets_the_neutral_profile(client: TestClient) -> None:
@@ -141,10 +131,10 @@ def test_a_pair_that_was_not_measured_gets_the_neutral_profile(client: TestClien
         "profile": "neutral",
         "routing_class": "default",
     }
-    view = client.get("/v1/profiles").json()
-    assert (view["name"], view["measured"]) == ("neutral", False)
-    assert "This pair was not measured" in view["source"]["description"]
-    assert view["classes"]["default"]["points"] == []
+    shown = client.get("/v1/profiles").json()
+    assert (shown["name"], shown["measured"]) == ("neutral", False)
+    assert "This pair was not measured" in shown["source"]["description"]
+    assert shown["classes"]["default"]["points"] == []
 
 
 # --- the think threshold ---
@@ -171,7 +161,7 @@ def test_the_think_threshold_is_the_profiles_unless_the_operator_pins_it(
 def test_a_profile_of_another_pair_is_used_with_a_warning(
     make_client: MakeClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = profile(pair={"identity": "2" * 32, "instruct": "I", "thinking": "T"})
+    other = measured_profile(pair={"identity": "2" * 32, "instruct": "I", "thinking": "T"})
     other.save(tmp_path / "other.json")
     with caplog.at_level("WARNING", "server.service"):
         client = make_client(profile=str(tmp_path / "other.json"))
@@ -182,22 +172,22 @@ def test_a_profile_of_another_pair_is_used_with_a_warning(
 # --- GET /v1/profiles ---
 
 
-def test_the_profile_is_shown_with_its_front_and_what_the_router_makes_of_it(
+def test_the_profile_is_shown_with_its_front_and_the_routers_lengths(
     profiled: MakeClient,
 ) -> None:
-    view = profiled().get("/v1/profiles").json()
-    assert (view["object"], view["name"], view["measured"]) == ("profile", "measured", True)
-    assert view["pair"]["identity"] == "1" * 32
-    points = view["classes"]["default"]["points"]
+    shown = profiled().get("/v1/profiles").json()
+    assert (shown["object"], shown["name"], shown["measured"]) == ("profile", "measured", True)
+    assert shown["pair"]["identity"] == "1" * 32
+    points = shown["classes"]["default"]["points"]
     assert [it["lambda"] for it in points if it["on_front"]] == [0.0, 0.4, 0.6, 0.8]
     assert points[2]["router"] == {"mean": 100.0, "p90": 200.0, "p90_source": "measured"}
-    efforts = view["classes"]["default"]["efforts"]
+    efforts = shown["classes"]["default"]["efforts"]
     assert (efforts["none"], efforts["max"]) == (0.0, 0.8)
     assert list(efforts.values()) == sorted(efforts.values())
-    assert view["classes"].keys() == {"default", "math"}
+    assert shown["classes"].keys() == {"default", "math"}
 
 
-def test_profiles_of_a_server_that_loads_are_a_503(make_client: MakeClient, tmp_path: Path) -> None:
+def test_while_loading_profiles_are_a_503(make_client: MakeClient, tmp_path: Path) -> None:
     client = make_client("--load-gate", str(tmp_path / "gate"), wait=False)
     assert client.get("/v1/profiles").status_code == 503
 
@@ -205,7 +195,7 @@ def test_profiles_of_a_server_that_loads_are_a_503(make_client: MakeClient, tmp_
 # --- what is observed ---
 
 
-def test_answers_that_ended_are_observed_by_class_and_bucket(profiled: MakeClient) -> None:
+def test_lengths_of_finished_answers_are_observed_by_class_and_bucket(profiled: MakeClient) -> None:
     client = profiled(opening=True)
     for text in ("ab</think>x", "abcd</think>x"):
         chat(client, f"say {text}", reasoning_lambda=0.6, routing_class="math")
@@ -235,7 +225,7 @@ def test_answers_that_ended_are_observed_by_class_and_bucket(profiled: MakeClien
         ({"stop": "x"}, 0),
     ],
 )
-def test_a_block_that_was_cut_is_observed_as_such(
+def test_a_block_that_was_cut_is_observed_as_cut(
     profiled: MakeClient, fields: dict[str, Any], cut: int
 ) -> None:
     client = profiled(opening=True)
@@ -251,8 +241,8 @@ def test_failed_answers_and_lambdas_by_group_are_not_observed(profiled: MakeClie
     assert client.get("/v1/profiles").json()["classes"]["default"]["observed"] == {}
 
 
-def test_adapt_lets_what_was_observed_decide(profiled: MakeClient) -> None:
-    """λ = 0.8 was measured at a p90 of 600 tokens; here it takes two."""
+def test_with_adapt_observed_lengths_decide(profiled: MakeClient) -> None:
+    """λ = 0.8 was measured with a p90 of 600 tokens; here it takes two."""
     client = profiled(opening=True, adapt=True, adapt_min_samples=3)
     for _ in range(3):
         chat(client, "say ab</think>x", reasoning_lambda=0.8)
@@ -261,16 +251,16 @@ def test_adapt_lets_what_was_observed_decide(profiled: MakeClient) -> None:
     service.router.rebuild()
     routing = chat(client, "say x", thinking_budget=300).json()["routing"]
     assert (routing["reasoning_lambda"], routing["expected_reasoning_tokens"]) == (0.8, 2)
-    view = client.get("/v1/profiles").json()
-    assert view["adapt"] is True
-    (at_08,) = [it for it in view["classes"]["default"]["points"] if it["lambda"] == 0.8]
+    shown = client.get("/v1/profiles").json()
+    assert shown["adapt"] is True
+    (at_08,) = [it for it in shown["classes"]["default"]["points"] if it["lambda"] == 0.8]
     assert at_08["router"]["p90_source"] == "observed"
 
 
 # --- load ---
 
 
-def test_under_load_requests_without_a_lambda_go_cheaper_and_it_is_reported(
+def test_under_load_requests_without_a_lambda_run_at_a_cheaper_one_and_report_it(
     profiled: MakeClient, wait_until: WaitUntil
 ) -> None:
     client = profiled(elastic=True, elastic_waiting=1, elastic_effort=0.4)
@@ -315,11 +305,11 @@ def test_without_the_flag_load_changes_nothing(client: TestClient) -> None:
 # --- metrics ---
 
 
-def test_decisions_are_counted_by_what_chose_them(profiled: MakeClient) -> None:
+def test_routing_decisions_are_counted_by_their_source(profiled: MakeClient) -> None:
     client = profiled()
     routed(client)
     routed(client, thinking_budget=300)
-    chat(client, reasoning_lambda=[0.2, 0.6, 0.61])
+    chat(client, "lambda", reasoning_lambda=[0.2, 0.6, 0.61])
     for source, bucket, count in [
         ("default", "0.8-0.9", 1),
         ("budget", "0.6-0.7", 1),
@@ -341,8 +331,8 @@ def test_the_share_of_a_budget_that_was_used_is_measured(profiled: MakeClient) -
     assert metric(client, "mi_budget_used_ratio_sum", **labels) == 0.25
 
 
-def test_a_fan_out_is_no_place_for_an_expectation(profiled: MakeClient) -> None:
-    answer = chat(profiled(), reasoning_lambda=[0.2, 0.6], thinking_budget=100).json()
+def test_a_fan_out_reports_no_expected_tokens(profiled: MakeClient) -> None:
+    answer = chat(profiled(), "lambda", reasoning_lambda=[0.2, 0.6], thinking_budget=100).json()
     assert answer["routing"] == {
         "reasoning_lambda": [0.2, 0.6],
         "source": "body",

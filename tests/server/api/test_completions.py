@@ -1,19 +1,13 @@
-"""`POST /v1/completions` over the fake engine: a raw prompt is the command itself."""
+"""`POST /v1/completions` continues raw prompts, which are the commands of the fake engine."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from mi_runtime.request import TokenLogprobs
-from server.answer.echo import Echo
-from server.answer.logprobs import columns, completions_logprobs
-from server.service import Service
 from server.text.vocabulary import Vocabulary
-
-MakeClient = Callable[..., TestClient]
+from tests.server.chat_requests import MakeClient, metric
 
 
 def post(client: TestClient, prompt: Any, **fields: Any) -> Any:
@@ -30,11 +24,12 @@ def answer_to(client: TestClient, prompt: Any, **fields: Any) -> dict[str, Any]:
 
 
 def texts(answer: dict[str, Any]) -> list[str]:
+    """Returns the text of each choice, in order of their indices."""
     assert [choice["index"] for choice in answer["choices"]] == [*range(len(answer["choices"]))]
     return [choice["text"] for choice in answer["choices"]]
 
 
-def streamed(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
+def stream_events(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
     response = post(client, prompt, stream=True, **fields)
     assert response.status_code == 200, response.text
     *events, done, rest = response.text.split("\n\n")
@@ -42,11 +37,8 @@ def streamed(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, A
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def ids(vocabulary: Vocabulary, text: str) -> list[int]:
-    return vocabulary.encode(text)
-
-
 def refusal(client: TestClient, prompt: Any = "say hi", **fields: Any) -> dict[str, Any]:
+    """Returns the error of a request that is refused with a 400."""
     response = post(client, prompt, **fields)
     assert response.status_code == 400, response.text
     error: dict[str, Any] = response.json()["error"]
@@ -75,13 +67,13 @@ def test_the_engine_follows_no_think_block_and_tags_are_text(client: TestClient)
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
-def test_sixteen_tokens_are_the_default(client: TestClient) -> None:
+def test_an_answer_has_sixteen_tokens_by_default(client: TestClient) -> None:
     answer = answer_to(client, "forever")
     assert texts(answer) == ["a" * 16]
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-def test_an_alias_and_a_header_name_a_lambda(client: TestClient) -> None:
+def test_an_alias_and_a_header_set_lambda(client: TestClient) -> None:
     assert texts(answer_to(client, "lambda", model="pair@0.4")) == ["0.4"]
     header = {"X-Reasoning-Lambda": "0.2"}
     response = post(client, "lambda", headers=header)
@@ -89,8 +81,10 @@ def test_an_alias_and_a_header_name_a_lambda(client: TestClient) -> None:
     assert response.headers["X-Reasoning-Lambda"] == "0.2"
 
 
-def test_prompts_of_every_form_are_one_batch(client: TestClient, vocabulary: Vocabulary) -> None:
-    one, two = ids(vocabulary, "say a"), ids(vocabulary, "say bc")
+def test_several_prompts_of_any_form_are_answered_in_one_request(
+    client: TestClient, vocabulary: Vocabulary
+) -> None:
+    one, two = vocabulary.encode("say a"), vocabulary.encode("say bc")
     assert texts(answer_to(client, one)) == ["a"]
     assert texts(answer_to(client, [one, two])) == ["a", "bc"]
     batch = answer_to(client, ["say a", "say bc"])
@@ -98,11 +92,11 @@ def test_prompts_of_every_form_are_one_batch(client: TestClient, vocabulary: Voc
     assert batch["usage"]["prompt_tokens"] == len(one) + len(two)
 
 
-def test_choices_go_prompt_by_prompt(client: TestClient, vocabulary: Vocabulary) -> None:
+def test_choices_are_in_order_of_their_prompts(client: TestClient, vocabulary: Vocabulary) -> None:
     answer = answer_to(client, ["request", "say hi"], n=2, seed=7, max_tokens=200)
     assert [json.loads(text)["seed"] for text in texts(answer)[:2]] == [7, 8]
     assert texts(answer)[2:] == ["hi", "hi"]
-    once = len(ids(vocabulary, "request")) + len(ids(vocabulary, "say hi"))
+    once = len(vocabulary.encode("request")) + len(vocabulary.encode("say hi"))
     assert answer["usage"]["prompt_tokens"] == once
 
 
@@ -120,7 +114,7 @@ def test_a_stop_string_ends_the_text(client: TestClient) -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-def test_best_of_is_taken_where_it_says_nothing_new(client: TestClient) -> None:
+def test_best_of_equal_to_n_is_accepted(client: TestClient) -> None:
     assert texts(answer_to(client, "say hi", n=2, best_of=2)) == ["hi", "hi"]
 
 
@@ -144,12 +138,12 @@ def test_logprobs_are_columns_with_the_token_among_the_best(client: TestClient) 
     assert logprobs["text_offset"] == [0, 1]
 
 
-def test_no_alternatives_leave_the_token_itself(client: TestClient) -> None:
+def test_logprobs_without_alternatives_have_the_token_itself(client: TestClient) -> None:
     logprobs = answer_to(client, "say 0", logprobs=0, max_tokens=1)["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] == [{"0": -0.5}]
 
 
-def test_echo_with_logprobs_scores_the_prompt_and_its_first_token_has_none(
+def test_echo_with_logprobs_has_those_of_the_prompt_but_of_its_first_token(
     client: TestClient,
 ) -> None:
     (choice,) = answer_to(client, "say 0", echo=True, logprobs=1, max_tokens=1)["choices"]
@@ -161,10 +155,10 @@ def test_echo_with_logprobs_scores_the_prompt_and_its_first_token_has_none(
     assert choice["text"] == "say 00"
 
 
-def test_no_tokens_with_echo_are_the_prompt_and_its_scores(
+def test_echo_without_new_tokens_returns_the_prompt_and_its_logprobs(
     client: TestClient, vocabulary: Vocabulary
 ) -> None:
-    for prompt in ("say hi", ids(vocabulary, "say hi")):
+    for prompt in ("say hi", vocabulary.encode("say hi")):
         answer = answer_to(client, prompt, echo=True, logprobs=1, max_tokens=0)
         (choice,) = answer["choices"]
         assert (choice["text"], choice["finish_reason"]) == ("say hi", "length")
@@ -174,33 +168,10 @@ def test_no_tokens_with_echo_are_the_prompt_and_its_scores(
         assert plain["choices"][0] == choice | {"logprobs": None}
 
 
-def test_a_prompt_is_not_scored_without_echo_or_without_logprobs(client: TestClient) -> None:
+def test_without_echo_or_logprobs_a_prompt_has_no_logprobs(client: TestClient) -> None:
     without_echo = answer_to(client, "say 0", logprobs=1, max_tokens=1)["choices"][0]
     assert without_echo["logprobs"]["tokens"] == ["0"]
     assert answer_to(client, "say 0", echo=True)["choices"][0]["logprobs"] is None
-
-
-def test_token_ids_are_echoed_with_special_tokens_and_offsets_count_characters(
-    vocabulary: Vocabulary,
-) -> None:
-    text = "é<|im_end|>ü7"  # letters of two bytes and two tokens each
-    echo = Echo.of_tokens(ids(vocabulary, text), vocabulary)
-    assert echo.text == text
-    assert [text[offset] for offset in echo.offsets] == ["é", "é", "<", "ü", "ü", "7"]
-
-
-def test_tokens_that_end_inside_a_character_are_echoed_all_the_same(
-    vocabulary: Vocabulary,
-) -> None:
-    echo = Echo.of_tokens(ids(vocabulary, "aé")[:2], vocabulary)
-    assert (echo.text, list(echo.offsets)) == ("a�", [0, 1])
-
-
-def test_an_impossible_token_has_a_number_json_can_write(vocabulary: Vocabulary) -> None:
-    write = completions_logprobs(vocabulary)
-    rows = [write(5, TokenLogprobs(float("-inf"), ((6, -0.0),)), 3)]
-    assert columns(rows)["token_logprobs"] == [-9999.0]
-    assert list(rows[0]["top_logprobs"].values()) == [0.0, -9999.0]
 
 
 # --- streams ---
@@ -209,7 +180,9 @@ def test_an_impossible_token_has_a_number_json_can_write(vocabulary: Vocabulary)
 def test_a_stream_adds_up_to_the_plain_answer(client: TestClient) -> None:
     fields = {"echo": True, "logprobs": 1, "n": 2, "max_tokens": 3}
     plain = answer_to(client, ["say 01", "say 2"], **fields)
-    events = streamed(client, ["say 01", "say 2"], stream_options={"include_usage": True}, **fields)
+    events = stream_events(
+        client, ["say 01", "say 2"], stream_options={"include_usage": True}, **fields
+    )
     chunks = [choice for event in events for choice in event["choices"]]
     for choice in plain["choices"]:
         mine = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
@@ -268,18 +241,18 @@ def test_a_failure_in_a_stream_is_its_last_event(client: TestClient) -> None:
         ({"tempratur": 1}, "tempratur"),
     ],
 )
-def test_a_bad_field_is_named_before_anything_runs(
+def test_a_bad_field_of_a_completion_is_named(
     client: TestClient, fields: dict[str, Any], param: str
 ) -> None:
     assert refusal(client, **fields)["param"] == param
 
 
-def test_a_prompt_too_long_is_about_the_prompt(client: TestClient) -> None:
+def test_a_prompt_that_is_too_long_is_named(client: TestClient) -> None:
     error = refusal(client, ["say hi", "a" * 5000])
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
 
-def test_nothing_is_taken_while_the_engine_loads(make_client: MakeClient) -> None:
+def test_while_loading_requests_are_refused_with_retry_after(make_client: MakeClient) -> None:
     client = make_client("--load-gate", "/nonexistent", wait=False)
     response = post(client, "say hi")
     assert response.status_code == 503
@@ -288,11 +261,6 @@ def test_nothing_is_taken_while_the_engine_loads(make_client: MakeClient) -> Non
 
 
 # --- limits and endings, which are those of chat ---
-
-
-def metric(client: TestClient, name: str, **labels: str) -> float | None:
-    service: Service = client.app_state["service"]
-    return service.metrics.registry.get_sample_value(name, {"model_name": "pair"} | labels)
 
 
 @pytest.mark.parametrize("prompt", ["forever", "wait", ["say x", "wait"]])
@@ -319,7 +287,7 @@ def test_texts_count_against_the_same_quota(make_client: MakeClient) -> None:
     assert 1 <= int(refused.headers["Retry-After"]) <= 120
 
 
-def test_an_engine_that_dies_ends_every_text_once_and_is_counted(make_client: MakeClient) -> None:
+def test_an_engine_that_dies_fails_every_choice_in_one_error(make_client: MakeClient) -> None:
     client = make_client()
     response = post(client, ["die", "wait"], stream=True, max_tokens=9)
     *_, last, rest = response.text.split("\n\n")

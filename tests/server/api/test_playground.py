@@ -1,4 +1,4 @@
-"""The page at `/`: self-contained, open, and held to its own script by the browser."""
+"""The page at `/` is self-contained and open, and the browser runs only its own script."""
 
 import base64
 import hashlib
@@ -7,11 +7,11 @@ import re
 from starlette.testclient import TestClient
 
 from server.api.playground import PAGE
+from tests.server.chat_requests import MakeClient
 
 
-def test_the_page_is_served_without_a_key(make_client: object) -> None:
-    client: TestClient = make_client(api_key=["secret"])  # type: ignore[operator]
-    response = client.get("/")
+def test_the_page_is_served_without_a_key(make_client: MakeClient) -> None:
+    response = make_client(api_key=["secret"]).get("/")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")
     assert response.text == PAGE.read_text()
@@ -29,7 +29,7 @@ def test_the_policy_allows_the_pages_own_script_and_nothing_from_elsewhere(
     assert not re.findall(r"https?://|<(?:link|img|iframe)\b|\bsrc=|innerHTML", response.text)
 
 
-def test_every_field_that_the_page_sends_is_one_of_the_api(client: TestClient) -> None:
+def test_the_fields_that_the_page_sends_are_fields_of_the_api(client: TestClient) -> None:
     sent = {"reasoning_lambda", "reasoning_effort", "thinking_token_budget", "temperature"}
     fields = client.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]
     assert sent <= fields["properties"].keys()

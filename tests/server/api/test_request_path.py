@@ -1,4 +1,4 @@
-"""The path of a request from the ASGI entry to the pipe, as docs/architecture.md lists it."""
+"""A request goes from the ASGI entry to the pipe through the functions of docs/architecture.md."""
 
 import importlib
 import re
@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from mi_runtime.request import Submit
 from server.api import chat
+from tests.server.chat_requests import answer_to
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -24,19 +25,20 @@ LISTED = [
 ]
 
 
-def test_the_way_has_at_most_eight_functions_and_six_files() -> None:
+def test_the_path_has_at_most_eight_functions_in_six_files() -> None:
     assert 2 < len(LISTED) <= 8
     assert len({file for _, file in LISTED}) <= 6
+    assert (LISTED[0][0], LISTED[-1][0]) == ("RequestLog.__call__", "EngineClient._write")
 
 
 @pytest.mark.parametrize(("function", "file"), LISTED)
-def test_every_function_of_the_way_is_where_the_page_says(function: str, file: str) -> None:
+def test_every_function_of_the_path_is_where_the_page_says(function: str, file: str) -> None:
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     assert callable(reduce(getattr, function.split("."), module))
 
 
-def callers(frame: FrameType | None) -> list[tuple[str, str]]:
-    """The functions of the server on the stack, outermost first, with their files."""
+def server_functions(frame: FrameType | None) -> list[tuple[str, str]]:
+    """Returns the functions of the server on the stack, outermost first, with their files."""
     found: list[tuple[str, str]] = []
     while frame is not None:
         code = frame.f_code
@@ -46,7 +48,7 @@ def callers(frame: FrameType | None) -> list[tuple[str, str]]:
     return found
 
 
-def test_nothing_stands_between_the_functions_that_the_page_lists(
+def test_only_the_functions_that_the_page_lists_call_each_other(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, stack = client.app_state["service"].engine, list[tuple[str, str]]()
@@ -57,13 +59,11 @@ def test_nothing_stands_between_the_functions_that_the_page_lists(
 
         def put(self, command: object) -> None:
             if isinstance(command, Submit):
-                stack.extend(callers(sys._getframe(1)))
+                stack.extend(server_functions(sys._getframe(1)))
             commands.put(command)
 
     monkeypatch.setattr(engine, "_commands", Commands())
-    messages = [{"role": "user", "content": "say hi"}]
-    response = client.post("/v1/chat/completions", json={"model": "pair", "messages": messages})
-    assert response.status_code == 200
+    answer_to(client, "say hi")
     steps = ("admission", "prepare_chat", "EngineClient._write")  # done before, or in a thread
     assert stack == [entry for entry in LISTED if entry[0] not in steps]
 
@@ -74,17 +74,15 @@ def test_admission_is_checked_before_the_body_and_before_the_engine(
     service, steps = client.app_state["service"], list[str]()
     admit, read, submit = service.admit, chat.read_body, service.engine.submit
 
-    def noting(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             steps.append(step)
             return function(*arguments)
 
         return call
 
-    monkeypatch.setattr(service, "admit", noting("admit", admit))
-    monkeypatch.setattr(chat, "read_body", noting("read", read))
-    monkeypatch.setattr(service.engine, "submit", noting("submit", submit))
-    messages = [{"role": "user", "content": "say hi"}]
-    response = client.post("/v1/chat/completions", json={"model": "pair", "messages": messages})
-    assert response.status_code == 200
+    monkeypatch.setattr(service, "admit", recording("admit", admit))
+    monkeypatch.setattr(chat, "read_body", recording("read", read))
+    monkeypatch.setattr(service.engine, "submit", recording("submit", submit))
+    answer_to(client, "say hi")
     assert steps == ["admit", "read", "admit", "submit"]

@@ -1,16 +1,14 @@
-"""`/tokenize` and `/detokenize`."""
+"""`/tokenize` turns a text or messages into token ids, and `/detokenize` turns them back."""
 
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from server.text.vocabulary import Vocabulary
+from tests.server.chat_requests import MakeClient, check_error
 
-MakeClient = Callable[..., TestClient]
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -21,7 +19,8 @@ def tokenized(client: TestClient, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def text(client: TestClient, **body: Any) -> str:
+def round_trip(client: TestClient, **body: Any) -> str:
+    """Returns the text of a body that is tokenized and then detokenized."""
     response = client.post("/detokenize", json={"tokens": tokenized(client, **body)["tokens"]})
     assert response.status_code == 200
     prompt: str = response.json()["prompt"]
@@ -34,34 +33,38 @@ def test_a_text_becomes_its_token_ids(client: TestClient, vocabulary: Vocabulary
     assert answer == {"count": 3, "max_model_len": 2048, "tokens": ids, "token_strs": None}
 
 
-def test_the_text_of_every_token_can_be_asked_for(client: TestClient) -> None:
+def test_the_text_of_every_token_is_returned_on_request(client: TestClient) -> None:
     answer = tokenized(client, prompt="a7<think>", return_token_strs=True, model="pair")
     assert answer["token_strs"] == ["a", "7", "<think>"]
 
 
-def test_the_lambda_chooses_the_template_of_messages(make_client: MakeClient) -> None:
+def test_lambda_selects_the_template_of_messages(make_client: MakeClient) -> None:
     client = make_client(opening=True)
-    instruct = text(client, messages=HI, reasoning_lambda=0)
+    instruct = round_trip(client, messages=HI, reasoning_lambda=0)
     assert instruct == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert text(client, messages=HI) == instruct + "<think>\n"
-    assert text(client, messages=HI, model="pair@0") == instruct
+    assert round_trip(client, messages=HI) == instruct + "<think>\n"
+    assert round_trip(client, messages=HI, model="pair@0") == instruct
     turn = "<|im_start|>user\nhi<|im_end|>\n"
-    assert text(client, messages=HI, add_generation_prompt=False) == turn
+    assert round_trip(client, messages=HI, add_generation_prompt=False) == turn
 
 
 def test_a_message_can_be_left_open(client: TestClient) -> None:
     messages = [*HI, {"role": "assistant", "content": "so "}]
-    assert text(client, messages=messages, continue_final_message=True).endswith("assistant\nso ")
+    assert round_trip(client, messages=messages, continue_final_message=True).endswith(
+        "assistant\nso "
+    )
 
 
-def test_both_work_while_the_engine_loads(make_client: MakeClient) -> None:
+def test_texts_are_tokenized_and_detokenized_while_the_engine_loads(
+    make_client: MakeClient,
+) -> None:
     client = make_client("--load-gate", "/nonexistent", wait=False)
     assert tokenized(client, prompt="hi")["max_model_len"] is None
-    assert text(client, prompt="hi") == "hi"
+    assert round_trip(client, prompt="hi") == "hi"
 
 
-def test_no_tokens_are_no_text(client: TestClient) -> None:
-    assert text(client, prompt="") == ""
+def test_an_empty_text_has_no_tokens(client: TestClient) -> None:
+    assert round_trip(client, prompt="") == ""
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_another_model_is_not_found_and_a_long_body_is_refused(
     assert client.post(path, json={"prompt": "x" * 200}).status_code == 413
 
 
-def test_answers_of_any_size_are_made_outside_the_event_loop(
+def test_answers_are_built_outside_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The texts of four million tokens, and their JSON, stopped every stream for six seconds."""
@@ -126,21 +129,14 @@ def test_answers_of_any_size_are_made_outside_the_event_loop(
     assert len(seen) == 2
 
 
-def test_while_loading_texts_are_tokenized_and_messages_are_asked_to_come_back(
-    make_client: MakeClient, tmp_path: Path
-) -> None:
-    """The profile that chooses the template is known once the pair is: messages were a 500."""
-    gate = tmp_path / "gate"
-    client = make_client("--load-gate", str(gate), wait=False)
-    assert tokenized(client, prompt="hi")["max_model_len"] is None
-    response = client.post("/tokenize", json={"messages": HI})
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "loading"
-    gate.touch()
+def test_while_loading_messages_are_refused(make_client: MakeClient) -> None:
+    """The profile, which selects the template, is known after loading: messages were a 500."""
+    client = make_client("--load-gate", "/nonexistent", wait=False)
+    check_error(client.post("/tokenize", json={"messages": HI}), 503, "loading")
 
 
-def test_messages_obey_the_rules_that_they_obey_in_a_chat(client: TestClient) -> None:
-    """What chat refused, `/tokenize` counted."""
+def test_messages_are_checked_as_in_a_chat(client: TestClient) -> None:
+    """`/tokenize` accepted messages that chat refused."""
     response = client.post("/tokenize", json={"messages": [{"role": "user"}]})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages[0].content"

@@ -1,3 +1,5 @@
+"""The time to try again after is estimated from how many requests ended recently."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,42 +1,33 @@
-import json
+"""Sampling parameters come from the request, else from the pair, and must fit the engine."""
+
 from typing import Any
 
 import pytest
 
-from mi_runtime.request import EngineInfo, SamplingParams
+from mi_runtime.request import SamplingParams
 from server.engine.sampling import SamplingPolicy, seed_of_choice
-from server.wire.chat_request import parse_chat_request
 from server.wire.errors import ContextTooLong, InvalidRequest
+from tests.server.chat_bodies import parse
+from tests.server.engine_info import ENGINE_INFO
 
-ENGINE = EngineInfo(
-    pair_identity="1" * 32,
-    fingerprint="f",
-    model_type="m",
-    device="cpu",
-    dtype="float32",
-    delta_dtype="none",
-    vocab_size=320,
-    max_model_len=100,
-    block_size=16,
-    num_blocks=64,
-    layers=4,
-    weight_bytes=0,
-    peak_bytes=0,
-    load_seconds=0.0,
-)
-POLICY = SamplingPolicy({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, frozenset({7}))
+GENERATION_CONFIG = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_length": 9}
+POLICY = SamplingPolicy(GENERATION_CONFIG, frozenset({7}))
 
 
 def resolve(prompt_tokens: int = 10, **fields: Any) -> SamplingParams:
-    body = {"model": "pair", "messages": [{"role": "user", "content": "x"}]} | fields
-    request = parse_chat_request(json.dumps(body).encode())
-    return POLICY.resolve(request, prompt_tokens=prompt_tokens, info=ENGINE)
+    """Returns the sampling parameters of a chat request with these fields."""
+    return POLICY.resolve(parse(**fields), prompt_tokens=prompt_tokens, info=ENGINE_INFO)
 
 
 def test_a_field_that_is_absent_comes_from_the_pair() -> None:
     params = resolve()
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.95, 20)
     assert params.eos_token_ids == {7}
+
+
+def test_a_field_that_the_pair_leaves_open_changes_nothing() -> None:
+    params = resolve()
+    assert (params.min_p, params.repetition_penalty) == (0.0, 1.0)
 
 
 def test_a_field_that_is_present_wins_even_if_it_is_zero() -> None:
@@ -61,7 +52,7 @@ def test_a_prompt_without_room_for_one_token_is_too_long_with_both_numbers() -> 
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_more_tokens_than_the_answer_can_have_are_refused() -> None:
+def test_min_tokens_above_max_tokens_are_refused() -> None:
     with pytest.raises(InvalidRequest) as caught:
         resolve(min_tokens=50, max_tokens=40)
     assert caught.value.param == "min_tokens"
@@ -83,7 +74,7 @@ def test_a_token_id_that_does_not_exist_is_named(fields: dict[str, Any], param: 
     assert caught.value.param == param
 
 
-def test_token_ids_reach_the_engine() -> None:
+def test_biases_and_stop_tokens_reach_the_engine() -> None:
     params = resolve(logit_bias={"5": -100, "6": 1.5}, stop_token_ids=[1, 2], ignore_eos=True)
     assert params.logit_bias == ((5, -100.0), (6, 1.5))
     assert params.ending_token_ids == {1, 2}

@@ -1,3 +1,5 @@
+"""The watchdog reports an engine that makes no progress for several checks, and no other."""
+
 from dataclasses import replace
 
 from hypothesis import given
@@ -29,7 +31,7 @@ def test_an_engine_that_reports_but_does_not_read_hangs_as_well() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans())))
-def test_one_that_reports_and_reads_never_hangs(moves: list[tuple[int, int, bool]]) -> None:
+def test_an_engine_that_reports_and_reads_never_hangs(moves: list[tuple[int, int, bool]]) -> None:
     watchdog, now = Watchdog(START), START
     for reports, commands, read in moves:
         sent = now.queued if read or now.queued > now.sent else now.sent

@@ -1,7 +1,7 @@
-"""Spans, as a collector on loopback gets them."""
+"""Each request is a span, which a collector on loopback receives."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -10,13 +10,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.testclient import TestClient
 
 from server.service import Service
+from tests.server.chat_requests import MakeClient, chat
 
-MakeClient = Callable[..., TestClient]
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 class Collector:
-    """Takes OTLP over HTTP."""
+    """Receives spans by OTLP over HTTP."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
@@ -54,13 +54,8 @@ def client(collector: Collector, make_client: MakeClient) -> TestClient:
     return make_client(otlp_traces_endpoint=collector.url, api_key=["sk-one"])
 
 
-def chat(client: TestClient, content: str, headers: dict[str, str], **fields: Any) -> Any:
-    body = {"model": "pair@0.6", "messages": [{"role": "user", "content": content}]} | fields
-    return client.post("/v1/chat/completions", json=body, headers=headers)
-
-
-def sent(client: TestClient, collector: Collector) -> list[Any]:
-    """The spans that came, once everything has left."""
+def received_spans(client: TestClient, collector: Collector) -> list[Any]:
+    """Returns the spans that the collector has once the app has sent all of them."""
     service: Service = client.app_state["service"]
     assert service.tracing is not None
     service.tracing._provider.force_flush()
@@ -86,9 +81,11 @@ def test_a_request_is_a_span_in_its_callers_trace(
 ) -> None:
     headers = KEY | {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     with caplog.at_level("INFO", "server.ops.request_log"):
-        response = chat(client, "say <think>\na=6\n</think>\n\n6", headers, stream=stream)
+        response = chat(
+            client, "say <think>\na=6\n</think>\n\n6", headers, model="pair@0.6", stream=stream
+        )
     assert response.status_code == 200
-    (span,) = [it for it in sent(client, collector) if it.name == "chat pair@0.6"]
+    (span,) = [it for it in received_spans(client, collector) if it.name == "chat pair@0.6"]
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
     got = attributes(span)
     assert got["gen_ai.operation.name"] == "chat"
@@ -108,7 +105,7 @@ def test_the_stages_lie_one_after_the_other_inside_their_request(
     client: TestClient, collector: Collector
 ) -> None:
     chat(client, "say hello", KEY)
-    *stages, span = sent(client, collector)
+    *stages, span = received_spans(client, collector)
     assert [it.name for it in stages] == ["prepare", "queue", "prefill", "decode"]
     assert {it.parent_span_id for it in stages} == {span.span_id}
     times = [time for it in stages for time in (it.start_time_unix_nano, it.end_time_unix_nano)]
@@ -117,10 +114,12 @@ def test_the_stages_lie_one_after_the_other_inside_their_request(
     assert times[-1] <= span.end_time_unix_nano + 1_000_000  # stages are rounded to a tenth of a ms
 
 
-def test_a_refusal_is_a_span_that_failed(client: TestClient, collector: Collector) -> None:
+def test_a_refused_and_a_failed_request_are_spans_with_an_error(
+    client: TestClient, collector: Collector
+) -> None:
     chat(client, "say x", {})
     chat(client, "fail", KEY)
-    refused, *_, failed = sent(client, collector)
+    refused, *_, failed = received_spans(client, collector)
     assert attributes(refused)["error.type"] == "invalid_api_key"
     assert attributes(failed)["error.type"] == "internal_error"
     assert refused.status.code == failed.status.code == 2
@@ -129,12 +128,14 @@ def test_a_refusal_is_a_span_that_failed(client: TestClient, collector: Collecto
 def test_probes_leave_no_span(client: TestClient, collector: Collector) -> None:
     for path in ("/health", "/ready", "/metrics"):
         client.get(path)
-    assert sent(client, collector) == []
+    assert received_spans(client, collector) == []
 
 
-def test_a_caller_that_samples_nothing_is_obeyed(client: TestClient, collector: Collector) -> None:
+def test_a_caller_that_does_not_sample_its_trace_gets_no_span(
+    client: TestClient, collector: Collector
+) -> None:
     chat(client, "say x", KEY | {"traceparent": f"00-{TRACE}-{PARENT}-00"})
-    assert sent(client, collector) == []
+    assert received_spans(client, collector) == []
 
 
 def test_a_collector_that_is_gone_harms_no_request(make_client: MakeClient) -> None:

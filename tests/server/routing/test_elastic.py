@@ -1,17 +1,13 @@
+"""Elastic routing turns on under load, and off again only after a while and well below it."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.routing.elastic import ElasticLimits, ElasticSwitch, Pressure
+from tests.server.clock import Clock
 
 LIMITS = ElasticLimits(waiting=8, kv_usage=0.8, release=0.5, dwell=5.0)
 CALM, BETWEEN, HIGH = Pressure(0, 0.0), Pressure(6, 0.6), Pressure(8, 0.0)
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_queue_or_a_full_cache_is_load() -> None:
@@ -21,7 +17,7 @@ def test_a_queue_or_a_full_cache_is_load() -> None:
         assert not ElasticSwitch(LIMITS, Clock()).update(pressure)
 
 
-def test_it_is_over_only_where_both_are_well_below() -> None:
+def test_load_is_over_only_once_queue_and_cache_are_well_below_their_limits() -> None:
     clock = Clock()
     elastic = ElasticSwitch(LIMITS, clock)
     elastic.update(HIGH)
@@ -31,7 +27,7 @@ def test_it_is_over_only_where_both_are_well_below() -> None:
     assert not elastic.update(Pressure(4, 0.4))
 
 
-def test_a_change_stays_for_the_dwell_time() -> None:
+def test_a_switch_is_kept_for_the_dwell_time() -> None:
     clock = Clock()
     elastic = ElasticSwitch(LIMITS, clock)
     assert elastic.update(HIGH)
@@ -49,7 +45,7 @@ PRESSURES = st.builds(Pressure, st.integers(0, 20), st.floats(0, 1))
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), PRESSURES)))
-def test_whatever_the_load_it_never_flaps(steps: list[tuple[float, Pressure]]) -> None:
+def test_two_switches_are_at_least_a_dwell_time_apart(steps: list[tuple[float, Pressure]]) -> None:
     clock = Clock()
     elastic = ElasticSwitch(LIMITS, clock)
     changed = None
@@ -83,7 +79,7 @@ def test_looking_at_it_foretells_an_update_and_changes_nothing(
 
 
 @given(st.lists(PRESSURES))
-def test_after_the_dwell_time_the_last_pressure_alone_decides_outside_the_band(
+def test_after_the_dwell_time_a_high_or_low_pressure_decides_whatever_came_before(
     before: list[Pressure],
 ) -> None:
     clock = Clock()

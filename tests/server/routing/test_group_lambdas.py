@@ -1,4 +1,4 @@
-"""λ by blend group: every form means one dial, and a dial is written in one way."""
+"""λ values by blend group, in any form, make one dial, and a dial is written in one form only."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ def values(given: dict[str, Any]) -> dict[str, float]:
     return {name: setting.value_of(name) for name in GROUPS}
 
 
-def expected(default: float, **own: float) -> dict[str, float]:
-    return dict.fromkeys(GROUPS, default) | own
+def expected(default: float, **named: float) -> dict[str, float]:
+    return dict.fromkeys(GROUPS, default) | named
 
 
 def refusal(given: dict[str, Any]) -> InvalidRequest:
@@ -40,12 +40,12 @@ def test_groups_that_are_not_named_take_the_default() -> None:
     assert values({"default": 0.6, "head": 0}) == expected(0.6, head=0.0)
 
 
-def test_a_part_is_that_of_every_layer() -> None:
+def test_attn_sets_the_attention_of_every_layer() -> None:
     attn = {f"{layer}.attn": 0.8 for layer in range(LAYERS)}
     assert values({"default": 0.6, "attn": 0.8}) == expected(0.6, **attn)
 
 
-def test_a_range_has_both_its_ends_and_wins_over_parts() -> None:
+def test_a_range_of_layers_includes_both_ends_and_overrides_attn_and_mlp() -> None:
     given = {"default": 0.6, "attn": 0.8, "layers": {"1-2": 0, "3": {"mlp": 1}}}
     assert values(given) == expected(
         0.6,
@@ -74,7 +74,7 @@ def test_where_every_group_is_named_the_most_common_lambda_is_the_default() -> N
         {"embed": 1, "head": 1, "layers": {"0-2": 0.5, "3": {"attn": 1}}},
     ],
 )
-def test_groups_left_over_need_a_default(given: dict[str, Any]) -> None:
+def test_groups_that_are_not_named_need_a_default(given: dict[str, Any]) -> None:
     error = refusal(given)
     assert error.param == "reasoning_lambda.default"
     assert "default" in error.message
@@ -131,15 +131,15 @@ def test_a_lambda_out_of_range_names_its_group(name: str) -> None:
         ({"default": 0.6, "head": 0, "embed": 0}, {"default": 0.6, "embed": 0.0, "head": 0.0}),
     ],
 )
-def test_an_answer_writes_a_dial_in_one_way(given: dict[str, Any], canonical: Any) -> None:
+def test_a_dial_is_written_in_its_shortest_form(given: dict[str, Any], canonical: Any) -> None:
     assert dial_to_json(dial(given), LAYERS) == canonical
 
 
 @given(VALUES, st.dictionaries(st.sampled_from(GROUPS), VALUES))
 def test_any_dial_is_read_back_from_how_it_is_written(
-    default: float, own: dict[str, float]
+    default: float, named: dict[str, float]
 ) -> None:
-    setting = Dial.on_grid(default, 0.1, own)
+    setting = Dial.on_grid(default, 0.1, named)
     written = dial_to_json(setting, LAYERS)
     if isinstance(written, dict):
         assert dial(written, step=0.1) == setting

@@ -1,3 +1,5 @@
+"""Lengths of think blocks are observed by class and λ range, and cut blocks count as longer."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,13 +10,13 @@ BLOCKS = st.lists(st.tuples(st.integers(0, 10_000), st.booleans()), min_size=1, 
 
 
 def digest(blocks: list[tuple[int, bool]]) -> LengthDigest:
-    made = LengthDigest()
+    filled = LengthDigest()
     for tokens, cut in blocks:
-        made.add(tokens, cut=cut)
-    return made
+        filled.add(tokens, cut=cut)
+    return filled
 
 
-def test_without_an_answer_nothing_is_known() -> None:
+def test_without_an_answer_mean_and_quantiles_are_unknown() -> None:
     assert (LengthDigest().samples, LengthDigest().mean, LengthDigest().quantile(0.9)) == (
         0,
         None,
@@ -22,16 +24,16 @@ def test_without_an_answer_nothing_is_known() -> None:
     )
 
 
-def test_quantiles_are_those_of_the_blocks() -> None:
-    made = digest([(tokens, False) for tokens in range(101)])
-    assert made.quantile(0.5) == pytest.approx(50, abs=1)
-    assert made.quantile(0.9) == pytest.approx(90, abs=1)
-    assert made.mean == 50
+def test_quantiles_and_mean_are_those_of_the_blocks() -> None:
+    filled = digest([(tokens, False) for tokens in range(101)])
+    assert filled.quantile(0.5) == pytest.approx(50, abs=1)
+    assert filled.quantile(0.9) == pytest.approx(90, abs=1)
+    assert filled.mean == 50
 
 
 def test_a_cut_block_counts_as_longer_than_any_other() -> None:
-    whole = [(tokens, False) for tokens in range(100)]
-    some = digest([*whole, *[(5, True)] * 100])
+    complete = [(tokens, False) for tokens in range(100)]
+    some = digest([*complete, *[(5, True)] * 100])
     assert some.quantile(0.4) == pytest.approx(80, abs=2)
     assert some.quantile(0.9) is None
     assert (some.samples, some.cut) == (200, 100)
@@ -49,7 +51,7 @@ def test_a_quantile_is_known_unless_it_lies_among_the_cut_blocks(
 
 
 @given(BLOCKS)
-def test_the_mean_is_that_of_the_tokens_spent(blocks: list[tuple[int, bool]]) -> None:
+def test_the_mean_counts_the_tokens_of_cut_blocks_too(blocks: list[tuple[int, bool]]) -> None:
     assert digest(blocks).mean == pytest.approx(sum(tokens for tokens, _ in blocks) / len(blocks))
 
 

@@ -1,4 +1,4 @@
-"""Profiles as files, and which of them a pair gets."""
+"""A profile is read from a file, and a pair gets the one measured on its weights or its names."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from server.routing.profiles import (
     find_builtin_profile,
     load_profile,
 )
-from tests.server.curves import IDENTITY, profile
+from tests.server.measured_profile import IDENTITY, measured_profile
 
-TEXT = profile().model_dump_json(by_alias=True)
+TEXT = measured_profile().model_dump_json(by_alias=True)
 QWEN = {
     "Qwen3-4B-2507": ("Qwen3-4B-Instruct-2507", "Qwen3-4B-Thinking-2507"),
     "Qwen3-30B-A3B-2507": ("Qwen3-30B-A3B-Instruct-2507", "Qwen3-30B-A3B-Thinking-2507"),
@@ -24,8 +24,8 @@ QWEN = {
 
 
 def test_a_saved_profile_is_loaded_as_it_was(tmp_path: Path) -> None:
-    profile().save(tmp_path / "p.json")
-    assert load_profile(tmp_path / "p.json") == profile()
+    measured_profile().save(tmp_path / "p.json")
+    assert load_profile(tmp_path / "p.json") == measured_profile()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", QWEN)
-def test_the_papers_pairs_are_known_by_the_last_part_of_their_names(name: str) -> None:
+def test_the_papers_pairs_are_found_by_the_last_part_of_their_names(name: str) -> None:
     instruct, thinking = QWEN[name]
     for prefix in ("Qwen/", "/models/", ""):
         found = find_builtin_profile("0" * 32, prefix + instruct, f"{prefix}{thinking}")
@@ -68,23 +68,23 @@ def test_the_papers_pairs_are_known_by_the_last_part_of_their_names(name: str) -
     assert find_builtin_profile("0" * 32, instruct, "another") is None
 
 
-def test_a_pair_that_was_measured_by_content_is_known_whatever_its_name() -> None:
-    known = [profile()]
-    assert find_builtin_profile(IDENTITY, "a", "b", known) == profile()
+def test_a_pair_measured_by_content_is_found_whatever_its_name() -> None:
+    known = [measured_profile()]
+    assert find_builtin_profile(IDENTITY, "a", "b", known) == measured_profile()
     assert find_builtin_profile("2" * 32, "I", "T", known) is None  # the same name, other weights
 
 
-def test_content_goes_before_names() -> None:
-    by_name = profile(name="by name", pair={"instruct": "I", "thinking": "T"})
-    for known in ([by_name, profile()], [profile(), by_name]):
-        assert find_builtin_profile(IDENTITY, "I", "T", known) == profile()
+def test_a_profile_by_content_is_preferred_to_one_by_name() -> None:
+    by_name = measured_profile(name="by name", pair={"instruct": "I", "thinking": "T"})
+    for known in ([by_name, measured_profile()], [measured_profile(), by_name]):
+        assert find_builtin_profile(IDENTITY, "I", "T", known) == measured_profile()
         assert find_builtin_profile("2" * 32, "I", "T", known) == by_name
 
 
 # --- what is built in ---
 
 
-def test_the_embedded_pair_and_the_papers_two_are_built_in() -> None:
+def test_the_embedded_pair_and_the_papers_two_pairs_have_built_in_profiles() -> None:
     assert len(builtin_profiles()) == 3
     assert {it.name for it in builtin_profiles()} >= QWEN.keys()
     (own,) = [it for it in builtin_profiles() if it.pair.identity is not None]
@@ -95,7 +95,7 @@ def test_the_embedded_pair_and_the_papers_two_are_built_in() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(BUILTIN.glob("*.json")), ids=lambda path: path.stem)
-def test_a_builtin_profile_spans_the_whole_dial(path: Path) -> None:
+def test_a_built_in_profile_spans_all_of_lambda(path: Path) -> None:
     for measured in load_profile(path).classes.values():
         lambdas = [it.reasoning_lambda for it in measured.points]
         assert (lambdas[0], lambdas[-1]) == (0.0, 1.0)
@@ -117,7 +117,7 @@ def test_the_default_of_the_papers_pairs_is_the_mean_of_their_three_benchmarks(n
         assert mean.reasoning_tokens.p90 is None
 
 
-def test_the_papers_headline_is_in_its_profile() -> None:
+def test_the_papers_best_result_is_in_its_profile() -> None:
     found = find_builtin_profile("", *QWEN["Qwen3-4B-2507"])
     assert isinstance(found, Profile)
     best = max(found.classes["math"].points, key=lambda it: it.score)

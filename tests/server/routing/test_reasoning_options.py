@@ -1,6 +1,5 @@
-"""Many names for budget, effort and on or off: one meaning, or a refusal that names a field."""
+"""All names of budget, effort and on or off mean the same, and contradictions are refused."""
 
-import json
 from typing import Any
 
 import pytest
@@ -11,16 +10,16 @@ from server.routing.reasoning_options import (
     budgets,
     read_reasoning_options,
 )
-from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
+from tests.server.chat_bodies import parse
 
 
 def read(**fields: Any) -> ReasoningOptions:
-    base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
-    return read_reasoning_options(parse_chat_request(json.dumps(base | fields).encode()))
+    return read_reasoning_options(parse(**fields))
 
 
 def refusal(**fields: Any) -> InvalidRequest:
+    """Returns the error that reading the options of these fields raises."""
     with pytest.raises(InvalidRequest) as caught:
         read(**fields)
     return caught.value
@@ -69,7 +68,7 @@ def test_every_form_of_an_effort_is_a_share(fields: dict[str, Any], share: float
     assert read(**fields).share == share
 
 
-def test_the_named_efforts_rise_to_the_whole() -> None:
+def test_the_named_efforts_rise_to_one() -> None:
     shares = [EFFORT_SHARES[name] for name in EFFORT_SHARES]
     assert shares == sorted(set(shares))
     assert (shares[0] > 0, shares[-1]) == (True, 1.0)
@@ -91,7 +90,9 @@ def test_the_named_efforts_rise_to_the_whole() -> None:
         ({"enable_thinking": True, "reasoning": {"enabled": True}}, True),
     ],
 )
-def test_every_switch_means_the_same(fields: dict[str, Any], thinks: bool | None) -> None:
+def test_every_name_of_the_switch_means_the_same(
+    fields: dict[str, Any], thinks: bool | None
+) -> None:
     assert read(**fields).thinks is thinks
 
 
@@ -165,7 +166,7 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
         ({"reasoning": {"enabled": False, "effort": "low"}}, "reasoning.effort", "turns"),
     ],
 )
-def test_what_contradicts_itself_is_refused_with_the_rule(
+def test_fields_that_contradict_each_other_are_refused_with_the_reason(
     fields: dict[str, Any], param: str, problem: str
 ) -> None:
     error = refusal(**fields)
@@ -178,8 +179,6 @@ def test_an_effort_and_a_budget_do_not_conflict() -> None:
     assert (inputs.budget, inputs.effort, inputs.thinks) == (5, "low", True)
 
 
-def test_budgets_are_listed_by_the_field_that_a_client_wrote() -> None:
-    base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
-    fields = {"thinking": enabled(3), "reasoning": {"max_tokens": 3}}
-    request = parse_chat_request(json.dumps(base | fields).encode())
+def test_budgets_are_listed_by_the_name_that_the_client_used() -> None:
+    request = parse(thinking=enabled(3), reasoning={"max_tokens": 3})
     assert budgets(request) == {"thinking.budget_tokens": 3, "reasoning.max_tokens": 3}

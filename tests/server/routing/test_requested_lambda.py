@@ -1,3 +1,5 @@
+"""A request names its λ in the body, the model name or a header, and λ is rounded to the grid."""
+
 import pytest
 
 from mi_runtime.request import Dial
@@ -31,7 +33,7 @@ def test_the_default_applies_where_no_lambda_is_named() -> None:
     ("named", "source"),
     [({"body": 0.6}, "body"), ({"model": "pair@0.6"}, "model"), ({"header": "0.6"}, "header")],
 )
-def test_each_way_names_a_lambda(named: dict[str, object], source: str) -> None:
+def test_body_model_name_and_header_each_set_lambda(named: dict[str, object], source: str) -> None:
     assert read(**named) == RequestedDials((Dial(0.6),), source, layers=4)  # type: ignore[arg-type]
 
 
@@ -40,7 +42,7 @@ def test_a_lambda_is_rounded_to_the_grid() -> None:
     assert read(body=0.30000000000000004).dials == (Dial(0.3),)
 
 
-def test_ways_that_agree_are_no_conflict() -> None:
+def test_equal_values_in_several_places_are_accepted() -> None:
     assert read("pair@0.6", 0.6, "0.600").source == "body"
 
 
@@ -52,7 +54,7 @@ def test_ways_that_agree_are_no_conflict() -> None:
         {"model": "pair@0.5", "header": "0.7"},
     ],
 )
-def test_two_different_values_are_refused(named: dict[str, object]) -> None:
+def test_different_values_in_two_places_are_refused(named: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest, match="different λ values"):
         read(**named)  # type: ignore[arg-type]
 
@@ -73,12 +75,12 @@ def test_a_bad_header_names_itself_and_is_not_echoed_at_length(text: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["other", "other@0.5", "@0.5", "pair@0.5@0.5", ""])
-def test_a_name_that_is_not_served_does_not_exist(name: str) -> None:
+def test_a_model_name_that_is_not_served_is_refused(name: str) -> None:
     with pytest.raises(ModelNotFound):
         read(name)
 
 
-def test_an_alias_with_a_bad_lambda_is_about_the_model() -> None:
+def test_an_alias_with_a_bad_lambda_is_refused_as_the_field_model() -> None:
     with pytest.raises(ApiError) as caught:
         read("pair@2")
     assert (caught.value.status, caught.value.param) == (400, "model")
@@ -118,7 +120,7 @@ def test_a_bad_lambda_in_a_list_names_its_place() -> None:
     assert caught.value.param == "reasoning_lambda[1]"
 
 
-def test_the_header_has_the_default_of_an_object() -> None:
+def test_the_answers_header_has_the_default_of_an_object() -> None:
     routing = decision(read(body=groups(default=0.6, attn=0.8)))
     assert routing.header == "0.6"
     assert routing.body["reasoning_lambda"] == {"default": 0.6, "attn": 0.8}
@@ -141,7 +143,7 @@ def test_objects_and_lists_conflict_with_an_alias_that_means_another_dial(
     assert len(caught.value.message) < 400
 
 
-def test_an_object_that_means_the_aliass_dial_agrees_with_it() -> None:
+def test_an_object_with_the_dial_of_the_alias_agrees_with_it() -> None:
     assert read("pair@0.6", groups(default=0.6)).source == "body"
 
 

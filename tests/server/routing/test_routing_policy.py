@@ -1,4 +1,4 @@
-"""The λ that a request runs at."""
+"""The routing policy turns budget, effort and load into the λ that a request runs at."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from server.routing.reasoning_options import ReasoningOptions
 from server.routing.requested_lambda import LambdaReader, RequestedDials
 from server.routing.routing_decision import RoutingDecision
 from server.routing.routing_policy import NEUTRAL, REBUILD_SECONDS, RoutingPolicy, RoutingSettings
-from tests.server.curves import profile
+from tests.server.clock import Clock
+from tests.server.measured_profile import measured_profile
 
 READER = LambdaReader("pair", step=0.01, default=0.8)
 UNNAMED = READER.read(model="pair", body=None, header=None)
@@ -21,11 +22,11 @@ def policy(measured: Profile | None, **settings: Any) -> RoutingPolicy:
     return RoutingPolicy(measured, RoutingSettings(**given))
 
 
-MEASURED, UNMEASURED = policy(profile()), policy(None)
+MEASURED, UNMEASURED = policy(measured_profile()), policy(None)
 
 
 def summary(routing: RoutingDecision) -> tuple[float, str, float | None, int | None]:
-    """λ, source, expected tokens, cap."""
+    """Returns λ, its source, the expected reasoning tokens, and the cap."""
     (dial,) = routing.dials
     return dial.reasoning_lambda, routing.source, routing.expected, routing.cap
 
@@ -77,36 +78,36 @@ def test_a_fan_out_and_a_lambda_by_groups_stay_without_an_expectation() -> None:
         assert (routing.dials, routing.cap, routing.expected) == (requested.dials, 10, None)
 
 
-def test_work_of_a_known_class_goes_by_its_own_curve() -> None:
+def test_a_request_of_a_measured_class_is_routed_by_its_curve() -> None:
     inputs = ReasoningOptions(effort="max", routing_class="math")
     routing = MEASURED.decide(UNNAMED, inputs)
     assert (routing.routing_class, summary(routing)) == ("math", (0.9, "effort", 3000, None))
 
 
-def test_work_of_an_unknown_class_uses_the_default_and_the_answer_reports_it() -> None:
+def test_a_request_of_an_unknown_class_is_routed_by_the_default_and_reported_so() -> None:
     inputs = ReasoningOptions(effort="max", routing_class="poetry")
     assert MEASURED.decide(UNNAMED, inputs).routing_class == "default"
 
 
-def test_where_nothing_fits_the_cheapest_point_runs_under_the_cap() -> None:
+def test_if_no_point_fits_the_budget_the_cheapest_one_runs_under_the_cap() -> None:
     routing = MEASURED.decide(UNNAMED, ReasoningOptions(budget=700, routing_class="math"))
     assert summary(routing) == (0.5, "budget", 700, 700)
 
 
 def test_thinking_is_the_default_only_where_the_default_thinks() -> None:
-    never = policy(profile(), default=0.2, think_threshold=0.3)
+    never = policy(measured_profile(), default=0.2, think_threshold=0.3)
     assert summary(never.decide(UNNAMED, ReasoningOptions(thinks=True)))[0] == 0.45
     assert summary(never.decide(UNNAMED, ReasoningOptions()))[0] == 0.2
 
 
-def test_a_coarse_grid_gets_lambdas_that_lie_on_it() -> None:
-    coarse = policy(profile(), step=0.2)
+def test_on_a_coarse_grid_every_chosen_lambda_lies_on_it() -> None:
+    coarse = policy(measured_profile(), step=0.2)
     for budget in range(0, 700, 50):
         (dial,) = coarse.decide(UNNAMED, ReasoningOptions(budget=budget)).dials
         assert dial.reasoning_lambda in (0.0, 0.4, 0.6, 0.8)
 
 
-def test_the_answer_tells_what_was_done_and_leaves_out_what_does_not_apply() -> None:
+def test_the_answer_reports_the_routing_without_what_does_not_apply() -> None:
     routing = MEASURED.decide(UNNAMED, ReasoningOptions(budget=450))
     assert routing.body == {
         "reasoning_lambda": 0.7,
@@ -133,7 +134,7 @@ def test_the_answer_tells_what_was_done_and_leaves_out_what_does_not_apply() -> 
         ({"budget": 50}, (0.8, "budget", None, 50)),
     ],
 )
-def test_without_a_profile_an_effort_is_a_place_along_lambda_and_a_budget_a_cap(
+def test_without_a_profile_an_effort_is_a_lambda_and_a_budget_is_a_cap(
     inputs: dict[str, Any], expected: tuple[float, str, float | None, int | None]
 ) -> None:
     routing = UNMEASURED.decide(UNNAMED, ReasoningOptions(**inputs, routing_class="math"))
@@ -149,7 +150,7 @@ def test_without_a_profile_load_changes_nothing() -> None:
 
 # --- load ---
 
-ELASTIC = policy(profile(), elastic_effort=0.4)  # λ = 0.4, 100 tokens
+ELASTIC = policy(measured_profile(), elastic_effort=0.4)  # λ = 0.4, 100 tokens
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ ELASTIC = policy(profile(), elastic_effort=0.4)  # λ = 0.4, 100 tokens
         ({"effort": "none"}, 0.0, False),
     ],
 )
-def test_under_load_nothing_is_dearer_than_the_operators_effort(
+def test_under_load_nothing_costs_more_than_the_operators_effort(
     inputs: dict[str, Any], value: float, moved: bool
 ) -> None:
     routing = ELASTIC.decide(UNNAMED, ReasoningOptions(**inputs), under_load=True)
@@ -182,13 +183,13 @@ def test_under_load_an_explicit_lambda_stays() -> None:
 
 
 def test_under_load_a_default_that_was_never_measured_moves() -> None:
-    unknown = policy(profile(), default=0.95, elastic_effort=1.0)
+    unknown = policy(measured_profile(), default=0.95, elastic_effort=1.0)
     routing = unknown.decide(UNNAMED, ReasoningOptions(routing_class="math"), under_load=True)
     assert (summary(routing)[0], routing.elastic) == (0.9, True)
 
 
-def test_asking_for_nothing_is_never_made_dearer() -> None:
-    """In this class λ = 0 was not measured, and the cheapest point is 0.5."""
+def test_under_load_effort_none_stays_at_lambda_zero() -> None:
+    """λ = 0 was not measured in this class, where the cheapest point is 0.5."""
     inputs = ReasoningOptions(effort="none", routing_class="math")
     assert summary(ELASTIC.decide(UNNAMED, inputs, under_load=True))[0] == 0.0
 
@@ -196,16 +197,9 @@ def test_asking_for_nothing_is_never_made_dearer() -> None:
 # --- adaptation ---
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def adapting(clock: Clock, least: int | None) -> RoutingPolicy:
+def adaptive_policy(clock: Clock, least: int | None) -> RoutingPolicy:
     settings = RoutingSettings(0.8, 0.01, 0.0, adapt_min_samples=least)
-    return RoutingPolicy(profile(), settings, clock)
+    return RoutingPolicy(measured_profile(), settings, clock)
 
 
 def observe(policy: RoutingPolicy, value: float, count: int, tokens: int, cut: bool) -> None:
@@ -213,36 +207,36 @@ def observe(policy: RoutingPolicy, value: float, count: int, tokens: int, cut: b
         policy.observed_lengths.add("default", value, tokens, cut=cut)
 
 
-def fits_300(policy: RoutingPolicy) -> float:
+def lambda_for_300_tokens(policy: RoutingPolicy) -> float:
     return policy.decide(UNNAMED, ReasoningOptions(budget=300)).dials[0].reasoning_lambda
 
 
-def test_observed_lengths_count_once_there_are_enough_and_the_table_is_due() -> None:
+def test_observed_lengths_are_used_once_there_are_enough_and_the_table_is_rebuilt() -> None:
     clock = Clock()
-    adaptive = adapting(clock, 20)
+    adaptive = adaptive_policy(clock, 20)
     observe(adaptive, 0.8, 19, 250, cut=False)
     clock.now += REBUILD_SECONDS
-    assert fits_300(adaptive) == 0.6
+    assert lambda_for_300_tokens(adaptive) == 0.6
     observe(adaptive, 0.8, 1, 250, cut=False)
-    assert fits_300(adaptive) == 0.6
+    assert lambda_for_300_tokens(adaptive) == 0.6
     clock.now += REBUILD_SECONDS
-    assert fits_300(adaptive) == 0.8
+    assert lambda_for_300_tokens(adaptive) == 0.8
     routing = adaptive.decide(UNNAMED, ReasoningOptions())
     assert routing.expected == 250
 
 
-def test_cut_blocks_do_not_make_a_lambda_look_short() -> None:
+def test_cut_blocks_do_not_lower_the_p90_of_a_lambda() -> None:
     clock = Clock()
-    adaptive = adapting(clock, 20)
+    adaptive = adaptive_policy(clock, 20)
     observe(adaptive, 0.8, 17, 250, cut=False)
     observe(adaptive, 0.8, 3, 250, cut=True)
     clock.now += REBUILD_SECONDS
-    assert fits_300(adaptive) == 0.6  # the p90 lies among the cut ones
+    assert lambda_for_300_tokens(adaptive) == 0.6  # the p90 lies among the cut ones
 
 
 def test_without_adapt_observations_decide_nothing() -> None:
     clock = Clock()
-    steady = adapting(clock, None)
+    steady = adaptive_policy(clock, None)
     observe(steady, 0.8, 100, 250, cut=False)
     clock.now += 10 * REBUILD_SECONDS
-    assert fits_300(steady) == 0.6
+    assert lambda_for_300_tokens(steady) == 0.6

@@ -1,4 +1,4 @@
-"""The router as a policy: whatever curve it gets, what it chooses keeps its promises."""
+"""The routing table chooses the best λ for a budget or an effort, whatever curve it gets."""
 
 from itertools import pairwise
 
@@ -42,7 +42,7 @@ def curves(draw: st.DrawFn) -> tuple[Point, ...]:
     )
 
 
-CURVES = curves().map(lambda points: table(*points))
+TABLES = curves().map(lambda points: table(*points))
 BUDGETS = st.integers(0, 10_000)
 SHARES = st.floats(0, 1)
 
@@ -68,7 +68,7 @@ def test_the_front_is_what_nothing_dominates(points: tuple[Point, ...]) -> None:
         assert (one.reasoning_lambda in front) == (not dominated and one is equals[0])
 
 
-@given(CURVES)
+@given(TABLES)
 def test_candidates_rise_in_score_and_in_tokens(routes: RoutingTable) -> None:
     for one, after in pairwise(routes.candidates):
         assert after.score >= one.score
@@ -91,7 +91,7 @@ def test_a_lambda_between_points_is_a_candidate_only_where_its_neighbours_are_on
         assert {below, above} <= front
 
 
-def test_between_neighbours_on_the_front_the_line_is_taken() -> None:
+def test_between_neighbours_on_the_front_values_are_interpolated() -> None:
     routes = table(point(0.5, 0.4, 100, 200), point(0.6, 0.8, 300, 400))
     candidate = routes.by_budget(250)
     assert candidate.reasoning_lambda == 0.52
@@ -99,14 +99,14 @@ def test_between_neighbours_on_the_front_the_line_is_taken() -> None:
     assert (candidate.mean, candidate.p90) == (pytest.approx(140), pytest.approx(240))
 
 
-def test_a_dominated_point_between_forbids_the_line() -> None:
+def test_across_a_dominated_point_nothing_is_interpolated() -> None:
     routes = table(point(0.4, 0.4, 100, 200), point(0.5, 0.1, 900), point(0.6, 0.8, 300, 400))
     assert [candidate.reasoning_lambda for candidate in routes.candidates] == [0.4, 0.6]
     assert routes.by_budget(399).reasoning_lambda == 0.4
 
 
-def test_where_another_point_of_the_front_lies_between_there_is_no_line() -> None:
-    """The line from 0.4 to 0.5 would pass above 0.9, which was measured."""
+def test_across_another_point_of_the_front_nothing_is_interpolated() -> None:
+    """A line from λ = 0.4 to 0.5 would promise more than 0.9, which was measured."""
     others = (point(0.7, 0.0, 999), point(0.9, 0.2, 500))
     routes = table(point(0.4, 0.1, 100), point(0.5, 0.9, 900), *others)
     assert [candidate.reasoning_lambda for candidate in routes.candidates] == [0.4, 0.9, 0.5]
@@ -128,7 +128,7 @@ def test_every_candidate_is_a_lambda_that_the_server_can_run(
         )
 
 
-def test_a_grid_that_holds_no_point_takes_the_points_anyhow() -> None:
+def test_points_are_candidates_even_if_none_lies_on_the_grid() -> None:
     assert table(point(0.4, 0.5, 10), step=1.0).cheapest.reasoning_lambda == 0.4
 
 
@@ -140,7 +140,7 @@ def test_a_fine_grid_makes_no_more_candidates_than_a_hundred_cells() -> None:
 # --- budgets ---
 
 
-@given(CURVES, BUDGETS)
+@given(TABLES, BUDGETS)
 def test_a_budget_takes_the_best_candidate_whose_p90_fits(
     routes: RoutingTable, budget: int
 ) -> None:
@@ -153,7 +153,7 @@ def test_a_budget_takes_the_best_candidate_whose_p90_fits(
         assert candidate == routes.cheapest
 
 
-@given(CURVES, BUDGETS, BUDGETS)
+@given(TABLES, BUDGETS, BUDGETS)
 def test_a_larger_budget_never_expects_a_lower_score(
     routes: RoutingTable, one: int, other: int
 ) -> None:
@@ -172,7 +172,7 @@ def test_without_quantiles_the_p90_is_estimated_from_the_mean() -> None:
 # --- efforts ---
 
 
-@given(CURVES, SHARES, SHARES)
+@given(TABLES, SHARES, SHARES)
 def test_more_effort_never_expects_a_lower_score_nor_fewer_tokens(
     routes: RoutingTable, one: float, other: float
 ) -> None:
@@ -181,13 +181,13 @@ def test_more_effort_never_expects_a_lower_score_nor_fewer_tokens(
     assert more.mean >= less.mean
 
 
-@given(CURVES)
+@given(TABLES)
 def test_efforts_go_from_the_cheapest_to_the_best(routes: RoutingTable) -> None:
     assert routes.by_effort(0) == routes.cheapest
     assert routes.by_effort(1).score == pytest.approx(routes.candidates[-1].score)
 
 
-@given(CURVES, SHARES)
+@given(TABLES, SHARES)
 def test_an_effort_takes_the_cheapest_candidate_with_its_share_of_the_gain(
     routes: RoutingTable, share: float
 ) -> None:
@@ -199,21 +199,21 @@ def test_an_effort_takes_the_cheapest_candidate_with_its_share_of_the_gain(
 # --- expectations ---
 
 
-@given(CURVES)
-def test_what_is_expected_at_a_candidate_is_what_it_was_chosen_for(routes: RoutingTable) -> None:
+@given(TABLES)
+def test_the_expected_tokens_at_a_candidate_are_its_mean(routes: RoutingTable) -> None:
     for candidate in routes.candidates:
         assert routes.mean_at(candidate.reasoning_lambda) == pytest.approx(candidate.mean)
 
 
-def test_outside_what_was_measured_nothing_is_expected() -> None:
+def test_outside_the_measured_range_no_tokens_are_expected() -> None:
     routes = table(point(0.4, 0.4, 100), point(0.6, 0.3, 300))
     assert routes.mean_at(0.39) is None
     assert routes.mean_at(0.61) is None
     assert routes.mean_at(0.45) == pytest.approx(150)  # known, though never chosen
 
 
-def test_what_was_observed_replaces_what_was_measured() -> None:
-    """Here the cheap point turned out to be the dear one."""
+def test_observed_lengths_replace_measured_ones() -> None:
+    """Here the point that was measured as the cheapest turned out to be the most expensive."""
     points = RoutingClass(points=(point(0.2, 0.4, 10, 20), point(0.6, 0.8, 300, 400)))
     seen = {0.2: ExpectedLengths(900.0, 1000.0, "observed")}
     routes = RoutingTable(points, step=STEP, observed=seen.get)

@@ -1,4 +1,4 @@
-"""Samples and questions, built from what a test says about them."""
+"""Fixtures that build samples of a sweep from the fields that a test names."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,14 @@ MakeSample = Callable[..., Sample]
 
 @pytest.fixture(scope="session")
 def setting() -> Setting:
+    """Returns the setting of the samples that `make_sample` makes."""
     return Setting(0.5, "all", Decoding(0.7, 1.0))
 
 
 @pytest.fixture(scope="session")
 def make_sample(setting: Setting) -> MakeSample:
+    """Makes a correct sample, but for the fields that are given."""
+
     def make(question: str = "q", sample: int = 0, **fields: object) -> Sample:
         defaults = {
             "setting": setting.label,

@@ -1,4 +1,4 @@
-"""The flags of both commands."""
+"""The flags of `sweep` and `calibrate` are read, and those that do not fit are refused."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from server.sweep.errors import BadParameters
 from server.sweep.grid import Decoding
 
 
-def test_a_sweep_needs_an_out_and_nothing_else() -> None:
+def test_a_sweep_needs_only_the_flag_out() -> None:
     flags = parse_arguments(sweep_parser(), ["--out", "d"])
     assert flags.out == Path("d")
     assert flags.lambdas == [value / 10 for value in range(11)]
@@ -18,14 +18,14 @@ def test_a_sweep_needs_an_out_and_nothing_else() -> None:
     assert (flags.dials, flags.serve) == (["all"], [])
 
 
-def test_lists_are_read_without_repetitions() -> None:
+def test_lists_are_read_without_duplicates() -> None:
     words = "--out d --lambdas 0,0.5,0.50 --temperature 0.6,0.7 --dials all,mlp,all"
     flags = parse_arguments(sweep_parser(), words.split())
     assert (flags.lambdas, flags.temperature) == ([0, 0.5], [0.6, 0.7])
     assert flags.dials == ["all", "mlp"]
 
 
-def test_the_pair_and_what_follows_the_dashes_goes_to_the_server() -> None:
+def test_flags_of_the_pair_and_those_after_two_dashes_go_to_the_server() -> None:
     words = "--out d --thinking B --instruct A --delta-dtype int8 -- --threads 2 --not-ours 3"
     flags = parse_arguments(sweep_parser(), words.split())
     assert flags.serve == [
@@ -34,7 +34,7 @@ def test_the_pair_and_what_follows_the_dashes_goes_to_the_server() -> None:
     ]  # fmt: skip
 
 
-def test_the_decoding_of_lambda_zero_is_three_numbers() -> None:
+def test_the_decoding_of_instruct_is_three_numbers() -> None:
     flags = parse_arguments(calibrate_parser(), ["--out", "p", "--instruct-decoding", "0.7,0.8,20"])
     assert flags.instruct_decoding == Decoding(0.7, 0.8, 20)
 
@@ -67,7 +67,7 @@ def test_flags_that_do_not_go_together_are_refused(words: str, reason: str) -> N
         "--timeout inf",
         "--instruct-decoding 0.7,0.8",
         "--grader guess",
-        "--lambda 0",  # no abbreviations: a typo is no other flag
+        "--lambda 0",  # an abbreviation of --lambdas, which may be a typo
     ],
 )
 def test_a_bad_value_is_refused_with_exit_code_two(
@@ -79,12 +79,12 @@ def test_a_bad_value_is_refused_with_exit_code_two(
     assert "mi-server sweep: error:" in capsys.readouterr().err
 
 
-def test_a_calibration_needs_two_samples_to_know_a_spread() -> None:
+def test_a_calibration_needs_two_samples_to_estimate_a_spread() -> None:
     with pytest.raises(SystemExit):
         parse_arguments(calibrate_parser(), ["--out", "p", "--samples", "1"])
 
 
-def test_a_command_is_written_without_its_keys() -> None:
+def test_a_command_is_recorded_without_its_api_keys() -> None:
     words = ["--api-key", "s1", "--out", "p", "--api-key=s2", "--", "--api-key", "s3"]
     assert without_api_keys(words) == [
         "--api-key",
@@ -99,7 +99,9 @@ def test_a_command_is_written_without_its_keys() -> None:
     assert without_api_keys([]) == []
 
 
-def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_both_commands_names_the_default_task(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for parser in (sweep_parser(), calibrate_parser()):
         with pytest.raises(SystemExit):
             parser.parse_args(["--help"])

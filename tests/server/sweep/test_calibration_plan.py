@@ -1,4 +1,4 @@
-"""The plan of a calibration, against curves that are known."""
+"""A calibration plans more λ and more samples where the curve bends, within its budget."""
 
 import math
 from itertools import pairwise
@@ -20,13 +20,13 @@ def step_at(middle: float, value: float, steepness: float = 30) -> float:
     return 1 / (1 + math.exp(-steepness * (value - middle)))
 
 
-def calibrated(middle: float, questions: int, how: Rules) -> list[dict[float, int]]:
-    """All rounds of a calibration whose think rate steps up at `middle`; the last one is empty."""
-    asked: dict[float, int] = {}
+def rounds_of(middle: float, questions: int, how: Rules) -> list[dict[float, int]]:
+    """Returns all rounds of a calibration whose think rate steps up at `middle`, the last empty."""
+    planned: dict[float, int] = {}
     rounds = []
     while True:
         measured = []
-        for value, samples in sorted(asked.items()):
+        for value, samples in sorted(planned.items()):
             rate = step_at(middle, value)
             width = 4 * math.sqrt(rate * (1 - rate) / samples / questions)
             measured.append(MeasuredLambda(value, samples, 0.5 + rate / 2, rate, width))
@@ -34,21 +34,21 @@ def calibrated(middle: float, questions: int, how: Rules) -> list[dict[float, in
         rounds.append(plan)
         if not plan:
             return rounds
-        asked |= plan
+        planned |= plan
 
 
 def total(rounds: list[dict[float, int]]) -> dict[float, int]:
-    asked: dict[float, int] = {}
+    planned: dict[float, int] = {}
     for plan in rounds:
-        asked |= plan
-    return asked
+        planned |= plan
+    return planned
 
 
 def test_the_first_round_is_the_grid() -> None:
     assert next_round([], 150, rules()) == dict.fromkeys(GRID, 4)
 
 
-def test_a_flat_curve_gets_no_more_than_the_grid() -> None:
+def test_a_flat_curve_gets_no_second_round() -> None:
     flat = [MeasuredLambda(value, 4, 0.7, 1.0, 0.04) for value in GRID]
     assert next_round(flat, 150, rules()) == {}
 
@@ -63,32 +63,32 @@ def test_a_bend_is_split_in_the_middle_and_a_wide_interval_gets_more_samples() -
 
 
 def test_an_interval_gets_the_samples_that_it_needs_and_no_more() -> None:
-    (plan,) = [next_round([MeasuredLambda(0.5, 100, 0.5, 0.5, 0.055)], 1, rules())]
+    plan = next_round([MeasuredLambda(0.5, 100, 0.5, 0.5, 0.055)], 1, rules())
     assert plan == {0.5: 121}
 
 
 def test_samples_go_where_the_curve_bends() -> None:
-    asked = total(calibrated(0.47, 150, rules()))
-    inside = [value for value in asked if 0.35 <= value <= 0.6]
-    assert len(inside) > len(asked) / 2
-    assert min(asked[value] for value in (0.45, 0.47, 0.5)) > asked[0.0] == asked[1.0]
+    planned = total(rounds_of(0.47, 150, rules()))
+    inside = [value for value in planned if 0.35 <= value <= 0.6]
+    assert len(inside) > len(planned) / 2
+    assert min(planned[value] for value in (0.45, 0.47, 0.5)) > planned[0.0] == planned[1.0]
 
 
 @settings(max_examples=60)
 @given(
     st.floats(0, 1), st.integers(1, 200), st.integers(0, 30_000), st.sampled_from([0.01, 0.05, 0.5])
 )
-def test_a_plan_ends_within_its_budget_and_keeps_its_gaps(
+def test_a_plan_stays_within_its_budget_and_its_smallest_step(
     middle: float, questions: int, more: int, target: float
 ) -> None:
     budget = len(GRID) * 4 * questions + more
-    rounds = calibrated(middle, questions, rules(budget, target))
-    asked = total(rounds)
-    assert questions * sum(asked.values()) <= budget
-    assert set(GRID) <= set(asked)
-    assert all(high - low >= 0.02 - 1e-9 for low, high in pairwise(sorted(asked)))
-    assert all(0 <= value <= 1 for value in asked)
-    for before, after in pairwise(rounds):  # a λ that is asked again gets more
+    rounds = rounds_of(middle, questions, rules(budget, target))
+    planned = total(rounds)
+    assert questions * sum(planned.values()) <= budget
+    assert set(GRID) <= set(planned)
+    assert all(high - low >= 0.02 - 1e-9 for low, high in pairwise(sorted(planned)))
+    assert all(0 <= value <= 1 for value in planned)
+    for before, after in pairwise(rounds):  # a λ that is planned again gets more samples
         assert all(after[value] > before[value] for value in set(before) & set(after))
 
 

@@ -1,4 +1,4 @@
-"""Collecting samples: requests, what is read in an answer, and servers that are busy or wrong."""
+"""Samples are collected from a server that may be busy, slow or wrong, and answers are read."""
 
 import asyncio
 import json
@@ -19,10 +19,10 @@ from server.sweep.tasks import Question
 
 PAIR = ServedPair("pair", "abc", "I", "T", layers=6)
 QUESTION = Question("q", ({"role": "user", "content": "a=7. a?"},), "7")
-ASKING = RequestOptions(seed=0, max_tokens=64, grader=grader_named("embedded"))
+OPTIONS = RequestOptions(seed=0, max_tokens=64, grader=grader_named("embedded"))
 UNIT = PlannedSample(Setting(0.5, "all", Decoding(0.7, 0.9, 20)), QUESTION, 1)
 
-Answer = Callable[[httpx.Request], httpx.Response]
+AnswerRequest = Callable[[httpx.Request], httpx.Response]
 
 
 def answer_body(content: str = "Answer: 7", **fields: Any) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def answer_body(content: str = "Answer: 7", **fields: Any) -> dict[str, Any]:
     }
 
 
-def answered(body: Any = None, **fields: Any) -> httpx.Response:
+def response(body: Any = None, **fields: Any) -> httpx.Response:
     headers = {"X-Reasoning-Lambda": "0.5"} | fields.pop("headers", {})
     return httpx.Response(
         fields.pop("status", 200), json=body or answer_body(**fields), headers=headers
     )
 
 
-def at(answer: Answer, concurrency: int = 1) -> ServerClient:
+def client_of(answer: AnswerRequest, concurrency: int = 1) -> ServerClient:
     transport = httpx.MockTransport(answer)
     return ServerClient(
         "http://server/v1",
@@ -54,15 +54,17 @@ def at(answer: Answer, concurrency: int = 1) -> ServerClient:
     )
 
 
-def ask(answer: Answer, path: Path, units: list[PlannedSample], concurrency: int = 4) -> SampleLog:
+def collect(
+    answer: AnswerRequest, path: Path, units: list[PlannedSample], concurrency: int = 4
+) -> SampleLog:
     async def run() -> SampleLog:
         with SampleLog(path, {}) as log:
-            async with at(answer, concurrency) as server:
+            async with client_of(answer, concurrency) as server:
                 await collect_samples(
                     units,
                     server,
                     PAIR,
-                    ASKING,
+                    OPTIONS,
                     log,
                     on_sample=lambda sample: None,
                 )
@@ -80,8 +82,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "samples.jsonl"
 
 
-def test_a_request_contains_everything_of_the_setting() -> None:
-    assert request_body(UNIT, PAIR, ASKING) == {
+def test_a_request_has_every_parameter_of_its_setting() -> None:
+    assert request_body(UNIT, PAIR, OPTIONS) == {
         "model": "pair",
         "messages": [{"role": "user", "content": "a=7. a?"}],
         "reasoning_lambda": 0.5,
@@ -103,7 +105,7 @@ def test_a_request_contains_everything_of_the_setting() -> None:
         (answer_body(""), False, True, False, None),
         (answer_body("x</think>Answer: 7"), True, True, False, "7"),
         (answer_body("<tool_call>Answer: 7"), False, True, False, "7"),
-        # Cut inside the block: what was reasoned is graded, as the paper does.
+        # Cut inside the block: the reasoning is graded, as in the paper.
         (
             answer_body("", reasoning="Answer: 7", reasoning_tokens=9, finish="length"),
             False,
@@ -120,29 +122,29 @@ def test_a_request_contains_everything_of_the_setting() -> None:
         ),
     ],
 )
-def test_an_answer_is_read_by_the_stated_rules(
+def test_an_answer_is_classified_and_graded(
     body: dict[str, Any], thought: bool, malformed: bool, unfinished: bool, reading: str | None
 ) -> None:
-    sample = read_answer(UNIT, body, ASKING.grader)
+    sample = read_answer(UNIT, body, OPTIONS.grader)
     assert (sample.thought, sample.malformed, sample.unfinished) == (thought, malformed, unfinished)
     assert (sample.said, sample.correct) == (reading, reading == "7")
     assert (sample.key, sample.tokens) == (UNIT.key, 9)
 
 
-def test_every_planned_sample_is_requested_once_unless_it_is_there(path: Path) -> None:
+def test_every_planned_sample_is_requested_once_unless_the_file_has_it(path: Path) -> None:
     seen: list[int] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         assert request.headers["Authorization"] == "Bearer secret"
         seen.append(json.loads(request.content)["seed"])
-        return answered()
+        return response()
 
-    ask(answer, path, units(3))
-    log = ask(answer, path, units(10))
+    collect(answer, path, units(3))
+    log = collect(answer, path, units(10))
     assert len(log.samples) == len(seen) == len(set(seen)) == 10
 
 
-def test_no_more_requests_are_open_than_allowed(path: Path) -> None:
+def test_no_more_requests_are_open_at_once_than_allowed(path: Path) -> None:
     open_now, most = 0, 0
 
     async def answer(request: httpx.Request) -> httpx.Response:
@@ -151,9 +153,9 @@ def test_no_more_requests_are_open_than_allowed(path: Path) -> None:
         most = max(most, open_now)
         await asyncio.sleep(0)
         open_now -= 1
-        return answered()
+        return response()
 
-    ask(answer, path, units(20), concurrency=3)  # type: ignore[arg-type]
+    collect(answer, path, units(20), concurrency=3)  # type: ignore[arg-type]
     assert most == 3
 
 
@@ -165,27 +167,27 @@ def test_a_request_to_a_busy_server_is_repeated(path: Path, status: int) -> None
         nonlocal tries
         tries += 1
         if tries < TRIES:
-            return answered({"error": {}}, status=status, headers={"Retry-After": "0"})
-        return answered()
+            return response({"error": {}}, status=status, headers={"Retry-After": "0"})
+        return response()
 
-    assert len(ask(answer, path, units(1)).samples) == 1
+    assert len(collect(answer, path, units(1)).samples) == 1
     assert tries == TRIES
 
 
-def test_a_server_that_stays_busy_ends_the_run_and_what_is_finished_is_kept(path: Path) -> None:
+def test_a_server_that_stays_busy_ends_the_run_which_keeps_finished_samples(path: Path) -> None:
     answers = 0
 
     def answer(request: httpx.Request) -> httpx.Response:
         nonlocal answers
         answers += 1
         if answers <= 2:
-            return answered()
+            return response()
         refusal = {"error": {"message": "full"}}
-        return answered(refusal, status=503, headers={"Retry-After": "0"})
+        return response(refusal, status=503, headers={"Retry-After": "0"})
 
     with pytest.raises(SweepError, match="did not answer in 6 tries: 503 full"):
-        ask(answer, path, units(5), concurrency=1)
-    assert len(ask(lambda request: answered(), path, units(2)).samples) == 2
+        collect(answer, path, units(5), concurrency=1)
+    assert len(collect(lambda request: response(), path, units(2)).samples) == 2
 
 
 @pytest.mark.parametrize("status", [400, 401, 500, 504])
@@ -195,10 +197,10 @@ def test_a_refusal_ends_the_run_at_once(path: Path, status: int) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         nonlocal tries
         tries += 1
-        return answered({"error": {"message": "no such field"}}, status=status)
+        return response({"error": {"message": "no such field"}}, status=status)
 
     with pytest.raises(SweepError, match=f"refused: {status} no such field"):
-        ask(answer, path, units(5), concurrency=1)
+        collect(answer, path, units(5), concurrency=1)
     assert tries == 1
 
 
@@ -211,13 +213,13 @@ def test_a_request_that_takes_too_long_is_not_repeated(path: Path) -> None:
         raise httpx.ReadTimeout("late")
 
     with pytest.raises(SweepError, match="no answer within --timeout"):
-        ask(answer, path, units(5), concurrency=1)
+        collect(answer, path, units(5), concurrency=1)
     assert tries == 1
 
 
-def test_a_server_on_a_coarser_grid_is_noticed(path: Path) -> None:
+def test_a_server_that_ran_another_lambda_is_an_error(path: Path) -> None:
     with pytest.raises(BadParameters, match=r"ran λ = 0.5 as 0.6"):
-        ask(lambda request: answered(headers={"X-Reasoning-Lambda": "0.6"}), path, units(1))
+        collect(lambda request: response(headers={"X-Reasoning-Lambda": "0.6"}), path, units(1))
 
 
 # --- the pair ------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ CARDS = [
 
 def pair_at(cards: Any, model: str | None) -> ServedPair:
     async def run() -> ServedPair:
-        async with at(lambda request: httpx.Response(200, json={"data": cards})) as server:
+        async with client_of(lambda request: httpx.Response(200, json={"data": cards})) as server:
             return await server.pair(model)
 
     return asyncio.run(run())
@@ -270,7 +272,7 @@ def test_a_wrong_address_is_reported_soon(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("server.sweep.http_client.asyncio.sleep", no_pause)
     with pytest.raises(SweepError, match="3 tries: refused"):
-        asyncio.run(run(at(gone)))
+        asyncio.run(run(client_of(gone)))
     assert tries == FIRST_TRIES
-    with pytest.raises(BadParameters, match="no URL"):
+    with pytest.raises(BadParameters, match="not the URL"):
         asyncio.run(run(ServerClient("localhost:8000", api_key=None, timeout=1)))

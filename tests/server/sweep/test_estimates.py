@@ -1,4 +1,4 @@
-"""Estimates against what they are defined as, and properties of their intervals."""
+"""Estimates equal their definitions, and their intervals contain them."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -13,12 +13,12 @@ from server.sweep.samples import Sample
 
 MakeSample = Callable[..., Sample]
 
-answers = st.tuples(st.sampled_from(["1", "2", "3", None]), st.integers(1, 50), st.booleans())
-questions = st.lists(st.lists(answers, min_size=1, max_size=5), min_size=1, max_size=5)
+ANSWERS = st.tuples(st.sampled_from(["1", "2", "3", None]), st.integers(1, 50), st.booleans())
+QUESTIONS = st.lists(st.lists(ANSWERS, min_size=1, max_size=5), min_size=1, max_size=5)
 
 
 def samples_of(drawn: list[list[tuple[str | None, int, bool]]], make: MakeSample) -> list[Sample]:
-    """The reading 1 is the right one."""
+    """Returns the samples of each question; the answer "1" is correct."""
     return [
         make(
             str(question),
@@ -64,8 +64,8 @@ def test_a_vote_counts_readings_and_a_tie_counts_its_share(
 
 
 @settings(max_examples=50)
-@given(questions)
-def test_every_number_lies_in_its_interval_and_shares_lie_in_one(
+@given(QUESTIONS)
+def test_every_estimate_lies_in_its_interval_and_shares_lie_below_one(
     make_sample: MakeSample, drawn: list[list[tuple[str | None, int, bool]]]
 ) -> None:
     numbers = estimate(samples_of(drawn, make_sample), seed="s", votes=True, resamples=60)
@@ -80,7 +80,7 @@ def test_every_number_lies_in_its_interval_and_shares_lie_in_one(
 
 
 @settings(max_examples=50)
-@given(questions, st.randoms(use_true_random=False))
+@given(QUESTIONS, st.randoms(use_true_random=False))
 def test_the_order_in_which_questions_have_their_samples_does_not_matter(
     make_sample: MakeSample, drawn: list[list[tuple[str | None, int, bool]]], random: Random
 ) -> None:
@@ -91,7 +91,7 @@ def test_the_order_in_which_questions_have_their_samples_does_not_matter(
     )
 
 
-def test_quantiles_are_values_that_were_seen(make_sample: MakeSample) -> None:
+def test_quantiles_are_values_of_samples(make_sample: MakeSample) -> None:
     samples = [make_sample("q", n, tokens=10 * n + 10) for n in range(10)]
     numbers = estimate(samples, seed="s", votes=True, resamples=1)
     assert (numbers["tokens_p50"].value, numbers["tokens_p90"].value) == (50, 90)
@@ -119,7 +119,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(make_sample: Ma
     assert 88 <= covered <= 100
 
 
-def test_without_votes_there_is_no_vote(make_sample: MakeSample) -> None:
+def test_without_votes_no_vote_is_estimated(make_sample: MakeSample) -> None:
     assert "vote_at_k" not in estimate([make_sample()], seed="s", votes=False)
 
 
@@ -133,7 +133,7 @@ def test_pass_at_powers_of_two_is_estimated_as_well_as_pass_at_k(make_sample: Ma
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=2, max_size=6), min_size=1, max_size=6))
-def test_the_sampling_width_knows_the_spread_within_questions_only(
+def test_the_sampling_width_measures_the_spread_within_questions_only(
     values: list[list[bool]],
 ) -> None:
     width = sampling_width(values)

@@ -1,4 +1,4 @@
-"""Graders: what each reads in a text, and what it takes for right."""
+"""Each grader reads an answer in the form that it knows, and compares it with the right one."""
 
 import sys
 
@@ -45,7 +45,7 @@ def grade(name: str, answer: object, text: str, pattern: str | None = None) -> G
         ("boxed", "3", "\\boxed{4}", "4", False),
     ],
 )
-def test_a_grader_reads_its_form_and_compares(
+def test_a_grader_reads_an_answer_in_its_form_and_compares_it(
     name: str, answer: object, text: str, reading: str | None, correct: bool
 ) -> None:
     graded = grade(name, answer, text)
@@ -113,7 +113,9 @@ def test_no_text_breaks_a_grader(text: str) -> None:
         ("boxed", ""),
     ],
 )
-def test_an_answer_in_another_form_is_refused_before_the_run(name: str, answer: object) -> None:
+def test_a_right_answer_that_a_grader_cannot_compare_is_refused_before_the_run(
+    name: str, answer: object
+) -> None:
     with pytest.raises(BadParameters, match="question '1'"):
         grader_named(name).check(question(answer))
 
@@ -127,7 +129,9 @@ def test_an_answer_in_another_form_is_refused_before_the_run(name: str, answer: 
         ("regex", "(", "--pattern '\\('"),
     ],
 )
-def test_a_grader_that_cannot_be_is_refused(name: str, pattern: str | None, reason: str) -> None:
+def test_an_unknown_grader_or_a_wrong_pattern_is_refused(
+    name: str, pattern: str | None, reason: str
+) -> None:
     with pytest.raises(BadParameters, match=reason):
         grader_named(name, pattern)
 
@@ -136,7 +140,7 @@ def test_a_grader_that_cannot_be_is_refused(name: str, pattern: str | None, reas
     ("name", "module", "extra"),
     [("boxed", "math_verify", "measure"), ("instructions", "if_verifiable", "ifeval")],
 )
-def test_a_library_that_is_not_there_is_named_with_its_extra(
+def test_a_missing_library_is_named_with_the_extra_that_installs_it(
     name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.sweep.graders.find_spec", lambda found: None)

@@ -1,4 +1,4 @@
-"""Settings, dials and the order of units."""
+"""Settings, dials and the order of samples cover the grid that a command names."""
 
 import pytest
 from hypothesis import given
@@ -35,7 +35,7 @@ def groups_at(name: str, value: float, layers: int = 6) -> set[str]:
     return {group for group in names if dial.value_of(group) == value}
 
 
-def test_all_is_one_number() -> None:
+def test_the_dial_all_is_a_single_lambda() -> None:
     assert wire_dial("all", 0.8, 6) == 0.8
 
 
@@ -54,12 +54,12 @@ def test_a_dial_gives_its_groups_lambda_and_the_others_zero(name: str, groups: s
     assert groups_at(name, 0.8) == groups
 
 
-def test_a_dial_takes_the_chat_template_of_its_lambda() -> None:
+def test_the_default_of_a_dial_is_its_lambda() -> None:
     assert dial_of("mlp", 0.8, 6).reasoning_lambda == 0.8
 
 
 @pytest.mark.parametrize("name", ["", "ffn", "3", "2-1", "0-6", "mlp.0-1", "0-1mlp", "0-1."])
-def test_a_name_that_is_no_dial_is_refused(name: str) -> None:
+def test_an_unknown_dial_is_refused(name: str) -> None:
     with pytest.raises(BadParameters, match="dial"):
         wire_dial(name, 0.5, 6)
 
@@ -86,10 +86,10 @@ def test_lambda_zero_may_have_a_decoding_of_its_own_on_every_curve() -> None:
     instruct = Decoding(0.7, 0.8, 20)
     curves = curves_of([0, 1], ["all"], [0.6, 1.0], [0.95], 20, instruct)
     assert [curve[0].decoding for curve in curves] == [instruct, instruct]
-    assert len(settings_of(curves)) == 3  # it is asked once
+    assert len(settings_of(curves)) == 3  # λ = 0 is measured once
 
 
-def test_units_cover_every_sample_once_and_neighbours_differ_in_lambda() -> None:
+def test_samples_are_planned_once_each_with_all_lambdas_in_turn() -> None:
     curve = [Setting(value / 10, "all", Decoding(0.7, 1.0)) for value in range(11)]
     units = list(planned_samples([(it, range(3)) for it in curve], QUESTIONS))
     assert len({unit.key for unit in units}) == len(units) == 11 * 3 * 4
@@ -100,8 +100,8 @@ def test_units_cover_every_sample_once_and_neighbours_differ_in_lambda() -> None
 def test_a_later_round_plans_only_the_new_samples() -> None:
     curve = [Setting(value, "all", Decoding(0.7, 1.0)) for value in (0, 1)]
     units = list(planned_samples([(curve[0], range(2)), (curve[1], range(2, 5))], QUESTIONS[:1]))
-    asked = [(unit.setting.reasoning_lambda, unit.sample) for unit in units]
-    assert asked == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+    order = [(unit.setting.reasoning_lambda, unit.sample) for unit in units]
+    assert order == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
 
 
 def test_seeds_differ_by_question_lambda_and_sample_alone() -> None:

@@ -1,5 +1,7 @@
-"""The flags of a command's own server, and its end; that it answers, and ends with a command that
-is killed, is tested in `tests/contract/test_measuring.py`."""
+"""The flags of a command's own server, and how it ends.
+
+`tests/contract/test_measuring.py` tests that it answers, and that it ends with a killed command.
+"""
 
 import subprocess
 import sys
@@ -12,10 +14,10 @@ from server.config import load_settings
 from server.sweep.own_server import FIXED_FLAGS, own_server
 
 
-def test_the_ready_line_does_not_depend_on_the_environments_log_format(
+def test_the_environments_log_format_does_not_change_the_ready_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With `MI_LOG_FORMAT=json` the ready line was not plain text, and the command waited on."""
+    """With `MI_LOG_FORMAT=json` the ready line was JSON, and the command waited for ever."""
     monkeypatch.setenv("MI_LOG_FORMAT", "json")
     assert load_settings(FIXED_FLAGS).log_format == "text"
 

@@ -1,4 +1,4 @@
-"""What is written of finished samples."""
+"""Finished samples become a report: a JSON file, a CSV file, tables and a page."""
 
 import csv
 import json
@@ -20,8 +20,8 @@ TASK = embedded_task(12, 0)
 PARAMETERS = {"model": "<pair>", "seed": 0}
 
 
-def answers(settings: list[Setting], make: MakeSample) -> list[Sample]:
-    """Short chains are always right; long ones, and thinking, come with λ."""
+def samples_of(settings: list[Setting], make: MakeSample) -> list[Sample]:
+    """Returns samples in which short chains are correct, and long ones from λ = 0.5 on."""
     return [
         make(
             question.id,
@@ -41,7 +41,7 @@ def answers(settings: list[Setting], make: MakeSample) -> list[Sample]:
 def reports_of(
     curves: list[list[Setting]], make: MakeSample, task: Task = TASK, votes: bool = True
 ) -> list[ClassReport]:
-    return measure(answers(settings_of(curves), make), curves, task, seed=0, votes=votes)
+    return measure(samples_of(settings_of(curves), make), curves, task, seed=0, votes=votes)
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def reports(make_sample: MakeSample) -> list[ClassReport]:
 def test_all_questions_come_first_then_every_class(reports: list[ClassReport]) -> None:
     assert [report.name for report in reports] == ["default", "long", "short"]
     everything, long, short = (report.points for report in reports)
-    for whole, *parts in zip(everything, long, short, strict=True):
-        assert whole.questions == sum(part.questions for part in parts) == 12
-        assert whole.samples == 24
+    for complete, *parts in zip(everything, long, short, strict=True):
+        assert complete.questions == sum(part.questions for part in parts) == 12
+        assert complete.samples == 24
     assert [point.value("mean_at_k") for point in short] == [1, 1, 1]
     assert [point.value("mean_at_k") for point in long] == [0, 1, 1]
 
 
-def test_a_curve_knows_its_stages_and_its_front(reports: list[ClassReport]) -> None:
+def test_a_curve_has_its_stages_and_its_front(reports: list[ClassReport]) -> None:
     curve = reports[0].curves[0]
     assert str(curve.stages) == "stage 1 up to λ = 0.5, stage 3 from λ = 1 on"
     assert [point.reasoning_lambda for point in curve.front] == [0, 0.5]
@@ -67,7 +67,7 @@ def test_a_curve_knows_its_stages_and_its_front(reports: list[ClassReport]) -> N
 
 def test_the_order_of_samples_changes_nothing(make_sample: MakeSample) -> None:
     curves = curves_of([0, 1], ["all"], [0.7], [1.0])
-    samples = answers(settings_of(curves), make_sample)
+    samples = samples_of(settings_of(curves), make_sample)
     one, other = (
         measure(order, curves, TASK, seed=0, votes=True) for order in (samples, samples[::-1])
     )
@@ -78,12 +78,12 @@ def test_the_json_has_the_points_and_the_rule(reports: list[ClassReport], tmp_pa
     write_numbers(tmp_path, reports, PARAMETERS)
     written = json.loads((tmp_path / "report.json").read_text())
     assert [point["lambda"] for point in written["points"]] == [0, 0.5, 1]
-    asked = (
+    names = (
         "lambda think_rate mean_at_k pass_at_k vote_at_k tokens_mean tokens_p50 tokens_p90 "
         "reasoning_tokens_p50 reasoning_tokens_p90 malformed unfinished"
     )
     for point in written["points"]:
-        assert set(asked.split()) <= set(point)
+        assert set(names.split()) <= set(point)
         low, high = point["intervals"]["mean_at_k"]
         assert low <= point["mean_at_k"] <= high
     stages = {"found": True, "instruct_until": 0.5, "thinking_from": 1}
@@ -106,9 +106,7 @@ def test_the_csv_has_a_row_for_each_class_and_point(
     assert all(float(row["mean_at_k_low"]) <= float(row["mean_at_k"]) for row in rows)
 
 
-def test_a_grader_that_reads_nothing_to_vote_on_leaves_votes_empty(
-    make_sample: MakeSample, tmp_path: Path
-) -> None:
+def test_a_grader_without_votes_leaves_them_empty(make_sample: MakeSample, tmp_path: Path) -> None:
     reports = reports_of(curves_of([0], ["all"], [0.7], [1.0]), make_sample, votes=False)
     write_numbers(tmp_path, reports, PARAMETERS)
     point = json.loads((tmp_path / "report.json").read_text())["points"][0]
@@ -116,13 +114,13 @@ def test_a_grader_that_reads_nothing_to_vote_on_leaves_votes_empty(
     assert " – " in table(reports[0])
 
 
-def test_a_table_has_a_row_a_point_and_marks_the_front(reports: list[ClassReport]) -> None:
+def test_a_table_has_a_row_for_each_point_and_marks_the_front(reports: list[ClassReport]) -> None:
     title, _, _, *rows = table(reports[0]).splitlines()
     assert title.startswith("all questions (12), T=0.7 top_p=1 top_k=0: stage 1 up to λ = 0.5")
     assert [row.split("|")[1].strip() for row in rows] == ["0*", "0.5*", "1"]
 
 
-def test_where_the_think_rate_never_rises_no_transition_is_found(make_sample: MakeSample) -> None:
+def test_without_a_rise_of_the_think_rate_no_transition_is_found(make_sample: MakeSample) -> None:
     (report, *_) = reports_of(curves_of([0, 0.5], ["all"], [0.7], [1.0]), make_sample)
     assert report.json["curves"][0]["stages"] == {"found": False}
     assert "no transition found" in table(report)

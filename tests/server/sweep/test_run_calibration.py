@@ -1,4 +1,4 @@
-"""From samples to what the plan knows, and to a profile."""
+"""Samples become the measurements of a calibration's plan, and then a profile."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def test_samples_of_a_round_that_was_cut_off_do_not_count_yet(
     assert measured.width > 0.5
 
 
-def test_what_is_measured_comes_in_order_of_lambda(make_sample: MakeSample) -> None:
+def test_measurements_are_in_order_of_lambda(make_sample: MakeSample) -> None:
     settings = [Setting(value, "all", Decoding(0.7, 1.0)) for value in (1, 0, 0.5)]
     samples = [make_sample("q", n, setting=it.label) for it in settings for n in range(2)]
     measured = measured_so_far(samples, dict.fromkeys(settings, 2))

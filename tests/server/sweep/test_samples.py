@@ -1,4 +1,4 @@
-"""The file of samples: what a kill leaves, and what may go on with it."""
+"""The file of samples survives a kill, and only a run with the same parameters continues it."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PARAMETERS = {"seed": 0, "lambdas": [0, 0.5], "model": "π"}
 
 @pytest.fixture
 def path(tmp_path: Path, make_sample: MakeSample) -> Path:
-    """A file with two samples."""
+    """Returns the path of a file with two samples."""
     path = tmp_path / "out" / "samples.jsonl"
     with SampleLog(path, PARAMETERS) as log:
         log.add(make_sample("q1", text="λ"))
@@ -23,7 +23,7 @@ def path(tmp_path: Path, make_sample: MakeSample) -> Path:
     return path
 
 
-def test_samples_are_there_again_for_the_same_parameters(
+def test_a_run_with_the_same_parameters_continues_the_file(
     path: Path, make_sample: MakeSample
 ) -> None:
     with SampleLog(path, PARAMETERS) as log:
@@ -34,9 +34,7 @@ def test_samples_are_there_again_for_the_same_parameters(
 
 
 @pytest.mark.parametrize("lost", [1, 5, 40])
-def test_a_line_that_was_cut_off_is_dropped_and_requested_again(
-    path: Path, make_sample: MakeSample, lost: int
-) -> None:
+def test_a_line_that_was_cut_off_is_dropped(path: Path, make_sample: MakeSample, lost: int) -> None:
     path.write_bytes(path.read_bytes()[:-lost])
     with SampleLog(path, PARAMETERS) as log:
         assert [sample.question for sample in log.samples.values()] == ["q1"]
@@ -45,7 +43,7 @@ def test_a_line_that_was_cut_off_is_dropped_and_requested_again(
     assert [json.loads(line).get("question") for line in lines] == [None, "q1", "q2"]
 
 
-def test_a_file_that_a_kill_left_without_its_first_line_starts_again(path: Path) -> None:
+def test_a_file_without_a_complete_first_line_starts_again(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with SampleLog(path, PARAMETERS) as log:
         assert not log.samples
@@ -61,7 +59,7 @@ def test_a_file_that_a_kill_left_without_its_first_line_starts_again(path: Path)
         ({"grader": "exact"}, '`grader` was null and is "exact"'),
     ],
 )
-def test_another_parameter_is_refused_by_name_and_nothing_is_lost(
+def test_a_changed_parameter_is_refused_by_name_and_the_file_stays(
     path: Path, changed: dict[str, object], problem: str
 ) -> None:
     before = path.read_bytes()
@@ -70,7 +68,7 @@ def test_another_parameter_is_refused_by_name_and_nothing_is_lost(
     assert path.read_bytes() == before
 
 
-def test_two_runs_never_write_one_file(path: Path) -> None:
+def test_two_runs_cannot_write_to_one_file_at_once(path: Path) -> None:
     with SampleLog(path, PARAMETERS), pytest.raises(BadParameters, match="another run"):
         SampleLog(path, PARAMETERS)
     with SampleLog(path, PARAMETERS):
@@ -85,7 +83,7 @@ def test_a_damaged_line_is_named_by_its_number(path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["[]", "{}", "nonsense", '{"format": 9, "parameters": {}}'])
-def test_a_file_of_something_else_is_refused(path: Path, head: str) -> None:
+def test_a_file_that_has_no_samples_is_refused(path: Path, head: str) -> None:
     path.write_text(head + "\n")
     with pytest.raises(BadParameters, match=r"not a file of samples|another version"):
         SampleLog(path, PARAMETERS)

@@ -1,4 +1,4 @@
-"""Questions of the embedded task, and of files that say something wrong."""
+"""Questions come from the embedded task or from a file, whose bad lines are named."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from server.sweep.errors import BadParameters
 from server.sweep.tasks import embedded_task, read_task
 
 
-def write(path: Path, *lines: Any) -> Path:
+def write_lines(path: Path, *lines: Any) -> Path:
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
     return path
 
@@ -31,9 +31,9 @@ def test_chains_of_up_to_two_variables_are_short() -> None:
     assert min(Counter(question.kind for question in task.questions).values()) > 40
 
 
-def test_a_file_holds_questions_or_whole_conversations(tmp_path: Path) -> None:
+def test_a_line_of_a_file_has_a_question_or_a_conversation(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3 + 3?"}]
-    path = write(
+    path = write_lines(
         tmp_path / "sums.jsonl",
         {"question": "2 + 2?", "answer": "4", "class": "short", "id": "sum"},
         "",
@@ -48,8 +48,10 @@ def test_a_file_holds_questions_or_whole_conversations(tmp_path: Path) -> None:
     assert task.classes == ["short"]
 
 
-def test_a_count_takes_the_first_questions_and_never_fewer(tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", *({"question": str(n), "answer": str(n)} for n in range(5)))
+def test_a_count_takes_the_first_questions_and_needs_that_many(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "q.jsonl", *({"question": str(n), "answer": str(n)} for n in range(5))
+    )
     assert [it.answer for it in read_task(path, 2).questions] == ["0", "1"]
     with pytest.raises(BadParameters, match="5 questions, but 6 are needed"):
         read_task(path, 6)
@@ -68,13 +70,13 @@ def test_a_count_takes_the_first_questions_and_never_fewer(tmp_path: Path) -> No
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: Any, reason: str) -> None:
-    path = write(tmp_path / "q.jsonl", {"question": "x", "answer": "x"}, line)
+    path = write_lines(tmp_path / "q.jsonl", {"question": "x", "answer": "x"}, line)
     with pytest.raises(BadParameters, match=reason):
         read_task(path, None)
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadParameters, match="0 questions"):
-        read_task(write(tmp_path / "q.jsonl"), None)
+        read_task(write_lines(tmp_path / "q.jsonl"), None)
     with pytest.raises(BadParameters, match="No such file"):
         read_task(tmp_path / "none.jsonl", None)

@@ -1,6 +1,5 @@
-"""From response format and tools to a grammar: what it accepts is asked of a matcher."""
+"""Response formats and tools become a grammar, which accepts exactly the answers they allow."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from mi_runtime.embedded_pair.tokenizer import TURN_END, build_tokenizer
+from mi_runtime.embedded_pair.tokenizer import TURN_END
 from server.text.grammar_builder import LARGEST_SCHEMA, GrammarBuilder
 from server.text.tool_parser import ToolCallParser, join_deltas
 from server.text.vocabulary import Vocabulary
-from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
+from tests.server.chat_bodies import json_schema, parse, tool
+from tests.server.tag_tokens import tokenizer_with_tags
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TAGS = ("<tool_call>", "</tool_call>")
@@ -26,43 +26,35 @@ SPELLED: Tags = ()
 
 @cache
 def tokenizer(tags: Tags) -> Tokenizer:
-    made = build_tokenizer()
-    made.add_tokens(list(tags))
-    return made
+    return tokenizer_with_tags(*tags)
 
 
 @pytest.fixture(params=[SPELLED, TAGS, TAGS[:1]], ids=["spelled", "tokens", "mixed"])
 def tags(request: pytest.FixtureRequest) -> Tags:
+    """Returns the tags of a tool call that are tokens."""
     found: Tags = request.param
     return found
 
 
-def tool(name: str, **fields: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, **fields}}
-
-
-def json_schema(schema: Any, *, strict: bool | None = None) -> dict[str, Any]:
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "a", "schema": schema, "strict": strict},
-    }
+def schema_format(schema: Any, *, strict: bool | None = None) -> dict[str, Any]:
+    return json_schema(schema=schema, strict=strict)
 
 
 def grammar(tags: Tags = SPELLED, **fields: Any) -> str | None:
-    base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
-    request = parse_chat_request(json.dumps(base | fields).encode())
-    return GrammarBuilder(Vocabulary(tokenizer(tags))).grammar(request)
+    """Returns the grammar of a chat request with these fields."""
+    return GrammarBuilder(Vocabulary(tokenizer(tags))).grammar(parse(**fields))
 
 
 def refusal(**fields: Any) -> InvalidRequest:
+    """Returns the error that building the grammar of these fields raises."""
     with pytest.raises(InvalidRequest) as caught:
         grammar(**fields)
     assert len(caught.value.message) <= 500
     return caught.value
 
 
-class Answers:
-    """What a grammar accepts, token by token."""
+class AcceptedAnswers:
+    """Decides which texts a grammar accepts, token by token."""
 
     def __init__(self, directory: Path, tags: Tags, **fields: Any) -> None:
         source = grammar(tags, **fields)
@@ -74,8 +66,8 @@ class Answers:
         self._matcher = LLMatcher(LLTokenizer(str(path), eos_token=[eos]), source, log_level=0)
         assert not self._matcher.is_error(), self._matcher.get_error()
 
-    def take(self, text: str) -> bool:
-        """Whether the whole text is an answer."""
+    def accept(self, text: str) -> bool:
+        """Returns whether the complete text is an answer."""
         matcher = self._matcher.deep_copy()
         ids = self._tokenizer.encode(text).ids
         return matcher.validate_tokens(ids) == len(ids) and (
@@ -91,38 +83,46 @@ def call(name: str, arguments: str) -> str:
 
 
 @pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}])
-def test_text_is_held_to_nothing(fields: dict[str, Any]) -> None:
+def test_plain_text_has_no_grammar(fields: dict[str, Any]) -> None:
     assert grammar(**fields) is None
 
 
 def test_a_json_object_is_any_object(tmp_path: Path) -> None:
-    answers = Answers(tmp_path, SPELLED, response_format={"type": "json_object"})
-    assert answers.take('{"a": [1, {"b": null}]}')
-    assert answers.take("{\n  }")
-    assert not answers.take("[1]")
-    assert not answers.take('{"a": 1} so')
+    answers = AcceptedAnswers(tmp_path, SPELLED, response_format={"type": "json_object"})
+    assert answers.accept('{"a": [1, {"b": null}]}')
+    assert answers.accept("{\n  }")
+    assert not answers.accept("[1]")
+    assert not answers.accept('{"a": 1} so')
 
 
 @pytest.mark.parametrize("strict", [None, False, True])
-def test_a_schema_holds_whether_it_is_strict_or_not(tmp_path: Path, strict: bool | None) -> None:
-    answers = Answers(tmp_path, SPELLED, response_format=json_schema(SCHEMA, strict=strict))
-    assert answers.take('{"a": 1}')
-    assert not answers.take('{"a": "1"}')
-    assert not answers.take("{}")
+def test_a_schema_constrains_the_answer_whether_it_is_strict_or_not(
+    tmp_path: Path, strict: bool | None
+) -> None:
+    answers = AcceptedAnswers(
+        tmp_path, SPELLED, response_format=schema_format(SCHEMA, strict=strict)
+    )
+    assert answers.accept('{"a": 1}')
+    assert not answers.accept('{"a": "1"}')
+    assert not answers.accept("{}")
 
 
 def test_white_space_is_bounded(tmp_path: Path) -> None:
-    answers = Answers(tmp_path, SPELLED, response_format=json_schema(SCHEMA))
-    assert answers.take('{\n    "a":   1\n}')
-    assert not answers.take("{" + " " * 21 + '"a": 1}')
+    answers = AcceptedAnswers(tmp_path, SPELLED, response_format=schema_format(SCHEMA))
+    assert answers.accept('{\n    "a":   1\n}')
+    assert not answers.accept("{" + " " * 21 + '"a": 1}')
 
 
-def test_strict_refuses_what_cannot_be_enforced_and_else_it_is_left_out(tmp_path: Path) -> None:
+def test_a_keyword_that_cannot_be_enforced_is_refused_if_strict_and_else_ignored(
+    tmp_path: Path,
+) -> None:
     schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
-    error = refusal(response_format=json_schema(schema, strict=True))
+    error = refusal(response_format=schema_format(schema, strict=True))
     assert error.param == "response_format.json_schema.schema"
     assert "uniqueItems" in error.message
-    assert Answers(tmp_path, SPELLED, response_format=json_schema(schema)).take("[1, 1]")
+    assert AcceptedAnswers(tmp_path, SPELLED, response_format=schema_format(schema)).accept(
+        "[1, 1]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_strict_refuses_what_cannot_be_enforced_and_else_it_is_left_out(tmp_path
 )
 def test_a_bad_schema_is_refused_strict_or_not(schema: dict[str, Any]) -> None:
     for strict in (False, True):
-        error = refusal(response_format=json_schema(schema, strict=strict))
+        error = refusal(response_format=schema_format(schema, strict=strict))
         assert error.param == "response_format.json_schema.schema"
 
 
@@ -150,8 +150,8 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def test_a_schema_nested_too_deep_is_refused() -> None:
-    assert grammar(response_format=json_schema(nested(50))) is not None
-    error = refusal(response_format=json_schema(nested(70)))
+    assert grammar(response_format=schema_format(nested(50))) is not None
+    error = refusal(response_format=schema_format(nested(70)))
     assert error.param == "response_format.json_schema.schema"
     assert "recursion limit" in error.message
 
@@ -166,26 +166,26 @@ def test_a_schema_nested_too_deep_is_refused() -> None:
     ],
 )
 def test_a_schema_that_requires_a_special_token_is_refused(schema: dict[str, Any]) -> None:
-    """Its text is one token, and that token is no text: the answer would have failed."""
-    error = refusal(response_format=json_schema(schema))
+    """The tokenizer writes it as one special token, which an answer's text cannot contain."""
+    error = refusal(response_format=schema_format(schema))
     assert error.param == "response_format.json_schema.schema"
     assert "is a token of this model" in error.message
 
 
-def test_a_special_token_in_what_is_for_people_is_no_matter() -> None:
+def test_a_special_token_in_a_description_is_accepted() -> None:
     schema = {"properties": {"a": {"description": "no <think>", "const": "<b>"}}}
-    assert grammar(response_format=json_schema(schema)) is not None
+    assert grammar(response_format=schema_format(schema)) is not None
 
 
 def test_a_schema_too_large_is_refused() -> None:
     schema = {"enum": ["x" * LARGEST_SCHEMA]}
-    assert "larger" in refusal(response_format=json_schema(schema)).message
+    assert "larger" in refusal(response_format=schema_format(schema)).message
 
 
 # --- tools ---
 
 
-def test_in_auto_calls_are_free_unless_one_is_strict_or_only_one_may_be() -> None:
+def test_auto_has_a_grammar_only_for_strict_tools_or_without_parallel_calls() -> None:
     tools = [tool("f", parameters=SCHEMA)]
     assert grammar(tools=tools) is None
     assert grammar(tools=tools, tool_choice="none") is None
@@ -193,75 +193,79 @@ def test_in_auto_calls_are_free_unless_one_is_strict_or_only_one_may_be() -> Non
     assert grammar(tools=tools, parallel_tool_calls=False) is not None
 
 
-def test_required_is_one_call_or_more_and_nothing_else(tmp_path: Path, tags: Tags) -> None:
+def test_required_accepts_one_or_more_calls_and_nothing_else(tmp_path: Path, tags: Tags) -> None:
     tools = [tool("f", parameters=SCHEMA), tool("g")]
-    answers = Answers(tmp_path, tags, tools=tools, tool_choice="required")
+    answers = AcceptedAnswers(tmp_path, tags, tools=tools, tool_choice="required")
     f, g = call("f", '{"a": 1}'), call("g", "{}")
-    assert answers.take(f)
-    assert answers.take(f"{f}\n{g}")
-    assert not answers.take(f"Well, {f}")
-    assert not answers.take(call("f", '{"a": "x"}'))
-    assert not answers.take(call("g", '{"a": 1}'))
-    assert not answers.take(call("h", "{}"))
-    assert not answers.take('{"a": 1}')
+    assert answers.accept(f)
+    assert answers.accept(f"{f}\n{g}")
+    assert not answers.accept(f"Well, {f}")
+    assert not answers.accept(call("f", '{"a": "x"}'))
+    assert not answers.accept(call("g", '{"a": 1}'))
+    assert not answers.accept(call("h", "{}"))
+    assert not answers.accept('{"a": 1}')
 
 
-def test_without_parallel_calls_required_is_one(tmp_path: Path, tags: Tags) -> None:
+def test_required_without_parallel_calls_accepts_exactly_one_call(
+    tmp_path: Path, tags: Tags
+) -> None:
     fields: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
-    answers = Answers(tmp_path, tags, tools=[tool("g")], **fields)
-    assert answers.take(call("g", "{}"))
-    assert not answers.take(call("g", "{}") + "\n" + call("g", "{}"))
+    answers = AcceptedAnswers(tmp_path, tags, tools=[tool("g")], **fields)
+    assert answers.accept(call("g", "{}"))
+    assert not answers.accept(call("g", "{}") + "\n" + call("g", "{}"))
 
 
-def test_a_named_function_is_called_once(tmp_path: Path, tags: Tags) -> None:
+def test_a_named_function_must_be_called_once(tmp_path: Path, tags: Tags) -> None:
     tools = [tool("f", parameters=SCHEMA), tool("g")]
-    answers = Answers(tmp_path, tags, tools=tools, tool_choice=tool("g"))
-    assert answers.take(call("g", "{}"))
-    assert not answers.take(call("f", '{"a": 1}'))
-    assert not answers.take(call("g", "{}") + "\n" + call("g", "{}"))
+    answers = AcceptedAnswers(tmp_path, tags, tools=tools, tool_choice=tool("g"))
+    assert answers.accept(call("g", "{}"))
+    assert not answers.accept(call("f", '{"a": 1}'))
+    assert not answers.accept(call("g", "{}") + "\n" + call("g", "{}"))
 
 
-def test_a_strict_function_is_held_in_auto_and_text_is_free(tmp_path: Path, tags: Tags) -> None:
+def test_auto_constrains_a_strict_function_and_leaves_text_free(tmp_path: Path, tags: Tags) -> None:
     tools = [tool("f", parameters=SCHEMA, strict=True), tool("g")]
-    answers = Answers(tmp_path, tags, tools=tools)
-    assert answers.take("No call at all, a < b.\n")
+    answers = AcceptedAnswers(tmp_path, tags, tools=tools)
+    assert answers.accept("No call at all, a < b.\n")
     f, g = call("f", '{"a": 1}'), call("g", '{"any": []}')
-    assert answers.take(f"So: {f}\n{g} done")
-    assert not answers.take(call("f", '{"a": "x"}'))
-    assert not answers.take(call("h", "{}"))
+    assert answers.accept(f"So: {f}\n{g} done")
+    assert not answers.accept(call("f", '{"a": "x"}'))
+    assert not answers.accept(call("h", "{}"))
 
 
-def test_without_parallel_calls_auto_is_text_or_one_call(tmp_path: Path, tags: Tags) -> None:
-    answers = Answers(tmp_path, tags, tools=[tool("f")], parallel_tool_calls=False)
-    assert answers.take("No call")
-    assert answers.take("So: " + call("f", "{}"))
-    assert not answers.take(call("f", "{}") + "\n" + call("f", "{}"))
+def test_auto_without_parallel_calls_accepts_text_with_at_most_one_call(
+    tmp_path: Path, tags: Tags
+) -> None:
+    answers = AcceptedAnswers(tmp_path, tags, tools=[tool("f")], parallel_tool_calls=False)
+    assert answers.accept("No call")
+    assert answers.accept("So: " + call("f", "{}"))
+    assert not answers.accept(call("f", "{}") + "\n" + call("f", "{}"))
 
 
-def test_with_a_format_auto_is_an_answer_in_it_or_calls(tmp_path: Path, tags: Tags) -> None:
-    form = json_schema(SCHEMA)
-    answers = Answers(tmp_path, tags, tools=[tool("g")], response_format=form)
-    assert answers.take('{"a": 1}')
-    assert answers.take(call("g", "{}"))
-    assert not answers.take("text")
+def test_auto_with_a_format_accepts_an_answer_in_it_or_calls(tmp_path: Path, tags: Tags) -> None:
+    form = schema_format(SCHEMA)
+    answers = AcceptedAnswers(tmp_path, tags, tools=[tool("g")], response_format=form)
+    assert answers.accept('{"a": 1}')
+    assert answers.accept(call("g", "{}"))
+    assert not answers.accept("text")
 
 
-def test_a_reference_is_to_its_own_schema(tmp_path: Path) -> None:
+def test_a_reference_is_resolved_in_its_own_tools_schema(tmp_path: Path) -> None:
     def of(kind: str) -> dict[str, Any]:
         properties = {"x": {"$ref": "#/$defs/x"}}
         return {"properties": properties, "required": ["x"], "$defs": {"x": {"type": kind}}}
 
     tools = [tool("f", parameters=of("integer")), tool("g", parameters=of("boolean"))]
-    answers = Answers(tmp_path, SPELLED, tools=tools, tool_choice="required")
-    assert answers.take(call("f", '{"x": 1}'))
-    assert answers.take(call("g", '{"x": true}'))
-    assert not answers.take(call("g", '{"x": 1}'))
+    answers = AcceptedAnswers(tmp_path, SPELLED, tools=tools, tool_choice="required")
+    assert answers.accept(call("f", '{"x": 1}'))
+    assert answers.accept(call("g", '{"x": true}'))
+    assert not answers.accept(call("g", '{"x": 1}'))
 
 
-def test_what_the_grammar_writes_the_parser_reads(tmp_path: Path) -> None:
+def test_the_tool_parser_reads_what_the_grammar_accepts(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"tools": [tool("f", parameters=SCHEMA)], "tool_choice": "required"}
     text = call("f", '{"a": 1, "b": "</tool_call>"}')
-    assert Answers(tmp_path, SPELLED, **fields).take(text)
+    assert AcceptedAnswers(tmp_path, SPELLED, **fields).accept(text)
     (read,) = join_deltas(ToolCallParser().feed(text).calls)
     assert read["function"] == {"name": "f", "arguments": '{"a": 1, "b": "</tool_call>"}'}
 
@@ -273,7 +277,7 @@ def test_a_bad_schema_of_a_tool_is_named(choice: str) -> None:
     assert error.param == "tools[1].function.parameters"
 
 
-def test_arguments_are_an_object() -> None:
+def test_parameters_that_are_no_object_are_refused() -> None:
     error = refusal(tools=[tool("f", parameters={"type": "string"})])
     assert error.param == "tools[0].function.parameters.type"
 
@@ -285,7 +289,7 @@ def test_a_strict_tool_refuses_what_cannot_be_enforced() -> None:
     grammar(tools=[tool("f", parameters=schema)])
 
 
-def test_tools_that_are_too_much_together_are_refused() -> None:
+def test_tools_that_are_too_large_together_are_refused() -> None:
     schema = {"properties": {f"p{n}": {"enum": ["x" * 400]} for n in range(100)}}
     tools = [tool(f"f{n}", parameters=schema) for n in range(20)]
     assert refusal(tools=tools, tool_choice="required").param == "tools"

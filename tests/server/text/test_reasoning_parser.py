@@ -1,4 +1,4 @@
-"""The rule "where reasoning ends": examples first, then properties over any tokens and cutting."""
+"""An answer is split into reasoning and content where the think block ends, however it is cut."""
 
 import re
 from collections.abc import Iterator
@@ -8,24 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mi_runtime.embedded_pair.tokenizer import build_tokenizer
 from mi_runtime.request import FinishReason, Phase, TokenEvent
 from mi_runtime.scheduling.thinking import ThinkingState
 from server.text.reasoning_parser import THINK_CLOSE, THINK_OPEN, TOOL_CALL, Split, TextSplitter
 from server.text.think_blocks import ThinkBlocks
 from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
+from tests.server.tag_tokens import tokenizer_with_tags
 
 CLOSING = (THINK_CLOSE, TOOL_CALL)
 PIECES = [THINK_OPEN, THINK_CLOSE, TOOL_CALL, "<think", "</", ">", "\n", " ", "\n\n", "a", "é", "."]
 
 
-def _vocabulary() -> Vocabulary:
-    tokenizer = build_tokenizer()
-    tokenizer.add_tokens([TOOL_CALL])
-    return Vocabulary(tokenizer)
-
-
-VOCABULARY = _vocabulary()
+VOCABULARY = Vocabulary(tokenizer_with_tags(TOOL_CALL))
 BLOCKS = ThinkBlocks.of(VOCABULARY, closing="\n</think>\n\n", soft_window=None)
 IDS = {piece: VOCABULARY.encode(piece) for piece in PIECES}
 TOKENS = st.lists(st.sampled_from(PIECES), max_size=12).map(
@@ -46,7 +40,7 @@ def parts_of(split: Split) -> Parts:
 
 
 def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
-    """The engine's events of an answer of these tokens."""
+    """Returns the engine's events of an answer of these tokens."""
     policy = BLOCKS.policy(opened_by_prompt=opened, cap=None)
     assert policy is not None
     engine, events = ThinkingState(policy, VOCABULARY.marks), []
@@ -57,7 +51,7 @@ def events_of(ids: list[int], *, opened: bool) -> list[TokenEvent]:
 
 
 def split_tokens(ids: list[int], *, opened: bool, by_length: bool = False) -> Parts:
-    """Token by token, as an answer comes."""
+    """Splits an answer token by token, as it arrives."""
     splitter, text = BLOCKS.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split = Split()
     for event in events_of(ids, opened=opened):
@@ -87,7 +81,7 @@ def test_a_block_the_prompt_opened_needs_no_tag() -> None:
     assert split("a=6\n</think>\n\nAnswer: 6", opened=True) == Parts("a=6", "Answer: 6")
 
 
-def test_text_without_a_block_is_content_to_the_last_space() -> None:
+def test_text_without_a_block_is_content_with_all_its_spaces() -> None:
     assert split(" Answer: 6 \n", opened=False) == Parts("", " Answer: 6 \n")
 
 
@@ -95,7 +89,7 @@ def test_blanks_alone_are_content() -> None:
     assert split(" \n", opened=False) == Parts("", " \n")
 
 
-def test_tags_after_the_beginning_are_plain_text() -> None:
+def test_tags_after_the_first_text_are_plain_text() -> None:
     text = "Use <think> and </think> so."
     assert split(text, opened=False) == Parts("", text)
 
@@ -105,14 +99,14 @@ def test_a_second_closing_tag_is_plain_text() -> None:
 
 
 @pytest.mark.parametrize("between", ["", "\n\n", " \n \n"])
-def test_a_closing_tag_written_once_more_belongs_to_the_end_of_the_block(between: str) -> None:
-    """As a model does whose block the engine closed: the tag stood in the answer's text."""
+def test_a_closing_tag_repeated_at_once_is_dropped(between: str) -> None:
+    """A model whose block the engine closed may write the tag again: it was shown as content."""
     text = f"a</think>{between}</think>\n\nb"
     assert split(text, opened=True) == split_text([text]) == Parts("a", "b")
 
 
 def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
-    """As a stop token, it comes without text."""
+    """A tag that is a stop token arrives without text."""
     splitter = BLOCKS.splitter(opened_by_prompt=True)
     close, letter, end = events_of([*IDS[THINK_CLOSE], *IDS["a"], *IDS[THINK_CLOSE]], opened=True)
     splitter.feed("</think>", close)
@@ -120,7 +114,7 @@ def test_a_closing_tag_that_ends_the_answer_is_not_shown() -> None:
     assert splitter.feed("", end) == Split()
 
 
-def test_text_that_is_left_over_belongs_to_the_phase_that_the_last_event_reported() -> None:
+def test_remaining_text_belongs_to_the_phase_of_the_last_event() -> None:
     splitter = BLOCKS.splitter(opened_by_prompt=True)
     assert splitter.feed("a") == Split(reasoning="a")
     splitter.feed("</think>", TokenEvent("r", *IDS[THINK_CLOSE], phase=Phase.CLOSED))
@@ -134,7 +128,7 @@ def test_an_event_without_a_token_changes_nothing() -> None:
     assert splitter.inside_block
 
 
-def test_only_one_closing_tag_more_belongs_to_the_end_of_the_block() -> None:
+def test_only_one_repeated_closing_tag_is_dropped() -> None:
     text = "a</think>\n</think></think>b"
     assert split(text, opened=True) == split_text([text]) == Parts("a", "</think>b")
 
@@ -165,12 +159,12 @@ def test_a_block_cut_by_length_is_reasoning_and_content_is_empty(opened: bool) -
     assert split(text, opened=opened, by_length=True) == Parts("a=6\nb=", "")
 
 
-def test_a_block_never_closed_by_an_answer_that_ended_itself_was_the_answer() -> None:
+def test_a_block_that_a_finished_answer_never_closed_is_the_answer() -> None:
     assert split("Answer: 6\n", opened=True) == Parts("Answer: 6", "Answer: 6\n", True)
 
 
 def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
-    """The slow twin: looks at the complete answer."""
+    """Splits the complete answer at once: the slow twin."""
     decode = VOCABULARY.tokenizer.decode
     tag_of = [VOCABULARY.tags.get(token_id) for token_id in ids]
     start = 0
@@ -208,14 +202,14 @@ def test_token_by_token_the_split_is_that_of_the_complete_answer(
 def test_the_splitter_follows_the_engine_through_a_forced_close(
     wanted: list[int], opened: bool, cap: int | None, window: int | None
 ) -> None:
-    """Whatever the model writes, and whatever the engine forces on it."""
+    """Holds for any tokens of the model, and any cap and window of the engine."""
     blocks = ThinkBlocks.of(VOCABULARY, closing="\n</think>\n\n", soft_window=window)
     policy = blocks.policy(opened_by_prompt=opened, cap=cap)
     assert policy is not None
     engine = ThinkingState(policy, VOCABULARY.marks)
     splitter, text = blocks.splitter(opened_by_prompt=opened), IncrementalDetokenizer(VOCABULARY)
     split, forced = Split(), list[int]()
-    for token_id in written(engine, wanted, forced):
+    for token_id in with_forced_tokens(engine, wanted, forced):
         event = TokenEvent("r", token_id, phase=int(engine.phase))
         split = split.then(splitter.feed(text.feed(token_id), event))
         assert splitter.inside_block == (engine.phase is Phase.INSIDE)
@@ -227,8 +221,13 @@ def test_the_splitter_follows_the_engine_through_a_forced_close(
         assert engine.reasoning_tokens <= cap
 
 
-def written(engine: ThinkingState, wanted: list[int], forced: list[int]) -> Iterator[int]:
-    """What the model wants to write with what the engine forces between, also noted apart."""
+def with_forced_tokens(
+    engine: ThinkingState, wanted: list[int], forced: list[int]
+) -> Iterator[int]:
+    """Yields the tokens that the model wants, with those that the engine forces among them.
+
+    Appends the forced ones to `forced`.
+    """
     for token_id in [*wanted, None]:
         while (must := engine.forced_token) is not None:
             forced.append(must)
@@ -253,7 +252,7 @@ def split_text(pieces: list[str], *, by_length: bool = False) -> Parts:
 
 
 def cuttings(text: str) -> st.SearchStrategy[list[str]]:
-    """The text, cut anywhere."""
+    """Returns a strategy of the text's pieces, cut anywhere."""
     places = st.sets(st.integers(0, len(text)), max_size=8).map(sorted)
     return places.map(
         lambda at: [text[i:j] for i, j in zip([0, *at], [*at, len(text)], strict=True)]
@@ -290,7 +289,7 @@ def test_any_cutting_gives_the_same_split(pieces: list[str], by_length: bool) ->
 
 
 @given(TEXTS, st.booleans())
-def test_nothing_is_lost_and_nothing_repeated(text: str, by_length: bool) -> None:
+def test_no_text_is_lost_and_none_is_repeated(text: str, by_length: bool) -> None:
     parts = split_text([text], by_length=by_length)
     shown = parts.content if parts.repeated else parts.reasoning + parts.content
     assert without_tags_and_breaks(shown) == without_tags_and_breaks(text)
@@ -307,7 +306,7 @@ def test_piece_by_piece_the_split_is_that_of_the_complete_text(
 
 
 def slow_split_text(text: str, *, by_length: bool) -> Parts:
-    """The slow twin: looks at the complete text of a block that the prompt opened."""
+    """Splits the complete text after a block that the prompt opened: the slow twin."""
     end = re.search(f"{THINK_CLOSE}|{TOOL_CALL}", text)
     if end is not None:
         content = re.sub(rf"^\s*{THINK_CLOSE}", "", text[end.end() :])
@@ -318,7 +317,7 @@ def slow_split_text(text: str, *, by_length: bool) -> Parts:
 
 @given(CUT_TEXTS)
 def test_an_answer_is_never_hidden(pieces: list[str]) -> None:
-    """However it was cut: where the answer ended by itself, only a closed block is reasoning."""
+    """If the answer ended by itself, only a closed block is reasoning."""
     parts = split_text(pieces)
     text = "".join(pieces)
     if THINK_CLOSE not in text and TOOL_CALL not in text:

@@ -1,4 +1,4 @@
-"""The operator's rules for think blocks, and the policy that the engine gets."""
+"""The operator's rules for think blocks become the policy that the engine follows."""
 
 import pytest
 from tokenizers import Tokenizer
@@ -9,6 +9,7 @@ from server.config import ConfigError
 from server.text.reasoning_parser import Split, TextSplitter
 from server.text.think_blocks import ThinkBlocks
 from server.text.vocabulary import Vocabulary
+from tests.server.tag_tokens import tokenizer_with_tags, without_think_tokens
 
 VOCABULARY = Vocabulary(build_tokenizer())
 CLOSING = "\n</think>\n\n"
@@ -49,19 +50,18 @@ def test_the_soft_window_is_a_tenth_of_the_cap_or_as_the_operator_says(
 
 
 @pytest.mark.parametrize("closing", ["\n\n", "</think></think>", "<think></think>", "</thin k>"])
-def test_a_closing_sequence_holds_the_closing_tag_once_and_no_other(closing: str) -> None:
+def test_a_closing_sequence_must_have_the_closing_tag_once_and_no_other_tag(closing: str) -> None:
     with pytest.raises(ConfigError, match="think_closing"):
         blocks(closing)
 
 
-def test_a_closing_sequence_may_say_something() -> None:
-    assert blocks("\nTime is up.\n</think>\n\n").closing
+def test_a_closing_sequence_may_contain_text() -> None:
+    text = "\nTime is up.\n</think>\n\n"
+    assert VOCABULARY.tokenizer.decode(list(blocks(text).closing)) == text
 
 
-def test_a_tool_call_tag_closes_a_block_as_well_where_it_is_a_token() -> None:
-    tokenizer: Tokenizer = build_tokenizer()
-    tokenizer.add_tokens(["<tool_call>"])
-    vocabulary = Vocabulary(tokenizer)
+def test_a_tool_call_tag_that_is_a_token_closes_a_block_too() -> None:
+    vocabulary = Vocabulary(tokenizer_with_tags("<tool_call>"))
     policy = ThinkBlocks.of(vocabulary, closing=CLOSING, soft_window=None).policy(
         opened_by_prompt=False, cap=None
     )
@@ -72,9 +72,8 @@ def test_a_tool_call_tag_closes_a_block_as_well_where_it_is_a_token() -> None:
     assert not plain.close_aliases
 
 
-def test_where_tools_may_be_called_the_tag_of_a_call_closes_nothing() -> None:
-    tokenizer: Tokenizer = build_tokenizer()
-    tokenizer.add_tokens(["<tool_call>"])
+def test_with_tools_the_tool_call_tag_closes_no_block() -> None:
+    tokenizer = tokenizer_with_tags("<tool_call>")
     rules = ThinkBlocks.of(Vocabulary(tokenizer), closing=CLOSING, soft_window=None)
     policy = rules.policy(opened_by_prompt=True, cap=None, tools=True)
     assert policy is not None
@@ -100,16 +99,8 @@ def test_a_block_before_a_grammar_must_close_without_text(closing: str, tail: st
     assert free.closing == blocks(closing).closing
 
 
-def test_without_tags_that_are_tokens_the_engine_follows_nothing() -> None:
-    vocabulary = Vocabulary(without_tags())
-    rules = ThinkBlocks.of(vocabulary, closing="anything", soft_window=None)
+def test_without_tags_that_are_tokens_the_engine_has_no_policy() -> None:
+    tokenizer: Tokenizer = Tokenizer.from_str(without_think_tokens(build_tokenizer().to_str()))
+    rules = ThinkBlocks.of(Vocabulary(tokenizer), closing="anything", soft_window=None)
     assert rules.policy(opened_by_prompt=True, cap=7) is None
     assert isinstance(rules.splitter(opened_by_prompt=True), TextSplitter)
-
-
-def without_tags() -> Tokenizer:
-    text = build_tokenizer().to_str()
-    tokenizer: Tokenizer = Tokenizer.from_str(
-        text.replace('"<think>"', '"<other>"').replace('"</think>"', '"</other>"')
-    )
-    return tokenizer

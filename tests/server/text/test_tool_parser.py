@@ -1,4 +1,4 @@
-"""Tool calls in text: examples first, then properties over any text and any cutting of it."""
+"""Tool calls are read from an answer's text, however it is cut, and everything else is content."""
 
 import itertools
 import json
@@ -14,13 +14,14 @@ Call = tuple[str, str]  # name, arguments
 
 
 def parse(*pieces: str) -> tuple[str, list[Call]]:
-    """Content and calls of an answer that comes in these pieces."""
+    """Returns the content and the calls of an answer that arrives in these pieces."""
     content, deltas = parse_deltas(*pieces)
     functions: list[Any] = [call["function"] for call in join_deltas(deltas)]
     return content, [(it["name"], it["arguments"]) for it in functions]
 
 
 def parse_deltas(*pieces: str) -> tuple[str, list[ToolCallDelta]]:
+    """Returns the content and the deltas of all calls, numbered `call_0`, `call_1`, …"""
     numbers = itertools.count()
     calls = ToolCallParser(make_id=lambda: f"call_{next(numbers)}")
     parsed = [calls.feed(piece) for piece in pieces]
@@ -30,32 +31,33 @@ def parse_deltas(*pieces: str) -> tuple[str, list[ToolCallDelta]]:
     return "".join(one.content for one in parsed), deltas
 
 
-def written(name: str, arguments: str) -> str:
+def call_text(name: str, arguments: str) -> str:
+    """Returns a call as a model writes it."""
     return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
 
 
-def test_text_without_a_call_is_content_to_the_last_blank() -> None:
+def test_text_without_a_call_is_content_with_all_its_blanks() -> None:
     assert parse(" a <tool \n") == (" a <tool \n", [])
 
 
 def test_a_call_has_a_name_and_arguments_as_they_were_written() -> None:
-    assert parse(written("add", '{"a":  1}')) == ("", [("add", '{"a":  1}')])
+    assert parse(call_text("add", '{"a":  1}')) == ("", [("add", '{"a":  1}')])
 
 
 def test_content_is_before_between_and_after_calls_without_the_white_space_around_them() -> None:
-    text = f"Wait.\n\n{written('f', '{}')}\n{written('g', '{}')}\n So \n"
+    text = f"Wait.\n\n{call_text('f', '{}')}\n{call_text('g', '{}')}\n So \n"
     assert parse(text) == ("Wait.So \n", [("f", "{}"), ("g", "{}")])
 
 
 def test_the_first_delta_names_the_call_and_the_arguments_follow_as_they_come() -> None:
-    text = written("f", '{"a": 1}')
+    text = call_text("f", '{"a": 1}')
     _, deltas = parse_deltas(*text)
     assert deltas[0] == ToolCallDelta(0, "", "f", "call_0")
     assert [delta.arguments for delta in deltas[1:]] == list('{"a": 1}')
 
 
 def test_calls_are_numbered() -> None:
-    _, deltas = parse_deltas(written("f", "{}") + written("g", "{}"))
+    _, deltas = parse_deltas(call_text("f", "{}") + call_text("g", "{}"))
     assert [(delta.index, delta.id) for delta in deltas if delta.id] == [
         (0, "call_0"),
         (1, "call_1"),
@@ -66,8 +68,8 @@ def test_calls_are_numbered() -> None:
     "arguments",
     ['{"a": "}</tool_call>\\""}', '{"a": {"b": [{}, "]"]}}', '{"a": "<tool_call>"}', "{}"],
 )
-def test_brackets_and_tags_in_strings_end_nothing(arguments: str) -> None:
-    assert parse(written("f", arguments)) == ("", [("f", arguments)])
+def test_brackets_and_tags_inside_strings_do_not_end_a_call(arguments: str) -> None:
+    assert parse(call_text("f", arguments)) == ("", [("f", arguments)])
 
 
 @pytest.mark.parametrize(
@@ -84,15 +86,15 @@ def test_a_call_in_another_order_is_read_when_it_is_complete(body: str, end: str
 
 
 @pytest.mark.parametrize("end", ["}\n</tool_call>", "\n</tool_call>", "}", "}\n</tool", ""])
-def test_a_call_whose_end_is_not_all_there_is_a_call(end: str) -> None:
+def test_a_call_without_its_complete_end_is_a_call(end: str) -> None:
     assert parse(f'<tool_call>{{"name": "f", "arguments": {{}}{end}') == ("", [("f", "{}")])
 
 
-def test_arguments_that_were_cut_are_given_as_far_as_they_came() -> None:
+def test_arguments_that_were_cut_off_are_given_as_far_as_they_came() -> None:
     assert parse('<tool_call>{"name": "f", "arguments": {"a": "b') == ("", [("f", '{"a": "b')])
 
 
-def test_arguments_that_a_tag_cuts_end_there() -> None:
+def test_arguments_end_at_a_closing_tag_even_if_they_are_incomplete() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": 1\n</tool_call>so'
     assert parse(text) == ("so", [("f", '{"a": 1\n')])
 
@@ -114,13 +116,13 @@ def test_arguments_that_a_tag_cuts_end_there() -> None:
         "a\n<tool_call>{b}</tool_call>\n",
     ],
 )
-def test_what_is_no_call_stays_content(text: str) -> None:
+def test_text_that_is_no_call_stays_content(text: str) -> None:
     assert parse(text) == (text, [])
     assert parse(*text) == (text, [])
 
 
 def test_a_call_after_text_that_looked_like_one_is_a_call() -> None:
-    text = "<tool_call>oops " + written("f", "{}")
+    text = "<tool_call>oops " + call_text("f", "{}")
     assert parse(text) == ("<tool_call>oops", [("f", "{}")])
 
 
@@ -145,16 +147,18 @@ CALLS = st.tuples(
 )
 
 
-def cut(data: st.DataObject, text: str) -> list[str]:
+def cut_anywhere(data: st.DataObject, text: str) -> list[str]:
     at = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
     return [text[i:j] for i, j in zip([0, *at], [*at, len(text)], strict=True)]
 
 
 @given(TEXTS, st.data())
-def test_any_cutting_gives_the_same_as_the_whole(text: str, data: st.DataObject) -> None:
-    whole = parse(text)
-    assert parse(*cut(data, text)) == whole
-    assert parse(*text) == whole
+def test_calls_and_content_are_the_same_however_the_text_is_cut(
+    text: str, data: st.DataObject
+) -> None:
+    complete = parse(text)
+    assert parse(*cut_anywhere(data, text)) == complete
+    assert parse(*text) == complete
 
 
 @given(st.lists(CALLS, max_size=3), st.booleans(), st.data())
@@ -162,18 +166,18 @@ def test_every_call_that_was_written_is_read(
     calls: list[tuple[str, Any]], readable: bool, data: st.DataObject
 ) -> None:
     wanted = [(name, json.dumps(it, ensure_ascii=readable)) for name, it in calls]
-    text = "So:\n" + "\n".join(written(*call) for call in wanted)
-    content, read = parse(*cut(data, text))
+    text = "So:\n" + "\n".join(call_text(*call) for call in wanted)
+    content, read = parse(*cut_anywhere(data, text))
     assert read == wanted
     assert content == ("So:" if calls else "So:\n")
 
 
 @given(TEXTS)
-def test_nothing_is_lost_and_nothing_said_twice(text: str) -> None:
-    """Every letter of the text is content, or of a call, or belongs to a call's form."""
+def test_no_text_is_lost_and_none_is_repeated(text: str) -> None:
+    """Every letter of the text is in the content, in a call, or in the syntax of a call."""
     content, calls = parse(text)
     if not calls:
         assert content == text
     parsed = content + "".join(name + arguments for name, arguments in calls)
-    for letter in "é1":  # which the form of a call does not have
+    for letter in "é1":  # which are not in the syntax of a call
         assert parsed.count(letter) == text.count(letter)

@@ -1,9 +1,11 @@
+"""A chat request is checked field by field, and a bad field is named."""
+
 from typing import Any
 
 import pytest
 
 from server.wire.chat_request import ChatRequest
-from tests.server.wire.chat_bodies import parse, refusal
+from tests.server.chat_bodies import parse, refusal
 
 WITHOUT_EFFECT = [
     name for name, it in ChatRequest.model_fields.items() if it.description == "Without effect."
@@ -16,7 +18,7 @@ def test_the_smallest_request_leaves_sampling_to_the_pair() -> None:
     assert request.messages[0].text == "hi"
 
 
-def test_five_fields_that_clients_always_send_are_accepted_without_effect() -> None:
+def test_the_five_fields_without_effect_are_accepted() -> None:
     for name in WITHOUT_EFFECT:
         parse(**{name: True if name == "store" else "x"})
     assert len(WITHOUT_EFFECT) == 5

@@ -1,3 +1,5 @@
+"""A completion request takes prompts as text or token ids, and a bad field is named."""
+
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +29,7 @@ def test_a_prompt_is_one_or_many_of_text_or_token_ids(
     assert parse(prompt=prompt).prompts == prompts
 
 
-def test_log_probabilities_of_the_prompt_come_with_echo_alone() -> None:
+def test_prompt_logprobs_are_requested_by_echo_with_logprobs() -> None:
     assert parse(logprobs=3).alternatives == 3
     assert parse(logprobs=3).prompt_alternatives is None
     assert parse(logprobs=3, echo=True).prompt_alternatives == 3

@@ -1,12 +1,14 @@
+"""The fields that chat and completions share are checked, and a bad one is named."""
+
 from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import parse, refusal
+from tests.server.chat_bodies import parse, refusal
 
 
 @pytest.mark.parametrize("n", [{}, {"n": None}, {"n": 3}])
-def test_a_list_of_lambdas_is_a_choice_for_each(n: dict[str, Any]) -> None:
+def test_a_list_of_lambdas_makes_a_choice_for_each(n: dict[str, Any]) -> None:
     assert parse(reasoning_lambda=[0, 0.6, 1], **n).choices == 3
 
 
@@ -16,7 +18,7 @@ def test_a_list_of_lambdas_with_another_n_is_refused() -> None:
     assert "lists 3 values and `n` is 2" in error.message
 
 
-def test_obfuscation_is_accepted_in_stream_options() -> None:
+def test_include_obfuscation_is_accepted_without_effect() -> None:
     parse(stream=True, stream_options={"include_obfuscation": False, "include_usage": True})
 
 

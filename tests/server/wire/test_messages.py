@@ -1,8 +1,10 @@
+"""The messages of a chat are checked by their roles, and a bad one is named."""
+
 from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import CALL, CALLING, USER, parse, refusal
+from tests.server.chat_bodies import CALL, CALLING, USER, parse, refusal
 
 
 def test_content_may_be_text_parts() -> None:

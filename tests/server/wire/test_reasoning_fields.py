@@ -1,10 +1,12 @@
+"""λ, budget and effort are refused in any unknown form, and the wrong part is named."""
+
 from typing import Any
 
 import pytest
 
 from server.wire.chat_request import parse_chat_request
 from server.wire.errors import InvalidRequest
-from tests.server.wire.chat_bodies import refusal
+from tests.server.chat_bodies import refusal
 
 
 @pytest.mark.parametrize(

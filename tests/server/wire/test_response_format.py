@@ -1,8 +1,10 @@
+"""A bad response format is refused, and its wrong field is named."""
+
 from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import json_schema, refusal
+from tests.server.chat_bodies import json_schema, refusal
 
 
 @pytest.mark.parametrize(

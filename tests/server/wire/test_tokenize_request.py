@@ -1,3 +1,5 @@
+"""`/tokenize` takes a text or messages, `/detokenize` token ids, and a bad field is named."""
+
 import json
 from typing import Any
 

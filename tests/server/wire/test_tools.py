@@ -1,11 +1,13 @@
+"""Tools and the choice among them are checked, and a bad one is named."""
+
 from typing import Any
 
 import pytest
 
-from tests.server.wire.chat_bodies import named, parse, refusal, tool
+from tests.server.chat_bodies import named_function, parse, refusal, tool
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "required", named("f")])
+@pytest.mark.parametrize("choice", [None, "auto", "required", named_function("f")])
 def test_tools_are_offered_unless_none_is_to_be_called(choice: Any) -> None:
     assert [it.name for it in parse(tools=[tool("f")], tool_choice=choice).offered_tools] == ["f"]
     assert parse(tools=[tool("f")], tool_choice="none").offered_tools == []
@@ -13,7 +15,9 @@ def test_tools_are_offered_unless_none_is_to_be_called(choice: Any) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"tool_choice": "none"}, {"parallel_tool_calls": False}])
-def test_fields_that_ask_for_no_tools_need_none(fields: dict[str, Any]) -> None:
+def test_tool_choice_none_and_parallel_tool_calls_are_accepted_without_tools(
+    fields: dict[str, Any],
+) -> None:
     parse(**fields)
 
 
@@ -31,8 +35,8 @@ def test_fields_that_ask_for_no_tools_need_none(fields: dict[str, Any]) -> None:
         ({"tools": [tool("f", returns={})]}, "tools[0].function.returns"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "any", "tools": [tool("f")]}, "tool_choice"),
-        ({"tool_choice": named("f")}, "tool_choice.function.name"),
-        ({"tool_choice": named("g"), "tools": [tool("f")]}, "tool_choice.function.name"),
+        ({"tool_choice": named_function("f")}, "tool_choice.function.name"),
+        ({"tool_choice": named_function("g"), "tools": [tool("f")]}, "tool_choice.function.name"),
         ({"tool_choice": {"type": "allowed_tools"}, "tools": [tool("f")]}, "tool_choice.type"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
     ],

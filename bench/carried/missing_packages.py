@@ -1,7 +1,6 @@
-"""What is copied to a GPU machine without network: packages that it lacks, and compiled kernels.
+"""Unpacks the wheels of packages that this machine lacks into a folder. It installs nothing.
 
-Wheels of distributions that are missing are unpacked into a folder, which is put on the path of the
-steps; nothing is installed. Uses only the standard library.
+The steps of first contact have that folder on their path. Uses only the standard library.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Chunks on the wire, held against plain JSON of what they must say."""
+"""Chunks of chat and text answers are written as events, equal to plain JSON of their content."""
 
 import json
 from typing import Any
@@ -32,8 +32,8 @@ def chat_writer(**fields: Any) -> ChunkWriter:
     return ChunkWriter(head(**fields), CHAT)
 
 
-def read(written: bytes) -> list[dict[str, Any]]:
-    """The events of a stream, each of one line."""
+def read_events(written: bytes) -> list[dict[str, Any]]:
+    """Returns the events of a stream, after checking that each is one line."""
     *events, rest = written.decode().split("\n\n")
     assert rest == ""
     assert all(event.startswith("data: ") and "\n" not in event for event in events)
@@ -57,15 +57,15 @@ ROUTING = {"routing": {"reasoning_lambda": 0.6, "source": "body"}}
 
 def test_the_first_chunk_of_every_choice_has_the_role_and_the_routing() -> None:
     delta = {"role": "assistant", "content": ""}
-    assert read(chat_writer().first(2)) == [
+    assert read_events(chat_writer().first(2)) == [
         event(delta, index=0) | ROUTING,
         event(delta, index=1) | ROUTING,
     ]
 
 
 @given(st.text(), st.text())
-def test_any_text_is_written_as_json_would(content: str, reasoning: str) -> None:
-    written = read(chat_writer().write([AnswerChunk(1, content, reasoning)]))
+def test_any_text_is_written_as_a_json_library_would(content: str, reasoning: str) -> None:
+    written = read_events(chat_writer().write([AnswerChunk(1, content, reasoning)]))
     expected = []
     if reasoning:
         expected.append(event({"reasoning_content": reasoning, "reasoning": reasoning}, index=1))
@@ -76,36 +76,36 @@ def test_any_text_is_written_as_json_would(content: str, reasoning: str) -> None
 
 def test_chunks_that_came_together_are_written_together() -> None:
     written = chat_writer().write([AnswerChunk(0, "a"), AnswerChunk(1, "b"), AnswerChunk(0, "c")])
-    assert [it["choices"][0]["delta"]["content"] for it in read(written)] == ["a", "b", "c"]
+    assert [it["choices"][0]["delta"]["content"] for it in read_events(written)] == ["a", "b", "c"]
 
 
 def test_the_last_chunk_has_the_reason_and_the_routing() -> None:
     written = chat_writer().write([AnswerChunk(0, finish_reason="length")])
-    assert read(written) == [event({}, "length") | ROUTING]
+    assert read_events(written) == [event({}, "length") | ROUTING]
 
 
-def test_with_usage_every_chunk_has_the_key_and_one_more_has_the_numbers() -> None:
+def test_with_usage_every_chunk_has_a_null_and_one_more_has_the_numbers() -> None:
     writer = chat_writer(include_usage=True)
     for written in (
         writer.first(1),
         writer.write([AnswerChunk(0, "a"), AnswerChunk(0, finish_reason="stop")]),
     ):
-        assert all(it["usage"] is None for it in read(written))
-    (last,) = read(writer.usage({"total_tokens": 5}, forced_close=False))
+        assert all(it["usage"] is None for it in read_events(written))
+    (last,) = read_events(writer.usage({"total_tokens": 5}, forced_close=False))
     assert (last["choices"], last["usage"]) == ([], {"total_tokens": 5})
 
 
-def test_reasoning_that_nobody_wants_is_left_out() -> None:
+def test_excluded_reasoning_is_left_out() -> None:
     writer = chat_writer(include_reasoning=False)
     assert writer.write([AnswerChunk(0, reasoning="r")]) == b""
-    assert read(writer.write([AnswerChunk(0, "a", "r")])) == [event({"content": "a"})]
+    assert read_events(writer.write([AnswerChunk(0, "a", "r")])) == [event({"content": "a"})]
 
 
-def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -> None:
+def test_a_call_is_written_after_the_content_one_event_a_piece() -> None:
     begun = ToolCallDelta(1, name="f", id="call_0")
     chunk = AnswerChunk(0, "a", finish_reason="tool_calls", calls=[begun, ToolCallDelta(1, "{}")])
     head_of_call = {"index": 1, "id": "call_0", "type": "function"}
-    assert read(chat_writer().write([chunk])) == [
+    assert read_events(chat_writer().write([chunk])) == [
         event({"content": "a"}),
         event({"tool_calls": [head_of_call | {"function": {"name": "f", "arguments": ""}}]}),
         event({"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}, "tool_calls")
@@ -113,12 +113,12 @@ def test_a_call_is_written_after_the_content_an_event_for_each_of_its_pieces() -
     ]
 
 
-def test_texts_are_written_in_their_own_field_and_type() -> None:
+def test_text_answers_have_their_own_field_and_object_type() -> None:
     writer = ChunkWriter(head(), COMPLETIONS)
     choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
-    (first,) = read(writer.first(1))
+    (first,) = read_events(writer.first(1))
     assert (first["object"], first["choices"]) == ("text_completion", [choice])
-    (middle, last) = read(
+    (middle, last) = read_events(
         writer.write([AnswerChunk(0, "a"), AnswerChunk(0, finish_reason="length")])
     )
     assert middle["choices"] == [choice | {"text": "a"}]
@@ -132,24 +132,26 @@ def test_line_separators_that_json_allows_are_escaped() -> None:
 
 def test_logprobs_travel_with_their_chunk() -> None:
     entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
-    (written,) = read(chat_writer(logprobs=True).write([AnswerChunk(0, "a", logprobs=[entry])]))
+    (written,) = read_events(
+        chat_writer(logprobs=True).write([AnswerChunk(0, "a", logprobs=[entry])])
+    )
     assert written["choices"][0]["logprobs"] == {"content": [entry]}
 
 
 def test_a_forced_close_is_reported_with_the_last_chunk_and_the_usage() -> None:
     writer = chat_writer(include_usage=True)
     forced = {"routing": ROUTING["routing"] | {"forced_close": True}}
-    (last,) = read(writer.write([AnswerChunk(0, finish_reason="stop", forced_close=True)]))
-    (usage,) = read(writer.usage({}, forced_close=True))
+    (last,) = read_events(writer.write([AnswerChunk(0, finish_reason="stop", forced_close=True)]))
+    (usage,) = read_events(writer.usage({}, forced_close=True))
     assert last["routing"] == usage["routing"] == forced["routing"]
 
 
-def test_in_a_fan_out_the_first_and_last_chunk_of_a_choice_name_its_lambda() -> None:
+def test_in_a_fan_out_first_and_last_chunk_of_a_choice_have_its_lambda() -> None:
     decision = RoutingDecision((Dial(0.2), Dial(1.0)), "body", fan_out=True)
     writer = chat_writer(decision=decision)
-    first = read(writer.first(2))
-    (middle,) = read(writer.write([AnswerChunk(1, "a")]))
-    (last,) = read(writer.write([AnswerChunk(1, finish_reason="stop")]))
+    first = read_events(writer.first(2))
+    (middle,) = read_events(writer.write([AnswerChunk(1, "a")]))
+    (last,) = read_events(writer.write([AnswerChunk(1, finish_reason="stop")]))
     assert [it["choices"][0]["reasoning_lambda"] for it in (*first, last)] == [0.2, 1.0, 1.0]
     assert "reasoning_lambda" not in middle["choices"][0]
     assert last["routing"]["reasoning_lambda"] == [0.2, 1.0]

@@ -1,4 +1,4 @@
-"""Builds chat requests, and parses them."""
+"""Builds the bodies of chat requests, and parses them."""
 
 import json
 from typing import Any
@@ -14,6 +14,7 @@ CALLING = {"role": "assistant", "tool_calls": [CALL]}
 
 
 def parse(**fields: Any) -> ChatRequest:
+    """Returns the request of one message with these fields. Raises InvalidRequest."""
     base = {"model": "pair", "messages": [{"role": "user", "content": "hi"}]}
     return parse_chat_request(json.dumps(base | fields).encode())
 
@@ -22,7 +23,8 @@ def tool(name: str, **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **fields}}
 
 
-def named(name: str) -> dict[str, Any]:
+def named_function(name: str) -> dict[str, Any]:
+    """Returns the tool choice that demands a call of this function."""
     return {"type": "function", "function": {"name": name}}
 
 
@@ -31,6 +33,7 @@ def json_schema(**fields: Any) -> dict[str, Any]:
 
 
 def refusal(**fields: Any) -> InvalidRequest:
+    """Returns the error that parsing a request with these fields raises."""
     with pytest.raises(InvalidRequest) as caught:
         parse(**fields)
     assert len(caught.value.message) <= 500

@@ -1,4 +1,4 @@
-"""A profile with round numbers, for tests that need one."""
+"""A measured profile with round numbers."""
 
 from typing import Any, Final
 
@@ -7,8 +7,8 @@ from server.routing.profiles import Profile
 IDENTITY: Final = "1" * 32  # of the fake engine's pair
 
 
-def profile(**fields: Any) -> Profile:
-    """`default` rises from λ = 0 to 0.8 and overthinks at 1; `math` is another curve."""
+def measured_profile(**fields: Any) -> Profile:
+    """Returns a profile of the fake engine's pair, whose class `default` is best at λ = 0.8."""
     return Profile.model_validate(
         {
             "name": "measured",
