@@ -24,7 +24,7 @@ Rows = Mapping[int, Sequence]
 
 
 class LogitsProcessor(ABC):
-    """One kind of change to logits."""
+    """One kind of change to logits. `LogitsProcessors` lists all of them."""
 
     @abstractmethod
     def is_used_by(self, sequence: Sequence) -> bool:
@@ -53,14 +53,14 @@ class LogitsProcessors:
         users = [
             (row, one)
             for row, one in enumerate(sequences)
-            if one.uses_logits_processors is not False and self._is_user(one)
+            if one.uses_logits_processors is not False and self._uses_any(one)
         ]
         if not users:
             return []
         due = [(each, {row: one for row, one in users if each.is_due(one)}) for each in self._all]
         return [(processor, rows) for processor, rows in due if rows]
 
-    def _is_user(self, sequence: Sequence) -> bool:
+    def _uses_any(self, sequence: Sequence) -> bool:
         """Whether any processor may ever change the sequence's logits; remembers the result."""
         if sequence.uses_logits_processors is None:
             sequence.uses_logits_processors = any(each.is_used_by(sequence) for each in self._all)

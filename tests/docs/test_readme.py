@@ -1,4 +1,4 @@
-"""The speed that `README.md` states is that of `bench/results`."""
+"""The speed that `README.md` states is that of `bench/results`, and each family is tested."""
 
 import json
 import re
@@ -62,3 +62,12 @@ def test_the_section_names_the_versions_that_were_measured() -> None:
         version = re.match(r"\d+\.\d+", machine[library])
         assert version is not None
         assert f"{library} {version[0]}" in SPEED
+
+
+def test_the_supported_families_are_those_that_are_tested() -> None:
+    from tests.runtime.families import FAMILIES  # imports torch
+
+    (listed,) = re.findall(r"Supported model families, .*?: (.*?)\. The server", PAGE, re.DOTALL)
+    words = {"and", "the", "mixtures", "of", "experts", "text"}
+    names = set(re.findall(r"\w+", listed)) - words
+    assert names == {family.removesuffix("_text") for family in FAMILIES}

@@ -91,7 +91,10 @@ def test_all_layers_are_compiled_once_for_each_way(pair_of: PairOf) -> None:
     ("family", "layers", "keys", "compiled"),
     [
         ("gpt_oss", 2, (GraphKey(4, P), GraphKey(2, P)), 2),  # layers with a window, and without
-        ("qwen3", 2, (GraphKey(2, B, 0), GraphKey(2, B, 1), GraphKey(4, E, 1)), 2),
+        pytest.param(
+            *("qwen3", 2, (GraphKey(2, B, 0), GraphKey(2, B, 1), GraphKey(4, E, 1)), 2),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_compiled_layers_compute_what_the_model_computes(
