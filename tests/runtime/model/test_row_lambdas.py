@@ -109,7 +109,7 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
 
 def test_λ_1_uses_pair_or_blended_weights_with_deltas() -> None:
     """This is λ = 1 if Thinking is stored as a rounded delta."""
-    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(1 << 20), {0.0: INSTRUCT})
+    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(2), {0.0: INSTRUCT})
     for dial, blended, way in (
         (Dial(1.0), False, P),
         (Dial(1.0), True, B),
