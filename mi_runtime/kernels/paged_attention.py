@@ -16,8 +16,8 @@ batch and an upper bound of the lengths, so it is the same in every replay of a 
 program without any token to read marks its partial result as empty.
 
 A slot that no token of the sequence has is never read, so that a NaN there changes nothing. Shapes
-and addresses depend only on host numbers, and nothing waits for the device. The slow twin
-is `mi_runtime.attention.reference.ReferenceAttention`.
+and addresses depend only on host numbers, and nothing waits for the device. The
+reference implementation is `mi_runtime.attention.reference.ReferenceAttention`.
 """
 
 import math
