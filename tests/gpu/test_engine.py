@@ -125,7 +125,7 @@ def test_eager_steps_give_the_cpus_answers(make: Make) -> None:
     assert_agree(engine.generate(requests()), reference())
 
 
-def test_answers_from_cuda_graphs_are_those_of_the_cpu(engine: Engine) -> None:
+def test_cuda_graphs_give_the_cpus_answers(engine: Engine) -> None:
     assert_agree(engine.generate(requests()), reference())
     assert_agree(engine.generate(requests()), reference())  # found in the prefix cache
 

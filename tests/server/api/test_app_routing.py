@@ -100,7 +100,7 @@ def test_reasoning_that_is_excluded_as_openrouter_does_is_left_out(profiled: Mak
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
 
 
-def test_a_stream_reports_the_routing_in_its_first_and_last_chunk(profiled: MakeClient) -> None:
+def test_a_stream_reports_routing_in_first_and_last_chunk(profiled: MakeClient) -> None:
     client = profiled()
     chunks = stream_events(client, "say xyz", reasoning_effort=0.8)
     with_routing = [index for index, chunk in enumerate(chunks) if "routing" in chunk]
