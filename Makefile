@@ -58,7 +58,7 @@ GPU_OUT ?= bench/results
 GPU_FLAGS ?=
 GPU_VENV ?= .venv-gpu
 
-# On a GPU machine, by its own $(PYTHON) and packages: nothing is installed or fetched.
+# These run on a GPU machine, with its own $(PYTHON) and packages. They install and fetch nothing.
 gpu-first-contact:
 	$(PYTHON) -m bench.first_contact --out $(GPU_OUT) $(GPU_FLAGS)
 
@@ -68,16 +68,17 @@ gpu-test:
 gpu-bench:
 	$(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
 
-# For a GPU machine without network, where there is one: packages that bench/gpu_machine.txt lacks,
-# and compiled kernels, into .wheels, which goes there with the checkout. PYTHON must be a Python 3.12.
+# These prepare the folder .wheels for a GPU machine without network, on a machine with one. Copy it
+# there with the checkout. It gets wheels of the packages that bench/gpu_machine.txt lacks, and
+# compiled kernels. PYTHON must be a Python 3.12.
 gpu-wheels:
 	$(PYTHON) -m bench.gpu_wheels
 
 gpu-kernels: $(GPU_VENV)/.installed
 	$(GPU_VENV)/bin/python -m bench.kernel_code --pack .wheels/kernels.tar.xz
 
-# What first contact needs of bench/gpu_machine.txt, in its versions; PYTHON must be a Python 3.12.
-# But for numpy: Triton 3.6 interprets with none later than 2.3.
+# Installs those packages of bench/gpu_machine.txt that first contact needs, in its versions. Only
+# numpy is older, because Triton 3.6 does not interpret with 2.4. PYTHON must be a Python 3.12.
 gpu-environment: $(GPU_VENV)/.installed
 
 $(GPU_VENV)/.installed: bench/gpu_machine.txt pyproject.toml
@@ -86,12 +87,12 @@ $(GPU_VENV)/.installed: bench/gpu_machine.txt pyproject.toml
 	$(GPU_VENV)/bin/pip install 'numpy<2.4'
 	touch $@
 
-# All steps of first contact at tiny shapes on this CPU, in that environment where it is there.
+# Runs all steps of first contact at tiny shapes on this CPU, in that environment if it exists.
 REHEARSED := $(or $(wildcard $(GPU_VENV)/.installed),$(VENV)/.tested)
 gpu-rehearsal: $(REHEARSED)
 	$(dir $<)bin/python -m bench.first_contact --smoke $(GPU_FLAGS)
 
-# What the compiler makes of the kernels, for a GPU that need not be there.
+# Compiles the kernels for a GPU that need not be there, and prints what they use of it.
 kernel-code: $(VENV)/.tested
 	$(BIN)/python -m bench.kernel_code
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.carried.wheels import WHEELS, normalized
+from bench.carried.missing_packages import WHEELS, normalized
 from bench.measuring.folders import CHECKOUT
 
 MACHINE: Final = Path(__file__).with_name("gpu_machine.txt")

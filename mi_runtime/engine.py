@@ -92,7 +92,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is unfinished. A step whose results nobody needs may be in flight."""
+        """Whether all requests have ended. A step whose results nobody needs may be in flight."""
         return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.carried.wheels import KERNELS, installed
+from bench.carried.missing_packages import KERNELS, installed
 from bench.first_contact.row_printer import RowPrinter
 from bench.gpu.cases import Skipped
 from bench.measuring.folders import CHECKOUT

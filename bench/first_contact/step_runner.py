@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from bench.carried.wheels import WHEELS, unpack_missing
+from bench.carried.missing_packages import WHEELS, unpack_missing
 from bench.first_contact.process_group import LONGEST_END, Ended, run_group
 from bench.first_contact.record import Record
 from bench.first_contact.steps import FOLDER, TIME, Step

@@ -1,10 +1,10 @@
-"""What tests ask about processes that others started."""
+"""Checks processes that others started."""
 
 import psutil
 
 
 def is_gone(pid: int) -> bool:
-    """Also where it has ended and nobody waits for it: init does so in its own time, or never."""
+    """Whether the process has ended, even if nobody has waited for it yet."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

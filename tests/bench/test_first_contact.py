@@ -1,4 +1,4 @@
-"""First contact's coordinator: whatever a step does, the others run and the file is whole."""
+"""First contact runs every step, whatever the others do, and its file is always complete."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.carried.wheels import normalized, unpack_missing
+from bench.carried.missing_packages import normalized, unpack_missing
 from bench.first_contact.__main__ import SECONDS, main
 from bench.first_contact.gpu_tests import FILES
 from bench.first_contact.ncu_counters import counted
@@ -43,14 +43,14 @@ match sys.argv[1]:
     case "garbage":
         sys.stdout.buffer.write(b'\\xff\\xfe {"subject": \\n{"subject": half\\n')
         row(figure="still read")
-    case "telling":
+    case "reporting":
         row(error="RuntimeError: no kernel image is available")
     case "late":
         row(figure="in time")
         row(skipped="out of time")
     case "cuda":
         row(error="CUDA error: an illegal memory access\\nCompile with `TORCH_USE_CUDA_DSA` | see")
-    case "deaf":  # a child that ignores being asked to end, and holds the pipe open
+    case "deaf":  # a child that ignores SIGTERM and holds the pipe open
         row(figure="a row before the wait")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if pid := os.fork():
@@ -69,7 +69,7 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run({name: arguments of the fake}, *flags)`: the exit code, and the steps of the JSON."""
+    """`run({name: arguments of the fake}, *flags)` returns exit code and steps of the JSON."""
     (tmp_path / "fakes.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("bench.first_contact.process_group.PATIENCE", 0.2)
@@ -90,7 +90,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def test_a_step_s_rows_are_kept_and_what_else_it_says_is_logged(
+def test_a_step_s_rows_are_kept_and_its_other_output_is_logged(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, steps = run({"apples": ("good",)})
@@ -106,16 +106,15 @@ def test_a_step_s_rows_are_kept_and_what_else_it_says_is_logged(
 
 
 def test_a_step_that_crashes_or_prints_garbage_costs_the_next_one_nothing(run: Run) -> None:
-    code, steps = run(
-        {"crash": ("crash",), "garbage": ("garbage",), "telling": ("telling",), "good": ("good",)}
-    )
+    names = ("crash", "garbage", "reporting", "good")
+    code, steps = run({name: (name,) for name in names})
     assert code == 1
     assert {name: step["status"] for name, step in steps.items()} == {
-        "crash": "failed", "garbage": "ok", "telling": "failed", "good": "ok"
+        "crash": "failed", "garbage": "ok", "reporting": "failed", "good": "ok"
     }  # fmt: skip
     assert steps["crash"]["why"] == "ended by SIGABRT"
     assert len(steps["crash"]["rows"]) == len(steps["garbage"]["rows"]) == 1
-    assert "no kernel image" in steps["telling"]["why"]
+    assert "no kernel image" in steps["reporting"]["why"]
 
 
 def test_an_error_of_several_lines_is_one_line_of_the_table(
@@ -128,16 +127,16 @@ def test_an_error_of_several_lines_is_one_line_of_the_table(
 
 
 @pytest.mark.parametrize(("then", "status"), [("ends", "ok"), ("waits", "timed out")])
-def test_no_process_of_a_step_is_left_behind(
+def test_no_process_of_a_step_is_left_running(
     run: Run, tmp_path: Path, then: str, status: str
 ) -> None:
-    told = tmp_path / "pid"
+    pid_file = tmp_path / "pid"
     limit = 60 if then == "ends" else 2
-    _, steps = run({"deaf": ("deaf", str(told), then), "good": ("good",)}, deaf=limit)
+    _, steps = run({"deaf": ("deaf", str(pid_file), then), "good": ("good",)}, deaf=limit)
     assert steps["deaf"]["status"] == status
     assert steps["deaf"]["rows"]
     assert steps["good"]["status"] == "ok"
-    wait_until(lambda: is_gone(int(told.read_text())))
+    wait_until(lambda: is_gone(int(pid_file.read_text())))
 
 
 def test_steps_that_were_ok_are_not_run_again(run: Run, tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_steps_that_were_ok_are_not_run_again(run: Run, tmp_path: Path) -> None:
     assert run(fakes, "--only", "counted, b")[0] == 1
     code, steps = run(fakes, "--resume", path, "--only", "a,c")
     assert count.read_text() == "run\n"
-    assert code == 0, "the one that failed was not to run"
+    assert code == 0, "the one that failed should not run"
     assert [step["status"] for step in steps.values()] == ["ok", "failed", "ok"]
     assert steps["crash"]["rows"], "rows of a step that is not run again are kept"
 
@@ -168,7 +167,7 @@ def test_a_step_that_was_cut_off_by_time_is_not_ok_and_runs_again_after_the_othe
 
 
 def test_an_earlier_record_is_kept_under_another_name(run: Run, tmp_path: Path) -> None:
-    for fake in ("good", "crash", "telling"):
+    for fake in ("good", "crash", "reporting"):
         run({"step": (fake,)})
     kept = [tmp_path / f"out/first_contact-{number}.json" for number in (1, 2)]
     found = [json.loads(file.read_text())["steps"]["step"]["status"] for file in kept]
@@ -192,7 +191,7 @@ def test_a_step_starts_only_with_the_time_that_it_needs(run: Run) -> None:
         (["--out", "{other}"], "no folder to write to"),
     ],
 )
-def test_what_cannot_be_is_said_before_any_step(
+def test_wrong_arguments_are_refused_before_any_step(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.json"
@@ -206,7 +205,7 @@ def test_what_cannot_be_is_said_before_any_step(
 @pytest.mark.parametrize(
     ("has", "status", "code"), [(80, "not run", 0), (141, "ok", 0), (None, "ok", 0)]
 )
-def test_a_step_is_left_out_where_the_card_is_known_to_be_too_small(
+def test_a_step_is_left_out_if_the_card_is_known_to_be_too_small(
     has: int | None, status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bench.first_contact.step_runner.card_memory", lambda: has)
@@ -217,17 +216,17 @@ def test_a_step_is_left_out_where_the_card_is_known_to_be_too_small(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_takes_its_step_along_and_leaves_a_whole_file(
+def test_a_run_that_is_ended_ends_its_step_and_leaves_a_complete_file(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    told = tmp_path / "pid"
+    pid_file = tmp_path / "pid"
     (tmp_path / "fakes.py").write_text(FAKES)
     program = (
         "import sys; from bench.first_contact import process_group; "
         "from bench.first_contact.__main__ import main; "
         "from bench.first_contact.steps import Step; "
         "process_group.PATIENCE = 0.2; "
-        f"command = ('fakes', 'deaf', {str(told)!r}, 'waits'); "
+        f"command = ('fakes', 'deaf', {str(pid_file)!r}, 'waits'); "
         "sys.exit(main(sys.argv[1:], [Step('a', 'deaf', command, 60, 0, smoke=())]))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
@@ -235,17 +234,17 @@ def test_a_run_that_is_ended_takes_its_step_along_and_leaves_a_whole_file(
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
+        wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
         process.send_signal(number)
         out, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
     assert re.search(r"^\| deaf \| failed \| \d+ \| interrupted", out, re.MULTILINE)
     assert json.loads((tmp_path / "out/first_contact.json").read_text())["steps"]["deaf"]["rows"]
-    wait_until(lambda: is_gone(int(told.read_text())))
+    wait_until(lambda: is_gone(int(pid_file.read_text())))
 
 
-def test_the_file_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
+def test_the_file_is_complete_whenever_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "first_contact.json"
     record = Record(path)
     statuses = []
@@ -272,7 +271,7 @@ def test_only_wheels_of_missing_packages_are_unpacked(tmp_path: Path) -> None:
     assert not (tmp_path / "site/torch").exists()
 
 
-def test_the_list_of_what_the_gpu_machine_has_is_read() -> None:
+def test_the_list_of_the_gpu_machine_s_packages_is_read() -> None:
     found = machine_packages(MACHINE.read_text())
     assert found["torch"] == "2.11.0"
     assert found["pytest"] is None
@@ -285,7 +284,7 @@ def test_a_list_by_pip_freeze_is_read_too() -> None:
     assert machine_packages(text) == {"torch": "2.11.0", "py-yaml": None}
 
 
-def test_wheels_are_replaced_only_when_all_are_there(
+def test_wheels_are_replaced_only_if_all_of_them_were_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "old-1.0-py3-none-any.whl").touch()
@@ -303,10 +302,10 @@ def test_wheels_are_replaced_only_when_all_are_there(
     assert [path.name for path in tmp_path.iterdir()] == ["new-1.0-py3-none-any.whl"]
 
 
-# --- What is told -------------------------------------------------------------------------------
+# --- What is printed ----------------------------------------------------------------------------
 
 
-def test_a_profile_s_counters_are_read_from_what_ncu_prints() -> None:
+def test_counters_are_read_from_what_ncu_prints() -> None:
     output = (
         '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum"\n'
         '"","","us","Mbyte"\n"0","_product","71.5","201.3"\n'
@@ -338,14 +337,14 @@ def test_ratios_are_taken_of_the_rows_of_all_steps(tmp_path: Path) -> None:
 
 
 def test_the_most_valuable_steps_all_start_in_the_first_call() -> None:
-    """However long those before the last of them take."""
+    """They start however long each of them takes."""
     assert [step.letter for step in STEPS] == list("abcdefghij")
     *before, last = STEPS[:5]
     assert sum(step.limit + LONGEST_END for step in before) + last.least <= SECONDS - LONGEST_END
     assert all(step.least <= step.limit for step in STEPS)
 
 
-def test_the_coordinator_imports_nothing_that_may_be_broken() -> None:
+def test_the_process_that_runs_the_steps_imports_nothing_that_may_be_broken() -> None:
     program = "import sys, bench.first_contact.__main__; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -353,6 +352,6 @@ def test_the_coordinator_imports_nothing_that_may_be_broken() -> None:
 
 
 def test_every_test_that_needs_a_gpu_runs_in_first_contact() -> None:
-    """That of the bench is left to the steps that run the bench itself."""
+    """Only test_bench.py is left to the steps that run the bench itself."""
     there = {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")}
     assert {name for names in FILES.values() for name in names} == there - {"test_bench.py"}

@@ -1,4 +1,4 @@
-"""The kernels as the compiler makes them for a Hopper GPU (9.0), none of which is needed for it."""
+"""The kernels that the compiler makes for a Hopper GPU (9.0), which need not be there."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SHARED = 1024 * kernel_code.SHARED[90]
 
 @pytest.fixture(scope="module")
 def looked_at(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By a process that compiles."""
+    """What `without_a_card.py` prints, in a process that compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folder = str(tmp_path_factory.mktemp("carried"))
     done = subprocess.run(
@@ -45,17 +45,17 @@ def test_every_kernel_fits_and_keeps_its_numbers_in_registers(looked_at: dict[st
 
 
 def test_two_programs_of_a_decode_fit_a_processor_at_once(looked_at: dict[str, Any]) -> None:
-    """One loads while the other computes."""
+    """So one can load while the other computes."""
     decodes = [one for one in attending(looked_at) if "decode" in one["cases"][0]]
     assert len(decodes) == 2
     assert max(one["shared"] for one in decodes) * 2 <= SHARED
 
 
 def test_the_next_tile_is_on_its_way_while_one_is_computed(looked_at: dict[str, Any]) -> None:
-    """The compiler sees to it only where it has the addresses early: so the table is read ahead.
+    """The compiler loads ahead only if it has the addresses early, so block tables are read ahead.
 
-    Keys and values of one tile; of a product, at least both endpoints of one. Without tensor
-    cores, in fp32, nothing is loaded ahead."""
+    In flight are the keys and the values of one tile; in a product, both endpoints of one tile or
+    more. Without tensor cores, in fp32, nothing is loaded ahead."""
     assert len(attending(looked_at)) == 5
     for one in attending(looked_at):
         assert one["in_flight"] == 2, one
@@ -66,7 +66,7 @@ def test_the_next_tile_is_on_its_way_while_one_is_computed(looked_at: dict[str, 
 def test_many_rows_are_multiplied_by_the_instruction_that_is_made_for_it(
     looked_at: dict[str, Any],
 ) -> None:
-    """Which takes 64 rows at least."""
+    """It needs at least 64 rows."""
     dense = [one for one in products(looked_at) if "experts" not in one["cases"][0]]
     assert len(dense) >= 8
     for one in dense:
@@ -77,8 +77,8 @@ def test_many_rows_are_multiplied_by_the_instruction_that_is_made_for_it(
 def test_a_model_is_served_by_some_dozens_of_kernels(looked_at: dict[str, Any]) -> None:
     """A compilation takes a second, and the first step that launches a kernel waits for it.
 
-    Of products: 3 kinds, 4 sizes of tiles, and K split or whole; as many again for each projection
-    of experts, of 4 kinds, never split. Attention is decode or prefill, split or not."""
+    Products have 3 kinds and 4 sizes of tiles, with K split or not. Each projection of experts has
+    4 kinds and 4 sizes, never split. Attention is decode or prefill, split or not."""
     for model, kernels in looked_at["variants"].items():
         counts = Counter(kernel.split()[0] for kernel in kernels)
         experts = 2 * 4 * 4 if model == "30b-a3b" else 0
@@ -131,6 +131,6 @@ def attending(looked_at: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def products(looked_at: dict[str, Any]) -> list[dict[str, Any]]:
-    """In 16 bits; in fp32 no tensor core multiplies."""
+    """Returns the products in 16 bits; in fp32 no tensor core multiplies."""
     kernels = [one for one in looked_at["compiled"] if one["kernel"] == "_product"]
     return [one for one in kernels if one["tensor_cores"]]

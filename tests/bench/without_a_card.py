@@ -1,4 +1,4 @@
-"""What `test_kernel_code` looks at: in a process where Triton compiles, and does not interpret.
+"""Prints what `test_kernel_code` checks, in a process where Triton compiles kernels.
 
 python -m tests.bench.without_a_card FOLDER        one JSON object
 """
@@ -65,7 +65,7 @@ def cases() -> Iterator[Case]:
 
 
 def products(rows: int, *kinds: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Of one matrix, whose K is split where rows are few."""
+    """Yields the products of one matrix, whose K is split if there are few rows."""
     for case in kernel_code.products("4b", DENSE, rows, dtype):
         if case.what in {f"output of attention {kind}" for kind in kinds}:
             yield case
@@ -75,7 +75,7 @@ def products(rows: int, *kinds: str, dtype: torch.dtype = torch.bfloat16) -> Ite
 
 
 def variants() -> dict[str, list[str]]:
-    """Of each model, the kernels that serving it takes, by name and key."""
+    """Returns the kernels that serving each model launches, by name and key."""
     return {model: known(model, shape) for model, shape in SHAPES.items()}
 
 
@@ -84,7 +84,7 @@ def known(model: str, shape: Shape) -> list[str]:
 
 
 def launched(model: str, shape: Shape, store: Store) -> list[str]:
-    """What a model of this shape launches, whatever the command knows of it."""
+    """Returns what a model of this shape really launches."""
     pair = random_pair(shape, Place(CPU, torch.bfloat16, positions=256), store)
     pair.kernels.enable(rows=256)
     return named(kernel_code.distinct(forwards(model, shape, pair)))
@@ -95,7 +95,7 @@ def named(kernels: dict[tuple[str, str], list[str]]) -> list[str]:
 
 
 def forwards(model: str, shape: Shape, pair: BlendedModel) -> Iterator[Case]:
-    """Decodes and a prefill chunk, each at λ of their own, at one, at a blended one, and at 0."""
+    """Yields decodes and a prefill chunk at several λ, at one, at a blended one, and at 0."""
     attention = PagedAttention(
         pair.layers, BLOCKS, kernel_code.BLOCK_SIZE, torch.bfloat16, CPU, TritonAttention()
     )
@@ -127,7 +127,7 @@ def forward(
 
 
 def carried(folder: Path) -> dict[str, Any]:
-    """Packs the kernels of two launches, and looks for them where they were unpacked."""
+    """Packs the kernel of one launch, unpacks it, and looks for it there."""
     few = [Case("4b", "writing KV", 8, partial(kernel_code.write, DENSE, 8, torch.bfloat16))]
     compile_few = partial(kernel_code.compiled, few, 90)
     packed = kernel_cache.pack(folder / "kernels.tar.xz", compile_few)

@@ -11,6 +11,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from mi_runtime.embedded_pair.tokenizer import build_tokenizer
+
 QUESTION: list[Any] = [{"role": "user", "content": "a=6,b=a-2,c=b+6,d=c-3. d?"}]
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -23,6 +25,8 @@ SCHEMA: dict[str, Any] = {
 }
 LAMBDAS = [0.0, 0.6, 1.0]
 BUDGET = {"thinking_token_budget": 20}  # shown tools, the pair thinks without end
+BLANKS = build_tokenizer().encode(" \t\r\n\n\n").ids
+NO_BLANKS = {str(token_id): -100 for token_id in BLANKS}  # JSON may have hundreds
 
 
 def tool(name: str, schema: dict[str, Any] = SCHEMA, **fields: Any) -> dict[str, Any]:
@@ -31,7 +35,8 @@ def tool(name: str, schema: dict[str, Any] = SCHEMA, **fields: Any) -> dict[str,
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
     extra = BUDGET | fields.pop("extra", {})
-    fields = {"temperature": 0, "model": "pair", "max_tokens": 400, "messages": QUESTION} | fields
+    fields = {"temperature": 0, "max_tokens": 400, "logit_bias": NO_BLANKS} | fields
+    fields = {"model": "pair", "messages": QUESTION} | fields
     return client.chat.completions.create(extra_body=extra, **fields)
 
 
@@ -52,6 +57,7 @@ def test_an_answer_is_an_instance_of_its_schema_and_thinking_is_the_models_choic
         temperature=temperature,
         n=4,
         seed=1,
+        logit_bias={},
         extra={"reasoning_lambda": value, "thinking_token_budget": -1},
     )
     for choice in answer.choices:
@@ -71,7 +77,8 @@ def test_a_stream_of_json_adds_up_to_the_plain_answer(client: openai.OpenAI) -> 
 
 
 def test_a_json_object_is_an_object(client: openai.OpenAI) -> None:
-    answer = ask(client, response_format={"type": "json_object"}, temperature=1, n=4, seed=3)
+    form = {"type": "json_object"}
+    answer = ask(client, response_format=form, temperature=1, n=4, seed=3, logit_bias={})
     for choice in answer.choices:
         if choice.finish_reason == "stop":
             assert isinstance(json.loads(choice.message.content), dict)
@@ -91,7 +98,12 @@ class Answer(BaseModel):
 
 def test_the_clients_parse_gives_an_object_of_the_model(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
-        model="pair", messages=QUESTION, response_format=Answer, temperature=0, extra_body=BUDGET
+        model="pair",
+        messages=QUESTION,
+        response_format=Answer,
+        temperature=0,
+        logit_bias=NO_BLANKS,
+        extra_body=BUDGET,
     )
     assert isinstance(answer.choices[0].message.parsed, Answer)
 
@@ -169,6 +181,7 @@ def test_the_clients_own_stream_puts_calls_together(client: openai.OpenAI) -> No
         tool_choice="required",
         parallel_tool_calls=False,
         temperature=0,
+        logit_bias=NO_BLANKS,
         extra_body=BUDGET,
     ) as stream:
         final = stream.get_final_completion()

@@ -1,4 +1,4 @@
-"""`docs/operations.md` kinds_by_name every metric and every error, and no other."""
+"""`docs/operations.md` lists every metric and every error, and no other."""
 
 import re
 from collections.abc import Iterator

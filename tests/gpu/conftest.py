@@ -1,11 +1,11 @@
-"""Tests that need a GPU; where there is none, or Triton is interpreted, all of them are skipped.
+"""Tests that need a GPU. Without one, or if Triton is interpreted, all of them are skipped.
 
-`make gpu-test` runs them, on the packages that `PYTHON` has, and has what became of them written to
-`gpu-test.json`. With `GPU_REHEARSAL=1` they run on a CPU at tiny shapes, kernels interpreted, all
-but those that are `on_a_gpu_only`: so that no test fails on a GPU for a mistake of its own.
+`make gpu-test` runs them with the packages that `PYTHON` has, and writes the outcomes to
+`gpu-test.json`. With `GPU_REHEARSAL=1`, all but those marked `on_a_gpu_only` run on a CPU at tiny
+shapes with interpreted kernels, so that no test fails on a GPU because of a mistake of its own.
 
-Memory that nothing has written is NaN here (the largest number of an integer type): a kernel that
-leaves a part of its result out cannot be right by luck.
+Uninitialized memory is NaN here (for integers, the largest number), so that a kernel which leaves
+out a part of its result cannot be right by luck.
 """
 
 import json
@@ -32,12 +32,12 @@ def _on_a_gpu() -> None:
         pytest.skip("there is no CUDA device")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton is interpreted in this run: `make gpu-test` lets it compile")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as the engine has it
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the engine
 
 
 @pytest.fixture
 def poisoned(_on_a_gpu: None) -> Iterator[None]:
-    """Empty memory is filled, which torch does for deterministic algorithms only."""
+    """Fills uninitialized memory, which torch does only for deterministic algorithms."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(8, device=DEVICE).isnan().all()
@@ -47,8 +47,10 @@ def poisoned(_on_a_gpu: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _ends_with_what_it_launched(_on_a_gpu: None) -> Iterator[None]:
-    """What fails on the device fails in its own test. No other can run in this process then: one of
-    several ends here, and another takes its place; a process alone ends the run."""
+    """Waits for the device, so that an error there fails the test that caused it.
+
+    No other test can run in this process after that. A worker of pytest-xdist ends here, and
+    another one takes its place; a single process ends the run."""
     yield
     if REHEARSED:
         return
@@ -61,7 +63,7 @@ def _ends_with_what_it_launched(_on_a_gpu: None) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Into the folder that the environment names, if it does."""
+    """Writes the outcomes into the folder `GPU_OUT`, if the environment names one."""
     folder = os.environ.get("GPU_OUT")
     if folder is None:
         return

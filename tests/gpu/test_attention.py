@@ -33,14 +33,14 @@ else:
     }
     LOADS = {"32 of 1k": (32, 1024), "2 of 16k": (2, 16384)}  # decodes, tokens each
 PREFILL = LOADS["32 of 1k"][1]
-DTYPE = torch.float32 if REHEARSED else torch.bfloat16  # which the interpreter takes for integers
+DTYPE = torch.float32 if REHEARSED else torch.bfloat16  # the interpreter treats bf16 as integers
 NAMES = ("triton", "reference", "torch")
 BLOCK_SIZE = 16
 ERROR = 0.02  # of the largest output, in 16 bits
 
 
 def workloads(shape: str, decodes: int, tokens: int, dtype: torch.dtype) -> list[AttentionWorkload]:
-    """A decode step, then a prefill chunk."""
+    """Returns a decode step, then a prefill chunk."""
     torch.manual_seed(0)
     device = torch.device(DEVICE)
     return list(measured_workloads([SHAPES[shape]], dtype, device, BLOCK_SIZE, decodes, tokens))
@@ -79,7 +79,7 @@ def test_a_decode_step_is_that_of_the_reference(name: str, shape: str, load: str
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prefill_chunk_behind_a_prefix_is_that_of_the_reference(name: str, shape: str) -> None:
+def test_a_prefill_chunk_after_a_prefix_is_that_of_the_reference(name: str, shape: str) -> None:
     backend = make_backend(usable(name, shape, DTYPE))
     _, work = workloads(shape, 2, PREFILL, DTYPE)
     assert_near(work.run(backend), exact(work))

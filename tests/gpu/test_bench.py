@@ -1,4 +1,4 @@
-"""The bench of the GPU runs on it: every row of the engine on tiny shapes, none with an error."""
+"""The GPU bench runs on a GPU: every row of the engine on tiny shapes, none with an error."""
 
 import json
 from pathlib import Path

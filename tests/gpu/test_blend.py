@@ -15,14 +15,14 @@ VALUES = [step / 100 for step in range(101)]
 
 
 def near(*shape: int, dtype: torch.dtype) -> Pair:
-    """As two checkpoints of one model are."""
+    """Returns two tensors as near as those of two checkpoints of one model."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     low, noise = torch.randn(2, *shape, generator=generator, device=DEVICE)
     return low.to(dtype), (low + 0.1 * noise).to(dtype)
 
 
 def any_bits(*shape: int, dtype: torch.dtype) -> Pair:
-    """Every kind of number of two bytes: subnormals, infinities and NaN among them."""
+    """Returns every kind of number of two bytes, including subnormals, infinities and NaN."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     bits = torch.randint(-(2**15), 2**15, (2, *shape), generator=generator, device=DEVICE)
     low, high = bits.to(torch.int16).view(dtype)
@@ -30,7 +30,7 @@ def any_bits(*shape: int, dtype: torch.dtype) -> Pair:
 
 
 def differing(one: Tensor, other: Tensor) -> int:
-    """Numbers that are not the same bits; any NaN is as good as another."""
+    """Returns how many numbers differ in their bits; any two NaN are equal."""
     nan = one.isnan() & other.isnan()
     return int((~nan & (one.view(torch.int16) != other.view(torch.int16))).sum())
 
@@ -53,8 +53,8 @@ def test_a_blend_is_the_fp32_lerp_rounded_once(
         assert not differing(apart.blend(value), expected)
 
 
-def test_it_is_what_a_cpu_makes_of_it() -> None:
-    """Checkpoints are merged there."""
+def test_a_blend_has_the_same_bits_as_on_a_cpu() -> None:
+    """Checkpoints are merged on a CPU."""
     pair = near(509, 1021, dtype=torch.bfloat16)
     on_cpu = VocabularyPair(*(side.cpu() for side in pair))
     for value in VALUES:
@@ -72,7 +72,7 @@ def test_all_experts_are_blended_at_once_and_laid_out_as_their_endpoints(transpo
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_rounded_difference_is_added_in_fp32(kind: str) -> None:
-    """To within one rounding of the result; on a GPU it may be fused, on a CPU not."""
+    """It agrees to one rounding of the result: a GPU may fuse the operations, a CPU does not."""
     pair = near(4, 96, 160, dtype=torch.bfloat16)
     experts = DeltaExperts(pair, None, False, kind)  # type: ignore[arg-type]
     exact = pair[0].double() + 0.3 * experts.delta.dequantized(torch.float32).double()

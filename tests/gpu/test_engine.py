@@ -1,11 +1,11 @@
-"""The engine on a GPU gives what it gives on a CPU: the embedded pair, in fp32 to the token.
+"""The engine gives the same tokens on a GPU as on a CPU, with the embedded pair in fp32.
 
-A token may differ where the reference's two best lie closer together than rounding on another
-device moves them; what follows in that answer is then another text, and is not compared.
+A token may differ if the reference's two best are closer together than rounding on another device
+moves them. The rest of that answer is then another text, and is not compared.
 
-In order of what is to be known first, and each engine as small as it can be: recorded for few rows,
-and compiled in one test only, the longest. The attention backend and the kernels of pair products
-are those of a real model, whatever would be fastest at this size.
+The most important tests come first, and each engine is as small as possible: decode steps are
+recorded for few rows, and compiled only in the longest test. The attention backend and the kernels
+of pair products are those of a real model, even if others would be faster at this size.
 """
 
 import gc
@@ -33,8 +33,8 @@ SMALL: dict[str, Any] = {
     "max_num_seqs": 8,  # so that few decode steps are recorded
     "max_model_len": 256,
     "max_batched_tokens": 64,  # so that prompts are computed in several chunks
-    "blend_cache_bytes": 16 << 20 if REHEARSED else None,  # three λ, and as many as there can be
-    "attention_backend": "reference" if REHEARSED else "triton",  # which interpreted takes long
+    "blend_cache_bytes": 16 << 20 if REHEARSED else None,  # room for three λ, or as many as can be
+    "attention_backend": "reference" if REHEARSED else "triton",  # slow if interpreted
     "torch_compile": False,
 }
 TIE = 1e-3  # of log-probabilities: nearer ones may change places in fp32
@@ -43,8 +43,8 @@ KERNEL_ROWS = 256
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _kernels_compute_what_they_can() -> Iterator[None]:
-    """As a server has them up to the rows at which they were measured to be faster."""
+def _kernels_for_all_rows() -> Iterator[None]:
+    """Enables kernels up to `KERNEL_ROWS` rows, without measuring where they are faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "mi_runtime.execution.cost_measurement.best_row_limit", lambda *_: KERNEL_ROWS
@@ -53,7 +53,7 @@ def _kernels_compute_what_they_can() -> Iterator[None]:
 
 
 def requests(values: tuple[float, ...] = LAMBDAS, **sampling: Any) -> list[EngineRequest]:
-    """Prompts of several lengths, so that blocks end anywhere."""
+    """Returns requests of several lengths, so that blocks end anywhere."""
     params = SamplingParams(
         **{"max_tokens": NEW_TOKENS, "temperature": 0.0, "logprobs": 2, **sampling}
     )
@@ -72,22 +72,22 @@ def build(device: str, **settings: Any) -> Engine:
 
 @cache
 def reference(values: tuple[float, ...] = LAMBDAS, delta_dtype: Any = "none") -> Answers:
-    """By the CPU's plain way to everything."""
+    """Returns the answers of a CPU, with the plainest configuration."""
     plain = {"blend_policy": "pair", "attention_backend": "reference"}
     engine = build("cpu", **plain, delta_dtype=delta_dtype)
     return engine.generate(requests(values))
 
 
 def assert_as_on_a_server(engine: Engine, how: str = "recorded") -> None:
-    """That decode steps are recorded, and pair products go by kernels: nothing else would tell."""
+    """Asserts that decode steps are recorded and pair products use kernels."""
     if not REHEARSED:
         assert f" {how}, in " in engine.info.graphs, engine.info.graphs
         assert engine.info.pair_kernels == f"up to {KERNEL_ROWS} rows"
 
 
 @pytest.fixture(scope="module")
-def engine(_on_a_gpu: None, _kernels_compute_what_they_can: None) -> Engine:
-    """As a server has it, but for its size and what is compiled."""
+def engine(_on_a_gpu: None, _kernels_for_all_rows: None) -> Engine:
+    """An engine like a server's, but small, and without compiled steps."""
     engine = build(DEVICE)
     assert_as_on_a_server(engine)
     assert engine._groups.cache.places >= 3, "blended weights would not be replayed at several λ"
@@ -96,7 +96,7 @@ def engine(_on_a_gpu: None, _kernels_compute_what_they_can: None) -> Engine:
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Engines on the GPU, whose memory is free again after the test."""
+    """Makes engines on the GPU, and frees their memory after the test."""
     yield lambda **settings: build(DEVICE, **settings)
     gc.collect()
     if not REHEARSED:
@@ -116,7 +116,7 @@ def assert_agree(found: Answers, expected: Answers) -> None:
                 break
             assert one.logprobs.token == pytest.approx(other.logprobs.token, abs=TOLERANCE)
             compared += 1
-    assert compared > 0.9 * sum(map(len, expected.values())), "too much of it was a tie"
+    assert compared > 0.9 * sum(map(len, expected.values())), "too many answers ended at a tie"
 
 
 def test_eager_answers_are_those_of_the_cpu(make: Make) -> None:
@@ -132,14 +132,14 @@ def test_recorded_answers_are_those_of_the_cpu(engine: Engine) -> None:
 
 @on_a_gpu_only
 def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
-    """The longest test: early, so that other processes run the others beside it."""
+    """The longest test runs early, so that other processes run the others meanwhile."""
     engine = make(torch_compile=True)
     assert_as_on_a_server(engine, "recorded and compiled")
     assert_agree(engine.generate(requests()), reference())
 
 
 @pytest.mark.parametrize("value", [0.4, 0.0, 1.0])
-def test_they_are_when_all_have_one_λ(engine: Engine, value: float) -> None:
+def test_answers_at_one_λ_are_those_of_the_cpu(engine: Engine, value: float) -> None:
     values = (value,) * 4
     for _ in range(3):  # a new λ, and a hot one
         assert_agree(engine.generate(requests(values)), reference(values))
@@ -157,7 +157,9 @@ def test_they_are_when_all_have_one_λ(engine: Engine, value: float) -> None:
     ],
     ids=str,
 )
-def test_they_are_with_any_setting(make: Make, settings: dict[str, Any]) -> None:
+def test_answers_with_any_setting_are_those_of_the_cpu(
+    make: Make, settings: dict[str, Any]
+) -> None:
     engine = make(**settings)
     for _ in range(2):
         assert_agree(engine.generate(requests()), reference())
@@ -169,7 +171,7 @@ def test_they_are_with_any_setting(make: Make, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("delta_dtype", ["int8", "int4"])
-def test_compact_deltas_give_what_they_give_on_a_cpu(make: Make, delta_dtype: str) -> None:
+def test_answers_with_deltas_are_those_of_the_cpu(make: Make, delta_dtype: str) -> None:
     engine = make(delta_dtype=delta_dtype)
     assert_as_on_a_server(engine)
     for _ in range(2):
@@ -178,7 +180,10 @@ def test_compact_deltas_give_what_they_give_on_a_cpu(make: Make, delta_dtype: st
 
 @pytest.mark.parametrize("settings", [{}, {"delta_dtype": "int8"}], ids=str)
 def test_in_bf16_the_probabilities_are_near(make: Make, settings: dict[str, Any]) -> None:
-    """Every prompt token's, as an answer soon is another text; rounding to 8 bits, in 6 layers."""
+    """Compares those of prompt tokens, since answers soon become different texts.
+
+    Each of 6 layers rounds to 8 bits.
+    """
     scoring = {"max_tokens": 1, "prompt_logprobs": 0}
     exact = build("cpu", **settings).generate(requests(**scoring))
     found = make(dtype="bfloat16", **settings).generate(requests(**scoring))
@@ -224,14 +229,14 @@ def test_sampled_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
         same += [one.token_id for one in alone] == [
             one.token_id for one in together[request.request_id]
         ]
-    assert same >= len(LAMBDAS) - 1  # another batch rounds otherwise: a draw may fall on an edge
+    assert same >= len(LAMBDAS) - 1  # another batch rounds differently, which may change a draw
 
 
 @on_a_gpu_only
-def test_a_kv_cache_that_does_not_fit_is_a_message(make: Make) -> None:
+def test_a_kv_cache_that_does_not_fit_is_refused_with_a_message(make: Make) -> None:
     free = torch.cuda.mem_get_info()[0]
     with pytest.raises(PairError, match=r"(?i)memory"):
-        make(num_blocks=None, kv_cache_bytes=1000 * free, max_model_len=None)  # none of it is had
+        make(num_blocks=None, kv_cache_bytes=1000 * free, max_model_len=None)  # more than there is
     gc.collect()
     torch.cuda.empty_cache()
     with pytest.raises(PairError, match=r"no memory for KV: .* GiB .*--delta-dtype"):

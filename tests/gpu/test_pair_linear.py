@@ -1,6 +1,6 @@
 """Pair products at the shapes of real models, against fp32 on the same GPU.
 
-In order of what a server needs first. Each number of rows has tiles of its own, which compile in a
+What a server needs most comes first. Each number of rows has tiles of its own, which compile in a
 second; matrices differ in how their K is split.
 """
 
@@ -36,7 +36,11 @@ FEW = ("gate and up", "down")  # the widest, and one whose K is split
 EXPERTS = (8, 2, 48, 128) if REHEARSED else (128, 8, 1536, 2048)
 ROWS = (3, 1) if REHEARSED else (32, 1, 64, 256)  # each with tiles of its own
 SOME_ROWS = ROWS if REHEARSED else (32, 1, 256)
-WIDTH = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}  # of a rounding
+WIDTH = {
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+    torch.float32: 2**-20,
+}  # of a rounding
 
 
 def random(
@@ -47,7 +51,7 @@ def random(
 
 
 def endpoints(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """As `PairMatrix` keeps them: strided views of one tensor `[…, out, 2, in]`."""
+    """Returns strided views of one tensor `[…, out, 2, in]`, as `PairMatrix` stores them."""
     low = random(*shape, scale=0.02, seed=1, dtype=dtype)
     both = torch.stack((low, low + random(*shape, scale=0.002, seed=2, dtype=dtype)), dim=-2)
     return both[..., 0, :], both[..., 1, :]
@@ -62,7 +66,7 @@ def mixed(x: Tensor, low: Tensor, high: Tensor, weights: Tensor) -> Tensor:
 
 
 def assert_near(result: Tensor, exact: Tensor) -> None:
-    """One rounding of every number away, and a little for the order of the sums."""
+    """Asserts that each number is at most one rounding away, and a little for the order of sums."""
     slack = exact.abs() * WIDTH[result.dtype] + 1e-4 * exact.abs().max()
     assert ((result.float() - exact).abs() <= slack).all()
 
@@ -73,7 +77,7 @@ def check_pair(matrix: str, rows: int, dtype: torch.dtype) -> None:
     low, high = endpoints(columns, depth, dtype=dtype)
     result = pair_linear(x, low, high, weights)
     assert_near(result, mixed(x, low, high, weights))
-    assert torch.equal(result, pair_linear(x, low, high, weights)), "not the same bits again"
+    assert torch.equal(result, pair_linear(x, low, high, weights)), "other bits when repeated"
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -104,7 +108,7 @@ def test_what_is_not_finite_in_one_endpoint_never_reaches_rows_at_the_other(bad:
 @pytest.mark.parametrize("matrix", FEW)
 @pytest.mark.parametrize("rows", SOME_ROWS)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_with_a_rounded_difference_it_is_what_that_difference_says(
+def test_the_product_with_a_delta_is_that_of_its_dequantized_weights(
     kind: str, rows: int, matrix: str
 ) -> None:
     columns, depth = MATRICES[matrix]

@@ -1,4 +1,4 @@
-"""Sampling on a GPU: the same tokens whatever the batch, nothing waited for."""
+"""Sampling on a GPU gives the same tokens in every batch, and waits for nothing."""
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def sequences(rows: range) -> tuple[Sequence, ...]:
     return tuple(made)
 
 
-def test_a_row_gives_the_same_token_alone_in_company_and_again() -> None:
+def test_a_row_gives_the_same_token_alone_in_a_batch_and_again() -> None:
     logits = logits_of(ROWS)
     together = Sampler().sample(logits, sequences(range(ROWS))).outcomes
     assert torch.equal(together, Sampler().sample(logits, sequences(range(ROWS))).outcomes)

@@ -1,4 +1,4 @@
-"""Random workloads for by_paged_attention attention, computed by it and by its slow twin."""
+"""Random workloads for paged attention, computed by it and by its slow twin."""
 
 import random
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ NUM_BLOCKS = 40
 
 @dataclass(frozen=True)
 class Workload:
-    """Random queries, keys and values of complete sequences, by_slow_twin one after the other."""
+    """Random queries, keys and values of complete sequences, packed one after the other."""
 
     seed: int = 0
     lengths: tuple[int, ...] = (5, 17, 1, 12)
@@ -74,7 +74,7 @@ def steps(work: Workload, running: list[Sequence]) -> Iterator[list[Chunk]]:
 
 
 def rows_of(work: Workload, chunks: list[Chunk]) -> Tensor:
-    """Returns the by_slow_twin rows that these chunks compute."""
+    """Returns the packed rows that these chunks compute."""
     rows = []
     for chunk in chunks:
         first = sum(work.lengths[: int(chunk.sequence.request_id)])

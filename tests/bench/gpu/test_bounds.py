@@ -1,4 +1,4 @@
-"""Bounds of the GPU bench, by numbers that can be had with a pencil."""
+"""The bounds of the GPU bench, compared with numbers that can be computed by hand."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ SINGLE, PAIR = Way(2, 1), Way(4, 2)
 
 
 def test_the_shapes_have_the_weights_of_the_models_they_are_named_for() -> None:
-    """4.02 and 30.5 billion parameters, by their model cards; norms are not counted."""
+    """Their model cards say 4.02 and 30.5 billion parameters; norms are not counted."""
     assert DENSE.weights == pytest.approx(4.022e9, rel=1e-3)
     assert EXPERTS.weights == pytest.approx(30.53e9, rel=1e-3)
     active = EXPERTS.multiplied(1, kept=1) + EXPERTS.head  # an embedding counts as active
@@ -76,9 +76,9 @@ def test_a_prefill_sees_each_position_and_all_before_it() -> None:
 
 
 def test_an_answer_is_a_prefill_and_a_step_for_each_token_but_the_first() -> None:
-    whole = answer_work(DENSE, SINGLE, 4, prompt=10, answer=6)
+    total = answer_work(DENSE, SINGLE, 4, prompt=10, answer=6)
     steps = [decode_work(DENSE, SINGLE, 4, context=13)] * 5
-    assert whole == sum(steps, start=prefill_work(DENSE, SINGLE, 4, tokens=10))
+    assert total == sum(steps, start=prefill_work(DENSE, SINGLE, 4, tokens=10))
 
 
 def test_the_bound_is_the_larger_of_two_times_and_says_which() -> None:

@@ -1,4 +1,4 @@
-"""The GPU bench runs unattended: every row on tiny shapes, and whatever fails is a row too."""
+"""The GPU bench runs unattended: it measures every row, and whatever fails becomes a row too."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ FOREVER = float("inf")
 
 
 def rows_here(run: Run, subjects: Iterable[Subject]) -> list[Row]:
-    """Of all jobs, in this process."""
+    """Returns the rows of all jobs, done in this process."""
     groups = [[one for one in group if one in subjects] for group in GROUPS]
     jobs = [job for group in groups if group for job in jobs_of(group, run.scale)]
     return list(rows_of(jobs, run, FOREVER))
@@ -109,16 +109,16 @@ def test_the_first_row_of_each_subject_comes_before_all_others() -> None:
     assert started == ["card", "static", "pair", "static"]
     first = Case("decode", "one", 32, 1024)
     assert jobs[:3] == [Job("card"), Job("static"), Job("static", first)]
-    assert jobs.count(Job("static", first)) == 2, "it tells how the card drifts"
+    assert jobs.count(Job("static", first)) == 2, "it shows how the card drifts"
     last = [job.subject for job in jobs[jobs.index(Job("pair")) :]]
-    assert last == sorted(last), "the pair is measured whole while it is there"
+    assert last == sorted(last), "the pair is measured completely while it is in memory"
 
 
 def test_a_subject_alone_starts_once() -> None:
     assert [job.case for job in jobs_of(["static"], FULL)].count(START) == 1
 
 
-# --- Contexts that nobody computed ---------------------------------------------------------------
+# --- Contexts that are not computed ---------------------------------------------------------------
 
 
 def test_a_pretended_context_is_found_and_its_sequences_decode_from_the_first_step_on() -> None:
@@ -138,7 +138,7 @@ def test_a_pretended_context_is_found_and_its_sequences_decode_from_the_first_st
     assert not tables[0] & tables[1], "sequences share what attention reads"
 
 
-def test_a_row_that_memory_has_no_room_for_says_so() -> None:
+def test_a_row_that_does_not_fit_in_memory_says_so() -> None:
     rows = EngineRows(TINY["4b"], "static", PLACE, SMALL)
     with pytest.raises(Skipped, match="does not fit"):
         rows.measure(Case("decode", "one", 64, 48))
@@ -147,7 +147,7 @@ def test_a_row_that_memory_has_no_room_for_says_so() -> None:
 # --- What goes wrong ------------------------------------------------------------------------------
 
 
-def test_a_failing_row_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_row_is_reported_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: EngineRows, case: Case) -> None:
         raise RuntimeError("no kernel image is available")
 
@@ -159,7 +159,7 @@ def test_a_failing_row_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyP
     assert "seconds" in rows[-1]
 
 
-def test_a_process_whose_rows_fail_still_ends_in_order(
+def test_a_process_whose_rows_fail_ends_normally(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After an error the process checks that its device still works, whatever the device is."""
@@ -178,7 +178,7 @@ def test_rows_of_a_subject_that_does_not_start_are_skipped(monkeypatch: pytest.M
     assert card["card"]["bandwidth"] > 0
 
 
-def test_what_has_no_time_left_is_skipped() -> None:
+def test_jobs_without_time_left_are_skipped() -> None:
     jobs = jobs_of(["static"], SMALL)
     for rows in (rows_of(jobs, SMOKE, 0), rows_of_group(jobs, SMOKE, 0)):
         assert [row["skipped"] for row in rows] == ["out of time"] * len(jobs)
@@ -202,20 +202,20 @@ def test_an_engine_on_a_gpu_without_recordings_or_kernels_is_an_error() -> None:
     }
     assert what_is_off(good, Run("4b")) == []
     assert what_is_off({**good, "pair_kernels": ""}, Run("4b")) == []  # static
-    for fact, told in (
+    for fact, reported in (
         ("graphs", "none"),
         ("attention", "reference"),
         ("pair_kernels", "up to 0 rows"),
         ("pair_kernels", "none, as they do not run here (…)"),
     ):
-        (off,) = what_is_off({**good, fact: told}, Run("4b"))
-        assert told in off
+        (off,) = what_is_off({**good, fact: reported}, Run("4b"))
+        assert reported in off
     assert what_is_off(good, Run("4b", compiled=True)) != []
 
 
 # --- Processes ------------------------------------------------------------------------------------
 
-# In the place of a process with a device: does the first jobs and ends, with a code or not at all.
+# Replaces a process with a device: it does the first jobs, then exits with a code or hangs.
 ENDS_EARLY = """
 import json, sys, time
 jobs = json.loads(sys.argv[sys.argv.index("--jobs") + 1])
@@ -235,19 +235,19 @@ def process_ending_at(
     monkeypatch.setattr(supervisor, "COMMAND", (sys.executable, "-ISc", script))
 
 
-def test_a_process_that_dies_in_a_row_has_another_one_for_the_rest(
+def test_after_a_process_dies_in_a_row_another_one_does_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process_ending_at(monkeypatch, "static", "prefill")
     jobs = jobs_of(["static"], SMALL)
     rows = list(rows_of_group(jobs, SMOKE, time.monotonic() + 60))
-    told = [(row["what"], "error" in row) for row in rows]
+    found = [(row["what"], "error" in row) for row in rows]
     expected = [(job.case.what, job.case.what == "prefill") for job in jobs]
     died = expected.index(("prefill", True))
-    assert told == [*expected[: died + 1], ("start", False), *expected[died + 1 :]]
+    assert found == [*expected[: died + 1], ("start", False), *expected[died + 1 :]]
 
 
-def test_a_subject_that_ends_its_process_at_start_leaves_the_others_theirs(
+def test_a_subject_that_ends_its_process_at_start_does_not_cost_the_others_their_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process_ending_at(monkeypatch, "static", "start")
@@ -300,7 +300,7 @@ def test_the_command_prints_rows_and_keeps_them(
     assert kept["machine"]["torch"] == torch.__version__
 
 
-def test_an_error_is_an_exit_code_and_the_other_rows_are_kept(
+def test_an_error_sets_the_exit_code_and_the_other_rows_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [Job("card").row(), Job("static").row(error="no"), Job("pair").row()]
@@ -310,7 +310,7 @@ def test_an_error_is_an_exit_code_and_the_other_rows_are_kept(
     assert len(json.loads(path.read_text())["rows"]) == 3
 
 
-def test_a_run_of_which_nothing_is_measured_is_an_exit_code_too(tmp_path: Path) -> None:
+def test_a_run_that_measures_nothing_has_an_exit_code_too(tmp_path: Path) -> None:
     assert main(["--smoke", "--seconds", "0", "--out", str(tmp_path)]) == 1
 
 
@@ -328,7 +328,7 @@ def test_an_error_of_several_lines_is_one_line_to_read() -> None:
     assert line.endswith("error: CUDA error: it is lost Compile with DSA")
 
 
-def test_what_needs_no_device_needs_no_torch() -> None:
+def test_the_process_that_needs_no_device_imports_no_torch() -> None:
     code = "import sys, bench.gpu.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -336,7 +336,7 @@ def test_what_needs_no_device_needs_no_torch() -> None:
 # --- The report -----------------------------------------------------------------------------------
 
 
-def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
+def test_the_file_is_complete_after_every_row(tmp_path: Path) -> None:
     report = Report(SMOKE, ["static"], tmp_path)
     for count in range(1, 3):
         report.add(Job("static").row(skipped="no room"))
@@ -344,7 +344,7 @@ def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
         assert len(json.loads(path.read_text())["rows"]) == count
 
 
-def test_rows_are_held_against_the_card_as_measured_or_else_as_its_maker_says(
+def test_rows_are_compared_with_the_card_as_measured_or_else_as_its_maker_says(
     smoke: list[Row], tmp_path: Path
 ) -> None:
     report = Report(SMOKE, SUBJECTS, tmp_path)
@@ -367,7 +367,7 @@ def decode(subject: Subject, lambdas: Any, seconds: float, **more: Any) -> Row:
     return Job(subject, Case("decode", lambdas, 32, 1024)).row(**rate, **more)
 
 
-def test_ratios_take_the_rows_of_several_runs_and_say_whether_their_aim_is_met() -> None:
+def test_ratios_take_the_rows_of_several_runs_and_say_whether_their_target_is_met() -> None:
     first = [decode("static", "one", 1.0), decode("pair", "different", 2.0)]
     second = [decode("int8", "different", 2.0), {**decode("static", "one", 9.0), "tokens": 8192}]
     found = {ratio.name: (ratio.value, ratio.met) for ratio in ratios([*first, *second])}

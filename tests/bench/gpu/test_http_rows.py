@@ -1,4 +1,4 @@
-"""The whole server is measured on a random pair: started by its command, asked over HTTP."""
+"""The complete server is measured on a random pair: started by its command, used over HTTP."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def smoke(record: Any) -> Rows:
-    """Rows by what they measured, and the λ."""
+    """The rows by what they measured and their λ."""
     return {(row["what"], row["lambdas"]): row for row in record["rows"]}
 
 
@@ -104,7 +104,7 @@ def test_other_text_is_encoded_as_the_embedded_pair_does() -> None:
     assert ours.token_to_id("</think>") == 511
 
 
-# --- What the server says of itself ---------------------------------------------------------------
+# --- What the server reports ----------------------------------------------------------------------
 
 
 def info_of(**choices: str) -> EngineInfo:

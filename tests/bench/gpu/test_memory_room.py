@@ -20,7 +20,7 @@ def test_every_row_of_the_dense_model_fits_on_either_card(store: Store, card: fl
 
 @pytest.mark.parametrize(("shape", "card"), [(DENSE, H100), (DENSE, H200), (EXPERTS, H200)])
 @pytest.mark.parametrize("store", STORES)
-def test_nothing_is_promised_that_is_not_there(shape: Shape, card: float, store: Store) -> None:
+def test_no_more_memory_is_divided_than_there_is(shape: Shape, card: float, store: Store) -> None:
     room = room_for(shape, store, FULL, card)
     copies = {"static": 1, "pair": 2, "int8": 1.5, "int4": 1.25}[store] + room.places
     assert copies * 2 * shape.weights + room.tokens * shape.kv_bytes <= card - RESERVE
@@ -30,7 +30,7 @@ def test_a_pair_of_the_larger_model_needs_the_larger_card() -> None:
     with pytest.raises(Skipped, match="GB are needed, and 84 GB are free"):
         room_for(EXPERTS, "pair", FULL, H100)
     with pytest.raises(Skipped):
-        room_for(EXPERTS, "int8", FULL, H100)  # while it is made, both endpoints are whole
+        room_for(EXPERTS, "int8", FULL, H100)  # as it is made of two full endpoints
     assert room_for(EXPERTS, "pair", FULL, H200).places == 0
 
 

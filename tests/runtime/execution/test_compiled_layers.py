@@ -1,8 +1,7 @@
-"""Compiled decoder layers: that all of a kind share the code of a way, whatever the rows, the λ and
-the blocks of KV, and that they compute what the model computes.
+"""Compiled decoder layers share code for each way, and compute what the model computes.
 
-Layers are compiled with the kernels that a GPU has, and run here by Triton's interpreter; or by
-nothing, where only what is compiled counts.
+Layers are compiled with the kernels of a GPU, which Triton's interpreter runs here. Tests that only
+count compilations replace the kernels by ones that return zeros.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,8 +61,8 @@ def run(graphs: DecodeGraphs, keys: Sequence[GraphKey]) -> list[Tensor]:
         return [graphs._replays[key]().clone() for key in keys]
 
 
-def nothing(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., tuple[Tensor]]:
-    """A backend whose layers give zeros."""
+def zeros_backend(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., tuple[Tensor]]:
+    """Compiles a layer to a function that returns zeros."""
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     hidden = names.index("l_inputs_0_")
     return lambda *inputs: (torch.zeros_like(inputs[hidden]),)
@@ -71,17 +70,16 @@ def nothing(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., tuple[Te
 
 @pytest.fixture
 def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that give zeros, where nobody looks."""
+    """Replaces the kernels by ones that return zeros, for tests that use no result."""
     monkeypatch.setattr(paged_attention, "_launch", lambda out, *others: out.zero_())
     monkeypatch.setattr(pair_linear, "_launch", lambda *inputs: inputs[3].zero_())
 
 
 @pytest.mark.usefixtures("_no_kernels")
 def test_all_layers_are_compiled_once_for_each_way(pair_of: PairOf) -> None:
-    """Whatever the rows, the place of blended weights, and the blocks of KV: memory is measured
-    with few."""
+    """The rows, the place of blended weights and the number of KV blocks do not matter."""
     engine = engine_of(pair_of("qwen3", num_hidden_layers=6))
-    forward = compiled_logits(engine._runner._model, nothing)
+    forward = compiled_logits(engine._runner._model, zeros_backend)
     trial, graphs = graphs_of(engine, forward, blocks=6), graphs_of(engine, forward)
     run(trial, trial.keys[:1])
     run(graphs, graphs.keys)
@@ -93,7 +91,10 @@ def test_all_layers_are_compiled_once_for_each_way(pair_of: PairOf) -> None:
     ("family", "layers", "keys", "compiled"),
     [
         ("gpt_oss", 2, (GraphKey(4, P), GraphKey(2, P)), 2),  # layers with a window, and without
-        ("qwen3", 2, (GraphKey(2, B, 0), GraphKey(2, B, 1), GraphKey(4, E, 1)), 2),
+        pytest.param(
+            *("qwen3", 2, (GraphKey(2, B, 0), GraphKey(2, B, 1), GraphKey(4, E, 1)), 2),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_compiled_layers_compute_what_the_model_computes(
@@ -116,18 +117,18 @@ def test_compiled_layers_compute_what_the_model_computes(
 
 
 @pytest.mark.usefixtures("_no_kernels")
-def test_what_one_model_has_compiled_leaves_the_next_as_much(
+def test_every_model_may_compile_as_many_layers(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mi_runtime.execution.compiled_layers.MAX_COMPILED", 1)
     for _ in range(2):
         engine = engine_of(pair_of("qwen3", num_hidden_layers=1))
-        graphs = graphs_of(engine, compiled_logits(engine._runner._model, nothing))
+        graphs = graphs_of(engine, compiled_logits(engine._runner._model, zeros_backend))
         run(graphs, graphs.keys[:1])
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_layer_that_cannot_be_compiled_runs_as_it_is_afterwards(pair_of: PairOf) -> None:
+def test_a_layer_that_cannot_be_compiled_runs_uncompiled_afterwards(pair_of: PairOf) -> None:
     def fails(graph: GraphModule, _inputs: list[Tensor]) -> Any:
         raise RuntimeError("no such instruction")
 

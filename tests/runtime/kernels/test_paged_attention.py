@@ -1,4 +1,4 @@
-"""The Triton kernels of by_paged_attention attention, interpreted, agree with the reference.
+"""The Triton kernels of paged attention, interpreted, agree with the reference.
 
 Interpreted, a tile is 16 tokens by 16 rows, so that lengths of some tens cross every boundary.
 `tests/bench/test_kernel_code.py` tests what compiles for a GPU.

@@ -1,4 +1,4 @@
-"""Blended weights: what is built is right, and every group holds its last few λ in fixed places."""
+"""Blended weights are the exact blend rounded once, and each group keeps its last few λ."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +19,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Source:
-    """A pair of tensors whose blend has `nbytes` bytes, and which counts its blends."""
+    """Stands for a pair of tensors whose blend has `nbytes` bytes, and counts its blends."""
 
     name = ""
 
@@ -34,7 +34,7 @@ class Source:
 
 
 def fill(cache: BlendCache, key: Key, *sources: Source) -> list[Tensor]:
-    """A forward that uses one entry."""
+    """Uses one entry as a forward does, and returns its tensors."""
     blend = cache.use(key)
     return [blend.get(source) for source in sources]
 
@@ -49,12 +49,12 @@ def random_pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def rounded_once(low: Tensor, high: Tensor, value: float) -> Tensor:
-    """The slow twin of a blend."""
+    """Returns the blend of two tensors, computed in fp32: the slow twin."""
     return torch.lerp(low.float(), high.float(), value).to(low.dtype)
 
 
 def random_bits(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Every kind of number of two bytes: subnormals, infinities and NaN among them."""
+    """Returns two tensors of random bits, with subnormals, infinities and NaN among them."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**15), 2**15, (2, *shape), generator=generator)
     low, high = bits.to(torch.int16).view(dtype)
@@ -62,7 +62,7 @@ def random_bits(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def assert_same_bits(one: Tensor, other: Tensor) -> None:
-    """Any NaN is as good as another."""
+    """Asserts that two tensors have the same bits, where any NaN equals any other."""
     assert one.dtype is other.dtype
     assert torch.equal(one.isnan(), other.isnan())
     bits = (tensor.nan_to_num(0).view(torch.int16) for tensor in (one, other))
@@ -75,22 +75,22 @@ def test_a_blend_is_the_fp32_lerp_rounded_once(
     numbers: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> None:
     pair = numbers(61, 83, dtype=dtype)
-    strided, apart = PairMatrix(*pair), VocabularyPair(*pair)
+    strided, separate = PairMatrix(*pair), VocabularyPair(*pair)
     for step in range(101):
         expected = rounded_once(*pair, step / 100)
         assert_same_bits(strided.blend(step / 100), expected)
-        assert_same_bits(apart.blend(step / 100), expected)
+        assert_same_bits(separate.blend(step / 100), expected)
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_in_fp32_it_is_the_exact_blend_up_to_a_rounding(value: float) -> None:
+def test_in_fp32_a_blend_is_exact_up_to_a_rounding(value: float) -> None:
     low, high = random_pair(64, 32)
     exact = (1 - value) * low.double() + value * high.double()
     assert (PairMatrix(low, high).blend(value) - exact).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_it_is_exact_at_both_endpoints(dtype: torch.dtype) -> None:
+def test_a_blend_at_λ_0_and_1_has_the_bits_of_the_endpoint(dtype: torch.dtype) -> None:
     pair = random_pair(64, 32, dtype=dtype)
     for value in (0.0, 1.0):
         for source in (PairMatrix(*pair), VocabularyPair(*pair)):
@@ -102,7 +102,7 @@ def test_it_is_exact_at_both_endpoints(dtype: torch.dtype) -> None:
 def test_experts_are_blended_to_the_same_values_and_laid_out_as_their_endpoints(
     dtype: torch.dtype, transposed: bool
 ) -> None:
-    """So that one compiled kernel reads an endpoint and a blend."""
+    """The layout is the same so that one compiled kernel can read both."""
     pair = random_pair(3, 14, 26, dtype=dtype)
     experts = PairExperts(pair, None, transposed)
     low, high = (side.mT if transposed else side for side in pair)  # [experts, out, in]
@@ -113,7 +113,7 @@ def test_experts_are_blended_to_the_same_values_and_laid_out_as_their_endpoints(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_blend_can_be_written_where_another_was(dtype: torch.dtype) -> None:
+def test_a_blend_can_be_written_into_the_memory_of_another(dtype: torch.dtype) -> None:
     for source in (
         PairMatrix(*random_pair(8, 6, dtype=dtype)),
         PairExperts(random_pair(3, 8, 6, dtype=dtype), None, transposed=False),
@@ -124,7 +124,7 @@ def test_a_blend_can_be_written_where_another_was(dtype: torch.dtype) -> None:
 
 
 def test_a_blend_holds_only_its_own_bytes() -> None:
-    """A view of the pair would keep both endpoints' bytes and not be contiguous."""
+    """A view of the pair would keep the bytes of both endpoints."""
     for dtype in (torch.float32, torch.bfloat16):
         blend = PairMatrix(*random_pair(8, 6, dtype=dtype)).blend(0.5)
         experts = PairExperts(random_pair(3, 8, 6, dtype=dtype), None, transposed=True).blend(0.5)
@@ -148,7 +148,7 @@ def test_a_tensor_is_built_at_its_first_use_and_then_kept() -> None:
     assert (cache.builds, cache.hits, first.blends) == (1, 1, 1)
 
 
-def test_one_λ_and_one_group_are_not_another() -> None:
+def test_every_λ_and_every_group_has_its_own_blend() -> None:
     cache, source = BlendCache(2), Source()
     keys = [("0.attn", 0.5), ("0.attn", 0.51), ("0.mlp", 0.5)]
     tensors = [fill(cache, key, source)[0] for key in keys]
@@ -156,7 +156,7 @@ def test_one_λ_and_one_group_are_not_another() -> None:
     assert [tensor[0] for tensor in tensors] == [50, 51, 50]
 
 
-def test_the_least_recently_used_of_its_group_goes_first() -> None:
+def test_the_least_recently_used_λ_of_a_group_is_evicted_first() -> None:
     cache, source = BlendCache(3), Source()
     keys: list[Key] = [("head", 0.1), ("head", 0.2), ("head", 0.3)]
     for key in [("embed", 0.1), *keys]:
@@ -168,7 +168,7 @@ def test_the_least_recently_used_of_its_group_goes_first() -> None:
     assert (cache.nbytes, cache.evictions) == (32, 1)
 
 
-def test_the_next_one_is_written_where_the_last_one_was() -> None:
+def test_a_blend_is_written_into_the_memory_of_the_evicted_one() -> None:
     cache, source = BlendCache(1), Source()
     (first,) = fill(cache, ("head", 0.1), source)
     (second,) = fill(cache, ("head", 0.2), source)
@@ -177,7 +177,7 @@ def test_the_next_one_is_written_where_the_last_one_was() -> None:
     assert (cache.nbytes, cache.builds, cache.evictions, source.blends) == (8, 2, 1, 2)
 
 
-def test_what_must_be_blended_has_a_place_even_where_there_is_none() -> None:
+def test_without_places_every_group_still_has_one() -> None:
     cache, source = BlendCache(0), Source()
     for value in (0.1, 0.2, 0.1):
         assert fill(cache, ("head", value), source)[0][0] == round(value * 100)
@@ -192,7 +192,7 @@ def test_missing_counts_the_entries_that_would_have_to_be_built() -> None:
     assert (cache.builds, cache.hits) == (1, 0)
 
 
-def test_entries_have_a_common_place_when_all_of_them_are_built_in_it() -> None:
+def test_entries_have_a_common_place_if_all_of_them_are_built_in_it() -> None:
     cache, sources = BlendCache(2), {group: Source() for group in ("0.attn", "0.mlp")}
     low, high = ([(group, value) for group in sources] for value in (0.1, 0.2))
     for key in (*low, *high):
@@ -206,7 +206,7 @@ def test_entries_have_a_common_place_when_all_of_them_are_built_in_it() -> None:
     assert cache.common_place([("0.attn", 0.1), ("0.mlp", 0.3)]) == 0
 
 
-def test_what_is_forgotten_leaves_its_places_and_their_memory() -> None:
+def test_forgetting_all_blends_keeps_the_places_and_their_memory() -> None:
     cache, source = BlendCache(2), Source()
     before = [fill(cache, ("head", value), source)[0].data_ptr() for value in (0.1, 0.2)]
     cache.forget()
@@ -217,7 +217,7 @@ def test_what_is_forgotten_leaves_its_places_and_their_memory() -> None:
     cache.check_integrity()
 
 
-def test_a_cold_group_is_built_and_never_an_endpoint() -> None:
+def test_a_group_that_is_not_built_is_blended_and_not_replaced_by_an_endpoint() -> None:
     groups = BlendGroups(1, torch.device("cpu"), BlendCache())
     pair = PairMatrix(*random_pair(8, 6))
     groups.begin(StepRows((Dial(0.3),), (0, 0), (1,), blended=True))
@@ -239,7 +239,7 @@ FORWARDS = st.lists(st.tuples(KEYS, st.sets(st.integers(0, 3))), max_size=60)
 def test_random_forwards_keep_every_invariant(
     forwards: list[tuple[Key, set[int]]], places: int
 ) -> None:
-    """Beside the slow twin: of each group the last λ values, in order of use."""
+    """The slow twin lists the last λ values of each group, in order of use."""
     sources = [Source(size) for size in (0, 3, 8, 20)]
     cache = BlendCache(places)
     held: dict[str, OrderedDict[float, set[int]]] = {}

@@ -1,4 +1,4 @@
-"""Compact deltas: what is kept of a difference, and that every way computes with exactly that."""
+"""A rounded delta is within half a step of the difference, and every way computes with it."""
 
 from typing import get_args
 
@@ -43,12 +43,12 @@ def dequantized(pair: tuple[Tensor, Tensor], kind: DeltaKind) -> Tensor:
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
-    """In fp32 up to a rounding, of which there may be one or two on the way."""
+    """Asserts equality, in fp32 up to one or two roundings."""
     slack = 1e-6 if found.dtype is torch.float32 else 0
     torch.testing.assert_close(found, expected, rtol=0, atol=slack)
 
 
-def mixed(*values: float) -> Rows:
+def pair_rows(*values: float) -> Rows:
     return Rows(torch.tensor(values), None)
 
 
@@ -57,7 +57,9 @@ def mixed(*values: float) -> Rows:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_int8_is_half_a_step_of_its_row_from_the_difference(width: int, dtype: torch.dtype) -> None:
+def test_int8_is_at_most_half_a_step_of_its_row_from_the_difference(
+    width: int, dtype: torch.dtype
+) -> None:
     exact = difference(pair := random_pair(5, width, dtype=dtype))
     step = exact.abs().amax(1, keepdim=True) / 127
     assert ((dequantized(pair, "int8") - exact).abs() <= 0.501 * step).all()
@@ -65,10 +67,10 @@ def test_int8_is_half_a_step_of_its_row_from_the_difference(width: int, dtype: t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_int4_is_half_a_step_of_its_group_from_the_difference(
+def test_int4_is_at_most_half_a_step_of_its_group_from_the_difference(
     width: int, dtype: torch.dtype
 ) -> None:
-    """A whole step at +8, which int4 has not got: there may be one, opposite the largest."""
+    """int4 has no +8, so that a value opposite the largest may be a complete step away."""
     exact = difference(pair := random_pair(5, width, dtype=dtype))
     kept = quantize(*pair, "int4")
     found = kept.dequantized(torch.float32)
@@ -81,7 +83,7 @@ def test_int4_is_half_a_step_of_its_group_from_the_difference(
 
 
 def test_the_two_int4_of_a_byte_are_half_a_group_apart() -> None:
-    """As the module says it, for kernels."""
+    """Kernels depend on this layout."""
     steps = torch.arange(GROUP + 3) % 15 - 7
     steps[0] = steps[GROUP] = -8
     kept = quantize(torch.zeros(1, GROUP + 3), steps.float()[None], "int4")
@@ -96,7 +98,7 @@ def test_the_two_int4_of_a_byte_are_half_a_group_apart() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_endpoints_that_are_equal_stay_equal(kind: DeltaKind) -> None:
+def test_equal_rows_of_the_endpoints_stay_equal(kind: DeltaKind) -> None:
     instruct, thinking = random_pair(6, 70, dtype=torch.bfloat16)
     thinking[2:4] = instruct[2:4]
     matrix = DeltaMatrix(instruct, thinking, kind)
@@ -108,15 +110,15 @@ def test_endpoints_that_are_equal_stay_equal(kind: DeltaKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(9, 70), (3, 9, 70)])
 @pytest.mark.parametrize("rows", [4, 20])
-def test_work_in_pieces_changes_nothing(
+def test_quantizing_in_pieces_gives_the_same_values(
     kind: DeltaKind, shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = random_pair(*shape)
-    whole, blend = quantize(*pair, kind), DeltaMatrix(*pair, kind).blend(0.3)
+    at_once, blend = quantize(*pair, kind), DeltaMatrix(*pair, kind).blend(0.3)
     monkeypatch.setattr(module, "PIECE_OF_CPU", rows * 70)
     pieces = quantize(*pair, kind)
-    assert torch.equal(whole.values, pieces.values)
-    assert torch.equal(whole.scales, pieces.scales)
+    assert torch.equal(at_once.values, pieces.values)
+    assert torch.equal(at_once.scales, pieces.scales)
     assert_same(DeltaMatrix(*pair, kind).blend(0.3), blend)
 
 
@@ -125,8 +127,10 @@ def test_work_in_pieces_changes_nothing(
     [((19456, 2560), 2), ((128, 1536, 2048), 13), ((8, 6144, 16384), 24)],
     ids=["a matrix", "many small experts", "few large experts"],
 )
-def test_a_gpu_takes_large_weights_in_few_pieces(shape: tuple[int, ...], pieces: int) -> None:
-    """Each piece is some launches, and a prefill goes through every matrix."""
+def test_large_weights_are_cut_into_few_pieces_on_a_gpu(
+    shape: tuple[int, ...], pieces: int
+) -> None:
+    """Each piece takes several launches, for every matrix of a prefill."""
     there = torch.empty(shape, device="meta")
     parts = [there[piece] for piece in module._pieces(there)]
     assert len(parts) == pieces
@@ -135,7 +139,7 @@ def test_a_gpu_takes_large_weights_in_few_pieces(shape: tuple[int, ...], pieces:
 
 
 @pytest.mark.parametrize(("kind", "copies"), [("int8", 1.5), ("int4", 1.25 + 1 / GROUP)])
-def test_it_takes_the_memory_that_the_module_says(kind: DeltaKind, copies: float) -> None:
+def test_a_matrix_takes_the_memory_that_the_module_states(kind: DeltaKind, copies: float) -> None:
     pair = random_pair(64, 64 * GROUP, dtype=torch.bfloat16)
     assert DeltaMatrix(*pair, kind).nbytes / pair[0].nbytes == pytest.approx(copies, abs=1e-3)
 
@@ -145,7 +149,7 @@ def test_it_takes_the_memory_that_the_module_says(kind: DeltaKind, copies: float
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_blend_is_instruct_and_a_share_of_the_difference_rounded_once(
+def test_a_blend_is_instruct_plus_λ_times_the_delta_rounded_once(
     kind: DeltaKind, dtype: torch.dtype
 ) -> None:
     pair = random_pair(9, 70, dtype=dtype)
@@ -164,46 +168,44 @@ def test_every_row_is_multiplied_with_its_own_blend(
     monkeypatch.setattr(module, "PIECE_OF_CPU", 4 * 70)
     matrix = DeltaMatrix(*random_pair(9, 70), kind)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    out = matrix.product(x, mixed(*LAMBDAS))
+    out = matrix.product(x, pair_rows(*LAMBDAS))
     for row, value in enumerate(LAMBDAS):
         expected = F.linear(x[..., row, :], matrix.blend(value))
         torch.testing.assert_close(out[..., row, :], expected, atol=1e-5, rtol=1e-5)
-        alone = matrix.product(x, mixed(value))
+        alone = matrix.product(x, pair_rows(value))
         torch.testing.assert_close(alone[..., row, :], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_at_instruct_are_instruct_s_own_whatever_their_company(
-    kind: DeltaKind, dtype: torch.dtype
-) -> None:
+def test_rows_at_λ_0_have_instructs_bits_in_any_batch(kind: DeltaKind, dtype: torch.dtype) -> None:
     instruct, thinking = random_pair(9, 70, dtype=dtype)
     matrix = DeltaVocabulary(instruct, thinking, kind)
     x, ids = torch.randn(2, 70).to(dtype), torch.tensor([3, 3])
     own = F.linear(x, instruct)
-    assert torch.equal(matrix.product(x, mixed(0.0, 0.7))[0], own[0])
-    assert not torch.equal(matrix.product(x, mixed(0.0, 0.7))[1], own[1])
+    assert torch.equal(matrix.product(x, pair_rows(0.0, 0.7))[0], own[0])
+    assert not torch.equal(matrix.product(x, pair_rows(0.0, 0.7))[1], own[1])
     assert torch.equal(matrix.product(x, Rows(torch.zeros(1), INSTRUCT)), own)
-    assert torch.equal(matrix.lookup(ids, mixed(0.0, 0.7))[0], instruct[3])
+    assert torch.equal(matrix.lookup(ids, pair_rows(0.0, 0.7))[0], instruct[3])
     assert torch.equal(matrix.lookup(ids, Rows(torch.zeros(1), INSTRUCT)), instruct[ids])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_products_are_as_near_as_those_of_merged_weights(kind: DeltaKind) -> None:
+def test_half_precision_products_are_as_exact_as_those_of_merged_weights(kind: DeltaKind) -> None:
     pair = random_pair(64, 256, dtype=torch.bfloat16)
     matrix, x = DeltaMatrix(*pair, kind), torch.randn(8, 256).bfloat16()
     truth = x.double() @ (pair[0].double() + 0.5 * dequantized(pair, kind).double()).T
-    served = (matrix.product(x, mixed(0.5)) - truth).abs().mean()
+    served = (matrix.product(x, pair_rows(0.5)) - truth).abs().mean()
     static = (F.linear(x, matrix.blend(0.5)) - truth).abs().mean()
     assert served < 1.1 * static
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lookup_is_rows_of_the_blend(kind: DeltaKind, dtype: torch.dtype) -> None:
+def test_a_lookup_returns_rows_of_the_blend(kind: DeltaKind, dtype: torch.dtype) -> None:
     vocabulary = DeltaVocabulary(*random_pair(9, 70, dtype=dtype), kind)
     ids = torch.tensor([[4, 0, 8, 4, 2]])
-    out = vocabulary.lookup(ids, mixed(*LAMBDAS))
+    out = vocabulary.lookup(ids, pair_rows(*LAMBDAS))
     for row, value in enumerate(LAMBDAS):
         assert_same(out[0, row], vocabulary.blend(value)[ids[0, row]])
 
@@ -211,7 +213,7 @@ def test_a_lookup_is_rows_of_the_blend(kind: DeltaKind, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_expert_is_a_matrix_of_its_own(
+def test_each_expert_computes_as_a_matrix_of_its_own(
     kind: DeltaKind, has_bias: bool, transposed: bool
 ) -> None:
     instruct, thinking = random_pair(3, 9, 70)
@@ -220,7 +222,7 @@ def test_each_expert_is_a_matrix_of_its_own(
     )
     biases = random_pair(3, 9) if has_bias else None
     experts = DeltaExperts(given, biases, transposed, kind)
-    x, rows = torch.randn(len(LAMBDAS), 70), mixed(*LAMBDAS)
+    x, rows = torch.randn(len(LAMBDAS), 70), pair_rows(*LAMBDAS)
     for expert in range(3):
         alone = DeltaMatrix(instruct[expert], thinking[expert], kind)
         assert_same(experts.blend(0.3)[expert], alone.blend(0.3))
@@ -233,7 +235,7 @@ def test_each_expert_is_a_matrix_of_its_own(
 
 @pytest.mark.parametrize("value", LAMBDAS[1:])
 @pytest.mark.parametrize("kind", KINDS)
-def test_blended_weights_are_taken_where_the_step_has_them(kind: DeltaKind, value: float) -> None:
+def test_a_step_with_blended_weights_multiplies_with_them(kind: DeltaKind, value: float) -> None:
     storage = DeltaStorage(kind)
     rows = Rows(torch.tensor([value]), None, Blend(0, value))
     matrix, x = storage.matrix(*random_pair(9, 70)), torch.randn(4, 70)
@@ -242,5 +244,5 @@ def test_blended_weights_are_taken_where_the_step_has_them(kind: DeltaKind, valu
     assert torch.equal(experts.product(1, x, rows, rows.mix), F.linear(x, experts.blend(value)[1]))
 
 
-def test_only_instruct_is_an_endpoint() -> None:
+def test_only_λ_0_is_an_endpoint() -> None:
     assert dict(DeltaStorage("int8").endpoints) == {0.0: INSTRUCT}

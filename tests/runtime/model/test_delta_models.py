@@ -1,8 +1,7 @@
-"""Models of every family whose Thinking endpoint is kept as a rounded difference.
+"""Models of every family whose Thinking endpoint is stored as a rounded delta D̂.
 
-Two oracles, both plain `transformers`: a checkpoint with W_I + λ·D̂ put together here, which what is
-served must be up to fp32 rounding; and the one merged from the whole endpoints, to which the
-rounding of D is an error that is stated.
+There are two oracles, both plain `transformers`. The served model must equal a checkpoint with
+W_I + λ·D̂ up to fp32 rounding, and lie near the one that is merged from both endpoints.
 """
 
 from copy import deepcopy
@@ -41,7 +40,7 @@ APART = 0.1  # as far as endpoints of real pairs lie from each other
 
 @cache
 def rounded(directories: Directories, value: float, kind: DeltaKind) -> Any:
-    """A plain model with W_I + λ·D̂ in every matrix that is no router, all else merged exactly."""
+    """Returns a plain model with W_I + λ·D̂ in all matrices but routers, and the rest merged."""
     model = deepcopy(oracle.merged(*directories, value))
     low, high = (dict(oracle.endpoint(one).named_parameters()) for one in directories)
     for name, parameter in model.named_parameters():
@@ -53,6 +52,7 @@ def rounded(directories: Directories, value: float, kind: DeltaKind) -> Any:
 
 
 def is_compact(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Returns whether a parameter is stored as a rounded delta."""
     is_router = type(module).__name__.endswith("Router")
     return parameter.dim() > 1 and not name.endswith("bias") and not is_router
 
@@ -74,7 +74,7 @@ class DeltaSubject(Subject):
         return rounded(self.directories, value, self.kind)
 
     def logits_of(self, sequences: list[list[int]], value: float) -> Tensor:
-        """`[tokens, vocabulary]` of sequences in one forward, all at λ, by the pair product."""
+        """Returns the logits of sequences in one pair forward at λ, `[tokens, vocabulary]`."""
         model, lengths = self.engine._runner._model, tuple(map(len, sequences))
         total = sum(lengths)
         model.groups.begin(StepRows((Dial(value),), (0,) * total, tuple(range(total)), False))
@@ -103,10 +103,10 @@ def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> DeltaSubject:
     return delta_subject(pair_of(family, apart=APART), kind)
 
 
-def test_every_way_gives_instruct_and_a_share_of_the_rounded_difference(
+def test_every_way_computes_with_instruct_plus_λ_times_the_rounded_delta(
     subject: DeltaSubject,
 ) -> None:
-    """Also at λ = 1; one forward with all rows at λ by each way, one where half of them are."""
+    """All rows are at λ, by each way, and then half of them are."""
     for value in (0.0, 0.11, 1.0):
         dial, expected = Dial(value), subject.expected((value, value))
         before = subject.executions()
@@ -123,10 +123,10 @@ def test_every_way_gives_instruct_and_a_share_of_the_rounded_difference(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
-def test_greedy_tokens_are_those_of_that_checkpoint_when_ways_switch_at_random(
+def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
     pair_of: PairOf, family: str
 ) -> None:
-    """Mixed decodes, chunked prefills, the prefix cache: λ = 1 beside λ = 0 and those between."""
+    """The run mixes decodes, chunked prefills and cached prefixes at all λ, 0 and 1 included."""
     subject = delta_subject(pair_of(family, apart=APART), "int8")
     before = subject.executions()
     subject.engine._runner.planner = RandomPlanner(0)  # type: ignore[assignment]
@@ -135,8 +135,8 @@ def test_greedy_tokens_are_those_of_that_checkpoint_when_ways_switch_at_random(
     assert all(count > before[way] for way, count in subject.executions().items())
 
 
-def test_thinking_is_planned_for_like_any_λ_between(pair_of: PairOf) -> None:
-    """With blended weights forced, λ = 1 has its own, which are built and found again."""
+def test_λ_1_is_planned_as_any_λ_between(pair_of: PairOf) -> None:
+    """With the policy `blended`, λ = 1 has blended weights, which are built and found again."""
     subject = delta_subject(pair_of("qwen3", apart=APART), "int8", blend_policy="blended")
     subject.check_answers()
     groups = subject.engine._groups
@@ -146,20 +146,25 @@ def test_thinking_is_planned_for_like_any_λ_between(pair_of: PairOf) -> None:
 
 # --- What the rounding costs ----------------------------------------------------------------------
 
-LONG = [random_tokens(60, seed) for seed in range(4)]
+LONG_SEQUENCES = [random_tokens(60, seed) for seed in range(4)]
 ERROR = {"int8": 0.012, "int4": 0.2}  # measured at λ = 1: 0.006 to 0.010, and 0.12 to 0.17
 AGREEMENT = {"int8": 0.96, "int4": 0.8}  # measured: at least 0.969 and 0.835, both mixtral
 
 
-def test_logits_and_greedy_tokens_stay_near_those_of_the_exact_way(subject: DeltaSubject) -> None:
-    """The error of a row is a share of how far the endpoints' logits lie apart there: that of int8
-    is about what one step of λ, 0.01, changes. The median of all rows, for in a few a router
-    chooses another expert. Random models are unsure of every token, so their tokens differ sooner
-    than those of trained ones."""
+def test_logits_and_greedy_tokens_lie_near_those_of_the_exact_pair(subject: DeltaSubject) -> None:
+    """A row's error is measured in the distance between the endpoints' logits.
+
+    The error of int8 is about what one step of λ, 0.01, changes. It is the median over all rows,
+    because in a few a router chooses another expert. Random models are unsure of every token, so
+    that their tokens differ sooner than those of trained ones.
+    """
     apart = exact_logits(subject.directories, 1.0) - exact_logits(subject.directories, 0.0)
     agreement = []
     for value in (0.5, 1.0):
-        exact, served = exact_logits(subject.directories, value), subject.logits_of(LONG, value)
+        exact, served = (
+            exact_logits(subject.directories, value),
+            subject.logits_of(LONG_SEQUENCES, value),
+        )
         error = ((served - exact).norm(dim=1) / apart.norm(dim=1)).median()
         assert error < ERROR[subject.kind] * value
         agreement.append((served.argmax(1) == exact.argmax(1)).float().mean())
@@ -169,7 +174,7 @@ def test_logits_and_greedy_tokens_stay_near_those_of_the_exact_way(subject: Delt
 @cache
 def exact_logits(directories: Directories, value: float) -> Tensor:
     model = oracle.merged(*directories, value)
-    return torch.cat([oracle.logits(model, tokens) for tokens in LONG])
+    return torch.cat([oracle.logits(model, tokens) for tokens in LONG_SEQUENCES])
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def exact_logits(directories: Directories, value: float) -> Tensor:
 @pytest.mark.parametrize(
     ("delta_dtype", "expected"), [("none", ["cuda", "cuda"]), ("int8", ["cuda", "cpu"])]
 )
-def test_thinking_is_not_loaded_to_a_gpu_where_only_its_difference_stays(
+def test_with_a_rounded_delta_thinking_is_not_loaded_to_the_gpu(
     pair_of: PairOf,
     delta_dtype: DeltaDtype,
     expected: list[str],
@@ -199,7 +204,7 @@ def test_thinking_is_not_loaded_to_a_gpu_where_only_its_difference_stays(
     assert devices == expected
 
 
-def test_a_tensor_is_moved_to_its_counterpart_s_device_when_it_is_taken() -> None:
+def test_a_tensor_is_moved_to_the_device_of_its_counterpart() -> None:
     here, there = nn.Linear(3, 2, device="meta"), nn.Linear(3, 2)
     taken = _take(here, there, "weight")
     assert taken is not None
@@ -212,7 +217,7 @@ def test_a_tensor_is_moved_to_its_counterpart_s_device_when_it_is_taken() -> Non
 
 @pytest.mark.parametrize("kind", get_args(DeltaKind))
 @pytest.mark.parametrize("wrong", ["lost", "turned round"])
-def test_a_difference_that_steers_wrongly_does_not_load(
+def test_a_wrong_delta_fails_the_self_check(
     pair_of: PairOf, kind: DeltaKind, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = delta.quantize

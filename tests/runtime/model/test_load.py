@@ -1,4 +1,4 @@
-"""A pair that no file holds is served as one that was read from files."""
+"""A pair of models in memory is served as a pair of files is."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ PROMPT = (5, 6, 7, 8, 9)
 
 
 def in_memory(directory: Path) -> PreTrainedModel:
-    """As `transformers` makes it, for any use: with its own attention, ready to be trained."""
+    """Returns a model as `transformers` makes it, with its own attention, in training mode."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert isinstance(model, PreTrainedModel)
     return model.train()
@@ -47,16 +47,16 @@ def test_a_pair_in_memory_answers_as_the_same_pair_from_files(
 
 def test_a_pair_in_memory_that_cannot_be_served_is_refused_by_name(pair_of: PairOf) -> None:
     instruct, thinking = map(in_memory, pair_of("qwen3"))
-    instruct.extra = instruct.lm_head.__class__(4, 4)  # that no forward passes through
+    instruct.extra = instruct.lm_head.__class__(4, 4)  # which no forward uses
     thinking.extra = thinking.lm_head.__class__(4, 4)
     with pytest.raises(PairError, match="extra"):
         pair_up(instruct, thinking, "")
 
 
-def test_the_memory_of_an_endpoint_is_taken_tensor_by_tensor(
+def test_the_memory_of_an_endpoint_is_allocated_tensor_by_tensor(
     qwen3_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one large piece, what the swap frees would be lost. Both supported versions warm up."""
+    """A single large allocation could not be freed in parts. transformers makes one by default."""
     warmed_up: list[object] = []
     monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *_: warmed_up.append(_))
     load_pair(check_pair(*map(str, qwen3_pair)), "cpu")

@@ -1,4 +1,4 @@
-"""Merged weights on disk against the same sums over whole tensors, and what may go wrong."""
+"""Merged weights on disk equal the same sums over complete tensors, for every method."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe", "starcoder2"])
-def test_a_merged_checkpoint_is_what_the_oracle_merges(
+def test_a_merged_checkpoint_equals_the_oracles(
     pair_of: PairOf, tmp_path: Path, family: str
 ) -> None:
     pair = pair_of(family)
@@ -66,7 +66,7 @@ def test_a_merged_checkpoint_is_what_the_oracle_merges(
     )
 
 
-def test_pieces_make_no_difference(
+def test_merging_in_pieces_gives_the_same_weights(
     qwen3_pair: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge_weights, "PIECE", 7)
@@ -76,14 +76,14 @@ def test_pieces_make_no_difference(
 
 
 @pytest.mark.parametrize(("value", "endpoint"), [(0.0, 0), (1.0, 1)])
-def test_the_ends_of_the_dial_are_the_endpoints_bit_by_bit(
+def test_λ_0_and_1_give_the_bits_of_the_endpoints(
     pair_of: PairOf, tmp_path: Path, value: float, endpoint: int
 ) -> None:
     pair = pair_of("qwen3", dtype=torch.bfloat16)
     assert_same(merged(pair, Interpolation(Dial(value)), tmp_path), load_all(pair[endpoint]))
 
 
-def test_what_is_stored_in_bf16_is_rounded_once(pair_of: PairOf, tmp_path: Path) -> None:
+def test_a_bf16_checkpoint_is_rounded_once(pair_of: PairOf, tmp_path: Path) -> None:
     pair = pair_of("qwen3", dtype=torch.bfloat16)
     low, high = (load_all(directory) for directory in pair)
     exact = {name: torch.lerp(low[name].float(), high[name].float(), 0.7) for name in low}
@@ -131,6 +131,7 @@ def test_shards_are_those_of_the_instruct_endpoint(qwen3_pair: Directories, tmp_
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the directory of a base model."""
     directory = tmp_path_factory.mktemp("base")
     write_checkpoint(directory, "qwen3", seed=7)
     return directory
@@ -147,10 +148,10 @@ def test_task_arithmetic_adds_both_task_vectors(
         assert torch.allclose(tensor, origin[name] + 0.7 * task, atol=1e-6), name
 
 
-def test_the_sum_of_scales_of_one_is_what_interpolation_gives(
+def test_task_arithmetic_over_instruct_is_an_interpolation(
     qwen3_pair: Directories, tmp_path: Path
 ) -> None:
-    """With the Instruct endpoint as its own base only Thinking's task vector is left."""
+    """With the Instruct endpoint as the base, its own task vector is zero."""
     pair = check_pair(*qwen3_pair)
     found = merged(pair, TaskArithmetic(0.6), tmp_path, base=pair.instruct)
     low, high = (load_all(directory) for directory in qwen3_pair)
@@ -159,7 +160,7 @@ def test_the_sum_of_scales_of_one_is_what_interpolation_gives(
 
 
 def slow_ties(base: list[float], tasks: list[list[float]], kept: int, scale: float) -> list[float]:
-    """By the paper's words, entry by entry."""
+    """Computes TIES entry by entry, as the paper describes it."""
     trimmed = []
     for task in tasks:
         largest = sorted(range(len(task)), key=lambda at, task=task: -abs(task[at]))[:kept]
@@ -173,7 +174,7 @@ def slow_ties(base: list[float], tasks: list[list[float]], kept: int, scale: flo
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties_trims_elects_a_sign_and_takes_the_mean(density: float) -> None:
+def test_ties_trims_elects_a_sign_and_averages(density: float) -> None:
     generator = torch.Generator().manual_seed(3)
     base, low, high = (torch.randn(50, generator=generator) for _ in range(3))
     (found,) = Ties(density, 0.5).pieces("head", merge_weights.Sources(low, high, base))

@@ -1,4 +1,4 @@
-"""Every reason for which two directories are not served as a pair, by its name."""
+"""Every reason for which two directories cannot be served as a pair is named."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ GRID = 0.01
 
 @pytest.fixture
 def pair(qwen3_pair: Directories, tmp_path: Path) -> Directories:
-    """A good pair of one's own, to be damaged."""
+    """Returns a copy of a good pair, which the test may damage."""
     return copied(qwen3_pair, tmp_path / "pair")
 
 
@@ -55,6 +55,7 @@ def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -
 
 
 def problems_of(pair: Directories) -> list[str]:
+    """Returns the problems that the check of this pair finds."""
     with pytest.raises(PairError) as caught:
         check_pair(*pair)
     for problem in caught.value.problems:
@@ -72,6 +73,7 @@ def load(pair: Directories) -> BlendedModel:
 
 
 def load_problems_of(pair: Directories) -> list[str]:
+    """Returns the problems that loading finds in a pair that passes the check."""
     checked = check_pair(*pair)
     with pytest.raises(PairError) as caught:
         load_pair(checked, "cpu", "float32")
@@ -91,7 +93,7 @@ def test_a_directory_that_is_not_there_is_named(pair: Directories, tmp_path: Pat
     assert only_problem_of((pair[0], tmp_path / "no")) == f"{tmp_path / 'no'}: no such directory"
 
 
-def test_both_directories_are_looked_at(tmp_path: Path) -> None:
+def test_problems_of_both_directories_are_reported(tmp_path: Path) -> None:
     assert len(problems_of((tmp_path / "one", tmp_path / "two"))) == 2
 
 
@@ -129,7 +131,7 @@ def test_missing_weights_are_named(pair: Directories) -> None:
     assert only_problem_of(pair).startswith(f"{pair[0]}: no model.safetensors")
 
 
-def test_pickled_weights_are_not_weights(pair: Directories) -> None:
+def test_pickled_weights_are_refused(pair: Directories) -> None:
     path = pair[0] / "model.safetensors"
     torch.save(load_file(path), pair[0] / "pytorch_model.bin")
     path.unlink()
@@ -267,7 +269,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(pair: Directories, content: st
     assert only_problem_of(pair).startswith(f"{path}: not a readable tokenizer")
 
 
-def test_one_message_tells_every_mismatch(pair: Directories) -> None:
+def test_every_mismatch_is_in_one_message(pair: Directories) -> None:
     edit_config(pair[1], rms_norm_eps=1e-5, head_dim=16)
     edit_weights(pair[1], lambda tensors: tensors.update(extra=torch.ones(2)))
     write_tokenizer(pair[1], vocabulary=95)
@@ -304,7 +306,7 @@ def test_chat_templates_may_differ(pair: Directories) -> None:
     check_pair(*pair)
 
 
-def test_the_shorter_context_is_that_of_the_pair(pair: Directories) -> None:
+def test_a_pair_has_the_shorter_context_of_its_endpoints(pair: Directories) -> None:
     edit_config(pair[1], max_position_embeddings=128)
     assert check_pair(*pair).max_positions == 128
 
@@ -377,20 +379,20 @@ def test_a_model_whose_forward_fails_on_packed_rows_is_refused_by_name(tmp_path:
 # --- Weights ------------------------------------------------------------------------------------
 
 
-def test_a_tensor_that_both_lack_is_refused_and_not_invented(pair: Directories) -> None:
+def test_a_tensor_that_both_lack_is_named(pair: Directories) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     for endpoint in pair:
         edit_weights(endpoint, lambda tensors: tensors.pop(name))
     assert load_problems_of(pair) == [f"{pair[0]}: missing_keys: {name}"]
 
 
-def test_a_tensor_that_neither_config_knows_is_refused(pair: Directories) -> None:
+def test_a_tensor_that_the_model_does_not_have_is_named(pair: Directories) -> None:
     for endpoint in pair:
         edit_weights(endpoint, lambda tensors: tensors.update(extra=torch.ones(2)))
     assert load_problems_of(pair) == [f"{pair[0]}: unexpected_keys: extra"]
 
 
-def test_a_tensor_of_a_shape_the_config_does_not_tell_is_refused(pair: Directories) -> None:
+def test_a_tensor_whose_shape_does_not_fit_the_config_is_named(pair: Directories) -> None:
     name = "model.norm.weight"
     for endpoint in pair:
         edit_weights(endpoint, lambda tensors: tensors.update({name: torch.ones(47)}))
@@ -411,7 +413,7 @@ def fingerprint(pair: Directories, grid: float = GRID, delta_dtype: DeltaDtype =
     return fingerprint_of(check_pair(*pair).identity(), grid, delta_dtype)
 
 
-def test_the_fingerprint_does_not_depend_on_where_the_files_are(
+def test_the_fingerprint_does_not_depend_on_the_directory(
     pair: Directories, qwen3_pair: Directories
 ) -> None:
     assert fingerprint(pair) == fingerprint(qwen3_pair)
@@ -428,16 +430,16 @@ def test_the_fingerprint_changes_with_the_grid(pair: Directories) -> None:
     assert fingerprint(pair, 0.01) != fingerprint(pair, 0.02)
 
 
-def test_the_fingerprint_changes_with_how_the_difference_is_kept(pair: Directories) -> None:
+def test_the_fingerprint_changes_with_the_format_of_the_delta(pair: Directories) -> None:
     kinds: tuple[DeltaDtype, ...] = ("none", "int8", "int4")
     assert len({fingerprint(pair, delta_dtype=kind) for kind in kinds}) == 3
 
 
-def test_the_fingerprint_changes_when_the_endpoints_change_places(pair: Directories) -> None:
+def test_the_fingerprint_changes_if_the_endpoints_are_swapped(pair: Directories) -> None:
     assert fingerprint(pair) != fingerprint(pair[::-1])
 
 
-def test_the_fingerprint_changes_with_what_the_config_computes(pair: Directories) -> None:
+def test_the_fingerprint_changes_with_the_config(pair: Directories) -> None:
     before = fingerprint(pair)
     edit_config(*pair, rms_norm_eps=1e-5)
     assert fingerprint(pair) != before

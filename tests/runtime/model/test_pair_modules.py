@@ -1,7 +1,7 @@
-"""The blended forward of every family against checkpoints merged offline.
+"""The blended forward of every family computes what checkpoints merged offline compute.
 
-The oracle shares no code with the swap: plain `transformers` classes with `eager` attention, whole
-sequences without a cache, weights merged in fp32 from both state dicts.
+The oracle shares no code with the swap: plain `transformers` classes with `eager` attention,
+complete sequences without a cache, weights merged in fp32 from both state dicts.
 """
 
 from collections import defaultdict
@@ -80,7 +80,7 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class RecordingModel:
-    """A BlendedModel that computes the logits of every row, and keeps them for the test."""
+    """Wraps a BlendedModel, computes the logits of every row, and keeps them for the test."""
 
     def __init__(self, model: BlendedModel) -> None:
         self._model = model
@@ -102,7 +102,7 @@ class RecordingModel:
 
 @dataclass
 class Answer:
-    """One sequence after its last step, with the logits of every token that went in."""
+    """The tokens of one sequence, and the logits of each of its rows."""
 
     tokens: list[int] = field(default_factory=list)
     pieces: list[Tensor] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Run:
 
 
 def prompts(lambdas: tuple[float, ...]) -> dict[float, list[int]]:
-    """Prompts of different lengths, longer than the windows of the families that have one."""
+    """Returns prompts of different lengths, longer than the windows of all families."""
     generator = torch.Generator().manual_seed(0)
     return {
         value: torch.randint(3, VOCABULARY, (9 + 5 * index,), generator=generator).tolist()
@@ -130,7 +130,7 @@ def prompts(lambdas: tuple[float, ...]) -> dict[float, list[int]]:
 def answer_together(
     model: BlendedModel, requests: dict[float, list[int]], max_batched_tokens: int = 13
 ) -> Run:
-    """Greedy answers of requests in one flat batch: prefill in small chunks beside decodes."""
+    """Runs requests greedily in one batch, with prefills in small chunks among decodes."""
     scheduler = Scheduler(
         BlockPool(NUM_BLOCKS, BLOCK_SIZE),
         vocab_size=VOCABULARY,
@@ -163,7 +163,7 @@ def load(directories: Directories, dtype: Any = "float32") -> BlendedModel:
 
 
 def oracle_model(directories: Directories, value: float) -> Any:
-    """The endpoint itself at 0 and 1: nothing is merged there."""
+    """Returns the oracle at λ, which is the endpoint itself at 0 and 1."""
     if value in (0.0, 1.0):
         return oracle.endpoint(directories[int(value)])
     return oracle.merged(*directories, value)
@@ -174,14 +174,14 @@ def oracle_model(directories: Directories, value: float) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """A family's pair, loaded, and one mixed batch of it run to its end."""
+    """A family's loaded pair, and the run of one mixed batch."""
 
     directories: Directories
     model: BlendedModel
     run: Run
 
     def logits_of(self, value: float, oracle_value: float) -> Tensor:
-        """Those of the oracle for all tokens of the answer at λ but the last."""
+        """Returns the oracle's logits for all tokens but the last of the answer at λ."""
         model = oracle_model(self.directories, oracle_value)
         return oracle.logits(model, self.run.answers[value].tokens[:-1])
 
@@ -195,7 +195,7 @@ def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
 
 
 def test_a_mixed_batch_gives_each_row_the_logits_of_its_merged_checkpoint(subject: Subject) -> None:
-    """And so the greedy tokens, which are the best of the oracle's logits before them."""
+    """The greedy tokens are then the best ones of the oracle's logits."""
     assert subject.run.answers.keys() == set(LAMBDAS)
     for value, prompt in prompts(LAMBDAS).items():
         answer, wanted = subject.run.answers[value], subject.logits_of(value, value)
@@ -213,8 +213,10 @@ def test_a_batch_at_an_endpoint_agrees_with_the_mixed_batch(subject: Subject, va
     assert (alone.answers[value].logits - mixed.logits).abs().max() < TOLERANCE
 
 
-def test_the_tolerance_tells_one_step_of_the_grid_from_the_next(subject: Subject) -> None:
-    """Otherwise the tests above, and those of the ways, would pass with a wrong λ."""
+def test_one_step_of_the_grid_changes_the_logits_by_more_than_the_tolerance(
+    subject: Subject,
+) -> None:
+    """Otherwise the tests above would pass with a wrong λ."""
     other = subject.logits_of(0.5, oracle_value=0.51)
     assert (subject.run.answers[0.5].logits - other).abs().max() > 20 * TOLERANCE
 
@@ -222,7 +224,7 @@ def test_the_tolerance_tells_one_step_of_the_grid_from_the_next(subject: Subject
 # --- In bf16 ------------------------------------------------------------------------------------
 
 
-def test_a_mixed_bf16_batch_is_as_near_to_fp32_truth_as_merged_bf16_checkpoints(
+def test_a_mixed_bf16_batch_is_as_near_to_fp32_as_merged_bf16_checkpoints(
     pair_of: PairOf,
 ) -> None:
     directories = pair_of("qwen3", dtype=torch.bfloat16, num_hidden_layers=8, hidden_size=96)
@@ -240,7 +242,7 @@ def test_a_mixed_bf16_batch_is_as_near_to_fp32_truth_as_merged_bf16_checkpoints(
 
 
 def plant_infinities(model: BlendedModel) -> None:
-    """Into the Thinking endpoint of every matrix."""
+    """Fills the Thinking endpoint of every matrix with infinity."""
     for module in model.model.modules():
         if isinstance(module, PairLinear | PairEmbedding):
             module.pair.endpoints[1].fill_(torch.inf)
@@ -259,7 +261,7 @@ def test_tied_embeddings_stay_one_tensor(pair_of: PairOf) -> None:
     assert model.get_input_embeddings().pair is model.get_output_embeddings().pair
 
 
-def test_untied_embeddings_stay_two(pair_of: PairOf) -> None:
+def test_untied_embeddings_stay_two_tensors(pair_of: PairOf) -> None:
     model = shared_model(pair_of("qwen2")).model
     assert model.get_input_embeddings().pair is not model.get_output_embeddings().pair
 
@@ -273,7 +275,7 @@ def test_untied_embeddings_stay_two(pair_of: PairOf) -> None:
         ("qwen2_moe", ["down_proj", "o_proj", "shared_expert_gate"]),
     ],
 )
-def test_linear_modules_share_a_matrix_where_they_read_one_input(
+def test_linear_modules_that_read_one_input_share_a_matrix(
     family: str, alone: list[str], pair_of: PairOf
 ) -> None:
     names: dict[object, list[str]] = defaultdict(list)
@@ -288,7 +290,7 @@ def test_linear_modules_share_a_matrix_where_they_read_one_input(
 
 
 class LargestFloat(TorchDispatchMode):
-    """Watches for the largest fp32 tensor that an operation makes."""
+    """Records the size of the largest fp32 tensor that an operation makes."""
 
     numbers = 0
 
@@ -299,8 +301,8 @@ class LargestFloat(TorchDispatchMode):
         return made
 
 
-def test_logits_of_many_rows_are_never_all_held_in_fp32() -> None:
-    """512 scored positions of a vocabulary of 150,000 took over a GB, which KV could not have."""
+def test_logits_of_many_rows_are_computed_in_pieces() -> None:
+    """512 scored positions of a vocabulary of 150,000 once took over a GB of the KV cache."""
     matrix = torch.empty(150_000, 64, dtype=torch.bfloat16, device="meta")
     pair, rows = VocabularyPair(matrix, matrix), Rows(torch.empty(512, device="meta"), None)
     with LargestFloat() as largest:
@@ -310,7 +312,7 @@ def test_logits_of_many_rows_are_never_all_held_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8)])
-def test_logits_made_in_pieces_are_those_of_the_whole(
+def test_logits_computed_in_pieces_are_the_same(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -340,6 +342,7 @@ def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
 
 
 def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) -> nn.Module:
+    """Returns the Instruct module with its parts replaced by pair modules."""
     groups = BlendGroups(1, torch.device("cpu"), BlendCache())
     for _ in ModuleSwap(groups, axes, PairStorage()).swap(instruct, thinking):
         pass
@@ -349,8 +352,8 @@ def swapped(instruct: nn.Module, thinking: nn.Module, axes: dict[str, RowAxis]) 
 ROWS_FIRST = RowAxis(axis=0, dims=2, logits_only=False)
 
 
-class Odd(nn.Module):
-    """A parameter of a kind that no swap knows."""
+class UnknownModule(nn.Module):
+    """Has a parameter that no swap covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,14 +361,16 @@ class Odd(nn.Module):
 
 
 def test_a_parameter_that_no_swap_covers_is_refused_by_name() -> None:
-    models = [nn.ModuleDict({"odd": Odd()}) for _ in range(2)]
-    with pytest.raises(UnsupportedModel, match=r"odd\.gamma: no swap covers this part of Odd"):
+    models = [nn.ModuleDict({"odd": UnknownModule()}) for _ in range(2)]
+    with pytest.raises(
+        UnsupportedModel, match=r"odd\.gamma: no swap covers this part of UnknownModule"
+    ):
         swapped(*models, {"odd": ROWS_FIRST})
 
 
-def test_a_module_whose_rows_the_probe_could_not_tell_is_refused_by_name() -> None:
+def test_a_module_whose_rows_the_probe_cannot_find_is_refused_by_name() -> None:
     models = [nn.ModuleDict({"layer": nn.Linear(3, 4)}) for _ in range(2)]
-    with pytest.raises(UnsupportedModel, match=r"layer: a probe forward could not tell"):
+    with pytest.raises(UnsupportedModel, match=r"layer: the probe could not determine its rows"):
         swapped(*models, {})
 
 
@@ -377,7 +382,7 @@ def test_a_constant_buffer_that_differs_is_refused_by_name() -> None:
         swapped(*models, {})
 
 
-def test_a_model_that_blends_wrongly_does_not_load(
+def test_a_model_that_blends_wrongly_fails_the_self_check(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Probe.expected_logits

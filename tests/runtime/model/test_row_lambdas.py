@@ -1,4 +1,4 @@
-"""Rows of a step: which way each blend group goes, what is kept from step to step, who is who."""
+"""Each blend group of a step takes the right way, and every row has the λ of its own dial."""
 
 from collections import Counter
 from typing import Any
@@ -24,7 +24,7 @@ def groups_of(places: int = 100) -> BlendGroups:
 
 
 def step(*dials: Dial, blended: bool, tokens: int = 1) -> StepRows:
-    """`tokens` rows of each dial in turn; the last one of each has logits."""
+    """Returns the rows of a step: `tokens` of each dial in turn, of which the last has logits."""
     index = tuple(order for order in range(len(dials)) for _ in range(tokens))
     kept = tuple(tokens * order + tokens - 1 for order in range(len(dials)))
     return StepRows(dials, index, kept, blended)
@@ -35,7 +35,7 @@ def ways(groups: BlendGroups) -> dict[str, Way]:
 
 
 def every(way: Way, **others: Way) -> dict[str, Way]:
-    """One way for all groups but those given, with `_` for the dot in their names."""
+    """Returns one way for all groups but those given, whose names have `_` instead of a dot."""
     different = {name.removeprefix("l").replace("_", "."): one for name, one in others.items()}
     return {name: different.get(name, way) for name in NAMES}
 
@@ -66,7 +66,7 @@ SPLIT = Dial(0.3, (("0.attn", 0.0), ("1.mlp", 1.0), ("head", 0.7)))
         ((Dial(0.0, (("head", 0.5),)), Dial(1.0, (("head", 0.5),))), True, every(P, head=B)),
     ],
 )
-def test_each_group_goes_its_own_way(
+def test_each_group_takes_its_own_way(
     dials: tuple[Dial, ...], blended: bool, expected: dict[str, Way]
 ) -> None:
     groups = groups_of()
@@ -92,7 +92,7 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
     dials: list[Dial], order: list[int], blended: bool
 ) -> None:
     index = tuple(one % len(dials) for one in order)
-    dials = [dials[one] for one in dict.fromkeys(index)]  # those that rows have, as they come
+    dials = [dials[one] for one in dict.fromkeys(index)]  # in the order of the rows
     index = tuple(list(dict.fromkeys(index)).index(one) for one in index)
     kept = tuple(range(0, len(index), 2))
     groups = groups_of()
@@ -107,8 +107,8 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
             assert rows.blend is None or {rows.blend.value} == set(values)
 
 
-def test_a_λ_that_is_no_endpoint_of_the_model_goes_like_those_between() -> None:
-    """Thinking, where it is kept as a rounded difference."""
+def test_a_λ_without_an_endpoint_takes_the_ways_of_those_between() -> None:
+    """This is λ = 1 if Thinking is stored as a rounded delta."""
     groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(1 << 20), {0.0: INSTRUCT})
     for dial, blended, way in (
         (Dial(1.0), False, P),
@@ -159,7 +159,7 @@ def test_a_batch_of_the_same_shape_keeps_its_rows(dials: tuple[Dial, ...], blend
         StepRows((Dial(0.3), Dial(0.4)), (1, 0), (0, 1), True),
     ],
 )
-def test_a_batch_of_another_shape_does_not(other: StepRows) -> None:
+def test_a_batch_of_another_shape_gets_new_rows(other: StepRows) -> None:
     first, groups = step(Dial(0.3), Dial(0.4), blended=True), groups_of()
     groups.begin(first)
     before = slots(groups)
@@ -171,11 +171,10 @@ def test_a_batch_of_another_shape_does_not(other: StepRows) -> None:
     ]
 
 
-def test_a_batch_whose_rows_could_not_be_set_leaves_none_to_be_kept(
+def test_after_a_step_that_failed_half_way_rows_are_set_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step that found no memory half way was dropped; the next was like the one before it, and
-    ran with some groups at the λ of the dropped one."""
+    """After a step ran out of memory, the next one kept some rows at the λ of the failed step."""
     groups = groups_of()
     first = step(Dial(0.3), blended=False)
     groups.begin(first)
@@ -222,7 +221,7 @@ def test_groups_of_one_λ_share_their_rows() -> None:
 
 
 def times_made(count: int) -> int:
-    """How often rows of `count` different λ derive one value in two uses of it."""
+    """Returns how often rows of `count` different λ compute a value that is used twice."""
     rows, made = Rows(torch.linspace(0.1, 0.9, count), None), []
 
     def make(weights: Tensor) -> Tensor:
@@ -234,11 +233,11 @@ def times_made(count: int) -> int:
     return len(made)
 
 
-def test_only_small_steps_keep_what_they_derive() -> None:
+def test_only_small_steps_keep_derived_values() -> None:
     assert (times_made(1), times_made(MEMO_ROWS), times_made(MEMO_ROWS + 1)) == (1, 1, 2)
 
 
-def test_rows_whose_λ_lie_in_a_live_buffer_keep_nothing_of_them() -> None:
+def test_rows_whose_λ_lie_in_a_live_buffer_keep_no_derived_values() -> None:
     weights = torch.tensor([0.25, 0.5])
     rows = Rows(weights, None, live=True)
     assert rows.derived("key", torch.clone).tolist() == [0.25, 0.5]
@@ -247,24 +246,24 @@ def test_rows_whose_λ_lie_in_a_live_buffer_keep_nothing_of_them() -> None:
     assert rows.mix.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
-def test_what_is_derived_is_kept_by_its_key() -> None:
+def test_derived_values_are_kept_by_their_keys() -> None:
     rows = Rows(torch.tensor([0.2, 0.4]), None)
     assert torch.equal(rows.derived("a", lambda weights: weights + 1), rows.lambdas + 1)
     assert torch.equal(rows.derived("b", lambda weights: weights + 2), rows.lambdas + 2)
 
 
 class CountedMatrix:
-    """Gives the input back, times how often it was asked."""
+    """Multiplies its input by the number of calls."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.calls = 0
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
-        self.asked += 1
-        return x * self.asked
+        self.calls += 1
+        return x * self.calls
 
 
-def test_a_shared_product_is_made_once_for_an_input_and_let_go_at_the_end() -> None:
+def test_a_shared_product_is_computed_once_for_an_input_and_freed_at_the_end() -> None:
     groups = groups_of()
     groups.begin(step(Dial(0.25), Dial(0.75), blended=False))
     rows, matrix, other = (
@@ -276,15 +275,15 @@ def test_a_shared_product_is_made_once_for_an_input_and_let_go_at_the_end() -> N
     product = rows.shared(matrix, x, 3)
     assert rows.shared(matrix, x, 3) is product
     assert rows.shared(matrix, y, 3) is not product
-    assert (matrix.asked, other.asked) == (2, 0)
+    assert (matrix.calls, other.calls) == (2, 0)
     rows.shared(other, y, 3)
-    assert (matrix.asked, other.asked) == (2, 1)
+    assert (matrix.calls, other.calls) == (2, 1)
     groups.end()
     assert rows._input is None
     assert rows.shared(other, y, 3).tolist() == [[2.0] * 3] * 2
 
 
-def test_a_shared_product_is_let_go_when_its_last_reader_has_it() -> None:
+def test_a_shared_product_is_freed_after_its_last_reader() -> None:
     rows, matrix, x = Rows(torch.tensor([0.5]), None), CountedMatrix(), torch.ones(2, 3)
     product = rows.shared(matrix, x, 2)
     assert rows._input is x
@@ -333,5 +332,5 @@ def names(table: dict[str, str]) -> list[tuple[str, str]]:
         }
     ),
 )
-def test_a_name_tells_its_blend_group(name: str, group: str) -> None:
+def test_a_parameters_name_gives_its_blend_group(name: str, group: str) -> None:
     assert group_of(name) == group

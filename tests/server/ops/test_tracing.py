@@ -55,7 +55,7 @@ def client(collector: Collector, make_client: MakeClient) -> TestClient:
 
 
 def received_spans(client: TestClient, collector: Collector) -> list[Any]:
-    """Returns the spans that the collector has once the app has received_spans all of them."""
+    """Returns the spans that the collector has once the app has sent all of them."""
     service: Service = client.app_state["service"]
     assert service.tracing is not None
     service.tracing._provider.force_flush()
