@@ -1,4 +1,4 @@
-"""How many examples a property test tries that does not try as many as most."""
+"""The number of examples of property tests that try fewer than Hypothesis's default."""
 
 from typing import Final
 
