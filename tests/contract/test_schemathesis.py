@@ -3,8 +3,8 @@
 There are three sources of requests: the document as it is, with valid and invalid data; the same
 document narrowed to what the server accepts, so that most requests are answered; and bodies and
 headers that no schema would generate. A 5xx, or a status, type, header or body that the document
-does not describe, is a failure. `make test-long` sends ten times as many requests, and each bound
-of each field.
+does not describe, is a failure. `make test-long` sends ten times as many requests, and tests each
+bound of each field.
 """
 
 import copy
