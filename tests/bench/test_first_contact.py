@@ -69,7 +69,7 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run({name: arguments of the fake}, *flags)` returns exit code and steps of the JSON."""
+    """Runs fake steps by `run({name: arguments}, *flags)`, which returns exit code and steps."""
     (tmp_path / "fakes.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("bench.first_contact.process_group.PATIENCE", 0.2)

@@ -87,7 +87,7 @@ def assert_as_on_a_server(engine: Engine, how: str = "captured") -> None:
 
 @pytest.fixture(scope="module")
 def engine(_on_a_gpu: None, _kernels_for_all_rows: None) -> Engine:
-    """An engine like a server's, but small, and without compiled steps."""
+    """Returns an engine like a server's, but small, and without compiled steps."""
     engine = build(DEVICE)
     assert_as_on_a_server(engine)
     assert engine._groups.cache.places >= 3, "blended weights would not be replayed at several λ"

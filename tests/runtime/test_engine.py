@@ -80,7 +80,7 @@ def assert_ended_once(events: list[TokenEvent], reason: FinishReason) -> None:
 
 @pytest.fixture(scope="module")
 def greedy(qwen3_pair: Directories) -> Callable[..., list[int]]:
-    """`greedy(prompt, λ)` returns what the merged checkpoint answers by plain `transformers`."""
+    """Answers by plain `transformers` on the merged checkpoint: `greedy(prompt, λ)`."""
 
     @cache
     def answer(prompt: tuple[int, ...] = COMMON, value: float = 0.5) -> list[int]:

@@ -76,9 +76,9 @@ def test_running_out_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def report_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`report_of(compiled, plain, **settings)` returns the report of CUDA graphs on a GPU.
+    """Reports CUDA graphs as on a GPU: `report_of(compiled, plain, **settings)`.
 
-    An exception as a forward is what capturing it raises.
+    If a forward is an exception, capturing it raises that exception.
     """
 
     def report(compiled: Any, plain: Any, backend: str = "triton", **settings: Any) -> str:

@@ -216,14 +216,14 @@ def test_a_tensor_is_moved_to_the_device_of_its_counterpart() -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(DeltaKind))
-@pytest.mark.parametrize("wrong", ["lost", "turned round"])
+@pytest.mark.parametrize("wrong", ["missing", "negated"])
 def test_a_missing_or_negated_delta_fails_the_self_check(
     pair_of: PairOf, kind: DeltaKind, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = delta.quantize
     quantize_wrongly = {
-        "lost": lambda instruct, _, kind: right(instruct, instruct, kind),
-        "turned round": lambda instruct, thinking, kind: right(thinking, instruct, kind),
+        "missing": lambda instruct, _, kind: right(instruct, instruct, kind),
+        "negated": lambda instruct, thinking, kind: right(thinking, instruct, kind),
     }
     monkeypatch.setattr(delta, "quantize", quantize_wrongly[wrong])
     with pytest.raises(PairError, match="self-check failed: blended logits at λ = 1"):
