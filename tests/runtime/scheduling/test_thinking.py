@@ -65,7 +65,7 @@ def test_a_close_tag_that_closes_nothing_is_an_answer_token() -> None:
     assert after([CLOSE, OPEN, 8]).reasoning_tokens == 1
 
 
-def test_an_open_tag_repeated_inside_the_block_counts_so_that_the_cap_bounds_it() -> None:
+def test_a_repeated_open_tag_inside_the_block_counts_as_reasoning() -> None:
     assert after([OPEN, 7], opened_by_prompt=True).reasoning_tokens == 2
 
 
