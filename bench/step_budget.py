@@ -4,7 +4,7 @@
     python -m bench.step_budget --write    writes them into the page
 
 Bytes and bounds follow from the shapes (`bench.gpu.bounds`). Launches are counted: the real model
-code, with tiny width and a few layers, runs a decode step on the CPU in the form that is recorded
+code, with tiny width and a few layers, runs a decode step on the CPU in the form that is captured
 on a GPU, and every dispatch except views and empty tensors counts as one launch. Triton kernels,
 which a CPU cannot run, are replaced by as many dispatches as they need launches. Nothing is timed.
 """
@@ -38,7 +38,7 @@ SHAPE: Final = SHAPES["4b"]
 ROWS: Final = (1, 32, 128)
 CONTEXT: Final = 1024  # tokens
 BANDWIDTHS: Final = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, as copied
-NODE: Final = (1.5e-6, 2.3e-6)  # seconds of a node of a recorded graph on Hopper
+NODE: Final = (1.5e-6, 2.3e-6)  # seconds of a node of a CUDA graph on Hopper
 LAUNCH: Final = 4e-6  # seconds of the host for each launch or copy, by published measurements
 NO_LAUNCH: Final = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view")
 
@@ -100,21 +100,21 @@ def _product(x: Tensor, instruct: Tensor, *_: Tensor) -> Tensor:
     return x.new_zeros(len(x), len(instruct))
 
 
-def _recorded(model: BlendedModel, way: Way) -> Launches:
-    """Runs a decode step of two rows in the form that is recorded."""
+def _captured(model: BlendedModel, way: Way) -> Launches:
+    """Runs a decode step of two rows in the form that is captured."""
     model.kernels._kernels = SimpleNamespace(pair_linear=_product, delta_linear=_product)  # type: ignore[assignment]
     model.kernels.rows = 512
     model.groups.cache.places = int(way is Way.BLENDED)
     attention = PagedAttention(model.layers, 4, 16, model.dtype, model.device, StandInAttention())
     counted = Launches()
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         run()
         with counted:
             run()
         return run
 
-    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([GraphKey(2, way)])
+    DecodeGraphs(model, attention, capture, sizes=(2,), max_blocks=2).capture([GraphKey(2, way)])
     return counted
 
 
@@ -129,7 +129,7 @@ def _model(store: Store, layers: int) -> BlendedModel:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The kernels of a forward if it is recorded, and its dispatches if it is not."""
+    """The kernels of a forward if it is captured, and its dispatches if it is not."""
 
     a_layer: int
     kernels: int
@@ -138,7 +138,7 @@ class Counts:
 
 @cache
 def counts_of(subject: Subject, layers: int = SHAPE.layers) -> Counts:
-    one, two = (_recorded(_model(subject.store, count), subject.way) for count in (1, 2))
+    one, two = (_captured(_model(subject.store, count), subject.way) for count in (1, 2))
     kernels, dispatched = two.kernels - one.kernels, two.dispatched - one.dispatched
     more = layers - 1
     return Counts(kernels, one.kernels + more * kernels, one.dispatched + more * dispatched)
@@ -175,7 +175,7 @@ def _step(shape: Shape, rows: int, subject: Subject) -> str:
 
 
 def _forwards(shape: Shape) -> str:
-    head = "| weights | kernels a layer | of a step, recorded | dispatches otherwise, about |\n"
+    head = "| weights | kernels a layer | of a step, captured | dispatches otherwise, about |\n"
     rows = [(one.name, counts_of(one)) for one in SUBJECTS]
     return f"{head}|---|---|---|---|\n" + "".join(
         _row(name, f"{one.a_layer}", f"{one.kernels:,}", f"{round(one.dispatched, -2):,}")

@@ -87,7 +87,7 @@ MUTATIONS = {
         ("tests/runtime/scheduling/test_planner.py",),
     ),
     "sampler: two requests share a random number": Mutation(
-        "mi_runtime/execution/topk_topp.py",
+        "mi_runtime/execution/random_sampling.py",
         "one.request.sampling, one.rng.random())",
         "one.request.sampling, 0.5)",
         ("tests/runtime/execution/test_sampler.py",),

@@ -1,4 +1,4 @@
-"""The speed that `README.md` states is that of `bench/results`, and each family is tested."""
+"""The speed in `README.md` is that of `bench/results`, and the families there are tested ones."""
 
 import json
 import re

@@ -98,7 +98,7 @@ def test_kv_is_written_in_its_slots_and_nowhere_else(shape: str) -> None:
 
 @on_a_gpu_only
 @pytest.mark.parametrize("name", ["triton", "torch"])
-def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_replay(
+def test_a_decode_step_can_be_captured_and_reads_what_is_written_before_its_replay(
     name: str,
 ) -> None:
     backend = make_backend(usable(name, "Qwen3-4B", torch.bfloat16))

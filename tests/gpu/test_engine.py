@@ -4,7 +4,7 @@ A token may differ if the reference's two best are closer together than rounding
 moves them. The rest of that answer is then another text, and is not compared.
 
 The most important tests come first, and each engine is as small as possible: decode steps are
-recorded for few rows, and compiled only in the longest test. The attention backend and the kernels
+captured for few rows, and compiled only in the longest test. The attention backend and the kernels
 of pair products are those of a real model, even if others would be faster at this size.
 """
 
@@ -30,7 +30,7 @@ LAMBDAS = (0.0, 0.25, 0.5, 0.5, 0.5, 0.75, 0.9, 1.0)
 NEW_TOKENS = 6 if REHEARSED else 24
 SMALL: dict[str, Any] = {
     "num_blocks": 128,
-    "max_num_seqs": 8,  # so that few decode steps are recorded
+    "max_num_seqs": 8,  # so that few CUDA graphs are captured
     "max_model_len": 256,
     "max_batched_tokens": 64,  # so that prompts are computed in several chunks
     "blend_cache_bytes": 16 << 20 if REHEARSED else None,  # room for three λ, or as many as can be
@@ -78,8 +78,8 @@ def reference(values: tuple[float, ...] = LAMBDAS, delta_dtype: Any = "none") ->
     return engine.generate(requests(values))
 
 
-def assert_as_on_a_server(engine: Engine, how: str = "recorded") -> None:
-    """Asserts that decode steps are recorded and pair products use kernels."""
+def assert_as_on_a_server(engine: Engine, how: str = "captured") -> None:
+    """Asserts that decode steps are captured and pair products use kernels."""
     if not REHEARSED:
         assert f" {how}, in " in engine.info.graphs, engine.info.graphs
         assert engine.info.pair_kernels == f"up to {KERNEL_ROWS} rows"
@@ -125,7 +125,7 @@ def test_eager_answers_are_those_of_the_cpu(make: Make) -> None:
     assert_agree(engine.generate(requests()), reference())
 
 
-def test_recorded_answers_are_those_of_the_cpu(engine: Engine) -> None:
+def test_answers_from_cuda_graphs_are_those_of_the_cpu(engine: Engine) -> None:
     assert_agree(engine.generate(requests()), reference())
     assert_agree(engine.generate(requests()), reference())  # found in the prefix cache
 
@@ -134,7 +134,7 @@ def test_recorded_answers_are_those_of_the_cpu(engine: Engine) -> None:
 def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
     """The longest test runs early, so that other processes run the others meanwhile."""
     engine = make(torch_compile=True)
-    assert_as_on_a_server(engine, "recorded and compiled")
+    assert_as_on_a_server(engine, "captured and compiled")
     assert_agree(engine.generate(requests()), reference())
 
 

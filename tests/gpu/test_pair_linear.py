@@ -122,7 +122,7 @@ def test_the_product_with_a_delta_is_that_of_its_dequantized_weights(
 
 @on_a_gpu_only
 @pytest.mark.parametrize("kind", ["pair", "int8", "int4"])
-def test_a_product_can_be_recorded_and_reads_the_λ_that_are_written_before_its_replay(
+def test_a_product_can_be_captured_and_reads_the_λ_that_are_written_before_its_replay(
     kind: str,
 ) -> None:
     columns, depth = MATRICES["down"]

@@ -194,10 +194,10 @@ def test_a_subject_is_gone_before_the_next_one_begins() -> None:
     assert model() is None
 
 
-def test_an_engine_on_a_gpu_without_recordings_or_kernels_is_an_error() -> None:
+def test_an_engine_on_a_gpu_without_cuda_graphs_or_kernels_is_an_error() -> None:
     good = {
         "attention": "triton (…)",
-        "graphs": "12 recorded, in 9 s",
+        "graphs": "12 captured, in 9 s",
         "pair_kernels": "up to 64 rows",
     }
     assert what_is_off(good, Run("4b")) == []

@@ -119,11 +119,11 @@ def info_of(**choices: str) -> EngineInfo:
 @pytest.mark.parametrize(
     ("graphs", "kernels", "off_there"),
     [
-        ("24 recorded, in 9 s", "up to 64 rows", 0),
+        ("24 captured, in 9 s", "up to 64 rows", 0),
         ("none", "up to 64 rows", 1),
-        ("24 recorded, in 9 s", "none, as they do not run here (no)", 1),
+        ("24 captured, in 9 s", "none, as they do not run here (no)", 1),
         ("none", "", 2),
-        ("24 recorded, in 9 s", "up to 0 rows", 1),
+        ("24 captured, in 9 s", "up to 0 rows", 1),
     ],
 )
 def test_graphs_and_kernels_that_are_off_are_read_from_the_servers_line_and_fail_on_a_gpu(

@@ -37,5 +37,5 @@ def test_a_pair_of_the_larger_model_needs_the_larger_card() -> None:
 def test_the_bytes_asked_for_hold_the_places_and_not_one_more() -> None:
     room, copy = room_for(DENSE, "pair", FULL, H100), 2 * DENSE.weights
     assert room.blend_bytes is not None
-    for recordings in (0.0, 2e9):
-        assert room.blend_bytes // (copy + recordings) == room.places
+    for graphs in (0.0, 2e9):
+        assert room.blend_bytes // (copy + graphs) == room.places

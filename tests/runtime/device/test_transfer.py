@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mi_runtime.device.transfer import Readback, on_device, send
-from mi_runtime.execution import topk_topp
+from mi_runtime.execution import random_sampling
 from mi_runtime.execution.batch import build_batch
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.model.blend_cache import BlendCache
@@ -125,7 +125,7 @@ def sequences_of_every_kind() -> list[Sequence]:
 def test_sampling_does_not_wait_and_returns_its_results_in_one_copy(
     dtype: torch.dtype, copies_made: CopyTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topk_topp, "GROUP", VOCAB // 3)  # as in a large vocabulary
+    monkeypatch.setattr(random_sampling, "GROUP", VOCAB // 3)  # as in a large vocabulary
     sequences = sequences_of_every_kind()
     assert sequences[6].forced_token == CLOSE
     logits = torch.randn(len(sequences), VOCAB, dtype=dtype, device=DEVICE)

@@ -56,7 +56,7 @@ def graphs_of(engine: Engine, forward: Forward, blocks: int = 20) -> DecodeGraph
 
 
 def run(graphs: DecodeGraphs, keys: Sequence[GraphKey]) -> list[Tensor]:
-    graphs.record(keys)
+    graphs.capture(keys)
     with torch.inference_mode():
         return [graphs._replays[key]().clone() for key in keys]
 

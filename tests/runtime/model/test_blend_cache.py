@@ -49,7 +49,7 @@ def random_pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def rounded_once(low: Tensor, high: Tensor, value: float) -> Tensor:
-    """Returns the blend of two tensors, computed in fp32: the slow twin."""
+    """Returns the reference: the blend of two tensors, computed in fp32."""
     return torch.lerp(low.float(), high.float(), value).to(low.dtype)
 
 
@@ -239,7 +239,7 @@ FORWARDS = st.lists(st.tuples(KEYS, st.sets(st.integers(0, 3))), max_size=60)
 def test_random_forwards_keep_every_invariant(
     forwards: list[tuple[Key, set[int]]], places: int
 ) -> None:
-    """The slow twin lists the last λ values of each group, in order of use."""
+    """The reference lists the last λ values of each group, in order of use."""
     sources = [Source(size) for size in (0, 3, 8, 20)]
     cache = BlendCache(places)
     held: dict[str, OrderedDict[float, set[int]]] = {}

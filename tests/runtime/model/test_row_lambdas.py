@@ -107,9 +107,9 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
             assert rows.blend is None or {rows.blend.value} == set(values)
 
 
-def test_a_λ_without_an_endpoint_takes_the_ways_of_those_between() -> None:
+def test_without_an_endpoint_a_λ_runs_as_one_between_the_endpoints() -> None:
     """This is λ = 1 if Thinking is stored as a rounded delta."""
-    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(1 << 20), {0.0: INSTRUCT})
+    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(2), {0.0: INSTRUCT})
     for dial, blended, way in (
         (Dial(1.0), False, P),
         (Dial(1.0), True, B),

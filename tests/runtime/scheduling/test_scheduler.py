@@ -114,7 +114,7 @@ def scores_alone(req: EngineRequest) -> tuple[TokenLogprobs, ...] | None:
 
 
 def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishReason]:
-    """Returns the answer without blocks, batches or a scheduler: the slow twin."""
+    """Returns the reference answer, computed without blocks, batches or a scheduler."""
     seq, kv = Sequence(req), list[int]()
     if req.sampling.max_tokens == 0:
         return [], FinishReason.LENGTH

@@ -134,7 +134,7 @@ def write(policy: ThinkPolicy, wanted: list[int]) -> tuple[list[int], ThinkingSt
 
 
 def write_slowly(policy: ThinkPolicy, wanted: list[int]) -> list[int]:
-    """Inserts the closing sequence into the complete answer: the slow twin."""
+    """Inserts the closing sequence into the complete answer, as a reference."""
     first = 0
     if not policy.opened_by_prompt:
         if OPEN not in wanted:

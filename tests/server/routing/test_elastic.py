@@ -66,7 +66,7 @@ def test_two_switches_are_at_least_a_dwell_time_apart(steps: list[tuple[float, P
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), PRESSURES, PRESSURES)))
-def test_looking_at_it_foretells_an_update_and_changes_nothing(
+def test_asking_for_the_state_under_a_pressure_predicts_an_update_and_changes_nothing(
     steps: list[tuple[float, Pressure, Pressure]],
 ) -> None:
     clock = Clock()
