@@ -207,7 +207,7 @@ def filled(page: str) -> str:
 
 
 def with_measured(new: str, old: str) -> str:
-    """Returns the new tables, with the last cells of the same rows of the old ones."""
+    """Copies the measured times from the old tables into the new ones."""
     kept = {_key(line): line.split("|")[-2].strip() for line in old.splitlines() if _key(line)}
     lines = [
         f"{line[:-2]}{figure} |"
@@ -219,7 +219,7 @@ def with_measured(new: str, old: str) -> str:
 
 
 def _key(line: str) -> tuple[str, ...]:
-    """Returns the rows and the weights that a line of the first table names; else nothing."""
+    """Returns the rows and the weights that a line of the first table names, or an empty tuple."""
     cells = [cell.strip() for cell in line.split("|")]
     return tuple(cells[1:3]) if len(cells) == 11 else ()
 

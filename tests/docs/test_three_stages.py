@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench import three_stages
-from server.sweep.grid import ablation_dials
+from server.sweep.grid import ablation_groups
 from server.sweep.stages import stages
 
 PAGE = three_stages.PAGE.read_text()
@@ -63,7 +63,7 @@ def test_the_stages_follow_the_rule(measured: dict[str, Any]) -> None:
 
 def test_the_ablation_measures_the_dials_of_the_command(measured: dict[str, Any]) -> None:
     dials = {it["dial"] for it in measured["ablation"]["points"]}
-    assert dials == set(ablation_dials(6)) == set(three_stages.ABLATION)
+    assert dials == set(ablation_groups(6)) == set(three_stages.ABLATION)
 
 
 def test_every_measurement_has_150_questions_and_8_samples(measured: dict[str, Any]) -> None:
