@@ -92,14 +92,18 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether all requests have ended. A step whose results nobody needs may be in flight."""
+        """Whether every request has ended. A step whose results nobody needs may be in flight."""
         return self.scheduler.unfinished == 0 and not self._compiling
 
     def submit(self, request: EngineRequest) -> None:
         """Accepts a request. Raises RequestRejected if it cannot be computed."""
         self.scheduler.check_request(request)
         if request.grammar is not None and self._grammars is None:
-            raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
+            raise RequestRejected(
+                "this server cannot enforce formats or tools: its engine has no vocabulary for "
+                "grammars",
+                param="grammar",
+            )
         assert request.request_id not in self._compiling
         sequence = Sequence(request, self._marks, self._grammars)
         if sequence.grammar is None or sequence.grammar.ready:
@@ -190,7 +194,10 @@ class Engine:
         return self.scheduler.complete(sequence)
 
     def generate(self, requests: Iterable[EngineRequest]) -> dict[str, list[TokenEvent]]:
-        """Answers all requests, batched together, and returns the events of each by its id."""
+        """Answers all requests, batched together, and returns the events of each by its id.
+
+        For tests and benchmarks; the worker calls `submit` and `step` itself.
+        """
         events: dict[str, list[TokenEvent]] = {}
         for request in requests:
             self.submit(request)

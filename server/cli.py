@@ -14,7 +14,7 @@ COMMANDS: Final = {
     "serve": "serve a pair of checkpoints; the embedded pair if none is named",
     "merge": "write the weights at one λ as a checkpoint",
     "sweep": "ask many questions at every λ and report how λ changes the answers",
-    "calibrate": "measure the profile that the router reads",
+    "calibrate": "measure the profile from which `serve` picks λ",
 }
 
 

@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODES: Final = """exit codes:
-  0    done; a server that a signal stopped also ends with it
+  0    success; also a server stopped by a signal
   1    the engine process ended, or a measurement could not continue
   2    flags, settings, files or the pair cannot be used
   3    the server cannot listen at its address and port

@@ -111,7 +111,7 @@ class Service:
         )
         if profile is None:
             logger.warning(
-                "No profile of this pair: efforts and budgets choose λ without measurements, and "
+                "This pair has no profile: an effort is used as λ, a budget is only a cap, and "
                 "--adapt and --elastic have no effect"
             )
         elif profile.pair.identity not in (None, info.pair_identity):

@@ -75,9 +75,11 @@ def cuda_sizes(config: EngineConfig, model: BlendedModel, reserved: ReservedMemo
         places = min(MOST_PLACES, int(max(0, left) * BLEND_SHARE_OF_CUDA // per_place))
     else:
         places = config.blend_cache_bytes // per_place
-    num_blocks = _blocks(config, model, left - places * per_place)
+    blended = places * per_place
+    num_blocks = _blocks(config, model, left - blended)
     if num_blocks < 1:
-        raise PairError([_no_room(config, reserved, allowed, left)])
+        missing = block_bytes(config, model) + blended - left
+        raise PairError([_no_room(config, reserved, allowed, blended, missing)])
     return CacheSizes(num_blocks, places)
 
 
@@ -115,8 +117,12 @@ def _blocks(config: EngineConfig, model: BlendedModel, left: int) -> int:
     return min(useful, left // block_bytes(config, model))
 
 
-def _no_room(config: EngineConfig, reserved: ReservedMemory, allowed: int, left: int) -> str:
-    """Returns the message for a device without room for a KV block."""
+def _no_room(
+    config: EngineConfig, reserved: ReservedMemory, allowed: int, blended: int, missing: int
+) -> str:
+    """Returns the message for a device that has `missing` bytes too few for a KV block."""
+    if missing <= 0:
+        return f"--kv-cache-bytes {config.kv_cache_bytes} is less than one KV block"
 
     def gib(amount: int) -> str:
         return f"{amount / GIB:.1f} GiB"
@@ -125,9 +131,9 @@ def _no_room(config: EngineConfig, reserved: ReservedMemory, allowed: int, left:
         f"no memory for KV: of {gib(reserved.total)} on the device, --gpu-memory-utilization "
         f"{config.gpu_memory_utilization:g} allows {gib(allowed)}; weights and other processes "
         f"hold {gib(reserved.used)}, the largest step takes {gib(reserved.workspace)}, "
-        f"CUDA graphs {gib(reserved.graph_bytes)}: {gib(left)} are left. Keep the pair smaller "
-        "(--delta-dtype int8), make steps smaller (--max-batched-tokens, --max-num-seqs), or "
-        "allow more"
+        f"CUDA graphs {gib(reserved.graph_bytes)}, blended weights {gib(blended)}: {gib(missing)} "
+        "too little. Use --delta-dtype int8, lower --max-batched-tokens or --max-num-seqs, or "
+        "raise --gpu-memory-utilization"
     )
 
 

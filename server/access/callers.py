@@ -25,7 +25,7 @@ class KeyFileError(CommandError):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose quota pays for a request, and whose cached prompts it may reuse."""
+    """Identifies the quota and the prompt cache of a request."""
 
     identity: str  # digest of the key; the client's address if the server has no keys
     name: str | None = None  # of the key, for the log; None if the server has no keys
@@ -70,7 +70,7 @@ class KeyRing:
         digest = _digest(presented.strip())
         matches = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
         if scheme.lower() != SCHEME or not matches:
-            raise InvalidApiKey("This server needs a valid key: `Authorization: Bearer KEY`")
+            raise InvalidApiKey("Send a valid API key: `Authorization: Bearer KEY`")
         return Caller(identity=digest.hex(), name=matches[0].name)
 
 

@@ -63,5 +63,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise InvalidRequest(f"`{TIMEOUT_HEADER}` takes seconds above 0", param=TIMEOUT_HEADER)
+        raise InvalidRequest(
+            f"`{TIMEOUT_HEADER}` must be a number of seconds above 0", param=TIMEOUT_HEADER
+        )
     return seconds

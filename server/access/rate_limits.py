@@ -58,5 +58,5 @@ class RateLimits:
 
 
 def _exceeded(limit: int, what: str, seconds: float) -> RateLimited:
-    message = f"The limit of {limit} {what} a minute is reached"
+    message = f"Rate limit reached: {limit} {what} per minute"
     return RateLimited(message, retry_after=math.floor(seconds) + 1)

@@ -56,8 +56,8 @@ class Answer:
     ) -> None:
         """Takes the choices by the id of their engine request.
 
-        At the end it fills in `notes`, and `charge` takes the answer's tokens from the caller's
-        quota.
+        At the end it adds the log fields to `notes`, and `charge` takes the answer's tokens from
+        the caller's quota.
         """
         self.head = head
         self.generation = generation

@@ -4,8 +4,9 @@ The order of the work is decided here: detokenize, split reasoning from content,
 strings, find tool calls. A choice does not know how its chunks are written, or who reads them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from mi_runtime.request import FinishReason, RequestRejected, TokenEvent
@@ -51,13 +52,13 @@ class Choice:
         echo: Echo | None = None,
         observe: ObserveReasoning | None = None,
         tools: bool = False,
-        prompt_field: str = "prompt",
+        field_names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Makes a choice without tokens.
 
         `write_logprobs` is None if the request wants no log-probabilities. `echo` is the prompt if
         the first chunk begins with it. `tools` says whether the model may call tools.
-        `prompt_field` is the field in which the request has its prompt.
+        `field_names` has the request's names of the engine's fields, where they differ.
         """
         self.index = index
         self.meter = meter
@@ -67,7 +68,7 @@ class Choice:
         self.cached_tokens = 0
         self.forced_close = False
         self._cut_in_block = False
-        self._prompt_field = prompt_field
+        self._field_names = field_names
         self._observe = observe
         self._vocabulary = vocabulary
         self._text = IncrementalDetokenizer(vocabulary)
@@ -145,9 +146,9 @@ class Choice:
         """Returns the error that a client gets for an engine request that ended with one."""
         error = event.error
         if isinstance(error, RequestRejected):
-            param = self._prompt_field if error.param == "prompt" else error.param
+            param = self._field_names.get(error.param or "", error.param)
             return InvalidRequest(str(error), param=param, code=error.code)
-        return RequestFailed(error or "The engine gave the request up")
+        return RequestFailed(error or "The engine aborted the request")
 
     def _chunk(self, split: Split, content: str) -> AnswerChunk | None:
         calls: list[ToolCallDelta] = []

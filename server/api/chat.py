@@ -74,7 +74,7 @@ def _grammar_and_prompts(
         # The engine cannot see where the block ends, where the grammar would begin.
         param = "tools" if wire.offered_tools else "response_format"
         raise InvalidRequest(
-            f"`{param}` needs think tags that are single tokens, which this model lacks",
+            f"`{param}` is not supported for this model: its think tags are not single tokens",
             param=param,
         )
     return grammar, prompts

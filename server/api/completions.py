@@ -56,7 +56,7 @@ async def prepare_completion(
     """Reads and checks a completion request. Raises `ApiError` for anything that is refused."""
     body = await read_body(request, service.settings.max_body_bytes)
     wire = await parse_without_blocking(body, parse_completion_request)
-    refuse_think_fields(wire, "needs a think block, which a raw prompt does not have")
+    refuse_think_fields(wire, "is not allowed in /v1/completions: a raw prompt has no think block")
     decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
     vocabulary = service.prompt_builder.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, info.vocab_size)
@@ -131,7 +131,7 @@ def _of_tokens(
 ) -> _RawPrompt:
     if max(token_ids) >= vocab_size:
         raise InvalidRequest(
-            f"`{param}` has {max(token_ids)}, which is not a token id; they go up to "
+            f"`{param}` has the invalid token id '{max(token_ids)}'; valid ids are 0 to "
             f"{vocab_size - 1}",
             param=param,
         )

@@ -3,7 +3,7 @@
 `chat` and `completions` prepare requests, and `submission` submits them to the engine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mi_runtime.request import Dial, EngineInfo, SamplingParams
@@ -49,6 +49,12 @@ class PreparedRequest:
     grammar: str | None = None  # that the answers of all choices follow
 
     @property
+    def field_names(self) -> Mapping[str, str]:
+        """The request's names of the engine's fields, where they differ."""
+        grammar = "tools" if self.tools else "response_format"
+        return {"prompt": self.wire.prompt_field, "grammar": grammar}
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts. A prompt counts once, however many choices it has.
 
@@ -62,7 +68,7 @@ class PreparedRequest:
 def route(
     wire: GenerationRequest, header: str | None, service: Service, info: EngineInfo
 ) -> RoutingDecision:
-    """Returns the λ and the cap that a request runs at.
+    """Chooses λ: returns the routing decision of a request, with the λ and the cap it runs at.
 
     Raises `InvalidRequest` or `ModelNotFound`.
     """
@@ -70,7 +76,9 @@ def route(
         model=wire.model, body=wire.reasoning_lambda, header=header, layers=info.layers
     )
     if not service.prompt_builder.vocabulary.has_think_tags:
-        refuse_think_fields(wire, "needs think tags that are single tokens, which this model lacks")
+        refuse_think_fields(
+            wire, "is not supported for this model: its think tags are not single tokens"
+        )
     requested = service.lambda_reader.with_answer(requested, wire.answer_lambda)
     return service.router.decide(
         requested, read_reasoning_options(wire), under_load=service.update_load()

@@ -18,8 +18,8 @@ from server.text.reasoning_parser import PlainText, Splitter
 def submit(prepared: PreparedRequest, service: Service) -> Answer:
     """Submits the request and returns its answer.
 
-    Nothing here waits. So the caller's other requests cannot come between the check of its quota
-    and the charge. Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
+    This function never awaits, so the caller's other requests cannot come between the check of its
+    quota and the charge. Raises `Unavailable`, `RateLimited` or `InvalidRequest`.
     """
     requests = _engine_requests(prepared, service)
     service.admit()
@@ -94,7 +94,7 @@ def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
         echo=choice.echo,
         observe=_observer(choice, prepared, service),
         tools=prepared.tools,
-        prompt_field=prepared.wire.prompt_field,
+        field_names=prepared.field_names,
     )
 
 

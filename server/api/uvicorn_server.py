@@ -23,8 +23,8 @@ from server.service import Service
 
 logger = logging.getLogger(__name__)
 
-FAREWELL_SECONDS: Final = 1.0
-"""How long a server stays after its engine ended, so that streams can end with their error and
+EXIT_DELAY_SECONDS: Final = 1.0
+"""Time between the end of the engine and that of the server: streams end with their error, and
 probes of `/health` see the 503."""
 
 
@@ -78,7 +78,7 @@ class _Server(uvicorn.Server):
             return
         self._service.draining = True
         self._drain_until = time.monotonic() + self._service.settings.drain_timeout
-        logger.info("%s: draining", signal.Signals(sig).name)
+        logger.info("Received %s, draining", signal.Signals(sig).name)
 
     async def on_tick(self, counter: int) -> bool:
         self.should_exit = self.should_exit or self._is_over()
@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
             if self._leave_at is None:
                 logger.error("%s", service.engine.ended)
                 was_serving = service.engine.info is not None
-                self._leave_at = now + (FAREWELL_SECONDS if was_serving else 0)
+                self._leave_at = now + (EXIT_DELAY_SECONDS if was_serving else 0)
             return now >= self._leave_at
         if not service.draining:
             return False

@@ -181,16 +181,18 @@ class EngineClient:
             generation.fail(Draining("The server shut down before the answer was complete"))
 
     def check_room(self, count: int = 1, prompt_tokens: int = 1) -> None:
-        """Raises `Overloaded` if the queue has no room for so many requests and tokens.
+        """Raises `Overloaded` if the queue has no room for that many requests and tokens.
 
-        Raises `EngineDead` if the engine process has ended, `InvalidRequest` if so many requests
+        Raises `EngineDead` if the engine process has ended, `InvalidRequest` if that many requests
         would never fit.
         """
         if self.ended is not None:
             raise EngineDead("The engine process has ended")
         capacity = self._config.max_num_seqs + self._max_waiting
         if count > capacity:
-            raise InvalidRequest(f"This server takes at most {capacity} choices at once", param="n")
+            raise InvalidRequest(
+                f"This server accepts at most {capacity} choices per request", param="n"
+            )
         waiting = self.waiting
         queue_is_full = waiting > 0 and waiting + count > self._max_waiting
         if queue_is_full or len(self._open) + count > capacity:
@@ -267,8 +269,8 @@ class EngineClient:
         if self._watchdog.check(self._traffic):
             self._end(
                 EngineEnded(
-                    f"The engine process hangs: it owes {len(self._owed)} answers and has reported "
-                    f"nothing for {self._timeout:g} s (--engine-timeout)",
+                    f"The engine process hung: {len(self._owed)} requests are unfinished and "
+                    f"nothing was reported for {self._timeout:g} s (--engine-timeout)",
                     exit_code=ExitCode.FAILED,
                 )
             )
@@ -301,12 +303,11 @@ class EngineClient:
         if self._stopping:
             return
         try:
-            how = f"exit code {self._process.wait(timeout=self._stop_grace)}"
+            code = self._process.wait(timeout=self._stop_grace)
+            message = f"The engine process ended (exit code {code})"
         except subprocess.TimeoutExpired:
-            how = "it still runs, but closed its pipe"
-        self._hand_over(
-            self._end, EngineEnded(f"The engine process ended ({how})", exit_code=ExitCode.FAILED)
-        )
+            message = "The engine process closed its pipe but did not exit"
+        self._hand_over(self._end, EngineEnded(message, exit_code=ExitCode.FAILED))
 
     def _hand_over(self, call: Callable[[_T], None], argument: _T) -> None:
         with suppress(RuntimeError):  # the loop is closed

@@ -18,7 +18,7 @@ class RetryAfter:
         self._ends.append(at)
 
     def estimate(self, requests: int, now: float) -> int:
-        """Returns the seconds until so many requests end at the recent rate; 1 if it is unknown."""
+        """Returns the seconds until that many requests end at the recent rate; 1 if unknown."""
         while self._ends and self._ends[0] < now - RECENT:
             self._ends.popleft()
         if not self._ends:

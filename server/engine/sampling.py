@@ -7,7 +7,7 @@ from typing import Any
 from mi_runtime.request import EngineInfo, SamplingParams
 from server.text.checkpoint import EndpointText
 from server.text.vocabulary import Vocabulary
-from server.wire.errors import ContextTooLong, InvalidRequest
+from server.wire.errors import ContextTooLong, InvalidRequest, bounded
 from server.wire.generation_request import GenerationRequest
 
 
@@ -48,8 +48,8 @@ class SamplingPolicy:
         max_tokens = room if limit is None else min(limit, room)
         if request.min_tokens > max_tokens:
             raise InvalidRequest(
-                f"`min_tokens` ({request.min_tokens}) is above the {max_tokens} tokens the answer "
-                "can have",
+                f"`min_tokens` ({request.min_tokens}) exceeds the maximum answer length of "
+                f"{max_tokens} tokens",
                 param="min_tokens",
             )
         return SamplingParams(
@@ -100,7 +100,8 @@ def _token_id(text: str, vocab_size: int, param: str) -> int:
     token_id = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
     if not 0 <= token_id < vocab_size:
         raise InvalidRequest(
-            f"`{param}` is not a token id; they are whole numbers from 0 to {vocab_size - 1}",
+            f"`{param}` has the invalid token id {bounded(text, 40)!r}; valid ids are 0 to "
+            f"{vocab_size - 1}",
             param=param,
         )
     return token_id

@@ -44,29 +44,43 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mi-server merge",
         description="Writes one λ, or a baseline merge, as a checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
         "--instruct",
         default=str(INSTRUCT_DIRECTORY),
-        help="Instruct endpoint: a directory or hub id",
+        help="Instruct endpoint: a directory or hub id (default: that of the embedded pair)",
     )
     add(
         "--thinking",
         default=str(THINKING_DIRECTORY),
-        help="Thinking endpoint: a directory or hub id",
+        help="Thinking endpoint: a directory or hub id (default: that of the embedded pair)",
     )
-    add("--lambda", dest="reasoning_lambda", help="a number, or λ by blend group as JSON")
+    add("--lambda", dest="reasoning_lambda", help="a number, or a JSON object of λ by blend group")
     add("--out", type=Path, required=True, help="directory to write; it must not exist")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="number format of the files; default: that of the endpoints",
+        help="number format of the files (default: that of the endpoints)",
     )
-    add("--think-threshold", type=float, default=0.0, help="highest λ with Instruct's template")
-    add("--method", choices=METHODS, default="interpolation")
+    add(
+        "--think-threshold",
+        type=float,
+        default=0.0,
+        help="highest λ that gets Instruct's chat template (default: 0)",
+    )
+    add(
+        "--method",
+        choices=METHODS,
+        default="interpolation",
+        help="how to merge (default: interpolation)",
+    )
     add("--base", help="model that both endpoints were tuned from; for task-arithmetic and ties")
-    add("--scale", type=float, help="factor of the task vectors; default: 0.7 (ties: 0.5)")
-    add("--density", type=float, default=0.2, help="share of each task vector that ties keeps")
+    add("--scale", type=float, help="factor of the task vectors (default: 0.7; for ties 0.5)")
+    add(
+        "--density",
+        type=float,
+        default=0.2,
+        help="share of each task vector that ties keeps (default: 0.2)",
+    )
     return parser

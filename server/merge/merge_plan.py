@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mi_runtime.request import Dial
 from server.config import ConfigError
-from server.routing.group_lambdas import dial_of_groups, dial_to_json
+from server.routing.group_lambdas import PARAM, dial_of_groups, dial_to_json
 from server.text.checkpoint import local_directory, read_json
 from server.wire.errors import InvalidRequest
 from server.wire.reasoning_fields import GroupLambdas
@@ -74,14 +74,14 @@ def _check_together(arguments: argparse.Namespace) -> None:
     if arguments.method == "interpolation":
         for name in ("base", "scale"):
             if getattr(arguments, name) is not None:
-                raise ConfigError(f"--{name} belongs to --method task-arithmetic and ties")
+                raise ConfigError(f"--{name} is allowed only with --method task-arithmetic or ties")
         if arguments.reasoning_lambda is None:
-            raise ConfigError("--lambda is missing")
+            raise ConfigError("--method interpolation requires --lambda")
         return
     if arguments.reasoning_lambda is not None:
-        raise ConfigError("--lambda belongs to --method interpolation")
+        raise ConfigError("--lambda is allowed only with --method interpolation")
     if arguments.base is None:
-        raise ConfigError(f"--method {arguments.method} needs --base")
+        raise ConfigError(f"--method {arguments.method} requires --base")
     if not 0 < arguments.density <= 1:
         raise ConfigError(f"--density must be above 0 and at most 1, not {arguments.density}")
 
@@ -97,6 +97,8 @@ def _dial(text: str, layers: int) -> Dial:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ConfigError(f"--lambda: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except InvalidRequest as error:
-        raise ConfigError(f"--lambda: {error.message}") from error
+        raise ConfigError(f"--lambda: {error.message.replace(f'{PARAM}.', '')}") from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--lambda: neither a λ nor λ by blend group: {error}") from error
+        raise ConfigError(
+            f"--lambda: {text!r} is neither a number nor a JSON object of λ by blend group"
+        ) from error

@@ -28,7 +28,7 @@ class RoutingCollector(Collector):
         state = self._read()
         active = GaugeMetricFamily(
             "mi_elastic_active",
-            "Whether load moves requests that name no λ to cheaper points of the profile.",
+            "1 while load gives requests without a λ a cheaper one.",
             labels=["model_name"],
         )
         active.add_metric([self._model_name], state.elastic)
@@ -38,7 +38,7 @@ class RoutingCollector(Collector):
     def _observed(self, lengths: ObservedLengths | None) -> Metric:
         family = Metric(
             "mi_observed_reasoning_tokens",
-            "Reasoning tokens of answers by routing class; a cut block counts as longest.",
+            "Reasoning tokens of an answer by routing class; a truncated think block is the longest.",
             "summary",
         )
         for name, bucket, digest in lengths.filled() if lengths else ():

@@ -36,8 +36,8 @@ def dial_of_groups(given: GroupLambdas, *, step: float, layers: int) -> Dial:
     if default is None:
         if missing:
             raise InvalidRequest(
-                f"`{PARAM}` names no `default`, which {len(missing)} blend groups would take "
-                f"(such as `{missing[0]}`)",
+                f"`{PARAM}.default` is required: no λ is set for {len(missing)} blend groups, such "
+                f"as `{missing[0]}`",
                 param=f"{PARAM}.default",
             )
         default = _most_common(values.values())
@@ -112,7 +112,7 @@ def _by_layer(
         for layer in _layers_of(key, layers):
             if layer in entries:
                 raise InvalidRequest(
-                    f"`{PARAM}.layers` names layer {layer} twice; ranges must not overlap",
+                    f"`{PARAM}.layers` sets layer {layer} twice; ranges must not overlap",
                     param=_range_param(key),
                 )
             entries[layer] = entry
@@ -167,6 +167,6 @@ def _layer_ranges(by_layer: Sequence[float | dict[str, float] | None]) -> dict[s
 
 
 def _most_common(values: Iterable[float], preferred: float | None = None) -> float:
-    """Returns the most common value; of equally common ones the preferred or else the lowest."""
+    """Returns the most common value; a tie goes to `preferred`, then to the lowest."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value == preferred, -value))

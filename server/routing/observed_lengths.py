@@ -1,8 +1,9 @@
 """Keeps quantiles of the reasoning tokens of finished answers, by routing class and λ bucket.
 
-A think block that was cut, by its cap or by the answer's length, would have been longer, by an
-unknown number of tokens. Leaving it out would make every quantile too short, so it counts as longer
-than every block that ended by itself. A quantile that falls among the cut blocks is unknown (None).
+A think block that was truncated, by its cap or by the answer's length, would have been longer, by
+an unknown number of tokens. Leaving it out would make every quantile too short, so it counts as
+longer than every block that ended by itself. A quantile that falls among truncated blocks is
+unknown (None).
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,8 @@ class LengthDigest:
 
     def __init__(self) -> None:
         self._complete = TDigest(max_centroids=_CENTROIDS)
-        self.cut = 0  # blocks
-        self.total = 0  # tokens, with those of cut blocks
+        self.cut = 0  # truncated blocks
+        self.total = 0  # tokens, with those of truncated blocks
 
     def add(self, tokens: int, *, cut: bool) -> None:
         self.total += tokens
@@ -33,18 +34,18 @@ class LengthDigest:
 
     @property
     def samples(self) -> int:
-        """Number of blocks, cut ones included."""
+        """Number of blocks, truncated ones included."""
         return self._complete.n_values + self.cut
 
     @property
     def mean(self) -> float | None:
-        """Mean tokens of a block, cut ones with the tokens that they had. None without blocks."""
+        """Mean tokens of a block, as many as it had if it was truncated. None without blocks."""
         return self.total / self.samples if self.samples else None
 
     def quantile(self, share: float) -> float | None:
         """Returns the number of tokens that `share` (0 to 1) of the blocks do not exceed.
 
-        None without blocks, or if the quantile falls among the blocks that were cut.
+        None without blocks, or if the quantile falls among truncated blocks.
         """
         complete = self._complete.n_values
         rank = share * self.samples

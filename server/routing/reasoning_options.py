@@ -55,9 +55,9 @@ def read_reasoning_options(request: GenerationRequest) -> ReasoningOptions:
     Raises `InvalidRequest` that states the rule and names one of the fields in conflict.
     """
     limits, efforts, switches = budgets(request), _efforts(request), _switches(request)
-    _check_agreement("budgets of reasoning tokens", limits, limits.values())
-    _check_agreement("reasoning efforts", efforts, map(share_of, efforts.values()))
-    _check_agreement("answers to whether to think", switches, switches.values())
+    _check_agreement("sets different budgets", limits, limits.values())
+    _check_agreement("sets different efforts", efforts, map(share_of, efforts.values()))
+    _check_agreement("turns thinking both on and off", switches, switches.values())
     _check_objects(request)
     _check_off(limits, efforts, switches)
     budget = _first(limits)
@@ -118,11 +118,11 @@ def _first(fields: Mapping[str, Any]) -> Any:
     return next(iter(fields.values()), None)
 
 
-def _check_agreement(what: str, fields: Mapping[str, Any], meanings: Iterable[float]) -> None:
+def _check_agreement(conflict: str, fields: Mapping[str, Any], meanings: Iterable[float]) -> None:
     if len(set(meanings)) > 1:
         raise InvalidRequest(
-            f"The request names different {what}: {_listed(fields)}; give one of them, or the same "
-            "value in each",
+            f"The request {conflict}: {_listed(fields)}; set only one of them, or the "
+            "same value in each",
             param=list(fields)[-1],
         )
 
@@ -132,11 +132,11 @@ def _check_objects(request: GenerationRequest) -> None:
     reasoning, thinking = request.reasoning, request.thinking
     if reasoning and reasoning.effort is not None and reasoning.max_tokens is not None:
         raise InvalidRequest(
-            "`reasoning` takes `effort` or `max_tokens`, not both", param="reasoning.max_tokens"
+            "`reasoning` may have `effort` or `max_tokens`, not both", param="reasoning.max_tokens"
         )
     if thinking and thinking.type != "enabled" and thinking.budget_tokens is not None:
         raise InvalidRequest(
-            "`thinking.budget_tokens` needs `thinking.type` `enabled`",
+            "`thinking.budget_tokens` is allowed only with `thinking.type: enabled`",
             param="thinking.budget_tokens",
         )
 
@@ -155,7 +155,7 @@ def _check_off(
     if off and wanted:
         raise InvalidRequest(
             f"The request turns reasoning off ({_listed(off)}) and asks for it "
-            f"({_listed(wanted)}); do one of them",
+            f"({_listed(wanted)}); set only one of them",
             param=next(iter(wanted)),
         )
 

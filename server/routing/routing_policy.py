@@ -28,7 +28,7 @@ NEUTRAL: Final = "neutral"
 BUDGET: Final = "budget"
 EFFORT: Final = "effort"
 ENABLE_THINKING: Final = "enable_thinking"
-REBUILD_SECONDS: Final = 30.0  # least time between two rebuilds from observed lengths
+REBUILD_SECONDS: Final = 30.0  # minimum time between two rebuilds from observed lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,8 @@ class RoutingPolicy:
     def _source_and_lambda(
         self, options: ReasoningOptions, table: RoutingTable | None
     ) -> tuple[str, float]:
-        """Returns source and λ of the first that is given: off, budget, effort, on, default."""
+        """Returns source and λ of the first option that is given, in the order off, budget, effort,
+        on, default."""
         if options.off:
             return (EFFORT if options.effort == NONE else ENABLE_THINKING), 0.0
         if options.budget is not None:
@@ -129,14 +130,14 @@ class RoutingPolicy:
         return DEFAULT, self.settings.default
 
     def _thinking_lambda(self, table: RoutingTable | None) -> float:
-        """Returns λ of a request to think that names no amount: the default λ if that thinks, or
-        else the λ of medium effort."""
+        """Returns the λ for thinking on without budget or effort: the default λ if it is above the
+        think threshold, otherwise that of medium effort."""
         if self.settings.default > self.settings.think_threshold:
             return self.settings.default
         return _by_effort(EFFORT_SHARES["medium"], table)
 
     def _cheaper(self, decision: RoutingDecision, table: RoutingTable) -> RoutingDecision:
-        """Returns the decision moved to λ of the operator's effort, unless that is no cheaper."""
+        """Returns the decision with the λ of --elastic-effort, if that is cheaper."""
         candidate = table.by_effort(self.settings.elastic_effort)
         expected = table.mean_at(decision.dials[0].reasoning_lambda)
         if expected is not None and candidate.mean >= expected:

@@ -1,8 +1,8 @@
 """Chooses λ from a measured curve: finds the points that are worth their tokens, and of these the
 one that a budget or an effort selects. It is plain Python and knows nothing about requests.
 
-Neither tokens nor score rise steadily with λ. So nothing here follows λ; it follows the *front*:
-the points for which no other point has as high a score at as few reasoning tokens. Ordered by
+Neither tokens nor score rise steadily with λ. So this module does not assume an order in λ; it uses
+the *front*: the points for which no other point has as high a score at as few reasoning tokens. Ordered by
 tokens, the front rises in score. A *candidate* is a λ that may be chosen: each point of the front,
 and where two neighbours on the front are neighbours in λ as well, every λ of the grid between them,
 with tokens and score interpolated linearly.

@@ -94,8 +94,8 @@ def _check_lambda(planned: PlannedSample, response: httpx.Response) -> None:
     ran = response.headers.get(LAMBDA_HEADER, "")
     if ran != requested:
         raise BadParameters(
-            f"the server ran λ = {requested} as {ran or 'something else'}; "
-            "give values on its grid (--lambda-step)"
+            f"the server rounded λ = {requested} to {ran or 'another value'}; "
+            "use multiples of its --lambda-step"
         )
 
 

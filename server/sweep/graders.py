@@ -61,11 +61,12 @@ def grader_named(name: str, pattern: str | None = None) -> Grader:
 
     Raises `BadParameters` for an unknown name, a bad pattern or a library that is missing.
     """
-    if (pattern is not None) != (name == "regex"):
-        raise BadParameters("`--pattern` belongs to `--grader regex`, which needs it")
     if name == "regex":
-        assert pattern is not None
+        if pattern is None:
+            raise BadParameters("--grader regex requires --pattern")
         return _by_pattern(pattern)
+    if pattern is not None:
+        raise BadParameters("--pattern is allowed only with --grader regex")
     if name not in _GRADERS:
         raise BadParameters(f"no grader {name!r}; there are {', '.join(GRADERS)}")
     return _GRADERS[name]()

@@ -78,7 +78,7 @@ class ServerClient:
         pair = card.get("pair")
         if pair is None:
             raise BadParameters(
-                f"{self._url} is not an mi-server, or an older one: it names no pair"
+                f"{self._url} is not an mi-server, or is too old: /v1/models does not name the pair"
             )
         facts = (pair[name] for name in ("identity", "instruct", "thinking", "layers"))
         return ServedPair(card["id"], *facts)

@@ -118,8 +118,8 @@ class SampleLog:
                 for name in changed
             )
             raise BadParameters(
-                f"{self._path} holds samples of other parameters: {differences}. Give the same "
-                "parameters to continue, or another folder"
+                f"{self._path} was written with other parameters: {differences}. Use the same "
+                "parameters to resume, or another folder"
             )
 
     def _read(self, number: int, line: bytes) -> None:

@@ -42,7 +42,7 @@ class GrammarBuilder:
         self._fault_of = lru_cache(CHECKED)(fault_of)
 
     def grammar(self, request: ChatRequest) -> str | None:
-        """Returns the grammar of the answer, or None if it is free. May take some 100 ms.
+        """Returns the grammar of the answer, or None if it is free. It can take about 100 ms.
 
         Raises `InvalidRequest` for a schema that is wrong, too large, or cannot be enforced.
         """
@@ -52,7 +52,10 @@ class GrammarBuilder:
             return None if answer is None else _lark(f"start: {_json(answer)}")
         source = self._with_tools(request, tools, answer)
         if source is not None and (len(source) > LARGEST_GRAMMAR or self._fault_of(source)):
-            raise InvalidRequest("The schemas of `tools` are too large together", param="tools")
+            raise InvalidRequest(
+                f"The schemas of `tools` exceed {LARGEST_GRAMMAR // 1024} KiB in total",
+                param="tools",
+            )
         return source
 
     def _answer_schema(self, request: ChatRequest) -> dict[str, Any] | None:
@@ -86,8 +89,7 @@ class GrammarBuilder:
         token = next(filter(None, map(self._token_names.search, _strings(schema))), None)
         if token is not None:
             raise InvalidRequest(
-                f"`{param}` holds {token[0]!r}, which is a token of this model and cannot be "
-                "written as text",
+                f"`{param}` contains {token[0]!r}, a special token, which cannot be generated as text",
                 param=param,
             )
         fault = self._fault_of(alone)

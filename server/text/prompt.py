@@ -101,7 +101,7 @@ class PromptBuilder:
         """
         template = self._template(dial)
         if tools and not template.takes_tools:
-            raise InvalidRequest("This model's chat template has no place for tools", param="tools")
+            raise InvalidRequest("This model's chat template does not support tools", param="tools")
         views = [_template_view(message) for message in messages]
         shown = [_tool_view(tool) for tool in tools]
         if ending is Ending.IN_LAST_MESSAGE:
@@ -143,8 +143,8 @@ def _continued(
         if mark:
             return text, reasoning is not None
     raise InvalidRequest(
-        "The model's chat template does not write the end of the final message, so that it cannot "
-        "be continued",
+        "This model's chat template changes the end of the last message, so "
+        "`continue_final_message` does not work with it",
         param="continue_final_message",
     )
 

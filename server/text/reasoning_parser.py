@@ -54,7 +54,7 @@ class Splitter(Protocol):
     def feed(self, text: str, event: TokenEvent | None = None) -> Split:
         """Returns the text that became certain.
 
-        `event` brought `text`; it is None for text that was left over from earlier tokens.
+        `event` is the event that `text` came with, None for text left over from earlier tokens.
         """
 
     def finish(self, *, by_length: bool) -> Split:

@@ -43,15 +43,15 @@ class ChatRequest(GenerationRequest):
     """Whether the response contains the text of the think block, which is generated either way."""
 
     store: bool = False
-    """Without effect."""
+    """Accepted and ignored."""
     service_tier: str | None = None
-    """Without effect."""
+    """Accepted and ignored."""
     verbosity: str | None = None
-    """Without effect."""
+    """Accepted and ignored."""
     safety_identifier: str | None = None
-    """Without effect."""
+    """Accepted and ignored."""
     prompt_cache_key: str | None = None
-    """Without effect."""
+    """Accepted and ignored."""
 
     @property
     def answer_limit(self) -> int | None:
@@ -80,11 +80,14 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
     request = validate_json(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
-        raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
+        raise InvalidRequest(
+            "`top_logprobs` is allowed only with `logprobs: true`", param="top_logprobs"
+        )
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise InvalidRequest(
-            "`max_tokens` and `max_completion_tokens` differ; give one of them", param="max_tokens"
+            "`max_tokens` and `max_completion_tokens` differ; set only one of them",
+            param="max_tokens",
         )
     check_continuation(request)
     _check_constrained_continuation(request)
@@ -102,7 +105,7 @@ def _check_reasoning_shown(request: ChatRequest) -> None:
     given = "include_reasoning" in request.model_fields_set
     if excluded is not None and given and excluded is request.include_reasoning:
         raise InvalidRequest(
-            "`include_reasoning` and `reasoning.exclude` contradict each other; give one of them",
+            "`include_reasoning` and `reasoning.exclude` contradict each other; set only one of them",
             param="reasoning.exclude",
         )
 

@@ -10,7 +10,7 @@ from server.wire.generation_request import MOST_CHOICES, GenerationRequest, chec
 from server.wire.validation import validate_json
 
 MOST_CHOICES_OF_PROMPTS: Final = 1024
-"""Most choices of a request: its prompts times the choices of each."""
+"""Maximum number of choices of a request: its prompts times the choices of each."""
 MOST_PROMPT_TOKENS: Final = 2**20
 
 TokenIds = Annotated[
@@ -78,19 +78,18 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
     request = validate_json(CompletionRequest, body)
     if request.best_of not in (None, request.choices):
         raise InvalidRequest(
-            f"`best_of` ({request.best_of}) other than the number of choices ({request.choices}) "
-            "is not implemented by this server",
+            f"`best_of` ({request.best_of}) must equal the number of choices ({request.choices})",
             param="best_of",
         )
     if len(request.prompts) * request.choices > MOST_CHOICES_OF_PROMPTS:
         raise InvalidRequest(
-            f"{len(request.prompts)} prompts with {request.choices} choices each are more than "
+            f"{len(request.prompts)} prompts with {request.choices} choices each exceed the maximum of "
             f"{MOST_CHOICES_OF_PROMPTS} choices",
             param="prompt",
         )
     if request.reasoning is not None and request.reasoning.exclude is not None:
         raise InvalidRequest(
-            "A completion has no reasoning to leave out", param="reasoning.exclude"
+            "`reasoning.exclude` is not allowed in /v1/completions", param="reasoning.exclude"
         )
     check_shared_rules(request)
     return request

@@ -93,7 +93,7 @@ class ModelNotFound(NotFound):
 
     def __init__(self, name: str, served: str) -> None:
         super().__init__(
-            f"The model {bounded(name, 80)!r} does not exist; this server has {served!r} "
+            f"The model {bounded(name, 80)!r} does not exist; this server serves {served!r} "
             f"and its aliases, such as {served + '@0.6'!r}",
             param="model",
         )

@@ -28,7 +28,7 @@ class StreamOptions(WireModel):
     include_usage: bool = False
     """Send one more chunk at the end, which has the usage and no choices."""
     include_obfuscation: bool = True
-    """Without effect."""
+    """Accepted and ignored."""
 
 
 def _one_or_many(value: Any) -> str:
@@ -72,14 +72,15 @@ class GenerationRequest(WireModel, ABC):
     thinking: Thinking | None = None
     """Anthropic's form: a budget, or thinking on or off."""
     reasoning_effort: Effort | None = None
-    """OpenAI's form: the share of what reasoning gains, according to the active profile."""
+    """Effort (OpenAI's name): the cheapest λ that reaches this share of the score that reasoning
+    gains in the profile."""
     reasoning: Reasoning | None = None
     """OpenRouter's form: an effort or a budget, reasoning on or off, shown or not."""
     enable_thinking: bool | None = None
     """Qwen's form: false means λ = 0; true means the server's default λ if the model thinks there,
     otherwise effort `medium`."""
     chat_template_kwargs: TemplateOptions | None = None
-    """`enable_thinking` where vLLM has it."""
+    """Template options as in vLLM; only `enable_thinking` is supported."""
     routing_class: Annotated[str, Field(min_length=1, max_length=64)] = "default"
     """Kind of work, which selects a curve of the profile; an unknown one counts as `default`."""
 
@@ -125,7 +126,8 @@ class GenerationRequest(WireModel, ABC):
     """Allowed only with `stream`."""
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     """Requests with a lower value run earlier, and those with the same value in order of arrival;
-    the highest value is preempted first. A request may wait forever while lower ones arrive."""
+    the highest value is preempted first. A request may wait forever if requests with lower values
+    keep arriving."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     """Requests with different salts share no cached KV."""
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -145,7 +147,7 @@ class GenerationRequest(WireModel, ABC):
 
     @property
     def answer_limit(self) -> int | None:
-        """Most tokens of the answer; None if the client sets no limit."""
+        """Maximum number of tokens of the answer; None if the client sets no limit."""
         return self.max_tokens
 
     @property
@@ -176,10 +178,12 @@ class GenerationRequest(WireModel, ABC):
 def check_shared_rules(request: GenerationRequest) -> None:
     """Raises `InvalidRequest` for a contradiction between fields that all requests share."""
     if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
+        raise InvalidRequest(
+            "`stream_options` is allowed only with `stream: true`", param="stream_options"
+        )
     if request.n not in (None, request.choices):
         raise InvalidRequest(
-            f"`reasoning_lambda` lists {request.choices} values and `n` is {request.n}; leave `n` "
-            "out or make them equal",
+            f"`reasoning_lambda` has {request.choices} values, but `n` is {request.n}; omit `n` or "
+            "make them equal",
             param="n",
         )

@@ -74,12 +74,12 @@ def check_continuation(request: Continuable) -> None:
     if request.add_generation_prompt:
         raise InvalidRequest(
             "`add_generation_prompt` begins a new message and `continue_final_message` "
-            "continues the last one; give one of them",
+            "continues the last one; set only one of them",
             param="add_generation_prompt",
         )
     if not request.messages or request.messages[-1].role != "assistant":
         raise InvalidRequest(
-            "`continue_final_message` needs a last message of the assistant",
+            "`continue_final_message` requires a last message of role 'assistant'",
             param="continue_final_message",
         )
     if request.messages[-1].tool_calls:
@@ -98,11 +98,11 @@ def check_message(message: Message, path: str) -> None:
         raise InvalidRequest(f"`{path}.content`: Field required", param=f"{path}.content")
     if message.tool_calls and message.role != "assistant":
         raise InvalidRequest(
-            f"`{path}.tool_calls` belong to the assistant, not to role {message.role!r}",
+            f"`{path}.tool_calls` is allowed only for role 'assistant', not {message.role!r}",
             param=f"{path}.tool_calls",
         )
     if (message.tool_call_id is not None) is not (message.role == "tool"):
         raise InvalidRequest(
-            f"`{path}.tool_call_id` goes with role 'tool', and only with it",
+            f"`{path}.tool_call_id` is required for role 'tool' and not allowed for other roles",
             param=f"{path}.tool_call_id",
         )

@@ -108,7 +108,7 @@ OPERATIONS: Final = (
     Operation(
         "get",
         "/v1/profiles",
-        "The active profile, and what the router makes of it",
+        "The active profile, and the λ that the router derives from it",
         {JSON: models.ActiveProfile},
         (*ANY_ROUTE, 503),
     ),
@@ -186,7 +186,7 @@ def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         content[EVENTS]["schema"] = _event(content[EVENTS]["schema"], refs[models.Error])
     headers = {"X-Request-Id": _header("The request's id; the client's own if it gave one")}
     if operation.sends_lambda_header:
-        headers["X-Reasoning-Lambda"] = _header("λ that the answer ran at")
+        headers["X-Reasoning-Lambda"] = _header("λ that was used")
     description = operation.summary
     if EVENTS in content:
         description += (

@@ -13,9 +13,9 @@ class JsonSchemaFormat(WireModel):
     """The JSON schema of the answer."""
 
     name: Name
-    """Has no effect."""
+    """Accepted and ignored."""
     description: str | None = None
-    """Has no effect."""
+    """Accepted and ignored."""
     schema_: Annotated[Schema, Field(alias="schema")]
     """The schema that the content follows."""
     strict: bool = False
@@ -28,13 +28,14 @@ class ResponseFormat(WireModel):
     type: Literal["text", "json_object", "json_schema"]
     """Plain text, any JSON object, or JSON that follows the schema."""
     json_schema: JsonSchemaFormat | None = None
-    """Required with type `json_schema`, and refused with any other."""
+    """Required for type `json_schema`, not allowed for other types."""
 
 
 def check_response_format(form: ResponseFormat | None) -> None:
     """Raises `InvalidRequest` if type and schema do not belong together."""
     if form is not None and (form.type == "json_schema") is not (form.json_schema is not None):
         raise InvalidRequest(
-            "`response_format.json_schema` goes with `type: json_schema`, and only with it",
+            "`response_format.json_schema` is required for type `json_schema` and not allowed for other "
+            "types",
             param="response_format.json_schema",
         )

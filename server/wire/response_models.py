@@ -58,13 +58,13 @@ class RoutingOfAnswer(_Body):
     """The routing class whose curve was used."""
     answer_lambda: float = 0.0
     cap: int = 0
-    """Most reasoning tokens allowed."""
+    """Maximum number of reasoning tokens."""
     expected_reasoning_tokens: float = 0.0
-    """Mean at this λ by the profile, but at most the cap."""
+    """Expected reasoning tokens at this λ, at most the cap."""
     elastic: bool = False
-    """Load made it cheaper than requested."""
+    """True if load lowered the cost of this request."""
     forced_close: bool = False
-    """The server closed a think block."""
+    """True if the server closed a think block."""
 
 
 class _Identity(_Body):
@@ -105,7 +105,7 @@ class FunctionOfCallDelta(_Body):
     name: str = ""
     """Only in a call's first delta."""
     arguments: str
-    """The next piece of the arguments."""
+    """The next part of the arguments."""
 
 
 class CallDelta(_Body):
@@ -232,7 +232,7 @@ class Model(_Body):
     parent: str | None
     """The served name, for an alias."""
     max_model_len: int | None
-    """Most tokens of prompt and answer together; null while the engine loads."""
+    """Maximum number of tokens of prompt and answer together; null while the engine loads."""
     pair: PairOfModel | None
     """Null while the engine loads."""
     reasoning_lambda: float = 0.0

@@ -18,7 +18,7 @@ class TokenizeRequest(WireModel):
     model: str | None = None
     """The served name, or an alias whose λ chooses the template."""
     prompt: str | None = None
-    """A text. Give exactly one of `prompt` and `messages`."""
+    """A text. Set exactly one of `prompt` and `messages`."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     """Messages, which are formatted with the chat template of the λ."""
     reasoning_lambda: float | None = None
@@ -47,7 +47,7 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     """Returns the request. Raises `InvalidRequest` that names the first bad field."""
     request = validate_json(TokenizeRequest, body)
     if (request.prompt is None) == (request.messages is None):
-        raise InvalidRequest("Give one of `prompt` and `messages`", param="prompt")
+        raise InvalidRequest("Set exactly one of `prompt` and `messages`", param="prompt")
     if request.prompt is not None:
         _refuse_fields(request, "messages", *_FIELDS_OF_MESSAGES)
     else:
@@ -58,10 +58,10 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     return request
 
 
-def _refuse_fields(request: TokenizeRequest, needs: str, *names: str) -> None:
+def _refuse_fields(request: TokenizeRequest, other: str, *names: str) -> None:
     for name in names:
         if name in request.model_fields_set:
-            raise InvalidRequest(f"`{name}` needs `{needs}`", param=name)
+            raise InvalidRequest(f"`{name}` is allowed only with `{other}`", param=name)
 
 
 def parse_detokenize_request(body: bytes) -> DetokenizeRequest:

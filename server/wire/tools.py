@@ -45,8 +45,8 @@ class FunctionTool(WireModel):
     parameters: Schema | None = None
     """JSON schema of the arguments; without one, the function takes none."""
     strict: bool = False
-    """Enforce the schema also if the model decides to call; a schema that cannot be enforced is
-    refused."""
+    """Also enforce the schema when the model itself decides to call; a schema that cannot be
+    enforced is refused."""
 
 
 class Tool(WireModel):
@@ -100,4 +100,4 @@ def check_tools(tools: Sequence[Tool], choice: str | NamedTool | None) -> None:
             param="tool_choice.function.name",
         )
     if choice == "required" and not names:
-        raise InvalidRequest("`tool_choice: required` needs `tools`", param="tool_choice")
+        raise InvalidRequest("`tool_choice: required` requires `tools`", param="tool_choice")

@@ -213,7 +213,7 @@ class FakeEngine:
         """Accepts a request as the engine does. Raises RequestRejected."""
         self.scheduler.check_request(request)
         if request.grammar is not None and self.grammars is None:
-            raise RequestRejected("this engine has no vocabulary for grammars", param="grammar")
+            raise RequestRejected("this server cannot enforce formats or tools", param="grammar")
         text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
         command = (USER_TURN.findall(text) or [text])[-1]
         if command == "reject":

@@ -48,7 +48,7 @@ def new_choice(
         stop=stop or [],
         meter=Metrics("pair").meter(0.5, 1, time.perf_counter()),
         tools=tools,
-        prompt_field="messages",
+        field_names={"prompt": "messages", "grammar": "tools"},
     )
 
 
@@ -143,6 +143,7 @@ def test_an_error_of_the_engine_is_raised() -> None:
     ("param", "code", "named"),
     [
         ("prompt", "context_length_exceeded", "messages"),
+        ("grammar", "invalid_request_error", "tools"),
         ("logit_bias", "invalid_request_error", "logit_bias"),
         (None, "invalid_request_error", None),
     ],

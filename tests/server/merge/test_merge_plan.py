@@ -71,15 +71,18 @@ def test_a_tied_embedding_is_untied_only_if_the_head_has_another_lambda(plan: An
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({}, "--lambda is missing"),
+        ({}, "interpolation requires --lambda"),
         ({"reasoning_lambda": "1.1"}, "--lambda"),
-        ({"reasoning_lambda": "[0.5]"}, "--lambda: neither"),
+        ({"reasoning_lambda": "[0.5]"}, "neither a number nor a JSON object"),
         ({"reasoning_lambda": '{"default": 0.5, "atn": 1}'}, "--lambda: atn"),
         ({"reasoning_lambda": '{"default": 0, "layers": {"9": 1}}'}, "--lambda: .*layers"),
-        ({"reasoning_lambda": "0.5", "base": "b"}, "--base belongs to"),
-        ({"reasoning_lambda": "0.5", "scale": 0.5}, "--scale belongs to"),
-        ({"method": "ties", "base": "b", "reasoning_lambda": "0.5"}, "--lambda belongs to"),
-        ({"method": "ties"}, "needs --base"),
+        ({"reasoning_lambda": "0.5", "base": "b"}, "--base is allowed only with"),
+        ({"reasoning_lambda": "0.5", "scale": 0.5}, "--scale is allowed only with"),
+        (
+            {"method": "ties", "base": "b", "reasoning_lambda": "0.5"},
+            "--lambda is allowed only with",
+        ),
+        ({"method": "ties"}, "requires --base"),
         ({"method": "ties", "base": "b", "density": 0.0}, "--density must be"),
     ],
 )

@@ -116,7 +116,7 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
         (
             {"thinking_token_budget": 7, "thinking_budget": 8},
             "thinking_budget",
-            "different budgets of reasoning tokens: 7 (`thinking_token_budget`), 8",
+            "different budgets: 7 (`thinking_token_budget`), 8",
         ),
         (
             {"thinking_token_budget": 0, "thinking_budget": -1},
@@ -131,7 +131,7 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
         (
             {"reasoning_effort": "low", "reasoning": {"effort": "high"}},
             "reasoning.effort",
-            "different reasoning efforts: low (`reasoning_effort`), high",
+            "different efforts: low (`reasoning_effort`), high",
         ),
         (
             {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
@@ -146,7 +146,7 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
         (
             {"thinking": {"type": "adaptive", "budget_tokens": 5}},
             "thinking.budget_tokens",
-            "needs `thinking.type` `enabled`",
+            "allowed only with `thinking.type: enabled`",
         ),
         (
             {"enable_thinking": False, "thinking_budget": 5},
@@ -160,7 +160,7 @@ def test_effort_none_and_a_switch_turn_reasoning_off(fields: dict[str, Any]) -> 
         (
             {"thinking": {"type": "disabled", "budget_tokens": 0}},
             "thinking.budget_tokens",
-            "needs `thinking.type` `enabled`",
+            "allowed only with `thinking.type: enabled`",
         ),
         ({"thinking": {"type": "disabled"}, "thinking_budget": 5}, "thinking_budget", "turns"),
         ({"reasoning": {"enabled": False, "effort": "low"}}, "reasoning.effort", "turns"),

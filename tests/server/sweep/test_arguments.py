@@ -42,12 +42,12 @@ def test_the_decoding_of_instruct_is_three_numbers() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--url http://x --device cpu", "--device=cpu is for a server that this command starts"),
-        ("--url http://x -- --threads 2", "--threads is for a server that this command starts"),
-        ("-- --port=1", "--port=1: this command sets that"),
-        ("-- --log-format json", "--log-format: this command sets that"),
-        ("--ablate --dials mlp", "--ablate names the dials"),
-        ("--task sums.jsonl", "--task sums.jsonl needs --grader"),
+        ("--url http://x --device cpu", "--device=cpu cannot be combined with --url"),
+        ("--url http://x -- --threads 2", "--threads cannot be combined with --url"),
+        ("-- --port=1", "--port is set by this command"),
+        ("-- --log-format json", "--log-format is set by this command"),
+        ("--ablate --dials mlp", "--ablate and --dials cannot be combined"),
+        ("--task sums.jsonl", "--task sums.jsonl requires --grader"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(words: str, reason: str) -> None:

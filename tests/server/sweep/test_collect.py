@@ -218,7 +218,7 @@ def test_a_request_that_takes_too_long_is_not_repeated(path: Path) -> None:
 
 
 def test_a_server_that_ran_another_lambda_is_an_error(path: Path) -> None:
-    with pytest.raises(BadParameters, match=r"ran λ = 0.5 as 0.6"):
+    with pytest.raises(BadParameters, match=r"rounded λ = 0.5 to 0.6"):
         collect(lambda request: response(headers={"X-Reasoning-Lambda": "0.6"}), path, units(1))
 
 
@@ -247,7 +247,7 @@ def test_the_only_model_is_taken_where_none_is_named() -> None:
     ("cards", "model", "reason"),
     [
         (CARDS, "two", "serves no model 'two', but one"),
-        ([{"id": "gpt"}], None, "names no pair"),
+        ([{"id": "gpt"}], None, "does not name the pair"),
         ([], None, "serves no model"),
     ],
 )

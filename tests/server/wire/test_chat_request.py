@@ -8,7 +8,9 @@ from server.wire.chat_request import ChatRequest
 from tests.server.chat_bodies import parse, refusal
 
 WITHOUT_EFFECT = [
-    name for name, it in ChatRequest.model_fields.items() if it.description == "Without effect."
+    name
+    for name, it in ChatRequest.model_fields.items()
+    if it.description == "Accepted and ignored."
 ]
 
 

@@ -15,7 +15,7 @@ def test_a_list_of_lambdas_makes_a_choice_for_each(n: dict[str, Any]) -> None:
 def test_a_list_of_lambdas_with_another_n_is_refused() -> None:
     error = refusal(reasoning_lambda=[0, 0.6, 1], n=2)
     assert error.param == "n"
-    assert "lists 3 values and `n` is 2" in error.message
+    assert "has 3 values, but `n` is 2" in error.message
 
 
 def test_include_obfuscation_is_accepted_without_effect() -> None:
