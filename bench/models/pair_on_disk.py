@@ -5,7 +5,7 @@ through one small buffer for each thread. So the only new pages are those of the
 what writing into memory costs. The models stay in memory: an engine in this process need not load
 what was written.
 
-The tokenizer is the embedded pair's, with made-up words for all other ids: a blank and four
+The tokenizer is the embedded pair's, with made-up words for all other ids: a space and four
 letters, each one token in both directions. The rows of the head for all tokens that are not such
 words are made small, so that greedy answers consist of words: they do not end early, open no think
 block, and split no character, and each token is text by itself.

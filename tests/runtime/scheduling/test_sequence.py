@@ -33,7 +33,7 @@ def test_ending_is_forbidden_until_min_tokens_are_there() -> None:
 def test_a_sequence_tracks_its_think_block_with_the_engines_marks() -> None:
     """With these marks, the answer has begun before the open tag, which is then text."""
     request = EngineRequest("r", (4,), Dial(0.5), think=ThinkPolicy(open_id=1, close_id=2, cap=0))
-    marked = Sequence(request, TokenMarks(blanks=frozenset({3})))
+    marked = Sequence(request, TokenMarks(whitespace=frozenset({3})))
     unmarked = Sequence(request)
     for each in (marked, unmarked):
         each.append(7)
