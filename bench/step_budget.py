@@ -153,7 +153,7 @@ def tables(shape: Shape = SHAPE) -> str:
 
 def _steps(shape: Shape) -> str:
     head = (
-        "| rows | weights | GB | bound, H100 | H200 | gaps of launches | expected, H100 | H200 "
+        "| rows | weights | GB | bound, H100 | H200 | launch overhead | expected, H100 | H200 "
         "| measured |\n|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(_step(shape, rows, one) for rows in ROWS for one in SUBJECTS)
@@ -166,12 +166,12 @@ def _step(shape: Shape, rows: int, subject: Subject) -> str:
     """
     work = decode_work(shape, way_of(subject.store, subject.one_lambda), rows, CONTEXT)
     nodes = counts_of(subject).kernels
-    gaps = [1e3 * nodes * one for one in NODE]
+    overhead = [1e3 * nodes * one for one in NODE]
     bounds = [1e3 * work.bytes / one for one in BANDWIDTHS.values()]
-    expected = [f"{bound + gaps[0]:.1f}–{bound + gaps[1]:.1f}" for bound in bounds]
+    expected = [f"{bound + overhead[0]:.1f}–{bound + overhead[1]:.1f}" for bound in bounds]
     name = subject.name.replace("32 λ", "new λ" if rows == 1 else f"{rows} λ")
     cells = [str(rows), name, f"{work.bytes / 1e9:.1f}", *(f"{one:.1f}" for one in bounds)]
-    return _row(*cells, f"{gaps[0]:.1f}–{gaps[1]:.1f}", *expected, "")
+    return _row(*cells, f"{overhead[0]:.1f}–{overhead[1]:.1f}", *expected, "")
 
 
 def _forwards(shape: Shape) -> str:
@@ -207,7 +207,7 @@ def filled(page: str) -> str:
 
 
 def with_measured(new: str, old: str) -> str:
-    """Returns the new tables, with the last cells of the same rows of the old ones."""
+    """Copies the measured times from the old tables into the new ones."""
     kept = {_key(line): line.split("|")[-2].strip() for line in old.splitlines() if _key(line)}
     lines = [
         f"{line[:-2]}{figure} |"
@@ -219,7 +219,7 @@ def with_measured(new: str, old: str) -> str:
 
 
 def _key(line: str) -> tuple[str, ...]:
-    """Returns the rows and the weights that a line of the first table names; else nothing."""
+    """Returns the rows and the weights that a line of the first table names, or an empty tuple."""
     cells = [cell.strip() for cell in line.split("|")]
     return tuple(cells[1:3]) if len(cells) == 11 else ()
 

@@ -98,6 +98,12 @@ MUTATIONS = {
         "logits.argmin(1) if greedy",
         ("tests/runtime/execution/test_sampler.py",),
     ),
+    "sampler: a request field is ignored": Mutation(
+        "mi_runtime/scheduling/sequence.py",
+        "params.min_tokens > 0",
+        "False",
+        ("tests/runtime/test_request_fields.py",),
+    ),
     "deltas: int4 is off by one step": Mutation(
         "mi_runtime/model/delta.py",
         ".view(torch.int8).sub_(8)",
@@ -151,6 +157,12 @@ MUTATIONS = {
         "if missing >= MINUTE:",
         "if missing > 0:",
         ("tests/server/access",),
+    ),
+    "rejections: the client does not hear which field": Mutation(
+        "mi_runtime/worker.py",
+        "FinishReason.ERROR, error=error)",
+        "FinishReason.ERROR, error=str(error))",
+        ("tests/runtime/test_worker.py",),
     ),
     "tools: a call that was cut counts as complete": Mutation(
         "server/text/tool_parser.py",

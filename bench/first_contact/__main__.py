@@ -128,7 +128,7 @@ def _earlier(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, St
 
 
 def _keep_earlier(path: Path) -> None:
-    """Renames the file of an earlier run to the next free name."""
+    """Copies the file of an earlier run to the next free name."""
     if path.exists():
         others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
         shutil.copy(path, next(other for other in others if not other.exists()))

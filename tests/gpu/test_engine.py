@@ -119,7 +119,7 @@ def assert_agree(found: Answers, expected: Answers) -> None:
     assert compared > 0.9 * sum(map(len, expected.values())), "too many answers ended at a tie"
 
 
-def test_eager_answers_are_those_of_the_cpu(make: Make) -> None:
+def test_eager_steps_give_the_cpus_answers(make: Make) -> None:
     engine = make(cuda_graphs=False)
     assert engine.info.graphs == "none"
     assert_agree(engine.generate(requests()), reference())
@@ -131,7 +131,7 @@ def test_answers_from_cuda_graphs_are_those_of_the_cpu(engine: Engine) -> None:
 
 
 @on_a_gpu_only
-def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
+def test_compiled_steps_give_the_cpus_answers(make: Make) -> None:
     """The longest test runs early, so that other processes run the others meanwhile."""
     engine = make(torch_compile=True)
     assert_as_on_a_server(engine, "captured and compiled")
@@ -139,7 +139,7 @@ def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
 
 
 @pytest.mark.parametrize("value", [0.4, 0.0, 1.0])
-def test_answers_at_one_λ_are_those_of_the_cpu(engine: Engine, value: float) -> None:
+def test_one_λ_gives_the_cpus_answers(engine: Engine, value: float) -> None:
     values = (value,) * 4
     for _ in range(3):  # a new λ, and a hot one
         assert_agree(engine.generate(requests(values)), reference(values))
@@ -157,9 +157,7 @@ def test_answers_at_one_λ_are_those_of_the_cpu(engine: Engine, value: float) ->
     ],
     ids=str,
 )
-def test_answers_with_any_setting_are_those_of_the_cpu(
-    make: Make, settings: dict[str, Any]
-) -> None:
+def test_every_setting_gives_the_cpus_answers(make: Make, settings: dict[str, Any]) -> None:
     engine = make(**settings)
     for _ in range(2):
         assert_agree(engine.generate(requests()), reference())
@@ -171,7 +169,7 @@ def test_answers_with_any_setting_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("delta_dtype", ["int8", "int4"])
-def test_answers_with_deltas_are_those_of_the_cpu(make: Make, delta_dtype: str) -> None:
+def test_deltas_give_the_cpus_answers(make: Make, delta_dtype: str) -> None:
     engine = make(delta_dtype=delta_dtype)
     assert_as_on_a_server(engine)
     for _ in range(2):
@@ -179,7 +177,9 @@ def test_answers_with_deltas_are_those_of_the_cpu(make: Make, delta_dtype: str) 
 
 
 @pytest.mark.parametrize("settings", [{}, {"delta_dtype": "int8"}], ids=str)
-def test_in_bf16_the_probabilities_are_near(make: Make, settings: dict[str, Any]) -> None:
+def test_in_bf16_the_log_probabilities_are_near_the_cpus(
+    make: Make, settings: dict[str, Any]
+) -> None:
     """Compares those of prompt tokens, since answers soon become different texts.
 
     Each of 6 layers rounds to 8 bits.

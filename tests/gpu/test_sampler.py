@@ -37,7 +37,7 @@ def sequences(rows: range) -> tuple[Sequence, ...]:
     return tuple(made)
 
 
-def test_a_row_gives_the_same_token_alone_in_a_batch_and_again() -> None:
+def test_a_row_samples_the_same_token_alone_and_in_a_batch() -> None:
     logits = logits_of(ROWS)
     together = Sampler().sample(logits, sequences(range(ROWS))).outcomes
     assert torch.equal(together, Sampler().sample(logits, sequences(range(ROWS))).outcomes)
@@ -56,7 +56,7 @@ def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting() ->
 
 
 @on_a_gpu_only
-def test_sampling_waits_for_nothing() -> None:
+def test_sampling_does_not_wait_for_the_device() -> None:
     logits, once, again = logits_of(ROWS), sequences(range(ROWS)), sequences(range(ROWS))
     Sampler().sample(logits, once)  # loads kernels
     torch.cuda.set_sync_debug_mode("error")

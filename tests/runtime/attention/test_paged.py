@@ -50,7 +50,7 @@ def test_paged_attention_agrees_with_its_reference(work: Workload) -> None:
 
 @given(work=workloads)
 @settings(max_examples=settings.default.max_examples // 2)
-def test_the_old_content_of_a_block_never_reaches_its_next_user(work: Workload) -> None:
+def test_stale_kv_of_a_block_never_reaches_its_next_sequence(work: Workload) -> None:
     """A sequence that ends during its prefill leaves its keys and values in its blocks."""
     over = attention(work)
     poison(over, work)

@@ -117,7 +117,7 @@ def test_compiled_layers_compute_what_the_model_computes(
 
 
 @pytest.mark.usefixtures("_no_kernels")
-def test_every_model_may_compile_as_many_layers(
+def test_each_model_has_its_own_compile_limit(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mi_runtime.execution.compiled_layers.MAX_COMPILED", 1)

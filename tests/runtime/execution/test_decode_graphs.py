@@ -258,7 +258,7 @@ def test_prefills_and_scored_rows_are_not_replayed(graphs: DecodeGraphs, chunk: 
     assert graphs.key_for(SubBatch([chunk], blended=False)) is None
 
 
-def test_blended_weights_are_replayed_if_all_of_them_lie_in_one_place(
+def test_blended_decodes_are_replayed_if_all_their_blends_have_one_place(
     graphs: DecodeGraphs,
 ) -> None:
     groups: BlendGroups = graphs._groups

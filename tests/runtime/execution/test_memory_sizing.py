@@ -165,7 +165,7 @@ def test_no_more_prompt_positions_are_scored_than_a_step_may_have() -> None:
     assert len(scored.scored) + scored.samples == SCORED_ROWS
 
 
-# --- When it runs out all the same ----------------------------------------------------------------
+# --- A step that runs out of memory ---------------------------------------------------------------
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 

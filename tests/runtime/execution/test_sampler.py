@@ -331,7 +331,7 @@ def test_biases_of_one_token_add_up() -> None:
     assert tokens(logits, sequence(temperature=0, logit_bias=((8, 2.0), (8, 2.0)))) == [8]
 
 
-def test_ends_are_allowed_once_min_tokens_are_there() -> None:
+def test_ends_are_allowed_after_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 1] = 50.0
     params: dict[str, Any] = {"temperature": 0, "min_tokens": 2, "eos_token_ids": frozenset({1})}
@@ -455,7 +455,7 @@ def test_sums_of_probabilities_are_the_same_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_gives_no_token_and_changes_no_other(value: float) -> None:
+def test_a_row_with_nan_or_infinity_gets_no_token_and_changes_no_other_row(value: float) -> None:
     logits = random_logits(3)
     expected = tokens(logits, *(sequence(seed=row, top_k=4) for row in range(3)))
     logits[1, 7] = value
@@ -486,7 +486,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float, cut: dict[str, Any]) -
     ],
     ids=["infinite bias", "NaN bias", "overflowing penalty", "all forbidden"],
 )
-def test_a_row_without_a_possible_token_changes_no_other(
+def test_a_row_without_a_possible_token_changes_no_other_row(
     params: dict[str, Any], temperature: float
 ) -> None:
     logits = random_logits(2)

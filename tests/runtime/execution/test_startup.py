@@ -71,7 +71,7 @@ def test_running_out_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         capture(monkeypatch, torch.OutOfMemoryError("full"), COMPILED)
 
 
-# --- On a GPU that is not there -------------------------------------------------------------------
+# --- Reports of a GPU, without one ----------------------------------------------------------------
 
 
 @pytest.fixture

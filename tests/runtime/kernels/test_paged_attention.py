@@ -294,7 +294,7 @@ def test_work_is_split_until_it_fills_the_device(programs: int, longest: int, sp
 
 @pytest.mark.parametrize("chunks", [((300, 1), (0, 1)), ((290, 10),)])
 @pytest.mark.parametrize(("window", "divided"), [(None, True), (20, False)])
-def test_work_that_a_window_makes_small_is_not_split(
+def test_work_that_a_window_shortens_is_not_split(
     chunks: tuple[tuple[int, int], ...],
     window: int | None,
     divided: bool,

@@ -85,7 +85,7 @@ def test_after_the_first_text_an_open_tag_is_text() -> None:
 
 
 @given(lead=WORDS, reasoning=WORDS, answer=st.lists(st.integers(1, 9)))
-def test_the_reasoning_is_what_lies_between_the_tags(
+def test_the_reasoning_is_the_tokens_between_the_tags(
     lead: list[int], reasoning: list[int], answer: list[int]
 ) -> None:
     state = after([*lead, OPEN, *reasoning, CLOSE, *answer])

@@ -1,4 +1,4 @@
-"""λ by group, fan-out, the answer's λ and the cap on reasoning work over the app."""
+"""Over HTTP, λ by group, a fan-out, the answer's λ and the cap on reasoning reach the engine."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Budget, effort and load choose λ over the app, and the profile and what it observed are shown."""
+"""Over HTTP, budget, effort and load choose λ, and the profile and observed lengths are shown."""
 
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def test_while_loading_profiles_are_a_503(make_client: MakeClient, tmp_path: Pat
     assert client.get("/v1/profiles").status_code == 503
 
 
-# --- what is observed ---
+# --- observed lengths ---
 
 
 def test_lengths_of_finished_answers_are_observed_by_class_and_bucket(profiled: MakeClient) -> None:
