@@ -17,7 +17,7 @@ class TokenMarks:
     """Token ids of a vocabulary that matter to think blocks, the same for all requests."""
 
     soft_ends: frozenset[int] = frozenset()  # end a sentence or a line
-    blanks: frozenset[int] | None = None  # may precede the open tag; None: any token may
+    whitespace: frozenset[int] | None = None  # may precede the open tag; None: any token may
 
 
 @dataclass(frozen=True, slots=True)

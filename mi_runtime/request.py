@@ -119,7 +119,7 @@ class EngineRequest:
     prompt: tuple[int, ...]
     dial: Dial
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    think: ThinkPolicy | None = None  # None: no think block is followed
+    think: ThinkPolicy | None = None  # None: no think block is tracked
     cache_salt: str = ""  # requests with different salts share no KV
     answer_dial: Dial | None = None  # from the think block's closing tag on; None: `dial`
     priority: int = 0  # lower runs earlier; equal ones in order of arrival

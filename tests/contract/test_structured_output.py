@@ -25,8 +25,8 @@ SCHEMA: dict[str, Any] = {
 }
 LAMBDAS = [0.0, 0.6, 1.0]
 BUDGET = {"thinking_token_budget": 20}  # with tools in the prompt, the pair would think without end
-BLANKS = build_tokenizer().encode(" \t\r\n\n\n").ids
-NO_BLANKS = {str(token_id): -100 for token_id in BLANKS}  # as the pair may write hundreds in JSON
+WHITESPACE = build_tokenizer().encode(" \t\r\n\n\n").ids
+NO_WHITESPACE = {str(it): -100 for it in WHITESPACE}  # as the pair may write hundreds in JSON
 
 
 def tool(name: str, schema: dict[str, Any] = SCHEMA, **fields: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def tool(name: str, schema: dict[str, Any] = SCHEMA, **fields: Any) -> dict[str,
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
     extra = BUDGET | fields.pop("extra", {})
-    fields = {"temperature": 0, "max_tokens": 400, "logit_bias": NO_BLANKS} | fields
+    fields = {"temperature": 0, "max_tokens": 400, "logit_bias": NO_WHITESPACE} | fields
     fields = {"model": "pair", "messages": QUESTION} | fields
     return client.chat.completions.create(extra_body=extra, **fields)
 
@@ -103,7 +103,7 @@ def test_the_clients_parse_returns_an_object_of_the_model(client: openai.OpenAI)
         messages=QUESTION,
         response_format=Answer,
         temperature=0,
-        logit_bias=NO_BLANKS,
+        logit_bias=NO_WHITESPACE,
         extra_body=BUDGET,
     )
     assert isinstance(answer.choices[0].message.parsed, Answer)
@@ -182,7 +182,7 @@ def test_the_clients_stream_helper_assembles_calls(client: openai.OpenAI) -> Non
         tool_choice="required",
         parallel_tool_calls=False,
         temperature=0,
-        logit_bias=NO_BLANKS,
+        logit_bias=NO_WHITESPACE,
         extra_body=BUDGET,
     ) as stream:
         final = stream.get_final_completion()

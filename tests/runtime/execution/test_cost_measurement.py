@@ -111,8 +111,8 @@ def test_a_replay_is_timed_if_decodes_are_captured(
     graphs, model = capture(engine), engine._runner._model
     key, _ = graphs.smallest
     assert key == GraphKey(min(one.rows for one in graphs.keys), Way.ENDPOINT)
-    single, pair = CostCurve((1, 3), (2.0, 4.0)), CostCurve((1, 3), (7.0, 9.0))
-    costs = CostModel(20.0, 20.0, single, pair, build=1.0)
+    blended, pair = CostCurve((1, 3), (2.0, 4.0)), CostCurve((1, 3), (7.0, 9.0))
+    costs = CostModel(20.0, 20.0, blended, pair, build=1.0)
     timed: list[torch.Tensor] = []
 
     def ten_seconds(_model: BlendedModel, work: Callable[[], torch.Tensor]) -> float:

@@ -32,8 +32,8 @@ OPEN, CLOSE = 1, 2
 WORDS = st.lists(st.integers(3, 9))
 STOP, ALIAS = 3, 4  # ends a sentence; closes an open block as CLOSE does
 MARKS = TokenMarks(soft_ends=frozenset({STOP}))
-BLANK = 0
-WITH_BLANKS = TokenMarks(blanks=frozenset({BLANK}))
+SPACE = 0
+WITH_WHITESPACE = TokenMarks(whitespace=frozenset({SPACE}))
 
 
 def after(
@@ -74,12 +74,12 @@ def test_nothing_reopens_a_closed_block() -> None:
     assert (state.phase, state.reasoning_tokens) == (Phase.CLOSED, 1)
 
 
-def test_blanks_may_stand_before_the_open_tag() -> None:
-    assert after([BLANK, BLANK, OPEN], marks=WITH_BLANKS).phase is Phase.INSIDE
+def test_whitespace_may_stand_before_the_open_tag() -> None:
+    assert after([SPACE, SPACE, OPEN], marks=WITH_WHITESPACE).phase is Phase.INSIDE
 
 
 def test_after_the_first_text_an_open_tag_is_text() -> None:
-    state = after([BLANK, 7, OPEN, 7], cap=0, marks=WITH_BLANKS)
+    state = after([SPACE, 7, OPEN, 7], cap=0, marks=WITH_WHITESPACE)
     assert (state.phase, state.reasoning_tokens) == (Phase.CLOSED, 0)
     assert state.forced_token is None
 
