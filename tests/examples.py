@@ -1,4 +1,4 @@
-"""The number of examples of property tests that try fewer than Hypothesis's default."""
+"""How many examples property tests try, which is more in `make test-long`."""
 
 from typing import Final
 
@@ -7,6 +7,11 @@ from hypothesis import settings
 MORE_WHEN_LONG: Final = 10
 
 
+def is_long_run() -> bool:
+    """Whether this is `make test-long`."""
+    return settings.get_current_profile_name() == "long"
+
+
 def examples(few: int) -> int:
     """Returns `few`, or ten times as many in `make test-long`."""
-    return few * (MORE_WHEN_LONG if settings.get_current_profile_name() == "long" else 1)
+    return few * (MORE_WHEN_LONG if is_long_run() else 1)

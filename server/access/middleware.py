@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.access.callers import Caller, KeyRing
 from server.access.deadline import Deadline
 from server.access.rate_limits import RateLimits
-from server.ops.request_log import QUIET_PATHS, Trace, path_of
+from server.ops.request_log import QUIET_PATHS, RequestNotes, path_of
 from server.wire.error_response import error_response
 from server.wire.errors import ApiError
 
@@ -42,17 +42,17 @@ class AccessMiddleware:
         if scope["type"] != "http" or path_of(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        trace: Trace = scope["state"]["trace"]
+        notes: RequestNotes = scope["state"]["notes"]
         try:
-            self._check(scope, trace)
+            self._check(scope, notes)
         except ApiError as error:
             self._count_refusal(error.code)
-            trace.notes["error"] = error.code
+            notes.fields["error"] = error.code
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope, trace: Trace) -> None:
+    def _check(self, scope: Scope, notes: RequestNotes) -> None:
         """Puts the caller and the deadline into the state of the scope.
 
         Raises `InvalidApiKey`, `RateLimited`, or `InvalidRequest` for a bad timeout.
@@ -60,8 +60,8 @@ class AccessMiddleware:
         headers = dict(scope["headers"])
         caller = self._caller(scope, headers.get(b"authorization", b""))
         if caller.name is not None:
-            trace.notes["key"] = caller.name
-        scope["state"]["deadline"] = Deadline.of(headers, self._request_timeout, trace.arrived)
+            notes.fields["key"] = caller.name
+        scope["state"]["deadline"] = Deadline.of(headers, self._request_timeout, notes.arrived)
         if scope["method"] == "POST":
             self._limits.take_request(caller)
         scope["state"]["caller"] = caller

@@ -8,7 +8,7 @@ from typing import Any
 from mi_runtime.request import TokenEvent
 from server.answer.choice import AnswerChunk, Choice
 from server.engine.generation import Generation
-from server.ops.request_log import Trace
+from server.ops.request_log import RequestNotes
 from server.routing.routing_decision import RoutingDecision
 from server.wire.errors import ApiError, DeadlineExceeded
 
@@ -51,18 +51,18 @@ class Answer:
         head: AnswerHead,
         choices: Mapping[str, Choice],
         generation: Generation,
-        trace: Trace,
+        notes: RequestNotes,
         charge: Callable[[int], None],
     ) -> None:
         """Takes the choices by the id of their engine request.
 
-        At the end it fills in `trace`, and `charge` takes the answer's tokens from the caller's
+        At the end it fills in `notes`, and `charge` takes the answer's tokens from the caller's
         quota.
         """
         self.head = head
         self.generation = generation
         self._choices = choices
-        self._trace = trace
+        self._notes = notes
         self._charge = charge
 
     @property
@@ -113,7 +113,7 @@ class Answer:
                         yield chunks
         except ApiError as error:
             unfinished = "deadline" if isinstance(error, DeadlineExceeded) else "error"
-            self._trace.notes["error"] = error.code
+            self._notes.fields["error"] = error.code
             raise
         finally:
             alarm.cancel()
@@ -132,11 +132,11 @@ class Answer:
         for choice in self.choices:
             choice.close(unfinished)
         self._charge(self.completion_tokens)
-        self._trace.notes |= self._notes(unfinished)
+        self._notes.fields |= self._log_fields(unfinished)
 
-    def _notes(self, unfinished: str) -> dict[str, Any]:
+    def _log_fields(self, unfinished: str) -> dict[str, Any]:
         """Returns the fields of the request's line in the log."""
-        usage, prepare_seconds = self.usage, self._trace.notes.get("prepare_s", 0.0)
+        usage, prepare_seconds = self.usage, self._notes.fields.get("prepare_s", 0.0)
         return {
             "finish": ",".join(choice.finish_reason or unfinished for choice in self.choices),
             "prompt": usage["prompt_tokens"],

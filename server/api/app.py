@@ -94,7 +94,7 @@ def _add_routes(app: FastAPI) -> None:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        request.state.trace.notes["error"] = error.code
+        request.state.notes.fields["error"] = error.code
         return error_response(error)
 
     @app.exception_handler(HTTPException)

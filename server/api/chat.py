@@ -42,13 +42,13 @@ async def prepare_chat(request: Request, service: Service, info: EngineInfo) -> 
     decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
     # In a thread: a long prompt takes as long to encode as a hundred tokens take to send.
     grammar, prompts = await asyncio.to_thread(_grammar_and_prompts, wire, decision, service)
-    add_log_fields(request.state.trace, wire, decision)
+    add_log_fields(request.state.notes, wire, decision)
     return PreparedRequest(
         wire=wire,
         decision=decision,
         choices=_choices(wire, decision, prompts, service, info),
         info=info,
-        trace=request.state.trace,
+        notes=request.state.notes,
         caller=request.state.caller,
         deadline=request.state.deadline,
         answer_format=CHAT,

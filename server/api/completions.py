@@ -60,14 +60,14 @@ async def prepare_completion(
     decision = route(wire, request.headers.get(LAMBDA_HEADER), service, info)
     vocabulary = service.prompt_builder.vocabulary
     prompts = await asyncio.to_thread(_raw_prompts, wire, vocabulary, info.vocab_size)
-    add_log_fields(request.state.trace, wire, decision)
+    add_log_fields(request.state.notes, wire, decision)
     choices = [_choices(prompt, wire, decision, service, info) for prompt in prompts]
     return PreparedRequest(
         wire=wire,
         decision=decision,
         choices=list(chain.from_iterable(choices)),
         info=info,
-        trace=request.state.trace,
+        notes=request.state.notes,
         caller=request.state.caller,
         deadline=request.state.deadline,
         answer_format=COMPLETIONS,

@@ -12,7 +12,7 @@ from server.access.deadline import Deadline
 from server.answer.answer_format import AnswerFormat
 from server.answer.echo import Echo
 from server.engine.sampling import seed_of_choice
-from server.ops.request_log import Trace
+from server.ops.request_log import RequestNotes
 from server.routing.reasoning_options import budgets, read_reasoning_options
 from server.routing.routing_decision import RoutingDecision
 from server.service import Service
@@ -39,7 +39,7 @@ class PreparedRequest:
     decision: RoutingDecision
     choices: Sequence[PreparedChoice]
     info: EngineInfo
-    trace: Trace
+    notes: RequestNotes
     caller: Caller
     deadline: Deadline
     answer_format: AnswerFormat
@@ -94,9 +94,9 @@ def seeded_choices(choice: PreparedChoice, count: int) -> list[PreparedChoice]:
     ]
 
 
-def add_log_fields(trace: Trace, wire: GenerationRequest, decision: RoutingDecision) -> None:
+def add_log_fields(notes: RequestNotes, wire: GenerationRequest, decision: RoutingDecision) -> None:
     """Adds the facts of a request to its line in the log."""
-    trace.notes |= {
+    notes.fields |= {
         "model": wire.model,
         "lambda": decision.header,
         "source": decision.source,

@@ -33,7 +33,7 @@ def submit(prepared: PreparedRequest, service: Service) -> Answer:
         request.request_id: _choice(index, prepared, service)
         for index, request in enumerate(requests)
     }
-    return Answer(_head(prepared), choices, generation, prepared.trace, charge)
+    return Answer(_head(prepared), choices, generation, prepared.notes, charge)
 
 
 def _engine_requests(prepared: PreparedRequest, service: Service) -> list[EngineRequest]:
@@ -70,8 +70,8 @@ def _think_policy(
 
 def _count_submission(prepared: PreparedRequest, service: Service) -> None:
     service.metrics.routed(prepared.decision)
-    trace = prepared.trace
-    trace.notes["prepare_s"] = round(time.perf_counter() - trace.arrived, 4)
+    notes = prepared.notes
+    notes.fields["prepare_s"] = round(time.perf_counter() - notes.arrived, 4)
 
 
 def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
@@ -85,7 +85,7 @@ def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
         meter=service.metrics.meter(
             choice.dial.reasoning_lambda,
             len(choice.prompt.token_ids),
-            prepared.trace.arrived,
+            prepared.notes.arrived,
             cap=prepared.decision.cap,
         ),
         write_logprobs=prepared.answer_format.logprobs_writer(vocabulary)
@@ -120,10 +120,10 @@ def _observer(
 
 
 def _head(prepared: PreparedRequest) -> AnswerHead:
-    trace = prepared.trace
-    prefixed = f"{prepared.answer_format.id_prefix}-{trace.request_id}"
+    notes = prepared.notes
+    prefixed = f"{prepared.answer_format.id_prefix}-{notes.request_id}"
     return AnswerHead(
-        id=trace.request_id if trace.given else prefixed,
+        id=notes.request_id if notes.given else prefixed,
         created=int(time.time()),
         model=prepared.wire.model,
         system_fingerprint=f"fp_{prepared.info.fingerprint[:16]}",

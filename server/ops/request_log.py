@@ -26,13 +26,13 @@ _ACCEPTABLE_ID: Final = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 
 
 @dataclass(slots=True)
-class Trace:
+class RequestNotes:
     """The id of one request, and what its handlers note for its log line and its span."""
 
     request_id: str
     given: bool  # the client gave the id
     arrived: float  # time.perf_counter
-    notes: dict[str, Any] = field(default_factory=dict)  # fields of the log line
+    fields: dict[str, Any] = field(default_factory=dict)  # of the log line
 
 
 class RequestLog:
@@ -46,37 +46,37 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = _trace(Headers(scope=scope).get(REQUEST_ID_HEADER))
-        scope.setdefault("state", {})["trace"] = trace
+        notes = _new_notes(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        scope.setdefault("state", {})["notes"] = notes
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = trace.request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = notes.request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, trace)
+            self._record(scope, status, notes)
 
-    def _record(self, scope: Scope, status: int, trace: Trace) -> None:
+    def _record(self, scope: Scope, status: int, notes: RequestNotes) -> None:
         quiet = path_of(scope) in QUIET_PATHS
-        seconds = time.perf_counter() - trace.arrived
-        trace.notes = {"id": trace.request_id, **trace.notes}
+        seconds = time.perf_counter() - notes.arrived
+        notes.fields = {"id": notes.request_id, **notes.fields}
         if self._tracing is not None and not quiet:
-            trace.notes["trace_id"] = self._tracing.record(
+            notes.fields["trace_id"] = self._tracing.record(
                 method=scope["method"],
                 path=path_of(scope),
                 status=status,
                 headers=Headers(scope=scope),
-                notes=trace.notes,
+                notes=notes.fields,
                 seconds=seconds,
             )
-        trace.notes["total_s"] = round(seconds, 4)
-        _log(logging.DEBUG if quiet else logging.INFO, scope, status, trace.notes)
+        notes.fields["total_s"] = round(seconds, 4)
+        _log(logging.DEBUG if quiet else logging.INFO, scope, status, notes.fields)
 
 
 def path_of(scope: Scope) -> str:
@@ -85,11 +85,11 @@ def path_of(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def _trace(given: str | None) -> Trace:
-    """Returns the trace of a new request; an id that is not acceptable is replaced."""
+def _new_notes(given: str | None) -> RequestNotes:
+    """Returns the notes of a new request, with a new id if `given` is not acceptable."""
     if given is not None and _ACCEPTABLE_ID.fullmatch(given):
-        return Trace(given, True, time.perf_counter())
-    return Trace(uuid.uuid4().hex, False, time.perf_counter())
+        return RequestNotes(given, True, time.perf_counter())
+    return RequestNotes(uuid.uuid4().hex, False, time.perf_counter())
 
 
 def _log(level: int, scope: Scope, status: int, notes: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.wire import answer_models as answers
+from server.wire import response_models as models
 from server.wire.chat_request import ChatRequest
 from server.wire.completion_request import CompletionRequest
 from server.wire.tokenize_request import DetokenizeRequest, TokenizeRequest
@@ -58,7 +58,7 @@ OPERATIONS: Final = (
         "post",
         "/v1/chat/completions",
         "Answer a conversation, at any λ",
-        {JSON: answers.ChatCompletion, EVENTS: answers.ChatCompletionChunk},
+        {JSON: models.ChatCompletion, EVENTS: models.ChatCompletionChunk},
         GENERATION,
         ChatRequest,
         takes_lambda_header=True,
@@ -68,7 +68,7 @@ OPERATIONS: Final = (
         "post",
         "/v1/completions",
         "Continue raw prompts, and score them",
-        {JSON: answers.Completion, EVENTS: answers.CompletionChunk},
+        {JSON: models.Completion, EVENTS: models.CompletionChunk},
         GENERATION,
         CompletionRequest,
         takes_lambda_header=True,
@@ -78,7 +78,7 @@ OPERATIONS: Final = (
         "post",
         "/tokenize",
         "Token ids of a text, or of messages in their chat template",
-        {JSON: answers.Tokens},
+        {JSON: models.Tokens},
         (*WITH_BODY, 503),
         TokenizeRequest,
         takes_lambda_header=True,
@@ -87,7 +87,7 @@ OPERATIONS: Final = (
         "post",
         "/detokenize",
         "The text of token ids",
-        {JSON: answers.Text},
+        {JSON: models.Text},
         WITH_BODY,
         DetokenizeRequest,
     ),
@@ -95,40 +95,40 @@ OPERATIONS: Final = (
         "get",
         "/v1/models",
         "The served name and some of its aliases",
-        {JSON: answers.ModelList},
+        {JSON: models.ModelList},
         ANY_ROUTE,
     ),
     Operation(
         "get",
         "/v1/models/{name}",
         "One model or alias",
-        {JSON: answers.Model},
+        {JSON: models.Model},
         (404, *ANY_ROUTE),
     ),
     Operation(
         "get",
         "/v1/profiles",
         "The active profile, and what the router makes of it",
-        {JSON: answers.ActiveProfile},
+        {JSON: models.ActiveProfile},
         (*ANY_ROUTE, 503),
     ),
     Operation(
         "get",
         "/health",
         "Whether server and engine are alive",
-        {JSON: answers.Status},
+        {JSON: models.Status},
         (500, 503),
     ),
     Operation(
         "get",
         "/ready",
         "Whether requests are accepted",
-        {JSON: answers.Status},
+        {JSON: models.Status},
         (500, 503),
     ),
     Operation("get", "/", "The playground page", {HTML: None}, (500,)),
     Operation("get", "/metrics", "Metrics for Prometheus", {PLAIN: None}, (500,)),
-    Operation("get", "/version", "The server's version", {JSON: answers.Version}, (500,)),
+    Operation("get", "/version", "The server's version", {JSON: models.Version}, (500,)),
     Operation("get", "/openapi.json", "The OpenAPI document", {JSON: None}, ANY_ROUTE),
 )
 
@@ -157,7 +157,7 @@ def document(version: str) -> dict[str, Any]:
 
 def _models() -> list[type[BaseModel]]:
     """Returns every model in the table, once."""
-    named: list[type[BaseModel]] = [answers.Error]
+    named: list[type[BaseModel]] = [models.Error]
     for operation in OPERATIONS:
         named += [model for model in (operation.body, *operation.answer.values()) if model]
     return list(dict.fromkeys(named))
@@ -166,7 +166,7 @@ def _models() -> list[type[BaseModel]]:
 def _operation_object(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     responses = {"200": _success(operation, refs)}
     for status in sorted(operation.refusals):
-        responses[str(status)] = _refusal(status, refs[answers.Error])
+        responses[str(status)] = _refusal(status, refs[models.Error])
     item: dict[str, Any] = {"summary": operation.summary, "responses": responses}
     parameters = _parameters(operation)
     if parameters:
@@ -183,7 +183,7 @@ def _success(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         for media, model in operation.answer.items()
     }
     if EVENTS in content:
-        content[EVENTS]["schema"] = _event(content[EVENTS]["schema"], refs[answers.Error])
+        content[EVENTS]["schema"] = _event(content[EVENTS]["schema"], refs[models.Error])
     headers = {"X-Request-Id": _header("The request's id; the client's own if it gave one")}
     if operation.sends_lambda_header:
         headers["X-Reasoning-Lambda"] = _header("λ that the answer ran at")

@@ -3,7 +3,8 @@
 There are three sources of requests: the document as it is, with valid and invalid data; the same
 document narrowed to what the server accepts, so that most requests are answered; and bodies and
 headers that no schema would generate. A 5xx, or a status, type, header or body that the document
-does not describe, is a failure. `make test-long` sends ten times as many requests.
+does not describe, is a failure. `make test-long` sends ten times as many
+requests, and each bound of each field.
 """
 
 import copy
@@ -19,7 +20,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
-from schemathesis.config import ProjectConfig, ProjectsConfig, SchemathesisConfig
+from schemathesis.config import (
+    CoveragePhaseConfig,
+    PhasesConfig,
+    ProjectConfig,
+    ProjectsConfig,
+    SchemathesisConfig,
+)
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
@@ -30,7 +37,7 @@ from schemathesis.specs.openapi.checks import (
 
 from server.wire.openapi import document
 from tests.contract.conftest import ServerProcess
-from tests.examples import examples
+from tests.examples import examples, is_long_run
 
 pytestmark = pytest.mark.hypothesis
 CHECKS = [
@@ -40,6 +47,8 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+# Each bound of each field, one at a time: a thousand requests.
+PHASES = PhasesConfig(coverage=CoveragePhaseConfig(enabled=is_long_run()))
 GENERATED = settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -58,6 +67,11 @@ def server(
         process.stop()
 
 
+def configured(phases: PhasesConfig | None = None, **project: int) -> SchemathesisConfig:
+    default = ProjectConfig(phases=phases, **project)
+    return SchemathesisConfig(projects=ProjectsConfig(default=default))
+
+
 # --- the document as it is -----------------------------------------------------------------------
 
 
@@ -73,7 +87,7 @@ def described() -> dict[str, Any]:
 
 
 DOCUMENT = described()
-OPERATIONS = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS = schemathesis.openapi.from_dict(DOCUMENT, config=configured(PHASES))
 
 
 @OPERATIONS.parametrize()
@@ -200,10 +214,7 @@ def consistent(body: Any) -> Any:
 
 
 ACCEPTED = schemathesis.openapi.from_dict(
-    narrowed_document(),
-    config=SchemathesisConfig(
-        projects=ProjectsConfig(default=ProjectConfig(max_stream_events=10_000))
-    ),
+    narrowed_document(), config=configured(max_stream_events=10_000)
 )
 
 

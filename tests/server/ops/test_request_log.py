@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.ops.request_log import RequestLog, Trace
+from server.ops.request_log import RequestLog, RequestNotes
 
 
 def run(path: str, headers: dict[str, str], app: Any) -> list[Any]:
@@ -26,8 +26,8 @@ def run(path: str, headers: dict[str, str], app: Any) -> list[Any]:
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
-    trace: Trace = scope["state"]["trace"]
-    trace.notes["lambda"] = 0.6
+    notes: RequestNotes = scope["state"]["notes"]
+    notes.fields["lambda"] = 0.6
     await send({"type": "http.response.start", "status": 200, "headers": []})
 
 

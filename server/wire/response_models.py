@@ -1,6 +1,6 @@
-"""The models of answers, for the OpenAPI document; answers themselves are built without them.
+"""The models of responses, for the OpenAPI document; responses themselves are built without them.
 
-A field with a default is left out if it does not apply. Tests check real answers against these
+A field with a default is left out if it does not apply. Tests check real responses against these
 models.
 """
 
@@ -9,11 +9,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class _Answer(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(_Body):
     message: str
     type: str
     param: str | None
@@ -21,23 +21,23 @@ class ErrorDetail(_Answer):
     code: str
 
 
-class Error(_Answer):
+class Error(_Body):
     """Every error of every route; in a stream it is the last event."""
 
     error: ErrorDetail
 
 
-class CachedTokens(_Answer):
+class CachedTokens(_Body):
     cached_tokens: int
     """Prompt tokens whose KV was in the prefix cache."""
 
 
-class ReasoningTokens(_Answer):
+class ReasoningTokens(_Body):
     reasoning_tokens: int
     """Tokens inside think blocks."""
 
 
-class Usage(_Answer):
+class Usage(_Body):
     prompt_tokens: int
     """Tokens of the prompts, each once, however many choices it has."""
     completion_tokens: int
@@ -46,7 +46,7 @@ class Usage(_Answer):
     completion_tokens_details: ReasoningTokens
 
 
-class RoutingOfAnswer(_Answer):
+class RoutingOfAnswer(_Body):
     """The λ that the request ran at, and why."""
 
     reasoning_lambda: float | dict[str, Any] | list[float]
@@ -67,7 +67,7 @@ class RoutingOfAnswer(_Answer):
     """The server closed a think block."""
 
 
-class _Identity(_Answer):
+class _Identity(_Body):
     id: str
     created: int
     """Seconds since 1970."""
@@ -75,7 +75,7 @@ class _Identity(_Answer):
     system_fingerprint: str
 
 
-class TopLogprob(_Answer):
+class TopLogprob(_Body):
     token: str
     logprob: float
     bytes: list[int]
@@ -85,30 +85,30 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(_Answer):
+class ChatLogprobs(_Body):
     content: list[TokenLogprob]
 
 
-class FunctionOfCall(_Answer):
+class FunctionOfCall(_Body):
     name: str
     arguments: str
     """The arguments as JSON, as the model wrote them."""
 
 
-class Call(_Answer):
+class Call(_Body):
     id: str
     type: Literal["function"]
     function: FunctionOfCall
 
 
-class FunctionOfCallDelta(_Answer):
+class FunctionOfCallDelta(_Body):
     name: str = ""
     """Only in a call's first delta."""
     arguments: str
     """The next piece of the arguments."""
 
 
-class CallDelta(_Answer):
+class CallDelta(_Body):
     index: int
     id: str = ""
     """Only in a call's first delta."""
@@ -116,7 +116,7 @@ class CallDelta(_Answer):
     function: FunctionOfCallDelta
 
 
-class AnswerMessage(_Answer):
+class AnswerMessage(_Body):
     role: Literal["assistant"]
     content: str | None
     """Null where the answer consists of calls only."""
@@ -130,7 +130,7 @@ TextFinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class _Choice(_Answer):
+class _Choice(_Body):
     index: int
     reasoning_lambda: float = 0.0
     """λ of the choice, in a fan-out."""
@@ -149,7 +149,7 @@ class ChatCompletion(_Identity):
     routing: RoutingOfAnswer
 
 
-class ChatDelta(_Answer):
+class ChatDelta(_Body):
     role: Literal["assistant"] = "assistant"
     content: str = ""
     tool_calls: list[CallDelta] = []
@@ -173,7 +173,7 @@ class ChatCompletionChunk(_Identity):
     """In the first and the last chunk of every choice."""
 
 
-class TextLogprobs(_Answer):
+class TextLogprobs(_Body):
     """Columns of equal length; the first token of an echoed prompt has null in two of them."""
 
     tokens: list[str]
@@ -211,7 +211,7 @@ class CompletionChunk(_Identity):
     """In the first and the last chunk of every choice."""
 
 
-class PairOfModel(_Answer):
+class PairOfModel(_Body):
     """The served pair, by content and by the endpoints' names."""
 
     identity: str
@@ -222,7 +222,7 @@ class PairOfModel(_Answer):
     """Format of the Thinking endpoint's difference to Instruct; `none` if it is held in full."""
 
 
-class Model(_Answer):
+class Model(_Body):
     id: str
     object: Literal["model"]
     created: int
@@ -239,12 +239,12 @@ class Model(_Answer):
     """λ of an alias."""
 
 
-class ModelList(_Answer):
+class ModelList(_Body):
     object: Literal["list"]
     data: list[Model]
 
 
-class Tokens(_Answer):
+class Tokens(_Body):
     count: int
     max_model_len: int | None
     """Null while the engine loads."""
@@ -253,19 +253,19 @@ class Tokens(_Answer):
     """The text of each token, if requested."""
 
 
-class Text(_Answer):
+class Text(_Body):
     prompt: str
 
 
-class Status(_Answer):
+class Status(_Body):
     status: str
 
 
-class Version(_Answer):
+class Version(_Body):
     version: str
 
 
-class ActiveProfile(_Answer):
+class ActiveProfile(_Body):
     """The routing curves; docs/routing.md explains every key."""
 
     object: Literal["profile"]
