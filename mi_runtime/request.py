@@ -212,7 +212,7 @@ class EngineInfo:
     peak_bytes: int  # most memory in use at once while loading
     load_seconds: float
     attention: str = "reference"  # the backend, and the times of all that were measured
-    graphs: str = "none"  # recorded decode steps: how many, and how they were recorded
+    graphs: str = "none"  # CUDA graphs: how many, and how they were captured
     pair_kernels: str = ""  # where the measurement chose them; empty without a GPU
 
 

@@ -8,7 +8,7 @@ MORE_WHEN_LONG: Final = 10
 
 
 def is_long_run() -> bool:
-    """Whether this is `make test-long`."""
+    """Returns whether `make test-long` runs the tests."""
     return settings.get_current_profile_name() == "long"
 
 

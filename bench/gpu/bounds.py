@@ -38,7 +38,7 @@ def way_of(store: Store, one_lambda: bool) -> Way:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Bytes moved and operations done."""
+    """The bytes that a step moves, and the operations that it does."""
 
     bytes: float
     operations: float

@@ -31,7 +31,6 @@ EMBEDDED = EngineConfig(
     instruct=str(INSTRUCT_DIRECTORY), thinking=str(THINKING_DIRECTORY), prefix_caching=False
 )
 NEW_TOKENS = EMBEDDED_PAIR.new_tokens
-SAMPLING = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)  # no end of sequence is set
 
 
 def midsize_pair() -> Pair:

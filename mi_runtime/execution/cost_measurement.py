@@ -4,7 +4,7 @@ It times the products of one decoder layer's linear modules for a few row counts
 weights and as pair product, and one blend of them, and scales the times to the whole model by
 parameter count. On a GPU it samples several layers if one would stay in the GPU's cache, and
 captures the products as a CUDA graph, so that launches by the host do not count: they are in
-`CostModel.fixed`, the remainder of an eager forward pass. Once decode steps are recorded, a replay
+`CostModel.fixed`, the remainder of an eager forward pass. Once CUDA graphs are captured, a replay
 is timed too. Before all this, on a GPU, it measures up to how many rows the pair kernels of
 `mi_runtime.kernels` are faster than cuBLAS. It takes well under a second on the embedded pair, and
 a few seconds on large pairs.
@@ -64,7 +64,7 @@ def measure_costs(model: BlendedModel) -> CostModel:
 
 @torch.inference_mode()
 def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) -> CostModel:
-    """Returns these costs with the cost of a replay, timed with the smallest recording."""
+    """Returns these costs with the cost of a replay, timed with the smallest graph."""
     key, replay = graphs.smallest
     way = costs.single if key.way is Way.ENDPOINT else costs.pair
     return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(key.rows)))
@@ -194,7 +194,7 @@ def _forward_one_row(model: BlendedModel, dial: Dial) -> None:
 
 
 def _random(model: BlendedModel, rows: int, width: int) -> torch.Tensor:
-    """Returns random inputs. A failed recording leaves torch's default generator unusable."""
+    """Returns random inputs. A failed capture leaves torch's default generator unusable."""
     generator = torch.Generator(model.device).manual_seed(0)
     return torch.randn(rows, width, device=model.device, generator=generator).to(model.dtype)
 

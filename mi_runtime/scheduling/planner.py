@@ -8,8 +8,8 @@ model that is measured at start-up:
     forward(way, R) = fixed + seconds(way, R)        R rows; way: single weights, or the pair
 
 `fixed` is the cost of a forward pass that does not depend on its rows: mostly kernel launches by
-the host. A sub-batch of decodes only costs less of it if decode steps are recorded, because one
-launch replays them. A sub-batch with prompt tokens is never replayed.
+the host. A sub-batch of decodes only costs less of it if decode steps are captured, because one
+launch replays a CUDA graph. A sub-batch with prompt tokens is never replayed.
 
 No request waits for blended weights to be built: a new λ runs by the pair product. Each step adds
 up what blended weights would have saved. When the savings of a dial reach the cost of building its
@@ -67,7 +67,7 @@ class CostModel:
     """The cost of a forward pass on this device at this model's shapes, in seconds."""
 
     fixed: float  # per forward pass, whatever its rows
-    replayed: float  # the same for decodes only; equal to `fixed` if they are not recorded
+    replayed: float  # the same for decodes only; equal to `fixed` if they are not captured
     single: CostCurve  # endpoint or blended weights
     pair: CostCurve
     build: float  # to build all blended weights of one λ

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.answer import sse
 from server.answer.answer import Answer
-from server.answer.complete import complete_answer
+from server.answer.json_answer import json_answer
 from server.api.disconnect import ended_on_disconnect
 from server.api.event_stream import EventStream
 from server.api.prepared_request import PreparedRequest
@@ -28,8 +28,6 @@ async def respond(
         return EventStream(events, answer.generation, headers)
     try:
         async with ended_on_disconnect(answer.generation, request.receive):
-            return JSONResponse(
-                await complete_answer(answer, prepared.answer_format), headers=headers
-            )
+            return JSONResponse(await json_answer(answer, prepared.answer_format), headers=headers)
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server import __version__
 from server.api.dependencies import ServiceOfApp
-from server.routing.profile_response import profile_response
+from server.api.profile_response import profile_response
 
 
 async def health(service: ServiceOfApp) -> dict[str, str]:

@@ -16,7 +16,7 @@ import httpx
 from server.routing.requested_lambda import LAMBDA_HEADER
 from server.sweep.errors import BadParameters, SweepError
 from server.sweep.graders import Grader
-from server.sweep.grid import PlannedSample, wire_dial
+from server.sweep.grid import PlannedSample, lambda_field
 from server.sweep.http_client import ServedPair, ServerClient
 from server.sweep.samples import Sample, SampleLog
 
@@ -79,7 +79,7 @@ def request_body(
     body: dict[str, Any] = {
         "model": pair.model,
         "messages": list(planned.question.messages),
-        "reasoning_lambda": wire_dial(setting.dial, setting.reasoning_lambda, pair.layers),
+        "reasoning_lambda": lambda_field(setting.groups, setting.reasoning_lambda, pair.layers),
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "top_k": decoding.top_k,

@@ -1,6 +1,6 @@
 """Turns samples into points and curves, for all questions and for each routing class.
 
-A curve has the points of one dial and one decoding, in order of λ.
+A curve has the points of one choice of groups and one decoding, in order of λ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,7 +55,7 @@ class MeasuredPoint:
         decoding = self.setting.decoding
         return {
             "lambda": self.setting.reasoning_lambda,
-            "dial": self.setting.dial,
+            "dial": self.setting.groups,
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
             "top_k": decoding.top_k,
@@ -67,16 +67,16 @@ class MeasuredPoint:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The points of one dial and one decoding, in order of λ; at least one."""
+    """The points of one choice of groups and one decoding, in order of λ; at least one."""
 
     points: Sequence[MeasuredPoint]
 
     @property
     def name(self) -> str:
-        """Dial and decoding. The decoding is that of the last point, as λ = 0 may have another."""
+        """Groups and decoding: that of the last point, as λ = 0 may have another."""
         setting = self.points[-1].setting
-        dial = "" if setting.dial == ALL else f"λ in {setting.dial} only, "
-        return f"{dial}{setting.decoding}"
+        groups = "" if setting.groups == ALL else f"λ in {setting.groups} only, "
+        return f"{groups}{setting.decoding}"
 
     @property
     def stages(self) -> Stages | None:

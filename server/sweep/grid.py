@@ -17,7 +17,7 @@ from server.sweep.errors import BadParameters
 from server.sweep.tasks import Question
 
 ALL: Final = "all"
-_DIAL: Final = re.compile(r"(\d{1,4})-(\d{1,4})(?:\.(attn|mlp))?|(attn|mlp)", re.ASCII)
+_GROUPS: Final = re.compile(r"(\d{1,4})-(\d{1,4})(?:\.(attn|mlp))?|(attn|mlp)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class Setting:
     """One point of a curve."""
 
     reasoning_lambda: float
-    dial: str  # the blend groups that λ applies to: `all`, `mlp`, `0-11`, `0-11.attn` …
+    groups: str  # those that λ applies to, the others are at 0: `all`, `mlp`, `0-11`, `0-11.attn` …
     decoding: Decoding
 
     @property
     def label(self) -> str:
         """Identifies the setting in the file of samples."""
-        return f"λ={self.reasoning_lambda:g} {self.dial} {self.decoding}"
+        return f"λ={self.reasoning_lambda:g} {self.groups} {self.decoding}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class PlannedSample:
     def seed(self, base: int) -> int:
         """Returns a seed that depends on the question, λ and the sample's number.
 
-        Dials and decodings share it, and so draw the same random numbers.
+        Settings that differ only in groups or decoding share it: they draw the same random numbers.
         """
         parts = (base, self.question.id, f"{self.setting.reasoning_lambda:g}", self.sample)
         return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
@@ -69,13 +69,13 @@ class PlannedSample:
 
 def curves_of(
     lambdas: Sequence[float],
-    dials: Sequence[str],
+    groups: Sequence[str],
     temperatures: Sequence[float],
     top_ps: Sequence[float],
     top_k: int = 0,
     instruct: Decoding | None = None,
 ) -> list[list[Setting]]:
-    """Returns one curve for each dial, temperature and top_p, each in order of λ.
+    """Returns one curve for each choice of groups, temperature and top_p, each in order of λ.
 
     With `instruct`, every curve uses that decoding at λ = 0.
     """
@@ -83,12 +83,12 @@ def curves_of(
         [
             Setting(
                 value,
-                dial,
+                chosen,
                 instruct if instruct and value == 0 else Decoding(temperature, top_p, top_k),
             )
             for value in sorted(set(lambdas))
         ]
-        for dial, temperature, top_p in product(dials, temperatures, top_ps)
+        for chosen, temperature, top_p in product(groups, temperatures, top_ps)
     ]
 
 
@@ -113,8 +113,8 @@ def planned_samples(
                     yield PlannedSample(setting, question, sample)
 
 
-def ablation_dials(layers: int) -> list[str]:
-    """Returns the dials of the paper's ablation: all groups, one module kind, and two thirds or one
+def ablation_groups(layers: int) -> list[str]:
+    """Returns the groups of the paper's ablation: all, one module kind, and two thirds or one
     third of the layers. Raises `BadParameters` for fewer than 3 layers.
     """
     if layers < 3:
@@ -124,15 +124,15 @@ def ablation_dials(layers: int) -> list[str]:
     return [ALL, "mlp", "attn", *(f"{first}-{end - 1}" for first, end in ranges)]
 
 
-def wire_dial(dial: str, value: float, layers: int) -> float | dict[str, Any]:
-    """Returns the field `reasoning_lambda` for λ = `value` in the dial's groups and 0 elsewhere.
+def lambda_field(groups: str, value: float, layers: int) -> float | dict[str, Any]:
+    """Returns the field `reasoning_lambda` for λ = `value` in `groups` and 0 elsewhere.
 
     λ is the default and the other groups are named, so that λ chooses the chat template. Raises
-    `BadParameters` for an unknown dial, or one that names layers the model lacks.
+    `BadParameters` for unknown groups, or layers that the model lacks.
     """
-    if dial == ALL:
+    if groups == ALL:
         return value
-    first, last, part = _parsed(dial, layers)
+    first, last, part = _parsed(groups, layers)
     wire: dict[str, Any] = {"default": value, "embed": 0.0, "head": 0.0}
     if part is not None:
         wire["attn" if part == "mlp" else "mlp"] = 0.0
@@ -141,14 +141,14 @@ def wire_dial(dial: str, value: float, layers: int) -> float | dict[str, Any]:
     return wire | ({"layers": zeroed} if zeroed else {})
 
 
-def _parsed(dial: str, layers: int) -> tuple[int, int, str | None]:
+def _parsed(groups: str, layers: int) -> tuple[int, int, str | None]:
     """Returns the first and the last layer, and the part of a layer or None for both parts."""
-    match = _DIAL.fullmatch(dial)
+    match = _GROUPS.fullmatch(groups)
     if match is None:
         raise BadParameters(
-            f"{dial!r} is not a dial; write `all`, `mlp`, `attn`, `0-3` or `0-3.mlp`"
+            f"--dials: {groups!r} is none of `all`, `mlp`, `attn`, `0-3` and `0-3.mlp`"
         )
     first, last = int(match[1] or 0), layers - 1 if match[2] is None else int(match[2])
     if not first <= last < layers:
-        raise BadParameters(f"dial {dial!r}: this model has layers 0 to {layers - 1}")
+        raise BadParameters(f"--dials: {groups!r}: this model has layers 0 to {layers - 1}")
     return first, last, match[3] or match[4]

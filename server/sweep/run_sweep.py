@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.sweep.graders import Grader
-from server.sweep.grid import Setting, ablation_dials, curves_of, settings_of, wire_dial
+from server.sweep.grid import Setting, ablation_groups, curves_of, lambda_field, settings_of
 from server.sweep.measurement import Progress, measurement
 from server.sweep.tasks import Task
 
@@ -27,7 +27,7 @@ def _parameters(flags: argparse.Namespace, curves: Sequence[Sequence[Setting]]) 
     return {
         "samples": flags.samples,
         "lambdas": [setting.reasoning_lambda for setting in curves[0]],
-        "dials": list(dict.fromkeys(curve[0].dial for curve in curves)),
+        "dials": list(dict.fromkeys(curve[0].groups for curve in curves)),
         "temperature": flags.temperature,
         "top_p": flags.top_p,
         "top_k": flags.top_k,
@@ -36,9 +36,9 @@ def _parameters(flags: argparse.Namespace, curves: Sequence[Sequence[Setting]]) 
 
 
 def _curves(flags: argparse.Namespace, layers: int) -> list[list[Setting]]:
-    dials = ablation_dials(layers) if flags.ablate else flags.dials
-    for dial in dials:
-        wire_dial(dial, 0.0, layers)  # raises before the first request
+    groups = ablation_groups(layers) if flags.ablate else flags.dials
+    for chosen in groups:
+        lambda_field(chosen, 0.0, layers)  # raises before the first request
     return curves_of(
-        flags.lambdas, dials, flags.temperature, flags.top_p, flags.top_k, flags.instruct_decoding
+        flags.lambdas, groups, flags.temperature, flags.top_p, flags.top_k, flags.instruct_decoding
     )

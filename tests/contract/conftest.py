@@ -26,7 +26,7 @@ READY = re.compile(r"^Ready: .* at (http://\S+)$", re.MULTILINE)
 
 
 class ServerProcess:
-    """A server on a free port, which is read from its output file."""
+    """Runs a server on a free port, which is read from its output file."""
 
     def __init__(self, process: "subprocess.Popen[bytes] | ForkedProcess", log: Path) -> None:
         self.process = process

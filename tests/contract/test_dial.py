@@ -28,7 +28,7 @@ def logprobs(answer: Any) -> list[float]:
     return [entry.logprob for entry in answer.choices[0].logprobs.content]
 
 
-def test_an_object_of_equal_lambdas_is_the_plain_lambda(client: openai.OpenAI) -> None:
+def test_an_object_of_equal_lambdas_answers_as_the_plain_lambda(client: openai.OpenAI) -> None:
     for value in (0.0, 0.6, 1.0):
         same = {"default": value, "attn": value, "mlp": value, "layers": {"0-3": value}}
         plain, grouped = ask(client, value), ask(client, same)
@@ -36,7 +36,7 @@ def test_an_object_of_equal_lambdas_is_the_plain_lambda(client: openai.OpenAI) -
         assert grouped.routing == plain.routing
 
 
-def test_each_group_of_an_object_has_its_effect(client: openai.OpenAI) -> None:
+def test_each_group_of_an_object_changes_the_logprobs(client: openai.OpenAI) -> None:
     plain = logprobs(ask(client, 0.6, max_tokens=1))
     for group in ("attn", "mlp", "embed", "head"):
         grouped = ask(client, {"default": 0.6, group: 1.0}, max_tokens=1)
@@ -96,7 +96,7 @@ def test_reasoning_ends_exactly_at_the_cap_and_an_answer_follows(
     assert reported.items() <= answer.routing.items()
 
 
-def test_a_cap_that_is_not_reached_changes_nothing(client: openai.OpenAI) -> None:
+def test_a_cap_that_is_not_reached_does_not_change_the_answer(client: openai.OpenAI) -> None:
     free, capped = ask(client, 1.0), ask(client, 1.0, extra={"thinking_token_budget": 500})
     assert tokens(capped) == tokens(free)
     assert capped.routing == free.routing | {"cap": 500}
@@ -127,7 +127,9 @@ def test_in_a_soft_window_a_block_closes_at_the_end_of_a_line(client: openai.Ope
 # --- the answer's λ ---
 
 
-def test_an_answer_lambda_equal_to_the_reasonings_changes_nothing(client: openai.OpenAI) -> None:
+def test_an_answer_lambda_equal_to_the_reasonings_does_not_change_the_answer(
+    client: openai.OpenAI,
+) -> None:
     plain = ask(client, 1.0)
     same = ask(client, 1.0, extra={"answer_lambda": 1.0})
     assert tokens(same) == tokens(plain)

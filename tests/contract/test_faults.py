@@ -1,4 +1,4 @@
-"""Whatever clients, the engine or the operator do, every accepted request ends exactly once.
+"""Every accepted request ends exactly once, though clients leave, engines die or servers stop.
 
 Most tests run the real engine, whose KV blocks must all be free in the end, and whose metrics must
 add up. `test_process` tests faults that need only a fake engine.
@@ -170,7 +170,7 @@ def test_clients_that_disconnect_leave_no_request_in_the_engine(
     assert "Traceback" not in server.output
 
 
-def test_a_client_that_stops_reading_blocks_nobody_and_loses_nothing(
+def test_a_client_that_stops_reading_blocks_no_other_client_and_loses_no_data(
     server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     wordy = long_answer(server, n=3, max_tokens=200, logprobs=True, top_logprobs=20)
@@ -189,7 +189,7 @@ def test_a_client_that_stops_reading_blocks_nobody_and_loses_nothing(
     assert "data: [DONE]" in received
 
 
-# --- too much ------------------------------------------------------------------------------------
+# --- overload and extreme requests ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -257,7 +257,7 @@ def test_a_body_that_is_too_long_is_a_413_before_all_of_it_is_sent(server: Serve
     assert_still_right(server)
 
 
-def test_a_body_that_never_ends_does_not_affect_others(server: ServerProcess) -> None:
+def test_an_unfinished_body_does_not_block_other_requests(server: ServerProcess) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(raw_request(b'{"model": "pa', length=100))
         assert_still_right(server)

@@ -180,7 +180,7 @@ def test_the_built_in_profile_was_measured_on_the_embedded_pair(real_server: Ser
         (["--task", "none.jsonl", "--grader", "exact"], "none.jsonl"),
     ],
 )
-def test_a_sweep_that_cannot_run_prints_the_reason(
+def test_sweep_errors_name_the_reason(
     arguments: list[str],
     reason: str,
     tmp_path: Path,

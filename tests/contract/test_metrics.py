@@ -186,13 +186,13 @@ def test_the_server_has_the_documented_metrics_and_no_other(traffic: TrafficRun)
 
 
 @pytest.mark.parametrize("name", metrics_of_kind("counter"))
-def test_a_counter_increases_and_never_decreases(traffic: TrafficRun, name: str) -> None:
+def test_every_counter_increases(traffic: TrafficRun, name: str) -> None:
     assert traffic.last.total(name) > traffic.first.total(name)
     assert traffic.first.total(name) <= traffic.busy.total(name) <= traffic.last.total(name)
 
 
 @pytest.mark.parametrize("name", [*metrics_of_kind("histogram"), *metrics_of_kind("summary")])
-def test_a_distribution_has_samples_in_several_buckets_of_lambda(
+def test_every_histogram_has_samples_in_several_lambda_buckets(
     traffic: TrafficRun, name: str
 ) -> None:
     assert traffic.first.total(f"{name}_count") == 0
@@ -212,7 +212,7 @@ def test_gauges_of_load_are_high_under_load_and_zero_before_and_after(traffic: T
         assert scrape.total("mi_elastic_active") == 0
 
 
-def test_gauges_of_memory_and_configuration_have_the_right_values(traffic: TrafficRun) -> None:
+def test_memory_and_lambda_gauges_report_current_values(traffic: TrafficRun) -> None:
     assert traffic.first.total("mi_blend_cache_bytes") == 0
     assert 0 < traffic.last.total("mi_blend_cache_bytes") <= 6_000_000
     shape = {"block_size": "16", "num_gpu_blocks": "48", "max_model_len": "512"}
@@ -223,7 +223,7 @@ def test_gauges_of_memory_and_configuration_have_the_right_values(traffic: Traff
 
 
 @pytest.mark.parametrize("name", metrics_of_kind("gauge"))
-def test_a_gauge_changes_or_has_its_facts_in_its_labels(traffic: TrafficRun, name: str) -> None:
+def test_every_gauge_except_info_changes(traffic: TrafficRun, name: str) -> None:
     values = [
         [(it.value, it.labels) for it in scrape.samples if it.name == name]
         for scrape in (traffic.first, traffic.busy, traffic.last)
@@ -232,7 +232,7 @@ def test_a_gauge_changes_or_has_its_facts_in_its_labels(traffic: TrafficRun, nam
     assert name.endswith("_info") or values[0] != values[1] or values[0] != values[2]
 
 
-def test_ends_and_refusals_are_counted_as_the_client_saw_them(traffic: TrafficRun) -> None:
+def test_finish_and_rejection_counters_match_responses(traffic: TrafficRun) -> None:
     finished = Counter(it["choices"][0]["finish_reason"] for it in traffic.answers)
     expected = finished + Counter(length=traffic.statuses[200], abort=1, deadline=4)
     assert traffic.last.by("mi_request_success_total", "finished_reason") == expected
@@ -242,7 +242,7 @@ def test_ends_and_refusals_are_counted_as_the_client_saw_them(traffic: TrafficRu
     )
 
 
-def test_token_counters_agree_with_usage(traffic: TrafficRun) -> None:
+def test_token_counters_match_usage(traffic: TrafficRun) -> None:
     """The load's tokens count too, and so do those before an abort or a deadline."""
     usage = [it["usage"] for it in traffic.answers]
     answered = sum(it["completion_tokens"] for it in usage)

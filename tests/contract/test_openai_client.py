@@ -22,7 +22,7 @@ def ask(client: Any, content: str = QUESTION, **fields: Any) -> Any:
     )
 
 
-def test_a_plain_answer_has_reasoning_and_is_right(client: openai.OpenAI) -> None:
+def test_a_plain_answer_has_reasoning_and_is_correct(client: openai.OpenAI) -> None:
     answer = ask(client)
     (choice,) = answer.choices
     assert choice.message.content == "Answer: 7"

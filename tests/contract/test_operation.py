@@ -92,7 +92,7 @@ def test_json_logs_have_one_object_a_line(start_fake: StartFake) -> None:
 # --- keys ---
 
 
-def test_keys_come_from_a_file_and_are_never_printed(start_fake: StartFake, tmp_path: Path) -> None:
+def test_api_keys_from_a_file_never_appear_in_output(start_fake: StartFake, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("sk-hidden team\n")
     process = start_fake("--api-key-file", str(file), "--log-level", "debug")
@@ -117,7 +117,7 @@ def test_keys_that_cannot_be_used_are_exit_code_2(start_fake: StartFake, tmp_pat
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_prompts_of_another_salt_cannot_be_seen_in_cached_tokens(
+def test_cached_tokens_count_only_prompts_of_the_same_salt(
     path: str, real_server: ServerProcess
 ) -> None:
     """The salt of a tenant contains its key, as `tests/server/access` tests."""
@@ -205,7 +205,7 @@ def test_without_traces_no_sdk_of_opentelemetry_is_imported() -> None:
 # --- proxies ---
 
 
-def test_a_proxys_forwarded_address_counts_only_if_the_proxy_is_trusted(
+def test_x_forwarded_for_is_used_only_from_trusted_proxies(
     start_fake: StartFake,
 ) -> None:
     def statuses(process: ServerProcess) -> list[int]:

@@ -213,7 +213,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_prints_its_version() -> None:
+def test_version_flag_prints_the_version() -> None:
     assert command("--version").stdout.strip() == f"mi-server {server.__version__}"
 
 
@@ -246,7 +246,7 @@ def test_the_http_process_loads_no_torch(real_server: ServerProcess) -> None:
     assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
 
 
-def test_the_ready_message_describes_the_pair_and_its_memory(fake_server: ServerProcess) -> None:
+def test_the_ready_line_reports_weights_and_peak_memory(fake_server: ServerProcess) -> None:
     description = (
         "weights 4.82 MB, 9 GB at the peak of loading; attention reference; profile neutral) at "
     )

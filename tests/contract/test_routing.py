@@ -107,7 +107,7 @@ def test_a_larger_budget_never_runs_at_a_lower_measured_score(
         last = min(scores[below], scores[above])
 
 
-def test_a_budget_of_minus_one_is_none(client: openai.OpenAI) -> None:
+def test_a_budget_of_minus_one_is_no_budget(client: openai.OpenAI) -> None:
     routing = ask(client, extra={"thinking_budget": -1}, max_tokens=1).routing
     assert (routing["source"], "cap" in routing) == ("default", False)
 
@@ -153,7 +153,7 @@ def test_an_unknown_class_is_routed_and_reported_as_the_default(client: openai.O
     assert ask(client, extra={"routing_class": "poetry"}).routing["routing_class"] == "default"
 
 
-def test_a_stream_reports_the_routing_in_its_first_and_last_chunk(client: openai.OpenAI) -> None:
+def test_a_stream_reports_routing_in_first_and_last_chunk(client: openai.OpenAI) -> None:
     plain = ask(client, reasoning_effort="high")
     chunks = list(ask(client, reasoning_effort="high", stream=True))
     reported = [index for index, it in enumerate(chunks) if getattr(it, "routing", None)]
@@ -161,7 +161,7 @@ def test_a_stream_reports_the_routing_in_its_first_and_last_chunk(client: openai
     assert all(chunks[index].routing == plain.routing for index in reported)
 
 
-def test_the_answers_header_has_the_lambda(client: openai.OpenAI) -> None:
+def test_the_response_header_has_the_lambda(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="pair",
         messages=[{"role": "user", "content": QUESTION}],

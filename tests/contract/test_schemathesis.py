@@ -3,8 +3,8 @@
 There are three sources of requests: the document as it is, with valid and invalid data; the same
 document narrowed to what the server accepts, so that most requests are answered; and bodies and
 headers that no schema would generate. A 5xx, or a status, type, header or body that the document
-does not describe, is a failure. `make test-long` sends ten times as many
-requests, and each bound of each field.
+does not describe, is a failure. `make test-long` sends ten times as many requests, and tests each
+bound of each field.
 """
 
 import copy
@@ -244,7 +244,7 @@ def send_accepted(server: ServerProcess, path: str, requests: int) -> tuple[set[
 
 
 @pytest.mark.parametrize(("path", "model"), [(CHAT, "ChatRequest"), (TEXT, "CompletionRequest")])
-def test_most_accepted_requests_are_answered_as_described(
+def test_valid_requests_get_responses_that_match_the_schema(
     path: str, model: str, server: ServerProcess
 ) -> None:
     fields, answered = send_accepted(server, path, examples(160))
@@ -307,7 +307,7 @@ def test_odd_bytes_and_headers_get_a_described_answer(server: ServerProcess) -> 
     assert {200, 400} <= statuses
 
 
-def test_the_server_logs_no_traceback_and_is_ready_after_all_requests(
+def test_fuzzing_leaves_no_traceback_and_no_open_request(
     server: ServerProcess,
 ) -> None:
     assert "Traceback" not in server.output

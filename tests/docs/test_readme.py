@@ -40,7 +40,7 @@ def test_the_comparisons_have_the_ratios_of_both_pairs() -> None:
     assert f"{embedded[first]:.1f} (embedded) to {midsize[first]:.1f} times" in words
 
 
-def test_the_figures_of_the_server_are_those_that_were_kept() -> None:
+def test_the_figures_of_the_server_match_the_kept_results() -> None:
     words = " ".join(SPEED.split())
     serving, token = kept("serving")["ratios"], kept("latency-token")["rows"]
     assert f"reach {serving['HTTP / engine alone']:.2f} of" in words

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench import three_stages
-from server.sweep.grid import ablation_dials
+from server.sweep.grid import ablation_groups
 from server.sweep.stages import stages
 
 PAGE = three_stages.PAGE.read_text()
@@ -57,13 +57,13 @@ def test_the_stages_follow_the_rule(measured: dict[str, Any]) -> None:
     found = stages([(it["lambda"], it["think_rate"]) for it in curve["points"]])
     assert found is not None
     assert found.json == curve["stages"][0]
-    assert f"Stage 1 up to λ = {found.instruct_until:g}" in PAGE
-    assert f"stage 3 from λ = {found.thinking_from:g}" in PAGE
+    assert f"stage 1 ends at λ = {found.instruct_until:g}" in PAGE
+    assert f"stage 3 begins at λ = {found.thinking_from:g}" in PAGE
 
 
 def test_the_ablation_measures_the_dials_of_the_command(measured: dict[str, Any]) -> None:
     dials = {it["dial"] for it in measured["ablation"]["points"]}
-    assert dials == set(ablation_dials(6)) == set(three_stages.ABLATION)
+    assert dials == set(ablation_groups(6)) == set(three_stages.ABLATION)
 
 
 def test_every_measurement_has_150_questions_and_8_samples(measured: dict[str, Any]) -> None:

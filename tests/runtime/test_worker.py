@@ -113,7 +113,7 @@ def tokens(events: list[TokenEvent], request_id: str) -> list[int | None]:
     return [event.token_id for event in events if event.request_id == request_id]
 
 
-# --- A life, from its start to the end of the pipe ----------------------------------------------
+# --- Starting and ending ------------------------------------------------------------------------
 
 
 def test_a_worker_reports_that_it_is_ready_and_ends_with_its_pipe(
@@ -136,7 +136,7 @@ def run_with_endless_loading() -> int:
     return mi_runtime.worker.main()
 
 
-def test_a_worker_whose_pipe_ends_while_it_loads_ends_as_well(
+def test_a_loading_worker_ends_with_its_pipe(
     start_worker: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
     own_worker = start_worker(qwen3_pair, run_with_endless_loading)

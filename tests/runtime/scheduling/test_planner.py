@@ -277,7 +277,7 @@ def test_endpoints_run_alone_without_room_and_without_building(dial: Dial) -> No
     assert dials_alone(parts) == {dial}
 
 
-RECORDED = CostModel(10.0, 0.5, PLAIN.single, PLAIN.pair, build=40.0)  # decodes are replayed
+CAPTURED = CostModel(10.0, 0.5, PLAIN.single, PLAIN.pair, build=40.0)  # decodes are replayed
 
 
 def plan_of_hot(costs: CostModel, *works: Work) -> list[SubBatch]:
@@ -285,7 +285,7 @@ def plan_of_hot(costs: CostModel, *works: Work) -> list[SubBatch]:
 
 
 @pytest.mark.parametrize(
-    ("costs", "split"), [(RECORDED, True), (replace(RECORDED, replayed=10.0), False)]
+    ("costs", "split"), [(CAPTURED, True), (replace(CAPTURED, replayed=10.0), False)]
 )
 def test_decodes_of_hot_dials_run_apart_if_a_replay_is_cheap(costs: CostModel, split: bool) -> None:
     """Decodes are replayed; counted as launched forwards, they never ran apart."""
@@ -295,8 +295,8 @@ def test_decodes_of_hot_dials_run_apart_if_a_replay_is_cheap(costs: CostModel, s
 
 def test_prefills_run_apart_only_if_a_launched_forward_is_cheap() -> None:
     prefills: list[Work] = [(Dial(0.3), 16), (Dial(0.6), 16)]
-    assert dials_alone(plan_of_hot(RECORDED, *prefills)) == set()
-    assert dials_alone(plan_of_hot(replace(RECORDED, fixed=0.5), *prefills)) == {
+    assert dials_alone(plan_of_hot(CAPTURED, *prefills)) == set()
+    assert dials_alone(plan_of_hot(replace(CAPTURED, fixed=0.5), *prefills)) == {
         Dial(0.3),
         Dial(0.6),
     }
@@ -304,10 +304,10 @@ def test_prefills_run_apart_only_if_a_launched_forward_is_cheap() -> None:
 
 def test_a_prefill_runs_apart_so_that_decodes_are_replayed() -> None:
     works: list[Work] = [(Dial(0.3), 60), *[(Dial(value / 10), 1) for value in (5, 6, 7)]]
-    prefill, decodes = plan_of_hot(RECORDED, *works)
+    prefill, decodes = plan_of_hot(CAPTURED, *works)
     assert (prefill.blended, rows(prefill)) == (True, 60)
     assert (decodes.blended, rows(decodes)) == (False, 3)
-    assert len(plan_of_hot(replace(RECORDED, replayed=10.0), *works)) == 1
+    assert len(plan_of_hot(replace(CAPTURED, replayed=10.0), *works)) == 1
 
 
 def test_a_plan_counts_the_rows_of_the_dials_beyond_the_largest() -> None:

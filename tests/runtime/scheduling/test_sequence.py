@@ -22,7 +22,7 @@ def test_sampled_tokens_are_the_output() -> None:
     assert (grown.tokens, grown.output_length, len(grown)) == ([4, 5, 6, 7, 8], 2, 5)
 
 
-def test_ending_is_forbidden_until_min_tokens_are_there() -> None:
+def test_ends_are_forbidden_before_min_tokens() -> None:
     short = sequence(SamplingParams(min_tokens=1))
     assert short.forbids_ending
     short.append(7)

@@ -1,4 +1,4 @@
-"""Settings, dials and the order of samples cover the grid that a command names."""
+"""Settings, groups and the order of samples cover the grid that a command names."""
 
 import pytest
 from hypothesis import given
@@ -10,11 +10,11 @@ from server.sweep.errors import BadParameters
 from server.sweep.grid import (
     Decoding,
     Setting,
-    ablation_dials,
+    ablation_groups,
     curves_of,
+    lambda_field,
     planned_samples,
     settings_of,
-    wire_dial,
 )
 from server.sweep.tasks import embedded_task
 from server.wire.reasoning_fields import GroupLambdas
@@ -23,7 +23,7 @@ QUESTIONS = embedded_task(4, 0).questions
 
 
 def dial_of(name: str, value: float, layers: int) -> Dial:
-    wire = wire_dial(name, value, layers)
+    wire = lambda_field(name, value, layers)
     assert isinstance(wire, dict)
     return dial_of_groups(GroupLambdas.model_validate(wire), step=0.01, layers=layers)
 
@@ -35,8 +35,8 @@ def groups_at(name: str, value: float, layers: int = 6) -> set[str]:
     return {group for group in names if dial.value_of(group) == value}
 
 
-def test_the_dial_all_is_a_single_lambda() -> None:
-    assert wire_dial("all", 0.8, 6) == 0.8
+def test_the_group_all_is_a_single_lambda() -> None:
+    assert lambda_field("all", 0.8, 6) == 0.8
 
 
 @pytest.mark.parametrize(
@@ -50,32 +50,32 @@ def test_the_dial_all_is_a_single_lambda() -> None:
         ("0-5", {f"{n}.{part}" for n in range(6) for part in ("attn", "mlp")}),
     ],
 )
-def test_a_dial_gives_its_groups_lambda_and_the_others_zero(name: str, groups: set[str]) -> None:
+def test_the_chosen_groups_get_lambda_and_the_others_zero(name: str, groups: set[str]) -> None:
     assert groups_at(name, 0.8) == groups
 
 
-def test_the_default_of_a_dial_is_its_lambda() -> None:
+def test_the_default_of_chosen_groups_is_its_lambda() -> None:
     assert dial_of("mlp", 0.8, 6).reasoning_lambda == 0.8
 
 
 @pytest.mark.parametrize("name", ["", "ffn", "3", "2-1", "0-6", "mlp.0-1", "0-1mlp", "0-1."])
-def test_an_unknown_dial_is_refused(name: str) -> None:
-    with pytest.raises(BadParameters, match="dial"):
-        wire_dial(name, 0.5, 6)
+def test_an_unknown_group_is_refused(name: str) -> None:
+    with pytest.raises(BadParameters, match="--dials"):
+        lambda_field(name, 0.5, 6)
 
 
 def test_the_ablation_is_the_papers_table() -> None:
-    assert ablation_dials(36) == ["all", "mlp", "attn", "0-23", "12-35", "0-11", "12-23", "24-35"]
-    assert ablation_dials(6) == ["all", "mlp", "attn", "0-3", "2-5", "0-1", "2-3", "4-5"]
+    assert ablation_groups(36) == ["all", "mlp", "attn", "0-23", "12-35", "0-11", "12-23", "24-35"]
+    assert ablation_groups(6) == ["all", "mlp", "attn", "0-3", "2-5", "0-1", "2-3", "4-5"]
 
 
 @given(st.integers(3, 200))
-def test_every_dial_of_an_ablation_exists_in_its_model(layers: int) -> None:
-    for name in ablation_dials(layers):
-        wire_dial(name, 0.5, layers)
+def test_every_group_of_an_ablation_exists_in_its_model(layers: int) -> None:
+    for name in ablation_groups(layers):
+        lambda_field(name, 0.5, layers)
 
 
-def test_a_curve_for_each_dial_and_decoding() -> None:
+def test_a_curve_for_each_choice_of_groups_and_decoding() -> None:
     curves = curves_of([1, 0, 0.5], ["all", "mlp"], [0.6, 0.7], [0.8, 0.95], 20)
     assert len(curves) == 8
     assert all([it.reasoning_lambda for it in curve] == [0, 0.5, 1] for curve in curves)

@@ -22,7 +22,7 @@ def endpoints(
     return EndpointText.read(instruct_directory), EndpointText.read(opening_directory)
 
 
-# --- which template, and what it opens ---
+# --- the choice of a template, and its think block ---
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_a_block_that_a_finished_answer_never_closed_is_the_answer() -> None:
 
 
 def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
-    """Splits the complete answer at once: the slow twin."""
+    """Splits the complete answer at once, as a reference."""
     decode = VOCABULARY.tokenizer.decode
     tag_of = [VOCABULARY.tags.get(token_id) for token_id in ids]
     start = 0
@@ -306,7 +306,7 @@ def test_piece_by_piece_the_split_is_that_of_the_complete_text(
 
 
 def slow_split_text(text: str, *, by_length: bool) -> Parts:
-    """Splits the complete text after a block that the prompt opened: the slow twin."""
+    """Splits the complete text after a block that the prompt opened, as a reference."""
     end = re.search(f"{THINK_CLOSE}|{TOOL_CALL}", text)
     if end is not None:
         content = re.sub(rf"^\s*{THINK_CLOSE}", "", text[end.end() :])

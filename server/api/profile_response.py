@@ -1,4 +1,4 @@
-"""Makes the answer of `GET /v1/profiles`: the active profile, and how the router uses it."""
+"""Makes the body of `GET /v1/profiles`: the active profile, and how the router uses it."""
 
 from typing import Any, Final
 

@@ -6,7 +6,7 @@ from server.answer.answer import Answer, AnswerHead
 from server.answer.answer_format import AnswerFormat, CompleteChoice
 
 
-async def complete_answer(answer: Answer, answer_format: AnswerFormat) -> dict[str, Any]:
+async def json_answer(answer: Answer, answer_format: AnswerFormat) -> dict[str, Any]:
     """Waits for the end of the answer. Raises what `Answer.chunks` raises."""
     head = answer.head
     choices = await _gather(answer)
