@@ -1,4 +1,4 @@
-"""The number of examples of property tests that try fewer than Hypothesis's default."""
+"""How many examples property tests try, which is more in `make test-long`."""
 
 from typing import Final
 
