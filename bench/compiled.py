@@ -62,7 +62,7 @@ def run_all(model: BlendedModel) -> None:
         forward=compiled_logits(model),
     )
     with torch.inference_mode():
-        graphs.record()
+        graphs.capture()
         for key in graphs.keys:
             graphs._replays[key]()
 

@@ -5,7 +5,7 @@
 The engine is the real one with asynchronous scheduling, on a model of 36 layers that computes
 nothing. A fake device has a queue of work: a forward begins when everything before it is done, and
 takes its milliseconds. Until the device's clock reaches the end of the work that it waits for, the
-thread spins, as it does on CUDA's events. Decode steps use the recorded path, as on a GPU. The
+thread spins, as it does on CUDA's events. Decode steps are replayed, as on a GPU. The
 vocabulary is tiny, so that the tensor work of a draw, which a GPU would do, is small compared with
 the host's work of launching it. All times are CPU time of the engine's thread, so that other work
 on the machine is not counted, though it slows cores and caches.
@@ -48,7 +48,7 @@ from mi_runtime.attention.plan import LayerShape
 from mi_runtime.config import EngineConfig
 from mi_runtime.device.transfer import Readback
 from mi_runtime.engine import Engine
-from mi_runtime.execution.decode_graphs import DecodeGraphs, Recorder, sizes_for
+from mi_runtime.execution.decode_graphs import Capture, DecodeGraphs, sizes_for
 from mi_runtime.model.blend_cache import BlendCache
 from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.row_lambdas import BlendGroups
@@ -200,7 +200,7 @@ def instant_model(forward: Callable[[], None], device: torch.device) -> InstantM
 def engine_of(
     case: Case, context: int, forward: Callable[[], None], device: torch.device
 ) -> Engine:
-    """Makes an engine with recorded decode steps, whose planner assumes a GPU's costs."""
+    """Makes an engine with captured decode steps, whose planner assumes a GPU's costs."""
     blocks = (context + 1024) // 16
     config = EngineConfig(
         "",
@@ -219,16 +219,20 @@ def engine_of(
     cache.places = 2
     runner.planner = Planner("auto", COSTS, lambda dial: 0.0, cache.places)
     runner.graphs = DecodeGraphs(
-        model, runner.attention, recorder(forward), sizes=sizes_for(case.rows), max_blocks=blocks
+        model,
+        runner.attention,
+        fake_capture(forward),
+        sizes=sizes_for(case.rows),
+        max_blocks=blocks,
     )
-    runner.graphs.record()
+    runner.graphs.capture()
     return engine
 
 
-def recorder(forward: Callable[[], None]) -> Recorder:
-    """Makes recordings whose replay returns the logits of the recording."""
+def fake_capture(forward: Callable[[], None]) -> Capture:
+    """Returns a capture whose replay returns the logits of the captured run."""
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         logits = run()
 
         def replay() -> Tensor:
@@ -237,7 +241,7 @@ def recorder(forward: Callable[[], None]) -> Recorder:
 
         return replay
 
-    return record
+    return capture
 
 
 def submit(engine: Engine, case: Case, context: int, steps: int) -> None:

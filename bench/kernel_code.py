@@ -222,7 +222,7 @@ def _resource_usage(binary: Path) -> str:
 
 
 def serving(model: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Yields a case for every number of rows that is recorded or measured, and prefill chunks."""
+    """Yields a case for every number of rows that is captured or measured, and prefill chunks."""
     from mi_runtime.execution.cost_measurement import KERNEL_ROWS
     from mi_runtime.execution.decode_graphs import SIZES
 

@@ -4,7 +4,7 @@
     python -m bench.step_budget --write    writes them into the page
 
 Bytes and bounds follow from the shapes (`bench.gpu.bounds`). Launches are counted: the real model
-code, with tiny width and a few layers, runs a decode step on the CPU in the form that is recorded
+code, with tiny width and a few layers, runs a decode step on the CPU in the form that is captured
 on a GPU, and every dispatch except views and empty tensors counts as one launch. Triton kernels,
 which a CPU cannot run, are replaced by as many dispatches as they need launches. Nothing is timed.
 """
@@ -38,7 +38,7 @@ SHAPE: Final = SHAPES["4b"]
 ROWS: Final = (1, 32, 128)
 CONTEXT: Final = 1024  # tokens
 BANDWIDTHS: Final = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, as copied
-NODE: Final = (1.5e-6, 2.3e-6)  # seconds of a node of a recorded graph on Hopper
+NODE: Final = (1.5e-6, 2.3e-6)  # seconds of a node of a CUDA graph on Hopper
 LAUNCH: Final = 4e-6  # seconds of the host for each launch or copy, by published measurements
 NO_LAUNCH: Final = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view")
 
@@ -100,21 +100,21 @@ def _product(x: Tensor, instruct: Tensor, *_: Tensor) -> Tensor:
     return x.new_zeros(len(x), len(instruct))
 
 
-def _recorded(model: BlendedModel, way: Way) -> Launches:
-    """Runs a decode step of two rows in the form that is recorded."""
+def _captured(model: BlendedModel, way: Way) -> Launches:
+    """Runs a decode step of two rows in the form that is captured."""
     model.kernels._kernels = SimpleNamespace(pair_linear=_product, delta_linear=_product)  # type: ignore[assignment]
     model.kernels.rows = 512
     model.groups.cache.places = int(way is Way.BLENDED)
     attention = PagedAttention(model.layers, 4, 16, model.dtype, model.device, StandInAttention())
     counted = Launches()
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         run()
         with counted:
             run()
         return run
 
-    DecodeGraphs(model, attention, record, sizes=(2,), max_blocks=2).record([GraphKey(2, way)])
+    DecodeGraphs(model, attention, capture, sizes=(2,), max_blocks=2).capture([GraphKey(2, way)])
     return counted
 
 
@@ -129,7 +129,7 @@ def _model(store: Store, layers: int) -> BlendedModel:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The kernels of a forward if it is recorded, and its dispatches if it is not."""
+    """The kernels of a forward if it is captured, and its dispatches if it is not."""
 
     a_layer: int
     kernels: int
@@ -138,7 +138,7 @@ class Counts:
 
 @cache
 def counts_of(subject: Subject, layers: int = SHAPE.layers) -> Counts:
-    one, two = (_recorded(_model(subject.store, count), subject.way) for count in (1, 2))
+    one, two = (_captured(_model(subject.store, count), subject.way) for count in (1, 2))
     kernels, dispatched = two.kernels - one.kernels, two.dispatched - one.dispatched
     more = layers - 1
     return Counts(kernels, one.kernels + more * kernels, one.dispatched + more * dispatched)
@@ -153,7 +153,7 @@ def tables(shape: Shape = SHAPE) -> str:
 
 def _steps(shape: Shape) -> str:
     head = (
-        "| rows | weights | GB | bound, H100 | H200 | gaps of launches | expected, H100 | H200 "
+        "| rows | weights | GB | bound, H100 | H200 | launch overhead | expected, H100 | H200 "
         "| measured |\n|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(_step(shape, rows, one) for rows in ROWS for one in SUBJECTS)
@@ -166,16 +166,16 @@ def _step(shape: Shape, rows: int, subject: Subject) -> str:
     """
     work = decode_work(shape, way_of(subject.store, subject.one_lambda), rows, CONTEXT)
     nodes = counts_of(subject).kernels
-    gaps = [1e3 * nodes * one for one in NODE]
+    overhead = [1e3 * nodes * one for one in NODE]
     bounds = [1e3 * work.bytes / one for one in BANDWIDTHS.values()]
-    expected = [f"{bound + gaps[0]:.1f}–{bound + gaps[1]:.1f}" for bound in bounds]
+    expected = [f"{bound + overhead[0]:.1f}–{bound + overhead[1]:.1f}" for bound in bounds]
     name = subject.name.replace("32 λ", "new λ" if rows == 1 else f"{rows} λ")
     cells = [str(rows), name, f"{work.bytes / 1e9:.1f}", *(f"{one:.1f}" for one in bounds)]
-    return _row(*cells, f"{gaps[0]:.1f}–{gaps[1]:.1f}", *expected, "")
+    return _row(*cells, f"{overhead[0]:.1f}–{overhead[1]:.1f}", *expected, "")
 
 
 def _forwards(shape: Shape) -> str:
-    head = "| weights | kernels a layer | of a step, recorded | dispatches otherwise, about |\n"
+    head = "| weights | kernels a layer | of a step, captured | dispatches otherwise, about |\n"
     rows = [(one.name, counts_of(one)) for one in SUBJECTS]
     return f"{head}|---|---|---|---|\n" + "".join(
         _row(name, f"{one.a_layer}", f"{one.kernels:,}", f"{round(one.dispatched, -2):,}")
@@ -207,7 +207,7 @@ def filled(page: str) -> str:
 
 
 def with_measured(new: str, old: str) -> str:
-    """Returns the new tables, with the last cells of the same rows of the old ones."""
+    """Copies the measured times from the old tables into the new ones."""
     kept = {_key(line): line.split("|")[-2].strip() for line in old.splitlines() if _key(line)}
     lines = [
         f"{line[:-2]}{figure} |"
@@ -219,7 +219,7 @@ def with_measured(new: str, old: str) -> str:
 
 
 def _key(line: str) -> tuple[str, ...]:
-    """Returns the rows and the weights that a line of the first table names; else nothing."""
+    """Returns the rows and the weights that a line of the first table names, or an empty tuple."""
     cells = [cell.strip() for cell in line.split("|")]
     return tuple(cells[1:3]) if len(cells) == 11 else ()
 

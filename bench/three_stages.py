@@ -227,8 +227,12 @@ def budgets_table(rows: Sequence[Point]) -> str:
     amounts = sorted({it["budget"] for it in rows if it["budget"] is not None})
     head = f"budget | λ routed | {' | '.join(POLICIES.values())} | routed − λ = 1 | 0.7 − λ = 1"
     table = _table(head, (_budget_row(by_policy, budget) for budget in amounts))
-    ends = (f"{name} {_spent(by_policy[name, None])}" for name in ("λ = 0", "λ = 1"))
-    return f"{table}\n\nWithout a budget: {', '.join(ends)}."
+    low, high = (by_policy[name, None] for name in ("λ = 0", "λ = 1"))
+    ends = (
+        f"λ = 0 scores {_share(low, 'mean_at_k')} with {low['tokens_mean']:.1f} tokens, "
+        f"and λ = 1 scores {_share(high, 'mean_at_k')} with {high['tokens_mean']:.1f}."
+    )
+    return f"{table}\n\nWithout a budget, {ends}"
 
 
 def _budget_row(by_policy: Mapping[tuple[str, int | None], Point], budget: int) -> str:

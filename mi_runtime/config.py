@@ -9,7 +9,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeltaDtype = Literal["none", "int8", "int4"]
 BlendPolicy = Literal["auto", "pair", "blended"]
 AttentionName = Literal["auto", "reference", "triton", "torch"]
-MAX_GRAPH_SIZES = 64  # row counts for which decode steps are recorded
+MAX_GRAPH_SIZES = 64  # row counts for which CUDA graphs are captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class TokenMarks:
     """Token ids of a vocabulary that matter to think blocks, the same for all requests."""
 
     soft_ends: frozenset[int] = frozenset()  # end a sentence or a line
-    blanks: frozenset[int] | None = None  # may precede the open tag; None: any token may
+    whitespace: frozenset[int] | None = None  # may precede the open tag; None: any token may
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class EngineConfig:
     attention_backend: AttentionName = "auto"  # auto: on a GPU the fastest that works
     blend_policy: BlendPolicy = "auto"  # auto: the cheapest way; the others force one
     blend_cache_bytes: int | None = None  # blended weights; None: a share of the free memory
-    cuda_graphs: bool = True  # on a GPU, record decode steps at start and replay them
+    cuda_graphs: bool = True  # on a GPU, capture decode steps at start and replay them
     cuda_graph_sizes: tuple[int, ...] = ()  # row counts, ascending; empty: up to max_num_seqs
-    torch_compile: bool = True  # compile the decode steps that are recorded
+    torch_compile: bool = True  # compile the decode steps that are captured
     marks: TokenMarks = field(default_factory=TokenMarks)
     grammar_vocabulary: GrammarVocabulary | None = None  # None: grammars are rejected
     threads: int | None = None  # CPU threads of the engine process; None: all cores but one

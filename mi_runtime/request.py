@@ -119,7 +119,7 @@ class EngineRequest:
     prompt: tuple[int, ...]
     dial: Dial
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    think: ThinkPolicy | None = None  # None: no think block is followed
+    think: ThinkPolicy | None = None  # None: no think block is tracked
     cache_salt: str = ""  # requests with different salts share no KV
     answer_dial: Dial | None = None  # from the think block's closing tag on; None: `dial`
     priority: int = 0  # lower runs earlier; equal ones in order of arrival
@@ -212,7 +212,7 @@ class EngineInfo:
     peak_bytes: int  # most memory in use at once while loading
     load_seconds: float
     attention: str = "reference"  # the backend, and the times of all that were measured
-    graphs: str = "none"  # recorded decode steps: how many, and how they were recorded
+    graphs: str = "none"  # CUDA graphs: how many, and how they were captured
     pair_kernels: str = ""  # up to how many rows they are used; empty without a GPU
 
 

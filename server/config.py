@@ -153,13 +153,13 @@ class Settings(BaseSettings):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that may be used, by all processes together."""
     cuda_graphs: bool = True
-    """On a GPU, record decode steps as CUDA graphs at start and replay them."""
+    """On a GPU, capture decode steps as CUDA graphs at start and replay them."""
     cuda_graph_sizes: Annotated[list[int], *Listed] = []
-    """Numbers of sequences for which decode steps are recorded, ascending. A step uses the next
+    """Numbers of sequences for which CUDA graphs are captured, ascending. A step uses the next
     larger number; a step that is larger than all of them is not replayed. Default: from 2 up to
     --max-num-seqs."""
     torch_compile: bool = True
-    """Compile the recorded steps; the first start then takes a minute or more longer."""
+    """Compile the captured steps; the first start then takes a minute or more longer."""
     attention_backend: AttentionName = "auto"
     """Implementation of attention; auto: on a GPU the fastest that works, measured at start."""
     blend_policy: BlendPolicy = "auto"

@@ -20,7 +20,7 @@ settings.load_profile("same")
 
 
 def pytest_collection_finish() -> None:
-    """What collecting imported stays: with it, a garbage collection takes seconds."""
+    """Exempts what the imports created from garbage collection, which else takes seconds."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)

@@ -87,7 +87,7 @@ MUTATIONS = {
         ("tests/runtime/scheduling/test_planner.py",),
     ),
     "sampler: two requests share a random number": Mutation(
-        "mi_runtime/execution/topk_topp.py",
+        "mi_runtime/execution/random_sampling.py",
         "one.request.sampling, one.rng.random())",
         "one.request.sampling, 0.5)",
         ("tests/runtime/execution/test_sampler.py",),
@@ -97,6 +97,12 @@ MUTATIONS = {
         "logits.argmax(1) if greedy",
         "logits.argmin(1) if greedy",
         ("tests/runtime/execution/test_sampler.py",),
+    ),
+    "sampler: a request field is ignored": Mutation(
+        "mi_runtime/scheduling/sequence.py",
+        "params.min_tokens > 0",
+        "False",
+        ("tests/runtime/test_request_fields.py",),
     ),
     "deltas: int4 is off by one step": Mutation(
         "mi_runtime/model/delta.py",
@@ -151,6 +157,12 @@ MUTATIONS = {
         "if missing >= MINUTE:",
         "if missing > 0:",
         ("tests/server/access",),
+    ),
+    "rejections: the client does not hear which field": Mutation(
+        "mi_runtime/worker.py",
+        "FinishReason.ERROR, error=error)",
+        "FinishReason.ERROR, error=str(error))",
+        ("tests/runtime/test_worker.py",),
     ),
     "tools: a call that was cut counts as complete": Mutation(
         "server/text/tool_parser.py",

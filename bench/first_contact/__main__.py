@@ -12,7 +12,7 @@ The JSON of an earlier run is kept as `first_contact-1.json`, and so on. At the 
 ratios that have targets, and one table.
 
 The exit code is 0 only if every step that should run is ok. A row that reports an error makes its
-step fail; so does an engine that runs on a GPU without recorded decode steps or without kernels. A
+step fail; so does an engine that runs on a GPU without CUDA graphs or without kernels. A
 step that skipped rows for lack of time is `partial`, and runs again after all others when the run
 is resumed. A step that needs more memory than the card has is left out.
 
@@ -26,7 +26,7 @@ The following cannot be rehearsed without a GPU, and runs there for the first ti
 - launches of compiled Triton code: on a CPU kernels are interpreted, and `bench.kernel_code`
   compiles them for sm_90 without running them; a read out of bounds shows only on a GPU;
 - kernels in bf16 and fp16 with the arithmetic of the matrix units (interpreted: in fp32);
-- recording and replaying CUDA graphs, and compiling what is recorded with inductor for CUDA;
+- capturing and replaying CUDA graphs, and compiling what is captured with inductor for CUDA;
 - copies from pinned memory, streams, events and their overlap: on a CPU the device is the host;
 - choosing the attention backend and the pair kernels by time, sizing by free memory, and running
   out of memory;
@@ -128,7 +128,7 @@ def _earlier(parser: argparse.ArgumentParser, file: Path | None) -> dict[str, St
 
 
 def _keep_earlier(path: Path) -> None:
-    """Renames the file of an earlier run to the next free name."""
+    """Copies the file of an earlier run to the next free name."""
     if path.exists():
         others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
         shutil.copy(path, next(other for other in others if not other.exists()))

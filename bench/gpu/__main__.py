@@ -1,7 +1,7 @@
 """Measures the engine on a GPU against the card's own limits, on random pairs of real shapes.
 
     python -m bench.gpu [--model NAME] [--only static,pair,…] [--seconds 360] [--out DIR]
-    python -m bench.gpu --compile --only card,static,pair      recorded steps compiled
+    python -m bench.gpu --compile --only card,static,pair      captured steps compiled
     python -m bench.gpu --smoke       every row on tiny shapes, on any device
 
 Rows: a decode step at 1, 32 and 128 sequences and contexts of 1k and 8k, prefill, 32 complete
@@ -19,7 +19,7 @@ answers, and the first token at a λ never used before. Subjects, in this order:
 come in order of importance (`bench/gpu/cases.py`), and the JSON is written after each. Subjects
 that share a process run one after another. If the process dies, the row in progress becomes an
 error and a new process runs the rest. A row that fails reports the error, and the next one runs; a
-row without room or time reports that it was skipped. An engine that runs without recorded steps or
+row without room or time reports that it was skipped. An engine that runs without CUDA graphs or
 without kernels is an error, though its rows are measured. The exit code is 1 if there was any
 error, or if every row was skipped.
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
-    parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
+    parser.add_argument("--compile", action="store_true", help="captured steps compiled")
     chosen = parser.parse_args(arguments)
     run = Run(chosen.model, chosen.smoke, chosen.compile)
     folder = made_folder(parser, chosen.out or (BUILD if run.smoke else RESULTS))

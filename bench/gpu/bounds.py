@@ -30,7 +30,7 @@ class Way:
 
 
 def way_of(store: Store, one_lambda: bool) -> Way:
-    """Returns how a row is computed: with single weights at one λ, else by the pair product."""
+    """Returns how a row is computed: with one matrix at one λ, else by the pair product."""
     if store == "static" or one_lambda:
         return Way(ITEM, 1)
     return Way(ITEM + DIFFERENCE[store], 2)
@@ -38,7 +38,7 @@ def way_of(store: Store, one_lambda: bool) -> Way:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Bytes moved and operations done."""
+    """The bytes that a step moves, and the operations that it does."""
 
     bytes: float
     operations: float

@@ -114,7 +114,7 @@ class Run:
 
     model: str
     smoke: bool = False
-    compiled: bool = False  # whether recorded steps are compiled
+    compiled: bool = False  # whether captured steps are compiled
 
     @property
     def shape(self) -> Shape:
@@ -128,7 +128,7 @@ class Run:
 def off(engine: Mapping[str, Any], run: Run, device: str) -> Row:
     """Returns the error of an engine that lacks something that speed depends on, else nothing.
 
-    On a CPU there is never an error, because an engine there has neither recordings nor kernels.
+    On a CPU there is never an error, because an engine there has neither CUDA graphs nor kernels.
     """
     found = what_is_off(engine, run) if device == "cuda" else []
     return {"error": "; ".join(found)} if found else {}
@@ -137,16 +137,16 @@ def off(engine: Mapping[str, Any], run: Run, device: str) -> Row:
 def what_is_off(engine: Mapping[str, Any], run: Run) -> list[str]:
     """Returns what the engine lacks.
 
-    `engine` is what it reports of its attention, its recorded decode steps and its pair products.
+    `engine` is what it reports of its attention, its CUDA graphs and its pair products.
     """
     attention, graphs, kernels = (
         str(engine[fact]) for fact in ("attention", "graphs", "pair_kernels")
     )
     found = []
     if graphs.startswith("none"):
-        found.append(f"decode steps are not recorded: {graphs}")
+        found.append(f"no CUDA graphs were captured: {graphs}")
     elif run.compiled and "compiled" not in graphs.partition(",")[0]:
-        found.append(f"recorded decode steps are not compiled: {graphs}")
+        found.append(f"captured decode steps are not compiled: {graphs}")
     if attention.startswith(("reference", "none")):
         found.append(f"attention has no kernels: {attention}")
     # Tiny matrices may be faster without kernels.

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--deadline", type=float, required=True, help="of `time.monotonic`")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
+    parser.add_argument("--compile", action="store_true", help="captured steps compiled")
     chosen = parser.parse_args()
     jobs = [Job(subject, Case(**case)) for subject, case in json.loads(chosen.jobs)]
     run = Run(chosen.model, chosen.smoke, chosen.compile)

@@ -16,12 +16,12 @@ Prints a line of JSON for each of these, in this order:
 
 Server and engine are in memory at once, each with the KV and blended weights that it needs and no
 more. `--seconds` limits the rounds. Starting is not limited, and each kind runs at least two
-rounds: a warm-up, which is not counted, and one more. Steps are recorded as they run; `--compile`
+rounds: a warm-up, which is not counted, and one more. Steps are captured as they run; `--compile`
 compiles them, which makes both starts longer. A pair whose files do not fit anywhere is skipped;
 `--layers` cuts it.
 
 The exit code is 1 if anything failed or the pair was skipped. It is also 1 if, on a GPU, the
-server's engine or the one here runs without recorded steps or without kernels; it is measured all
+server's engine or the one here runs without CUDA graphs or without kernels; it is measured all
 the same.
 """
 
@@ -70,7 +70,7 @@ ROUNDS: Final = 5  # rounds of both in turn, at most
 FIRST_ROUNDS: Final = 2  # rounds of HTTP alone
 LONGEST_ROUND: Final = 120.0  # seconds after which streams count as hung
 START_LIMIT: Final = 600.0  # seconds, including compiled steps
-BLEND_ROOM: Final = 1.5  # copies of the model: room for one λ and its recordings
+BLEND_ROOM: Final = 1.5  # copies of the model: room for one λ and its CUDA graphs
 
 Lambdas = Literal["different", "one"]
 KINDS: Final[tuple[Lambdas, ...]] = ("different", "one")
@@ -119,7 +119,7 @@ class ServedRun(Run):
             "device": self.place.device.type,
             "served-model-name": NAME,
             "max-num-seqs": streams.count,
-            "cuda-graph-sizes": streams.count,  # the others would only be recorded
+            "cuda-graph-sizes": streams.count,  # the others would only be captured
             "max-model-len": streams.context,
             "num-blocks": streams.count * math.ceil(streams.context / 16),
             "blend-cache-bytes": int(BLEND_ROOM * pair.bytes / 2),
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     places = f"bench/results; with --smoke {BUILD}"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the JSON ({places})")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
-    parser.add_argument("--compile", action="store_true", help="recorded steps compiled")
+    parser.add_argument("--compile", action="store_true", help="captured steps compiled")
     chosen = parser.parse_args(arguments)
     run = ServedRun(chosen.model, chosen.smoke, chosen.compile, chosen.layers)
     if not run.smoke and not torch.cuda.is_available():
@@ -229,7 +229,7 @@ def engine_alone(run: ServedRun, pair: WrittenPair, flags: list[str]) -> EngineA
 
 def engine_facts_of(ready_line: str) -> dict[str, str]:
     """Returns what the server's start message reports of the engine's choices."""
-    patterns = {"attention": "attention", "pair_kernels": "pair kernels", "graphs": "decode steps:"}
+    patterns = {"attention": "attention", "pair_kernels": "pair kernels", "graphs": "CUDA graphs:"}
     found = {name: re.search(rf"; {word} (.*?); ", ready_line) for name, word in patterns.items()}
     return {name: match[1] if match else "none" for name, match in found.items()}
 

@@ -11,7 +11,7 @@ from bench.gpu.bounds import DIFFERENCE
 from bench.gpu.cases import Scale, Skipped
 from bench.models.shapes import ITEM, Shape, Store
 
-RESERVE: Final = 6e9  # activations of the largest step, recordings, workspaces of libraries
+RESERVE: Final = 6e9  # activations of the largest step, CUDA graphs, workspaces of libraries
 PLACES: Final = 2  # λ values with blended weights: a hot one, and one that is new
 TINY: Final = 1e9  # bytes of a copy of the weights
 HOT_STEPS: Final = 200  # steps within which a single λ must have its blended weights
@@ -22,7 +22,7 @@ BLOCK: Final = 16  # tokens
 class Room:
     tokens: int  # tokens of KV
     places: int  # places of the blend cache
-    blend_bytes: int | None  # for blended weights and their recordings; None: the engine decides
+    blend_bytes: int | None  # for blended weights and their graphs; None: the engine decides
 
 
 def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = ITEM) -> Room:
@@ -42,8 +42,8 @@ def room_for(shape: Shape, store: Store, scale: Scale, free: float, item: int = 
     places = int(min(PLACES, (left - least * token) // copy)) if store == "pair" else 0
     wanted = max(tokens_of(*size, scale) for size in scale.decodes)
     tokens = int(min(wanted, (left - places * copy) // token))
-    # 1.4: more than so many places need with their recordings, and less than one more would need.
-    # In a tiny model, recordings are the larger part.
+    # 1.4: more than so many places need with their CUDA graphs, and less than one more would need.
+    # In a tiny model, CUDA graphs are the larger part.
     return Room(tokens, places, None if copy < TINY else int(1.4 * places * copy))
 
 

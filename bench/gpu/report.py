@@ -1,4 +1,4 @@
-"""Prints the rows of the GPU bench, and writes its JSON after every row. No torch."""
+"""Prints the rows of the GPU bench, and writes its JSON after every row. It imports no torch."""
 
 import json
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 Continuous batching runs with its default page size, a cache sized for the workload, and the
 engine's default of tokens in a step. It chooses its attention itself: `flash_attn` if that is
-installed, and otherwise torch's, for which it records no CUDA graphs and runs its steps
+installed, and otherwise torch's, for which it captures no CUDA graphs and runs its steps
 synchronously. `generate` runs with a static cache and with the compilation that it does on a GPU,
 which takes minutes.
 """

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class EachDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside its context, calls `run` in place of every operator, composite ones part by part."""
+    """Calls `run` for every operator inside its context, and for the parts of composite ones."""
 
     @abstractmethod
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

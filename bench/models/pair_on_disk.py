@@ -1,11 +1,10 @@
 """Writes a random pair of real shapes to disk, with configs, tokenizer and template.
 
 Weights are drawn on their device and written to safetensors shards, one thread for each shard,
-through one small buffer for each thread. So the only new pages are those of the files, which is
-what writing into memory costs. The models stay in memory: an engine in this process need not load
-what was written.
+through one small buffer for each thread. So a file system in memory takes the size of the files and
+hardly more. The models stay in memory: an engine in this process need not load them from the files.
 
-The tokenizer is the embedded pair's, with made-up words for all other ids: a blank and four
+The tokenizer is the embedded pair's, with made-up words for all other ids: a space and four
 letters, each one token in both directions. The rows of the head for all tokens that are not such
 words are made small, so that greedy answers consist of words: they do not end early, open no think
 block, and split no character, and each token is text by itself.

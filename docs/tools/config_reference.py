@@ -21,7 +21,7 @@ OPENING: Final = f"""\
 
 All settings of `mi-server serve`. `python -m docs.tools.config_reference` writes this page.
 
-A setting can be given in three ways. The first of these that has it wins:
+A setting can be given in three ways. The first one in this list wins:
 
 1. a flag: `--max-waiting 64`; a switch has two: `--prefix-caching` and `--no-prefix-caching`
 2. an environment variable: `{ENVIRONMENT_PREFIX}MAX_WAITING=64`

@@ -37,7 +37,7 @@ class AttentionPlan:
     """How the rows of one flat batch attend. Each chunk is the end of its sequence's KV.
 
     Kernels read only the tensors, which are on the device. The numbers are known on the host, and
-    those called longest are upper bounds. In recorded decode steps, the tensors are buffers and the
+    those called longest are upper bounds. In a CUDA graph, the tensors are buffers and the
     bounds are their capacity; a padding row has length 1 and its slot in the null block.
     """
 

@@ -1,7 +1,7 @@
 """Attention in plain torch: the reference backend for every device, and attention without a cache.
 
 `ReferenceAttention` serves on a CPU and checks the other backends. `PackedAttention` is the
-slow twin of paged attention: it needs no KV cache, and the checks at load use it.
+reference implementation of paged attention: it needs no KV cache, and the checks at load use it.
 """
 
 import torch

@@ -259,7 +259,7 @@ def device_clock(work: Callable[[], object]) -> float:
     """Returns the milliseconds of device time, the least of a few repeats.
 
     All repeats are launched before the first one ends, so that the host's launches do not count, as
-    they do not in recorded decode steps.
+    they do not in a CUDA graph.
     """
     work()
     marks: list[Any] = [

@@ -141,7 +141,8 @@ def save_tokenizer(directory: Path) -> None:
 def prompt_text(question: str, system: str | None = None) -> str:
     """Renders one question as the template does, up to the assistant's first token.
 
-    The slow twin is the template itself; training needs thousands of prompts per second.
+    The template itself is the reference implementation, but too slow for training, which needs
+    thousands of prompts per second.
     """
     head = f"{TURN_START}system\n{system}{TURN_END}\n" if system is not None else ""
     return f"{head}{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n"

@@ -1,11 +1,11 @@
-"""Compiles decoder layers with `torch.compile`, for the decode steps that are recorded.
+"""Compiles decoder layers with `torch.compile`, for the decode steps that are captured.
 
 Norms, rotary embedding, activations, residuals and the blends of small parameters become a few
 kernels between the matrix products and attention. A layer is compiled once for each way and each
 kind of layer (with or without a sliding window, dense or of experts), with a dynamic number of
 rows, for the rows that `BlendGroups.set_rows` has set. All layers of a kind share the compiled
 code, so it must not depend on the layer's number. Embedding, last norm and head are not compiled.
-Only recorded decode steps run compiled: a recording replays the kernels without any guard or other
+Only captured decode steps run compiled: a CUDA graph replays the kernels without any guard or other
 host code of the compiler.
 """
 

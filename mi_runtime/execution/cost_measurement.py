@@ -1,13 +1,13 @@
 """Measures at start-up what a forward pass costs on this device at the model's shapes.
 
-It times the products of one decoder layer's linear modules for a few row counts, with single
-weights and as pair product, and one blend of them, and scales the times to the whole model by
-parameter count. On a GPU it samples several layers if one would stay in the GPU's cache, and
-captures the products as a CUDA graph, so that launches by the host do not count: they are in
-`CostModel.fixed`, the remainder of an eager forward pass. Once decode steps are recorded, a replay
-is timed too. Before all this, on a GPU, it measures up to how many rows the pair kernels of
-`mi_runtime.kernels` are faster than cuBLAS. It takes well under a second on the embedded pair, and
-a few seconds on large pairs.
+It times the products of one decoder layer's linear modules for a few row counts, with an
+endpoint's weights (blended weights cost the same) and as pair product, and one blend of them, and
+scales the times to the whole model by parameter count. On a GPU it samples several layers if one
+would stay in the GPU's cache, and captures the products as a CUDA graph, so that launches by the
+host do not count: they are in `CostModel.fixed`, the remainder of an eager forward pass. Once CUDA
+graphs are captured, a replay is timed too. Before all this, on a GPU, it measures up to how many
+rows the pair kernels of `mi_runtime.kernels` are faster than cuBLAS. It takes well under a second
+on the embedded pair, and a few seconds on large pairs.
 """
 
 import time
@@ -40,23 +40,23 @@ def measure_costs(model: BlendedModel) -> CostModel:
     """Returns the cost model. Times are the least of a few repeats, as noise only adds time."""
     sample = _sampled_matrices(model)
     sampled = sum(matrix.parameters for matrix in sample)
-    single: list[float] = []
+    endpoint: list[float] = []
     pair: list[float] = []
     for rows in ROWS:
         scale = _parameters_read(model, rows) / sampled
         inputs = [_random(model, rows, matrix.instruct.shape[1]) for matrix in sample]
         half = torch.full((rows,), 0.5, device=model.device)
         ways = Rows(half, INSTRUCT), Rows(half, None)
-        for way, seconds in zip(ways, (single, pair), strict=True):
+        for way, seconds in zip(ways, (endpoint, pair), strict=True):
             products = _captured(model, lambda: _products(sample, inputs, way))  # noqa: B023
             seconds.append(scale * _time(model, products))
     build = _parameters(model) / sampled * _time(model, lambda: [one.blend(0.5) for one in sample])
     forward = _time(model, lambda: _forward_one_row(model, Dial(0.0)))
-    fixed = max(0.0, forward - single[0])
+    fixed = max(0.0, forward - endpoint[0])
     return CostModel(
         fixed=fixed,
         replayed=fixed,
-        single=CostCurve(ROWS, tuple(accumulate(single, max))),  # more rows must not cost less
+        blended=CostCurve(ROWS, tuple(accumulate(endpoint, max))),  # more rows must not cost less
         pair=CostCurve(ROWS, tuple(accumulate(pair, max))),
         build=build,
     )
@@ -64,9 +64,9 @@ def measure_costs(model: BlendedModel) -> CostModel:
 
 @torch.inference_mode()
 def with_replays(costs: CostModel, model: BlendedModel, graphs: DecodeGraphs) -> CostModel:
-    """Returns these costs with the cost of a replay, timed with the smallest recording."""
+    """Returns these costs with the cost of a replay, timed with the smallest graph."""
     key, replay = graphs.smallest
-    way = costs.single if key.way is Way.ENDPOINT else costs.pair
+    way = costs.blended if key.way is Way.ENDPOINT else costs.pair
     return replace(costs, replayed=max(0.0, _time(model, replay) - way.at(key.rows)))
 
 
@@ -194,7 +194,7 @@ def _forward_one_row(model: BlendedModel, dial: Dial) -> None:
 
 
 def _random(model: BlendedModel, rows: int, width: int) -> torch.Tensor:
-    """Returns random inputs. A failed recording leaves torch's default generator unusable."""
+    """Returns random inputs. A failed capture leaves torch's default generator unusable."""
     generator = torch.Generator(model.device).manual_seed(0)
     return torch.randn(rows, width, device=model.device, generator=generator).to(model.dtype)
 

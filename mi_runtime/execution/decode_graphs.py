@@ -1,14 +1,14 @@
-"""Records decode steps as CUDA graphs at start, and replays each as one launch.
+"""Captures decode steps as CUDA graphs at start, and replays each as one launch.
 
 A forward pass of decodes can be replayed if all blend groups are computed in one way: by the pair
-product, from one endpoint, or from one place of the blend cache. Each way is recorded for several
+product, from one endpoint, or from one place of the blend cache. Each way is captured for several
 numbers of rows. A batch uses the next larger number, and the remaining rows are padding: a token of
 no sequence, whose KV is written to the null block. All values that change between steps are in
 buffers that are written before a replay: token ids, positions, block tables, and the λ of every row
-in every group, so that no mix of dials needs a recording of its own. Any other batch runs eagerly,
+in every group, so that no mix of dials needs a graph of its own. Any other batch runs eagerly,
 launch by launch.
 
-The caller decides how to record: with `CudaGraphs` on CUDA; tests replay by computing again.
+The caller decides how to capture: with `CudaGraphs` on CUDA; tests replay by computing again.
 """
 
 from bisect import bisect_left
@@ -30,17 +30,17 @@ from mi_runtime.scheduling.chunk import Chunk
 from mi_runtime.scheduling.planner import SubBatch
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Row counts to record. One row runs as two, as a layer would be compiled again for one row."""
+"""Row counts to capture. One row runs as two, as a layer would be compiled again for one row."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, PagedAttention], Tensor]
 """Takes ids, positions, logits indices and attention; returns logits."""
-Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes the function to record; returns one that replays it and returns the rewritten tensor."""
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Takes the function to capture; returns one that replays it and returns the rewritten tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """Identifies one recording by what it computes."""
+    """Identifies one graph by what it computes."""
 
     rows: int
     way: Way
@@ -48,10 +48,10 @@ class GraphKey:
 
 
 class CudaGraphs:
-    """Records CUDA graphs, which share one memory pool because they run one at a time.
+    """Captures CUDA graphs, which share one memory pool because they run one at a time.
 
-    A stream keeps cuBLAS workspaces forever once it has recorded, so one stream should record all
-    graphs.
+    A stream keeps cuBLAS workspaces forever once it has captured a graph, so one stream should
+    capture all graphs.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -61,9 +61,9 @@ class CudaGraphs:
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        # A recording that fails may leave its stream current; this context restores the other.
+        # A capture that fails may leave its stream current; this context restores the other.
         with torch.cuda.stream(self._stream):
-            run()  # compiles and loads kernels and allocates workspaces, forbidden in a recording
+            run()  # compiles and loads kernels and allocates workspaces, forbidden in a capture
             # Other threads of the process may use the device meanwhile.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -78,17 +78,17 @@ class CudaGraphs:
 
 
 class DecodeGraphs:
-    """The recordings of one model over one KV cache, and the buffers that they read.
+    """The graphs of one model over one KV cache, and the buffers that they read.
 
     `sizes` are numbers of rows, ascending, at least 2. `max_blocks` is the most blocks of one
-    sequence. `record` takes what `forward` computes; its default is `model.logits`.
+    sequence. `capture` takes what `forward` computes; its default is `model.logits`.
     """
 
     def __init__(
         self,
         model: BlendedModel,
         attention: PagedAttention,
-        record: Recorder,
+        capture: Capture,
         *,
         sizes: tuple[int, ...],
         max_blocks: int,
@@ -97,7 +97,7 @@ class DecodeGraphs:
         self._model = model
         self._groups = model.groups
         self._attention = attention
-        self._record = record
+        self._capture = capture
         self._forward = forward or model.logits
         self._sizes = sizes
         self._replays: dict[GraphKey, Callable[[], Tensor]] = {}
@@ -127,30 +127,30 @@ class DecodeGraphs:
         self._shared = torch.arange(2.0, device=device)  # λ of the endpoints
         self._rows = {key: self._rows_of(key) for key in self._keys()}
 
-    # --- Recording -------------------------------------------------------------------------------
+    # --- Capturing -------------------------------------------------------------------------------
 
     @property
     def keys(self) -> tuple[GraphKey, ...]:
-        """All recordings to make, the largest first, so that the others reuse its memory."""
+        """All graphs to capture, the largest first, so that the others reuse its memory."""
         return tuple(self._rows)
 
     @property
     def smallest(self) -> tuple[GraphKey, Callable[[], Tensor]]:
-        """The recording of the fewest rows, and the function that replays it on the buffers."""
+        """The graph of the fewest rows, and the function that replays it on the buffers."""
         key = min(self._replays, key=lambda key: (key.rows, key.way is not Way.ENDPOINT))
         return key, self._replays[key]
 
     @torch.inference_mode()
-    def record(self, keys: Sequence[GraphKey] | None = None) -> None:
-        """Records these keys, or all. Afterwards the blend cache is empty, but allocated."""
+    def capture(self, keys: Sequence[GraphKey] | None = None) -> None:
+        """Captures these keys, or all. Afterwards the blend cache is empty, but allocated."""
         keys = keys or self.keys
         self._build_places()
-        for key in tqdm(keys, "Recording decode steps", disable=None):
-            self._replays[key] = self._record(lambda key=key: self._run(key))  # type: ignore[misc]
+        for key in tqdm(keys, "Capturing CUDA graphs", disable=None):
+            self._replays[key] = self._capture(lambda key=key: self._run(key))  # type: ignore[misc]
         self._groups.cache.forget()
 
     def _build_places(self) -> None:
-        """Allocates the tensors of every blend cache place, which a recording must not do."""
+        """Allocates the tensors of every blend cache place, which a capture must not do."""
         for place in range(self._groups.cache.places):
             key = GraphKey(self._sizes[-1], Way.BLENDED, place)
             self._groups.set_rows(self._rows[key])
@@ -166,7 +166,7 @@ class DecodeGraphs:
                 yield GraphKey(rows, Way.BLENDED, place)
 
     def _rows_of(self, key: GraphKey) -> dict[str, Rows]:
-        """Returns the rows of every blend group in one recording: views of the buffers."""
+        """Returns the rows of every blend group in one graph: views of the buffers."""
         names, cache = self._groups.names, self._groups.cache
         if key.way is Way.PAIR:
             table = self._lambdas[:, : key.rows]
@@ -183,7 +183,7 @@ class DecodeGraphs:
         }
 
     def _run(self, key: GraphKey) -> Tensor:
-        """Computes the forward pass to record, from the buffers into the logits buffer."""
+        """Computes the forward pass to capture, from the buffers into the logits buffer."""
         rows = key.rows
         self._groups.set_rows(self._rows[key])
         self._attention.begin(self._plan(rows))
@@ -209,7 +209,7 @@ class DecodeGraphs:
     # --- Replaying -------------------------------------------------------------------------------
 
     def key_for(self, sub_batch: SubBatch) -> GraphKey | None:
-        """Returns the key of the recording that computes this sub-batch, or None."""
+        """Returns the key of the graph that computes this sub-batch, or None."""
         chunks = sub_batch.chunks
         if len(chunks) > self._sizes[-1] or not all(map(_is_decode, chunks)):
             return None

@@ -1,7 +1,7 @@
 """Decides how much memory the KV cache and blended weights get.
 
 On CUDA they get what is left after measuring everything else: what is in use once the pair is
-loaded, what the largest steps need in addition, and what recorded decode steps take. On a CPU,
+loaded, what the largest steps need in addition, and what CUDA graphs take. On a CPU,
 whose memory other programs use as well, each gets a share of what is free.
 """
 
@@ -25,7 +25,7 @@ from mi_runtime.scheduling.sequence import Sequence
 KV_SHARE_OF_CPU = 0.3  # of free memory
 BLEND_SHARE_OF_CPU = 0.2  # of what KV leaves free
 BLEND_SHARE_OF_CUDA = 0.25  # of what is left on the device
-MOST_PLACES = 4  # λ values in that share, as each needs recordings of its own
+MOST_PLACES = 4  # λ values in that share, as each needs graphs of its own
 GIB = 2**30
 Result = TypeVar("Result")
 
@@ -37,20 +37,20 @@ class ReservedMemory:
     total: int  # of the device
     used: int  # by weights and by other processes
     workspace: int  # of the largest step
-    first_recording: int
-    next_recording: int  # of each further recording, at most
-    recordings: int  # how many, not counting those for blended weights
-    recordings_per_place: int  # of the blend cache
+    first_graph: int  # the largest CUDA graph
+    next_graph: int  # of each further one, at most
+    num_graphs: int  # not counting those for blended weights
+    graphs_per_place: int  # number of graphs for each place of the blend cache
 
     @property
-    def graphs(self) -> int:
-        """Bytes of the recordings that do not use blended weights."""
-        return self.first_recording + max(0, self.recordings - 1) * self.next_recording
+    def graph_bytes(self) -> int:
+        """Bytes of the CUDA graphs that do not use blended weights."""
+        return self.first_graph + max(0, self.num_graphs - 1) * self.next_graph
 
     @property
-    def graphs_per_place(self) -> int:
-        """Bytes of the recordings that one place of the blend cache adds."""
-        return self.recordings_per_place * self.next_recording
+    def graph_bytes_per_place(self) -> int:
+        """Bytes of the CUDA graphs that one place of the blend cache adds."""
+        return self.graphs_per_place * self.next_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def cuda_sizes(config: EngineConfig, model: BlendedModel, reserved: ReservedMemo
     Raises PairError, with numbers and advice, if not even one KV block fits.
     """
     allowed = int(reserved.total * config.gpu_memory_utilization)
-    left = allowed - reserved.used - reserved.workspace - reserved.graphs
-    per_place = blend_bytes(model) + reserved.graphs_per_place
+    left = allowed - reserved.used - reserved.workspace - reserved.graph_bytes
+    per_place = blend_bytes(model) + reserved.graph_bytes_per_place
     if config.blend_policy == "pair" or not blend_bytes(model):
         places = 0  # nothing would ever be stored there
     elif config.blend_cache_bytes is None:
@@ -130,10 +130,10 @@ def _no_room(
     return (
         f"no memory for KV: of {gib(reserved.total)} on the device, --gpu-memory-utilization "
         f"{config.gpu_memory_utilization:g} allows {gib(allowed)}; weights and other processes "
-        f"hold {gib(reserved.used)}, the largest step takes {gib(reserved.workspace)}, recorded "
-        f"decode steps {gib(reserved.graphs)}, blended weights {gib(blended)}: {gib(missing)} too "
-        "little. Use --delta-dtype int8, "
-        "lower --max-batched-tokens or --max-num-seqs, or raise --gpu-memory-utilization"
+        f"hold {gib(reserved.used)}, the largest step takes {gib(reserved.workspace)}, "
+        f"CUDA graphs {gib(reserved.graph_bytes)}, blended weights {gib(blended)}: {gib(missing)} "
+        "too little. Use --delta-dtype int8, lower --max-batched-tokens or --max-num-seqs, or "
+        "raise --gpu-memory-utilization"
     )
 
 

@@ -35,7 +35,7 @@ class Runner:
         attention: AttentionBackend | None = None,
     ) -> None:
         self.planner = planner
-        self.graphs: DecodeGraphs | None = None  # recorded after the KV cache is allocated
+        self.graphs: DecodeGraphs | None = None  # captured after the KV cache is allocated
         self.attention = PagedAttention(
             model.layers, num_blocks, block_size, model.dtype, model.device, attention
         )

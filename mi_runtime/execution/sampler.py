@@ -1,8 +1,8 @@
 """Samples the next token of every row of logits at once.
 
 Logits processors change the logits first. Then rows without temperature take the most probable
-token, rows with one are sampled (see `topk_topp`), and tokens that the engine forces replace both.
-The reported log-probabilities are those of the unchanged logits.
+token, rows with one are sampled (see `random_sampling`), and tokens that the engine forces replace
+both. The reported log-probabilities are those of the unchanged logits.
 
 Everything stays on the device of the logits, and the host never waits. Per-row settings are sent as
 tables, and a `SamplerOutput` is read when its copy has arrived. Tensors are indexed by methods that
@@ -19,7 +19,7 @@ from torch import Tensor
 from mi_runtime.device.transfer import on_device
 from mi_runtime.execution.logits_processors import LogitsProcessors
 from mi_runtime.execution.logprobs import RowLogprobs, read_logprobs, token_logprobs
-from mi_runtime.execution.topk_topp import sample_rows
+from mi_runtime.execution.random_sampling import sample_rows
 from mi_runtime.scheduling.chunk import Sampled
 from mi_runtime.scheduling.sequence import Sequence
 

@@ -1,8 +1,8 @@
-"""Makes a runner of a loaded pair: measures, chooses and records before the first step.
+"""Makes a runner of a loaded pair: measures, chooses and captures before the first step.
 
 In order: it selects the attention backend, measures pair kernels and the cost of each way, sizes
-the KV cache and the blend cache, and on CUDA records decode steps. If decode steps cannot be
-recorded or compiled, it prints and reports why, and the engine serves without that.
+the KV cache and the blend cache, and on a GPU captures CUDA graphs. If decode steps cannot be
+captured or compiled, it prints and reports why, and the engine serves without that.
 """
 
 import gc
@@ -41,8 +41,8 @@ from mi_runtime.model.row_lambdas import BlendGroups
 from mi_runtime.request import Dial
 from mi_runtime.scheduling.planner import NO_COSTS, REMEMBERED, CostModel, Planner
 
-RECORDED, COMPILED = "recorded", "recorded and compiled"
-COMPILE_SETTING = {RECORDED: "without torch.compile", COMPILED: "with torch.compile"}
+CAPTURED, COMPILED = "captured", "captured and compiled"
+COMPILE_SETTING = {CAPTURED: "without torch.compile", COMPILED: "with torch.compile"}
 LONGEST_REASON = 300  # characters
 
 
@@ -54,18 +54,18 @@ class Started:
     num_blocks: int
     attention: str  # the backend, and what was measured
     pair_kernels: str  # up to how many rows they are used
-    graphs: str  # what was recorded, and why not more
+    graphs: str  # what was captured, and why not more
 
 
 @dataclass(frozen=True, slots=True)
-class RecordingTrial:
-    """A forward pass that was recorded in a trial, and the memory of its recordings."""
+class CaptureTrial:
+    """A forward pass that was captured in a trial, and the memory of its CUDA graphs."""
 
     forward: Forward
     how: str
     stream: torch.cuda.Stream
-    first_bytes: int  # of the first and largest recording
-    next_bytes: int  # of the next recording
+    first_bytes: int  # of the first and largest graph
+    next_bytes: int  # of the next graph
 
 
 def start_runner(config: EngineConfig, model: BlendedModel) -> Started:
@@ -95,7 +95,7 @@ def _start(config: EngineConfig, model: BlendedModel) -> Started:
     runner = _runner(config, model, attention.backend, sizes.num_blocks, costs)
     how, count = None, 0
     if trial is not None:
-        runner.graphs, how = _record_all(config, model, runner.attention, trial, failures)
+        runner.graphs, how = _capture_all(config, model, runner.attention, trial, failures)
         if runner.graphs is not None:
             runner.planner.costs = with_replays(costs, model, runner.graphs)
             count = len(runner.graphs.keys)
@@ -123,15 +123,15 @@ def _runner(
 
 def _cuda_sizes(
     config: EngineConfig, model: BlendedModel, backend: AttentionBackend, failures: list[str]
-) -> tuple[CacheSizes, RecordingTrial | None]:
+) -> tuple[CacheSizes, CaptureTrial | None]:
     """Measures memory with a temporary runner, whose KV cache fits the largest step."""
     only_pair = Planner("pair", NO_COSTS, lambda dial: 1.0, 0, model.groups.endpoints)
-    # One block more than needed: if the number of blocks and the rows of a recording happened to
+    # One block more than needed: if the number of blocks and the rows of a graph happened to
     # be equal, torch would compile code that requires it.
     blocks = blocks_of_largest_step(config) + 1
     runner = Runner(model, only_pair, blocks, config.block_size, backend)
     workspace = measured_workspace(config, model, runner)
-    trial = _try_recording(config, model, runner.attention, failures)
+    trial = _try_capture(config, model, runner.attention, failures)
     del runner
     gc.collect()  # the traceback of a failure keeps its tensors alive
     torch.cuda.empty_cache()
@@ -142,62 +142,63 @@ def _cuda_sizes(
         total=total,
         used=total - free,
         workspace=workspace,
-        first_recording=trial.first_bytes if trial else 0,
-        next_recording=trial.next_bytes if trial else 0,
-        recordings=len(sizes) * (1 + len(model.groups.endpoints)),
-        recordings_per_place=len(sizes),
+        first_graph=trial.first_bytes if trial else 0,
+        next_graph=trial.next_bytes if trial else 0,
+        num_graphs=len(sizes) * (1 + len(model.groups.endpoints)),
+        graphs_per_place=len(sizes),
     )
     return cuda_sizes(config, model, reserved), trial
 
 
-# --- Recordings -----------------------------------------------------------------------------------
+# --- CUDA graphs ----------------------------------------------------------------------------------
 
 
-def _try_recording(
+def _try_capture(
     config: EngineConfig, model: BlendedModel, attention: PagedAttention, failures: list[str]
-) -> RecordingTrial | None:
+) -> CaptureTrial | None:
     """Returns the first forward pass whose trial capture succeeds; appends the other errors to
-    `failures`."""
+    `failures`.
+    """
     if not config.cuda_graphs:
         return None
     if attention.backend.name == ReferenceAttention.name:
-        failures.append("the reference attention waits for the host")
+        failures.append("the reference attention backend cannot be captured")
         return None
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for forward, how in _forwards(config, model):
         try:
             make = partial(_graphs, config, model, attention, forward, stream)
-            first, following = _recording_bytes(make)
+            first, following = _graph_bytes(make)
         except torch.OutOfMemoryError:
             raise
-        except _recording_errors() as error:
+        except _capture_errors() as error:
             failures.append(_failure(model, how, error))
         else:
-            return RecordingTrial(forward, how, stream, first, following)
+            return CaptureTrial(forward, how, stream, first, following)
     return None
 
 
-def _record_all(
+def _capture_all(
     config: EngineConfig,
     model: BlendedModel,
     attention: PagedAttention,
-    trial: RecordingTrial,
+    trial: CaptureTrial,
     failures: list[str],
 ) -> tuple[DecodeGraphs | None, str | None]:
-    """Makes all recordings; returns them and how they were made.
+    """Captures all graphs; returns them and how they were captured.
 
-    The trial made only two of them, so others may still fail.
+    The trial captured only two of them, so others may still fail.
     """
     ways = [(trial.forward, trial.how)]
-    if trial.how != RECORDED:
-        ways.append((model.logits, RECORDED))
+    if trial.how != CAPTURED:
+        ways.append((model.logits, CAPTURED))
     for forward, how in ways:
         try:
             graphs = _graphs(config, model, attention, forward, trial.stream)
-            graphs.record()
+            graphs.capture()
         except torch.OutOfMemoryError:
             raise
-        except _recording_errors() as error:
+        except _capture_errors() as error:
             failures.append(_failure(model, how, error))
         else:
             return graphs, how
@@ -205,7 +206,7 @@ def _record_all(
 
 
 def _graphs_description(how: str | None, count: int, seconds: float, failures: list[str]) -> str:
-    """Describes the recordings; a bare `none` means that the configuration wants none."""
+    """Describes the CUDA graphs; a bare `none` means that the configuration wants none."""
     made = "none" if how is None else f"{count} {how}, in {seconds:.0f} s"
     return f"{made} ({'; '.join(failures)})" if failures else made
 
@@ -234,22 +235,22 @@ def _graph_sizes(config: EngineConfig) -> tuple[int, ...]:
 def _forwards(config: EngineConfig, model: BlendedModel) -> Iterator[tuple[Forward, str]]:
     if config.torch_compile:
         yield compiled_logits(model), COMPILED
-    yield model.logits, RECORDED
+    yield model.logits, CAPTURED
 
 
-def _recording_bytes(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
-    """Returns the bytes of the first recording, including all buffers, and of the next one."""
+def _graph_bytes(make: Callable[[], DecodeGraphs]) -> tuple[int, int]:
+    """Returns the bytes of the first graph, including all buffers, and of the next one."""
 
     def first() -> DecodeGraphs:
         graphs = make()
-        graphs.record(graphs.keys[:1])
+        graphs.capture(graphs.keys[:1])
         return graphs
 
     largest, graphs = memory_taken_by(first)
-    return largest, memory_taken_by(lambda: graphs.record(graphs.keys[1:2]))[0]
+    return largest, memory_taken_by(lambda: graphs.capture(graphs.keys[1:2]))[0]
 
 
-def _recording_errors() -> tuple[type[Exception], ...]:
+def _capture_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import TorchDynamoException  # a slow import: it loads the compiler
 
     return *launch_errors(), TorchDynamoException
@@ -259,7 +260,10 @@ def _failure(model: BlendedModel, how: str, error: Exception) -> str:
     """Prints the error with its traceback, cleans up, and returns a short description."""
     model.groups.end()  # drops the activations of a forward pass that ended early
     model.groups.cache.forget()
-    print(f"Decode steps are not {how}: {_first_sentence(error)}", file=sys.stderr)
+    print(
+        f"CUDA graph capture {COMPILE_SETTING[how]} failed: {_first_sentence(error)}",
+        file=sys.stderr,
+    )
     traceback.print_exception(error)
     return f"{COMPILE_SETTING[how]}: {_causes(error)}"
 

@@ -12,12 +12,12 @@ sliding window. A tile need not be a block.
 Few queries over long sequences would leave most of the device idle. Their tokens are then divided
 among `splits` programs, in proportion to each sequence's own length, and a second kernel adds up
 the partial results (split-KV decoding, as in FlashDecoding). The host chooses `splits` from the
-batch and an upper bound of the lengths, so it is the same in every replay of a recorded step. A
+batch and an upper bound of the lengths, so it is the same in every replay of a CUDA graph. A
 program without any token to read marks its partial result as empty.
 
 A slot that no token of the sequence has is never read, so that a NaN there changes nothing. Shapes
-and addresses depend only on host numbers, and nothing waits for the device. The slow twin
-is `mi_runtime.attention.reference.ReferenceAttention`.
+and addresses depend only on host numbers, and nothing waits for the device. The
+reference implementation is `mi_runtime.attention.reference.ReferenceAttention`.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 An entry is built tensor by tensor, each when its layer first uses it, on the device: an fp32 lerp
 of both endpoints, rounded once. A group has a fixed number of places. A new entry takes over the
-memory of the evicted one at the same addresses, so that a recorded forward pass can read a place
+memory of the evicted one at the same addresses, so that a captured forward pass can read a place
 whatever λ it holds. Forward passes run one after another, so a place may be reused as soon as the
 forward pass that reads it is launched. The planner decides *whether* a group uses blended weights.
 """

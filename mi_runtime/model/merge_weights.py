@@ -238,7 +238,7 @@ def _outputs(
 
 
 def _header(outputs: Sequence[Output]) -> bytes:
-    """Returns a safetensors header: its length in eight bytes, then JSON padded with blanks."""
+    """Returns a safetensors header: its length in eight bytes, then JSON padded with spaces."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for output in outputs:

@@ -1,15 +1,15 @@
 """The planner divides the chunks of a step into sub-batches and chooses which use blended weights.
 
 A step runs as one forward pass over all its rows, or as several. In a sub-batch of their own, the
-rows of one dial can use endpoint or blended weights ("single weights"), which halves the
-arithmetic, at the cost of one more forward pass. The planner takes the cheapest plan by a cost
-model that is measured at start-up:
+rows of one dial can use blended weights, which halves the arithmetic, at the cost of one more
+forward pass. Here blended weights include an endpoint's, which cost the same and need not be built.
+The planner takes the cheapest plan by a cost model that is measured at start-up:
 
-    forward(way, R) = fixed + seconds(way, R)        R rows; way: single weights, or the pair
+    forward(way, R) = fixed + seconds(way, R)        R rows; way: blended, or the pair product
 
 `fixed` is the cost of a forward pass that does not depend on its rows: mostly kernel launches by
-the host. A sub-batch of decodes only costs less of it if decode steps are recorded, because one
-launch replays them. A sub-batch with prompt tokens is never replayed.
+the host. A sub-batch of decodes only costs less of it if decode steps are captured, because one
+launch replays a CUDA graph. A sub-batch with prompt tokens is never replayed.
 
 No request waits for blended weights to be built: a new λ runs by the pair product. Each step adds
 up what blended weights would have saved. When the savings of a dial reach the cost of building its
@@ -67,8 +67,8 @@ class CostModel:
     """The cost of a forward pass on this device at this model's shapes, in seconds."""
 
     fixed: float  # per forward pass, whatever its rows
-    replayed: float  # the same for decodes only; equal to `fixed` if they are not recorded
-    single: CostCurve  # endpoint or blended weights
+    replayed: float  # the same for decodes only; equal to `fixed` if they are not captured
+    blended: CostCurve  # blended weights, or an endpoint's
     pair: CostCurve
     build: float  # to build all blended weights of one λ
 
@@ -163,7 +163,7 @@ class Planner:
         return sub_batches
 
     def _choose(self, works: list[_Work], load: Workload) -> list[_Work]:
-        """Returns the dials to run alone with single weights; `load` is that of the step."""
+        """Returns the dials to run alone with blended weights; `load` is that of the step."""
         works = sorted(works, key=lambda work: work.rows, reverse=True)
         ready = [work for work in works if self._is_ready(work.dial)]
         best, seconds = self._cheapest(ready, load)
@@ -178,7 +178,7 @@ class Planner:
         seconds = costs.forward(costs.pair, load)
         for count, work in enumerate(works, start=1):
             load -= work.load
-            spent += costs.forward(costs.single, work.load)
+            spent += costs.forward(costs.blended, work.load)
             total = spent + costs.forward(costs.pair, load)
             if total < seconds:
                 best, seconds = count, total
@@ -217,7 +217,7 @@ class Planner:
         return any(self._is_ready(work.dial) for work in absent)
 
     def _is_ready(self, dial: Dial) -> bool:
-        """Whether a dial's single weights exist, or have earned being built."""
+        """Whether a dial's blended weights exist, or have earned being built."""
         if self._is_endpoint(dial):
             return True
         if not self._capacity:
@@ -235,7 +235,7 @@ class Planner:
         return next(iter(self._built.values())) < savings.since
 
     def _use(self, dial: Dial) -> None:
-        """Notes that the dial runs with single weights, which are built if they do not exist."""
+        """Notes that the dial runs with blended weights, which are built if they do not exist."""
         self._savings.pop(dial, None)
         if not self._is_endpoint(dial):
             self._built.pop(dial, None)

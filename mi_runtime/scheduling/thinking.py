@@ -2,9 +2,9 @@
 
 It knows the token ids of the tags and no text: the tokens between the tags are the reasoning. A
 sequence has at most one think block. Either the prompt opens it, or the first open tag in the
-answer does, if only blanks precede it. Once it is closed, nothing opens it again. At the cap, the
-closing sequence is forced token by token; in the window before the cap, it is forced at the end of
-a sentence or a line.
+answer does, if only whitespace precedes it. Once it is closed, nothing opens it again. At the cap,
+the closing sequence is forced token by token; in the window before the cap, it is forced at the end
+of a sentence or a line.
 """
 
 from mi_runtime.config import TokenMarks
@@ -53,11 +53,11 @@ class ThinkingState:
         return inside and self.phase is Phase.CLOSED
 
     def _observe_outside(self, token_id: int) -> None:
-        blanks = self._marks.blanks
+        whitespace = self._marks.whitespace
         if token_id == self._policy.open_id:
             self.phase = Phase.INSIDE
             self._close_if_due(None)
-        elif blanks is not None and token_id not in blanks:
+        elif whitespace is not None and token_id not in whitespace:
             self.phase = Phase.CLOSED  # the answer has begun: from here on a tag is text
 
     def _observe_inside(self, token_id: int) -> None:

@@ -86,7 +86,7 @@ def route(
 
 
 def refuse_think_fields(wire: GenerationRequest, why: str) -> None:
-    """Raises `InvalidRequest` for a field that needs the engine to follow a think block."""
+    """Raises `InvalidRequest` for a field that needs the engine to track a think block."""
     fields = {"answer_lambda": wire.answer_lambda, **budgets(wire)}
     for param, value in fields.items():
         if value is not None and value >= 0:

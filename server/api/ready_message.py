@@ -21,7 +21,7 @@ def describe_engine(info: EngineInfo) -> str:
     return (
         f"{info.model_type}, {_numbers(info)} on {info.device}, context {info.max_model_len}, "
         f"weights {_size(info.weight_bytes)}, {_size(info.peak_bytes)} at the peak of loading; "
-        f"attention {info.attention}; {_products(info)}{_recorded(info)}"
+        f"attention {info.attention}; {_products(info)}{_graphs(info)}"
     )
 
 
@@ -37,8 +37,8 @@ def _products(info: EngineInfo) -> str:
     return f"pair kernels {info.pair_kernels}; " if info.pair_kernels else ""
 
 
-def _recorded(info: EngineInfo) -> str:
-    return "" if info.graphs == "none" else f"decode steps: {info.graphs}; "
+def _graphs(info: EngineInfo) -> str:
+    return "" if info.graphs == "none" else f"CUDA graphs: {info.graphs}; "
 
 
 def _size(count: int) -> str:

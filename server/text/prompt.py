@@ -152,8 +152,8 @@ def _continued(
 def _open_reasoning(message: dict[str, Any]) -> str | None:
     """Returns the reasoning of a message that has only reasoning, or else None."""
     content: str = message["content"]
-    blanks, opened, inside = content.partition(THINK_OPEN)
-    if opened and THINK_CLOSE not in inside and not blanks.strip():
+    before, opened, inside = content.partition(THINK_OPEN)
+    if opened and THINK_CLOSE not in inside and not before.strip():
         return inside.removeprefix("\n")
     return None if content else message.get("reasoning_content")
 

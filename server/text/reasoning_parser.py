@@ -4,15 +4,15 @@
       └────── other text ──────────────────▲
 
 An answer begins in `block` if the prompt opened one, or else in `start`, where the model may open a
-block after nothing but blanks. A model may repeat the tag of a block that was closed for it: one
-closing tag that follows the block after nothing but blanks belongs to the block's end. Tags
+block after nothing but whitespace. A model may repeat the tag of a block that was closed for it:
+one closing tag that follows the block after nothing but whitespace belongs to the block's end. Tags
 anywhere else are plain text. The tags and the line breaks next to them are dropped.
 Nothing else is lost or repeated, with one intended exception: a block that was never closed, in an
 answer that ended by itself, was the answer, so its text is repeated at the end as content.
 
-Where the tags are single tokens, the engine follows the block and reports the phase with each token
+Where the tags are single tokens, the engine tracks the block and reports the phase with each token
 event (`TokenEvent.phase`); `TokenSplitter` only reads it. Where the tags are spelled by several
-tokens, the engine follows no block, and `TextSplitter` searches the text for them.
+tokens, the engine tracks no block, and `TextSplitter` searches the text for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,7 @@ class TokenSplitter:
         self._phase: int = Phase.INSIDE if opened else Phase.OUTSIDE
         self._tags = tags
         self._sides = _Sides(opened=opened)
-        self._blanks = ""  # before a block that may still open
+        self._whitespace = ""  # before a block that may still open
 
     @property
     def inside_block(self) -> bool:
@@ -85,16 +85,16 @@ class TokenSplitter:
         if event.phase == Phase.INSIDE:
             self._sides = _Sides(opened=True)
             return Split()
-        return self._sides.feed(self._blanks + text)
+        return self._sides.feed(self._whitespace + text)
 
     def finish(self, *, by_length: bool) -> Split:
         if self._phase == Phase.OUTSIDE:
-            return Split(content=self._blanks)
+            return Split(content=self._whitespace)
         return self._sides.finish(by_length=by_length)
 
     def _feed_same_phase(self, text: str, event: TokenEvent | None) -> Split:
         if self._phase == Phase.OUTSIDE:
-            self._blanks += text
+            self._whitespace += text
             return Split()
         # A closing tag that ended the answer as a stop token comes without text.
         if event is not None and self._tag_of(event) == THINK_CLOSE and text.endswith(THINK_CLOSE):
@@ -142,9 +142,9 @@ class TextSplitter:
             return self._sides.feed(text)
         start = text.lstrip()
         if start.startswith(THINK_CLOSE):
-            blanks = self._sides.feed(text[: len(text) - len(start)])
+            whitespace = self._sides.feed(text[: len(text) - len(start)])
             tag = self._sides.feed_closing_tag()
-            return blanks.then(tag).then(self._sides.feed(start[len(THINK_CLOSE) :]))
+            return whitespace.then(tag).then(self._sides.feed(start[len(THINK_CLOSE) :]))
         if THINK_CLOSE.startswith(start):
             self._held = text
             return Split()
@@ -169,9 +169,9 @@ class _Sides:
 
     def __init__(self, *, opened: bool) -> None:
         self.closed = not opened
-        self.at_close = False  # only blanks came since the block closed; one more tag may come
+        self.at_close = False  # only whitespace came since the block closed; one more tag may come
         self._at_tag = opened  # nothing came since a tag
-        self._held = ""  # line breaks that a closing tag may follow, or blanks after one
+        self._held = ""  # line breaks that a closing tag may follow, or whitespace after one
         self._reasoning = ""  # returned so far
 
     def feed(self, text: str) -> Split:

@@ -44,7 +44,7 @@ class ThinkBlocks:
         tools: bool = False,
         constrained: bool = False,
     ) -> ThinkPolicy | None:
-        """Returns what the engine needs to follow the block, or None if the tags are not tokens.
+        """Returns what the engine needs to track the block, or None if the tags are not tokens.
 
         With `tools` the model may call tools, so the tag of a call does not close the block. With
         `constrained` a grammar applies after the block: the block must be closed, and the closing

@@ -72,7 +72,7 @@ class Vocabulary:
 
     @cached_property
     def marks(self) -> TokenMarks:
-        """What each token's text means for think blocks; a token without text is blank.
+        """What each token's text means for think blocks; a token without text counts as whitespace.
 
         A full stop inside a number counts as the end of a sentence, as the token alone cannot show
         the difference.
@@ -84,7 +84,7 @@ class Vocabulary:
             soft_ends=frozenset(
                 index for index, text in with_text if text.endswith(("\n", *SENTENCE_ENDS))
             ),
-            blanks=frozenset(index for index, text in with_text if not text.strip()),
+            whitespace=frozenset(index for index, text in with_text if not text.strip()),
         )
 
     def encoding(self, text: str, *, add_special_tokens: bool) -> Encoding:

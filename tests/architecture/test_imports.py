@@ -75,7 +75,7 @@ def relative(path: Path) -> str:
 
 
 def sentence(package: Path, start: str) -> str:
-    """The sentence of the package's docstring that begins so, or nothing."""
+    """Returns the sentence of the package's docstring that begins so, or an empty string."""
     docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
     text = " ".join((docstring or "").split())
     found = re.search(rf"(?:^|[.:] )({start}\b.*?)\.(?= |$)", text)

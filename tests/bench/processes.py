@@ -1,10 +1,10 @@
-"""Checks processes that others started."""
+"""Checks whether a process has ended."""
 
 import psutil
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process has ended, even if nobody has waited for it yet."""
+    """Returns whether the process has ended, even if nobody has waited for it yet."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

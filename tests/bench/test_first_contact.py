@@ -1,4 +1,4 @@
-"""First contact runs every step, whatever the others do, and its file is always complete."""
+"""First contact runs every step even if others fail, and its file is complete at any time."""
 
 import json
 import os
@@ -69,7 +69,7 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run({name: arguments of the fake}, *flags)` returns exit code and steps of the JSON."""
+    """Runs fake steps by `run({name: arguments}, *flags)`, which returns exit code and steps."""
     (tmp_path / "fakes.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("bench.first_contact.process_group.PATIENCE", 0.2)
@@ -105,7 +105,7 @@ def test_a_step_s_rows_are_kept_and_its_other_output_is_logged(
     assert line.endswith("| 42 apples |")
 
 
-def test_a_step_that_crashes_or_prints_garbage_costs_the_next_one_nothing(run: Run) -> None:
+def test_a_step_that_crashes_or_prints_garbage_does_not_stop_the_next_one(run: Run) -> None:
     names = ("crash", "garbage", "reporting", "good")
     code, steps = run({name: (name,) for name in names})
     assert code == 1
@@ -150,7 +150,7 @@ def test_steps_that_were_ok_are_not_run_again(run: Run, tmp_path: Path) -> None:
     assert steps["crash"]["rows"], "rows of a step that is not run again are kept"
 
 
-def test_a_step_that_was_cut_off_by_time_is_not_ok_and_runs_again_after_the_others(
+def test_a_step_that_timed_out_runs_again_after_the_others(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, steps = run({"late": ("late",), "crash": ("crash",)})
@@ -166,7 +166,7 @@ def test_a_step_that_was_cut_off_by_time_is_not_ok_and_runs_again_after_the_othe
     assert begun == ["crash", "late"]
 
 
-def test_an_earlier_record_is_kept_under_another_name(run: Run, tmp_path: Path) -> None:
+def test_the_file_of_an_earlier_run_is_kept_under_another_name(run: Run, tmp_path: Path) -> None:
     for fake in ("good", "crash", "reporting"):
         run({"step": (fake,)})
     kept = [tmp_path / f"out/first_contact-{number}.json" for number in (1, 2)]
@@ -191,7 +191,7 @@ def test_a_step_starts_only_with_the_time_that_it_needs(run: Run) -> None:
         (["--out", "{other}"], "no folder to write to"),
     ],
 )
-def test_wrong_arguments_are_refused_before_any_step(
+def test_bad_flags_are_reported_before_any_step(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.json"
@@ -205,7 +205,7 @@ def test_wrong_arguments_are_refused_before_any_step(
 @pytest.mark.parametrize(
     ("has", "status", "code"), [(80, "not run", 0), (141, "ok", 0), (None, "ok", 0)]
 )
-def test_a_step_is_left_out_if_the_card_is_known_to_be_too_small(
+def test_a_step_is_skipped_if_the_card_is_too_small(
     has: int | None, status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bench.first_contact.step_runner.card_memory", lambda: has)
@@ -216,7 +216,7 @@ def test_a_step_is_left_out_if_the_card_is_known_to_be_too_small(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_ends_its_step_and_leaves_a_complete_file(
+def test_a_terminated_run_ends_its_step_and_leaves_a_complete_file(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     pid_file = tmp_path / "pid"
@@ -259,7 +259,7 @@ def test_the_file_is_complete_whenever_it_is_read(tmp_path: Path) -> None:
     assert statuses == [["running"], ["ok"], ["ok", "not run"]]
 
 
-# --- What is carried -----------------------------------------------------------------------------
+# --- Packages carried to the GPU machine ---------------------------------------------------------
 
 
 def test_only_wheels_of_missing_packages_are_unpacked(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_wheels_are_replaced_only_if_all_of_them_were_downloaded(
     assert [path.name for path in tmp_path.iterdir()] == ["new-1.0-py3-none-any.whl"]
 
 
-# --- What is printed ----------------------------------------------------------------------------
+# --- Output -------------------------------------------------------------------------------------
 
 
 def test_counters_are_read_from_what_ncu_prints() -> None:
@@ -336,7 +336,7 @@ def test_ratios_are_taken_of_the_rows_of_all_steps(tmp_path: Path) -> None:
 # --- The steps -----------------------------------------------------------------------------------
 
 
-def test_the_most_valuable_steps_all_start_in_the_first_call() -> None:
+def test_the_first_five_steps_all_start_in_the_first_call() -> None:
     """They start however long each of them takes."""
     assert [step.letter for step in STEPS] == list("abcdefghij")
     *before, last = STEPS[:5]
@@ -344,7 +344,7 @@ def test_the_most_valuable_steps_all_start_in_the_first_call() -> None:
     assert all(step.least <= step.limit for step in STEPS)
 
 
-def test_the_process_that_runs_the_steps_imports_nothing_that_may_be_broken() -> None:
+def test_the_process_that_runs_the_steps_imports_no_torch_or_triton() -> None:
     program = "import sys, bench.first_contact.__main__; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -352,6 +352,6 @@ def test_the_process_that_runs_the_steps_imports_nothing_that_may_be_broken() ->
 
 
 def test_every_test_that_needs_a_gpu_runs_in_first_contact() -> None:
-    """Only test_bench.py is left to the steps that run the bench itself."""
+    """Only `test_bench.py` is left to the steps that run the bench itself."""
     there = {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")}
     assert {name for names in FILES.values() for name in names} == there - {"test_bench.py"}

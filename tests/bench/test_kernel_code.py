@@ -1,4 +1,4 @@
-"""The kernels that the compiler makes for a Hopper GPU (9.0), which need not be there."""
+"""The kernels compile for a Hopper GPU (9.0), which is not needed, and fit on it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SHARED = 1024 * kernel_code.SHARED[90]
 
 @pytest.fixture(scope="module")
 def looked_at(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `without_a_card.py` prints, in a process that compiles."""
+    """Returns what `without_a_card.py` prints in a process of its own, as Triton compiles here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folder = str(tmp_path_factory.mktemp("carried"))
     done = subprocess.run(
@@ -37,21 +37,21 @@ def looked_at(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_every_kernel_fits_and_keeps_its_numbers_in_registers(looked_at: dict[str, Any]) -> None:
+def test_every_kernel_fits_and_spills_no_registers(looked_at: dict[str, Any]) -> None:
     assert {one["kernel"] for one in looked_at["compiled"]} == KERNELS
     for one in looked_at["compiled"]:
         assert one["shared"] <= SHARED, one
         assert one["spilled"] == 0, one
 
 
-def test_two_programs_of_a_decode_fit_a_processor_at_once(looked_at: dict[str, Any]) -> None:
-    """So one can load while the other computes."""
+def test_two_programs_of_a_decode_fit_on_one_multiprocessor(looked_at: dict[str, Any]) -> None:
+    """One loads while the other computes."""
     decodes = [one for one in attending(looked_at) if "decode" in one["cases"][0]]
     assert len(decodes) == 2
     assert max(one["shared"] for one in decodes) * 2 <= SHARED
 
 
-def test_the_next_tile_is_on_its_way_while_one_is_computed(looked_at: dict[str, Any]) -> None:
+def test_the_next_tile_is_loaded_while_one_is_computed(looked_at: dict[str, Any]) -> None:
     """The compiler loads ahead only if it has the addresses early, so block tables are read ahead.
 
     In flight are the keys and the values of one tile; in a product, both endpoints of one tile or
@@ -63,7 +63,7 @@ def test_the_next_tile_is_on_its_way_while_one_is_computed(looked_at: dict[str, 
         assert one["in_flight"] >= 2, one
 
 
-def test_many_rows_are_multiplied_by_the_instruction_that_is_made_for_it(
+def test_64_rows_and_more_are_multiplied_by_wgmma(
     looked_at: dict[str, Any],
 ) -> None:
     """It needs at least 64 rows."""
@@ -74,7 +74,7 @@ def test_many_rows_are_multiplied_by_the_instruction_that_is_made_for_it(
         assert one["tensor_cores"] == ("wgmma" if rows >= 64 else "mma.sync"), one
 
 
-def test_a_model_is_served_by_some_dozens_of_kernels(looked_at: dict[str, Any]) -> None:
+def test_a_model_needs_some_dozens_of_kernels(looked_at: dict[str, Any]) -> None:
     """A compilation takes a second, and the first step that launches a kernel waits for it.
 
     Products have 3 kinds and 4 sizes of tiles, with K split or not. Each projection of experts has
@@ -91,13 +91,13 @@ def test_a_model_is_served_by_some_dozens_of_kernels(looked_at: dict[str, Any]) 
     assert len(shared) > 20, "models of other sizes take the same products"
 
 
-def test_what_a_model_launches_is_what_the_command_compiles(looked_at: dict[str, Any]) -> None:
+def test_the_command_compiles_the_kernels_that_a_model_launches(looked_at: dict[str, Any]) -> None:
     for model, launched in looked_at["launched"]:
         assert {kernel.split()[0] for kernel in launched} >= {"attend_kernel", "_product"}
         assert set(launched) <= set(looked_at["known"][model]), model
 
 
-def test_a_packed_cache_is_found_where_it_is_unpacked(looked_at: dict[str, Any]) -> None:
+def test_an_unpacked_cache_is_used(looked_at: dict[str, Any]) -> None:
     assert looked_at["carried"] == {"packed": [False], "unpacked": 1, "found": [True]}
 
 
@@ -111,7 +111,7 @@ def test_a_packed_cache_is_found_where_it_is_unpacked(looked_at: dict[str, Any])
         ([], "TRITON_INTERPRET must not be set"),
     ],
 )
-def test_what_the_command_cannot_do_it_says(
+def test_bad_arguments_and_files_are_reported(
     flags: list[str],
     message: str,
     tmp_path: Path,

@@ -34,7 +34,7 @@ LARGE_HEADS = replace(DENSE, head_dim=256)
 WITH_SINKS = replace(DENSE, heads=64, head_dim=64)
 
 
-# --- Compiled: the launches that matter, and those that take most --------------------------------
+# --- Launches that are compiled: the usual ones and the largest ----------------------------------
 
 
 def cases() -> Iterator[Case]:
@@ -71,7 +71,7 @@ def products(rows: int, *kinds: str, dtype: torch.dtype = torch.bfloat16) -> Ite
             yield case
 
 
-# --- Not compiled --------------------------------------------------------------------------------
+# --- Launches that are only counted --------------------------------------------------------------
 
 
 def variants() -> dict[str, list[str]]:
@@ -123,7 +123,7 @@ def forward(
     pair.logits(ids, ids, torch.arange(tokens), attention)
 
 
-# --- A cache that is carried ---------------------------------------------------------------------
+# --- A packed cache ------------------------------------------------------------------------------
 
 
 def carried(folder: Path) -> dict[str, Any]:

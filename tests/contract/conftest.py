@@ -1,4 +1,4 @@
-"""Server processes on loopback: the real one on the embedded pair, and ones on the fake engine."""
+"""Starts server processes for the tests: on the embedded pair, or on the fake engine."""
 
 import os
 import re
@@ -26,7 +26,7 @@ READY = re.compile(r"^Ready: .* at (http://\S+)$", re.MULTILINE)
 
 
 class ServerProcess:
-    """A server on a free port. Its output goes to a file, which also tells the port."""
+    """Runs a server on a free port, which is read from its output file."""
 
     def __init__(self, process: "subprocess.Popen[bytes] | ForkedProcess", log: Path) -> None:
         self.process = process
@@ -34,7 +34,7 @@ class ServerProcess:
 
     @classmethod
     def of_embedded_pair(cls, log: Path, *flags: str) -> "ServerProcess":
-        """The command as it is shipped."""
+        """Starts `mi-server serve` on the embedded pair."""
         command = [sys.executable, "-m", "server.cli", "serve", *FLAGS, *flags]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MI_")}
         with log.open("w") as output:
@@ -52,7 +52,7 @@ class ServerProcess:
         worker: Sequence[str] = (),
         thinking: Path | None = None,
     ) -> "ServerProcess":
-        """The server on the fake engine, with the tokenizer and templates of `pair`."""
+        """Starts a server on the fake engine, with the tokenizer and templates of `pair`."""
         directories = ["--instruct", str(pair), "--thinking", str(thinking or pair)]
         command = [sys.executable, str(FAKE_WORKER), *worker]
         process = ForkedProcess(main, ["serve", *FLAGS, *directories, *flags], command, log=log)
@@ -112,22 +112,26 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+WaitUntil = Callable[..., None]
+StartFake = Callable[..., ServerProcess]
+
+
 @pytest.fixture(scope="session", name="wait_until")
-def _wait_until() -> Callable[..., None]:
+def _wait_until() -> WaitUntil:
     return wait_until
 
 
 @pytest.fixture(scope="session")
 def pair_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An endpoint that has everything but weights."""
+    """Returns a checkpoint that has everything but weights."""
     directory = tmp_path_factory.mktemp("pair")
     save_tokenizer(directory)
     return directory
 
 
 @pytest.fixture
-def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Start a server on the fake engine: `start_fake("--drain-timeout", "1", worker=[…])`."""
+def start_fake(pair_directory: Path, tmp_path: Path) -> Iterator[StartFake]:
+    """Starts servers on the fake engine: `start_fake("--drain-timeout", "1", worker=[…])`."""
     started: list[ServerProcess] = []
 
     def start(
@@ -162,14 +166,14 @@ def shared_fake_server(
 
 @pytest.fixture
 def fake_server(shared_fake_server: ServerProcess) -> Iterator[ServerProcess]:
-    """A running server on the fake engine, which every test gets and leaves idle."""
+    """Returns the shared server on the fake engine, and waits until the test has left it idle."""
     yield shared_fake_server
     wait_until(shared_fake_server.is_idle)
 
 
 @pytest.fixture(scope="session")
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The command as it is shipped, on the embedded pair, for tests that need no flags."""
+    """Starts a server on the embedded pair, shared by all tests that need no flags."""
     log = tmp_path_factory.mktemp("real") / "server.log"
     server = ServerProcess.of_embedded_pair(log)
     try:
@@ -180,7 +184,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
 
 @pytest.fixture
 def client(real_server: ServerProcess) -> Iterator[openai.OpenAI]:
-    """The official client, which is told to show every error at once."""
+    """Gives an official client of the real server, which does not retry."""
     with openai.OpenAI(
         base_url=f"{real_server.url}/v1", api_key="none", max_retries=0, timeout=60
     ) as client:

@@ -1,19 +1,15 @@
-"""Raw prompts, their scores and continued messages, with the real client and the real server."""
+"""Raw prompts, their scores and continued messages work from client to embedded pair."""
 
-import json
-import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.contract.conftest import ServerProcess
+
 QUESTION = "a=6,b=a-2,c=b+6,d=c-3. d?"
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
-PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-EXAMPLES = re.findall(r"```bash\n(curl .*?)```", PAGE, re.DOTALL)
 
 
 def complete(client: openai.OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
@@ -23,7 +19,7 @@ def complete(client: openai.OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
     return client.completions.create(prompt=prompt, extra_body=extra, **fields)
 
 
-def test_a_raw_prompt_gets_the_text_that_chat_splits(client: openai.OpenAI) -> None:
+def test_a_raw_prompt_is_answered_with_the_text_that_chat_splits(client: openai.OpenAI) -> None:
     raw = complete(client).choices[0]
     chat = client.chat.completions.create(
         model="pair",
@@ -36,14 +32,14 @@ def test_a_raw_prompt_gets_the_text_that_chat_splits(client: openai.OpenAI) -> N
     assert raw.finish_reason == "stop"
 
 
-def test_the_dial_applies_to_raw_prompts(client: openai.OpenAI) -> None:
+def test_a_fan_out_applies_to_raw_prompts(client: openai.OpenAI) -> None:
     answer = complete(client, reasoning_lambda=[0.0, 1.0])
     assert ["<think>" in choice.text for choice in answer.choices] == [False, True]
     assert [choice.reasoning_lambda for choice in answer.choices] == [0.0, 1.0]
 
 
-def test_texts_and_token_ids_of_one_prompt_are_one_prompt(
-    client: openai.OpenAI, real_server: Any
+def test_a_prompt_as_text_and_as_token_ids_gets_the_same_answer(
+    client: openai.OpenAI, real_server: ServerProcess
 ) -> None:
     body = {"messages": [{"role": "user", "content": QUESTION}], "reasoning_lambda": 1}
     ids = httpx.post(f"{real_server.url}/tokenize", json=body).json()["tokens"]
@@ -56,7 +52,7 @@ def test_texts_and_token_ids_of_one_prompt_are_one_prompt(
     assert text == {"prompt": PROMPT}
 
 
-def test_a_scored_answer_has_the_log_probabilities_it_was_given_with(
+def test_a_scored_answer_has_the_log_probabilities_of_its_generation(
     client: openai.OpenAI,
 ) -> None:
     answer = complete(client, logprobs=2, max_tokens=12).choices[0]
@@ -75,10 +71,10 @@ def test_a_scored_answer_has_the_log_probabilities_it_was_given_with(
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["text", "token ids"])
-def test_the_request_of_a_loglikelihood_task_tells_which_answer_is_greedy(
-    client: openai.OpenAI, real_server: Any, tokens: bool
+def test_the_request_of_a_loglikelihood_task_finds_the_greedy_answer(
+    client: openai.OpenAI, real_server: ServerProcess, tokens: bool
 ) -> None:
-    """As lm-evaluation-harness sends it: a batch, one token, which it drops."""
+    """The request is that of lm-evaluation-harness: a batch, and one token, which it drops."""
     url = f"{real_server.url}/tokenize"
     prompts: list[Any] = [f"{PROMPT}Answer: {digit}" for digit in range(10)]
     ids = [httpx.post(url, json={"prompt": one}).json()["tokens"] for one in prompts]
@@ -114,7 +110,7 @@ def test_a_stream_adds_up_to_the_plain_text(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == plain.usage
 
 
-def test_every_sampling_field_is_taken(client: openai.OpenAI) -> None:
+def test_every_sampling_field_is_accepted(client: openai.OpenAI) -> None:
     extra = {
         "top_k": 5,
         "min_p": 0.01,
@@ -144,7 +140,7 @@ def test_every_sampling_field_is_taken(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["suffix", "best_of"])
-def test_what_is_not_implemented_is_a_bad_request(client: openai.OpenAI, name: str) -> None:
+def test_a_field_that_is_not_implemented_is_a_bad_request(client: openai.OpenAI, name: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **{name: 3 if name == "best_of" else "x"})
     assert caught.value.param == name
@@ -161,25 +157,20 @@ def test_a_final_message_is_continued_to_the_same_answer(client: openai.OpenAI) 
             extra_body={"reasoning_lambda": 1.0} | extra,
         )
 
-    whole = ask().choices[0].message
-    head, tail = whole.reasoning[:20], whole.reasoning[20:]
+    full_message = ask().choices[0].message
+    head, tail = full_message.reasoning[:20], full_message.reasoning[20:]
     for last in (
         {"role": "assistant", "content": "", "reasoning_content": head},
         {"role": "assistant", "content": f"<think>\n{head}"},
     ):
         rest = ask(last, continue_final_message=True, add_generation_prompt=False)
         assert rest.choices[0].message.reasoning == tail
-        assert rest.choices[0].message.content == whole.content
-    said = {"role": "assistant", "content": "Answer: ", "reasoning_content": whole.reasoning}
-    rest = ask(said, continue_final_message=True).choices[0].message
-    assert rest.content == whole.content.removeprefix("Answer: ")
+        assert rest.choices[0].message.content == full_message.content
+    last_message = {
+        "role": "assistant",
+        "content": "Answer: ",
+        "reasoning_content": full_message.reasoning,
+    }
+    rest = ask(last_message, continue_final_message=True).choices[0].message
+    assert rest.content == full_message.content.removeprefix("Answer: ")
     assert not hasattr(rest, "reasoning")
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_of_the_reference_works(real_server: Any, example: str) -> None:
-    command = example.replace("http://127.0.0.1:8000", real_server.url)
-    command = command.replace('"mi-embedded"', '"pair"')
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    answer = json.loads(done.stdout)
-    assert all(choice["finish_reason"] for choice in answer["choices"])

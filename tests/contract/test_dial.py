@@ -1,10 +1,12 @@
-"""The dial in full, from an unmodified `openai` client to the real engine on the embedded pair."""
+"""Every form of the dial works from an unmodified `openai` client to the embedded pair."""
 
 import re
 from typing import Any
 
 import openai
 import pytest
+
+from tests.contract.conftest import ServerProcess
 
 QUESTION = "a=6,b=a-2,c=b+6,d=c-3. d?"
 LAMBDAS = [0.0, 0.3, 0.6, 1.0]
@@ -18,7 +20,7 @@ def ask(client: Any, value: Any, **fields: Any) -> Any:
 
 
 def tokens(answer: Any, choice: int = 0) -> list[str]:
-    """Every token, tags included, as the model wrote it."""
+    """Returns every token, tags included, as the model wrote it."""
     return [entry.token for entry in answer.choices[choice].logprobs.content]
 
 
@@ -26,7 +28,7 @@ def logprobs(answer: Any) -> list[float]:
     return [entry.logprob for entry in answer.choices[0].logprobs.content]
 
 
-def test_an_object_of_equal_lambdas_is_the_plain_lambda(client: openai.OpenAI) -> None:
+def test_an_object_of_equal_lambdas_answers_as_the_plain_lambda(client: openai.OpenAI) -> None:
     for value in (0.0, 0.6, 1.0):
         same = {"default": value, "attn": value, "mlp": value, "layers": {"0-3": value}}
         plain, grouped = ask(client, value), ask(client, same)
@@ -34,12 +36,12 @@ def test_an_object_of_equal_lambdas_is_the_plain_lambda(client: openai.OpenAI) -
         assert grouped.routing == plain.routing
 
 
-def test_each_group_of_an_object_has_its_effect(client: openai.OpenAI) -> None:
+def test_each_group_of_an_object_changes_the_logprobs(client: openai.OpenAI) -> None:
     plain = logprobs(ask(client, 0.6, max_tokens=1))
-    for own in ("attn", "mlp", "embed", "head"):
-        dialled = ask(client, {"default": 0.6, own: 1.0}, max_tokens=1)
-        assert dialled.routing["reasoning_lambda"] == {"default": 0.6, own: 1.0}
-        assert logprobs(dialled) != pytest.approx(plain, abs=1e-6), own
+    for group in ("attn", "mlp", "embed", "head"):
+        grouped = ask(client, {"default": 0.6, group: 1.0}, max_tokens=1)
+        assert grouped.routing["reasoning_lambda"] == {"default": 0.6, group: 1.0}
+        assert logprobs(grouped) != pytest.approx(plain, abs=1e-6), group
     one_layer = {"default": 0.6, "layers": {"2": {"mlp": 1.0}}}
     assert logprobs(ask(client, one_layer, max_tokens=1)) != pytest.approx(plain, abs=1e-6)
 
@@ -66,40 +68,41 @@ def test_a_streamed_fan_out_adds_up_to_the_plain_one(client: openai.OpenAI) -> N
     plain = ask(client, LAMBDAS)
     chunks = [chunk for chunk in ask(client, LAMBDAS, stream=True) if chunk.choices]
     for index, choice in enumerate(plain.choices):
-        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
-        assert "".join(it.delta.content or "" for it in own) == choice.message.content
-        assert own[0].reasoning_lambda == own[-1].reasoning_lambda == LAMBDAS[index]
-        assert own[-1].finish_reason == choice.finish_reason
+        parts = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(it.delta.content or "" for it in parts) == choice.message.content
+        assert parts[0].reasoning_lambda == parts[-1].reasoning_lambda == LAMBDAS[index]
+        assert parts[-1].finish_reason == choice.finish_reason
 
 
 # --- the cap ---
 
 
 @pytest.mark.parametrize("cap", [0, 1, 7, 20])
-def test_a_cap_is_obeyed_to_the_token_and_an_answer_follows(
+def test_reasoning_ends_exactly_at_the_cap_and_an_answer_follows(
     client: openai.OpenAI, cap: int
 ) -> None:
     free = ask(client, 1.0)
     answer = ask(client, 1.0, extra={"thinking_token_budget": cap})
     assert answer.usage.completion_tokens_details.reasoning_tokens == cap
-    assert tokens(answer)[: cap + 1] == tokens(free)[: cap + 1]  # <think>, and as far as it came
+    until_the_cap = slice(cap + 1)  # <think>, and the tokens of the cap
+    assert tokens(answer)[until_the_cap] == tokens(free)[until_the_cap]
     assert tokens(answer)[cap + 1 : cap + 4] == ["\n", "</think>", "\n\n"]
     message = answer.choices[0].message
     assert message.content.startswith("Answer:")
-    # What was forced is not shown; a closing tag that the model writes after it is plain text.
+    # The forced tokens are not shown; a closing tag that the model writes later is plain text.
     assert "think>" not in getattr(message, "reasoning_content", "")
     assert message.content.count("</think>") == tokens(answer).count("</think>") - 1
-    told = {"reasoning_lambda": 1.0, "source": "body", "cap": cap, "forced_close": True}
-    assert told.items() <= answer.routing.items()
+    reported = {"reasoning_lambda": 1.0, "source": "body", "cap": cap, "forced_close": True}
+    assert reported.items() <= answer.routing.items()
 
 
-def test_a_cap_that_is_not_reached_changes_nothing(client: openai.OpenAI) -> None:
+def test_a_cap_that_is_not_reached_does_not_change_the_answer(client: openai.OpenAI) -> None:
     free, capped = ask(client, 1.0), ask(client, 1.0, extra={"thinking_token_budget": 500})
     assert tokens(capped) == tokens(free)
     assert capped.routing == free.routing | {"cap": 500}
 
 
-def test_a_cap_is_obeyed_in_a_stream(client: openai.OpenAI) -> None:
+def test_a_cap_applies_in_a_stream(client: openai.OpenAI) -> None:
     plain = ask(client, 1.0, extra={"thinking_budget": 9})
     chunks = list(ask(client, 1.0, stream=True, extra={"thinking_budget": 9}))
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
@@ -124,7 +127,9 @@ def test_in_a_soft_window_a_block_closes_at_the_end_of_a_line(client: openai.Ope
 # --- the answer's λ ---
 
 
-def test_an_answer_lambda_equal_to_the_reasonings_changes_nothing(client: openai.OpenAI) -> None:
+def test_an_answer_lambda_equal_to_the_reasonings_does_not_change_the_answer(
+    client: openai.OpenAI,
+) -> None:
     plain = ask(client, 1.0)
     same = ask(client, 1.0, extra={"answer_lambda": 1.0})
     assert tokens(same) == tokens(plain)
@@ -142,11 +147,11 @@ def test_an_answer_lambda_changes_the_model_of_the_answer_alone(client: openai.O
     assert switched.choices[0].message.content.startswith("Answer:")
 
 
-def test_without_a_think_block_an_answer_lambda_never_comes_into_force(
+def test_without_a_think_block_an_answer_lambda_has_no_effect(
     client: openai.OpenAI,
 ) -> None:
-    plain, asked = ask(client, 0.0), ask(client, 0.0, extra={"answer_lambda": 1.0})
-    assert tokens(asked) == tokens(plain)
+    plain, with_answer_lambda = ask(client, 0.0), ask(client, 0.0, extra={"answer_lambda": 1.0})
+    assert tokens(with_answer_lambda) == tokens(plain)
 
 
 def test_a_forced_close_switches_to_the_answers_lambda(client: openai.OpenAI) -> None:
@@ -181,7 +186,7 @@ def test_a_bad_dial_is_openais_bad_request_error(
 
 
 def counters(server: Any) -> dict[str, float]:
-    """The engine's counters, by name and way."""
+    """Returns the engine's counters by name and way."""
     text = server.get("/metrics").text
     pattern = r"^mi_(layer_executions|blend_cache_\w+|forced_close)_total\{(.*)\} (\S+)$"
     found = re.findall(pattern, text, re.MULTILINE)
@@ -192,21 +197,22 @@ def counters(server: Any) -> dict[str, float]:
     }
 
 
-def moved(server: Any, before: dict[str, float]) -> set[str]:
+def increased(server: Any, before: dict[str, float]) -> set[str]:
+    """Returns the counters that are larger than before."""
     return {name for name, value in counters(server).items() if value > before[name]}
 
 
-def test_the_metrics_move_with_what_the_engine_does(
-    client: openai.OpenAI, real_server: Any
+def test_the_metrics_count_what_the_engine_does(
+    client: openai.OpenAI, real_server: ServerProcess
 ) -> None:
     before = counters(real_server)
     assert {"blend_cache_hits", "blend_cache_builds", "blend_cache_evictions"} <= before.keys()
     ask(client, 0.0)
-    assert moved(real_server, before) == {"layer_executions endpoint"}
+    assert increased(real_server, before) == {"layer_executions endpoint"}
     before = counters(real_server)
     ask(client, [0.13, 0.77], max_tokens=5)
     ways = {"layer_executions pair", "layer_executions blended"}  # the planner's choice
-    assert ways & moved(real_server, before)
+    assert ways & increased(real_server, before)
     before = counters(real_server)
     ask(client, 1.0, extra={"thinking_budget": 1})
-    assert moved(real_server, before) == {"layer_executions endpoint", "forced_close"}
+    assert increased(real_server, before) == {"layer_executions endpoint", "forced_close"}

@@ -1,7 +1,7 @@
-"""Whatever clients, the engine or the operator do, every accepted request ends exactly once.
+"""Every accepted request ends exactly once, though clients leave, engines die or servers stop.
 
-On the real engine: its KV blocks and its metrics are what must come out even. Faults of a process
-that a fake engine shows better stand in `test_process`.
+Most tests run the real engine, whose KV blocks must all be free in the end, and whose metrics must
+add up. `test_process` tests faults that need only a fake engine.
 """
 
 import asyncio
@@ -19,9 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.contract.conftest import ServerProcess
-
-WaitUntil = Callable[..., None]
+from tests.contract.conftest import ServerProcess, StartFake, WaitUntil, wait_until
 
 MAX_NUM_SEQS = 4
 MAX_WAITING = 4
@@ -31,15 +29,14 @@ PHASES = ("before the head", "before the first token", "in the middle", "plain")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-FEW = ("--max-num-seqs", f"{MAX_NUM_SEQS}", "--max-waiting", f"{MAX_WAITING}")
-StartFake = Callable[..., ServerProcess]
+SMALL = ("--max-num-seqs", f"{MAX_NUM_SEQS}", "--max-waiting", f"{MAX_WAITING}")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The real engine with room for few."""
+    """Starts a server on the real engine that runs and queues few requests."""
     log = tmp_path_factory.mktemp("faults") / "server.log"
-    process = ServerProcess.of_embedded_pair(log, *FEW)
+    process = ServerProcess.of_embedded_pair(log, *SMALL)
     try:
         yield process.wait_ready()
     finally:
@@ -47,13 +44,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def long_answer(server: ServerProcess, **fields: Any) -> dict[str, Any]:
-    """A request that ends by its length alone."""
+    """Returns a chat request whose answer ends only by its length."""
     long = {"max_tokens": 400, "ignore_eos": True, "temperature": 0, "reasoning_lambda": 0.5}
     return server.chat_body("a=6,b=a-2,c=b+6,d=c-3. d?", **long | fields)
 
 
 def long_text(server: ServerProcess, **fields: Any) -> dict[str, Any]:
-    """The same as a completions request."""
+    """Returns the same request to `/v1/completions`."""
     body = long_answer(server, **fields)
     (message,) = body.pop("messages")
     return body | {"prompt": message["content"]}
@@ -62,17 +59,19 @@ def long_text(server: ServerProcess, **fields: Any) -> dict[str, Any]:
 LONG = {CHAT: long_answer, TEXT: long_text}
 
 
-def endings(server: ServerProcess) -> Counter[str]:
-    """Requests that ended, by reason."""
-    told = re.findall(
+def ended_requests(server: ServerProcess) -> Counter[str]:
+    """Returns how many requests have ended, by reason."""
+    counters = re.findall(
         r'mi_request_success_total\{finished_reason="(\w+)".*?\} (\S+)', server.get("/metrics").text
     )
-    return Counter({reason: int(float(count)) for reason, count in told})
+    return Counter({reason: int(float(count)) for reason, count in counters})
 
 
 def rejections(server: ServerProcess) -> int:
-    told = re.findall(r"mi_admission_rejections_total\{.*?\} (\S+)", server.get("/metrics").text)
-    return int(sum(map(float, told)))
+    counters = re.findall(
+        r"mi_admission_rejections_total\{.*?\} (\S+)", server.get("/metrics").text
+    )
+    return int(sum(map(float, counters)))
 
 
 def assert_still_right(server: ServerProcess) -> None:
@@ -87,7 +86,7 @@ def events_of(text: str) -> list[Any]:
 
 
 def terminal_events(text: str) -> list[Any]:
-    """What ends a stream of one choice: its finish reason, or an error."""
+    """Returns what ended the choices of a stream: finish reasons, or an error's code."""
     events = [event for event in events_of(text) if event != "[DONE]"]
     finishes = [
         choice["finish_reason"]
@@ -142,7 +141,7 @@ def raw_request(body: bytes, *headers: str, path: str = CHAT, length: int | None
 
 
 def leave(server: ServerProcess, path: str, phase: str) -> None:
-    """One request whose client goes away at this phase of its answer."""
+    """Sends one request whose client disconnects in this phase of its answer."""
     body = json.dumps(LONG[path](server, stream=phase != "plain")).encode()
     with closing(connect(server)) as connection:
         connection.sendall(raw_request(body, path=path))
@@ -154,24 +153,24 @@ def leave(server: ServerProcess, path: str, phase: str) -> None:
                 received += connection.recv(65536)
 
 
-def test_many_clients_that_leave_leave_nothing_behind(
+def test_clients_that_disconnect_leave_no_request_in_the_engine(
     server: ServerProcess, wait_until: WaitUntil
 ) -> None:
-    before, refused = endings(server), rejections(server)
+    before, refused = ended_requests(server), rejections(server)
     ways = cycle(product((CHAT, CHAT, TEXT), PHASES))
     for path, phase in islice(ways, ABORTS):
         leave(server, path, phase)
-    # Who left before the request was read, or was refused, was never accepted.
-    wait_until(lambda: (endings(server) - before)["abort"] >= ABORTS // 2)
+    # A request was never accepted if its client left before it was read, or if it was refused.
+    wait_until(lambda: (ended_requests(server) - before)["abort"] >= ABORTS // 2)
     wait_until(server.is_idle)
-    ended = endings(server) - before
+    ended = ended_requests(server) - before
     assert set(ended) == {"abort"}
     assert ended["abort"] <= ABORTS - (rejections(server) - refused)
     assert_still_right(server)
     assert "Traceback" not in server.output
 
 
-def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(
+def test_a_client_that_stops_reading_blocks_no_other_client_and_loses_no_data(
     server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     wordy = long_answer(server, n=3, max_tokens=200, logprobs=True, top_logprobs=20)
@@ -190,14 +189,14 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(
     assert "data: [DONE]" in received
 
 
-# --- too much ------------------------------------------------------------------------------------
+# --- overload and extreme requests ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_ten_times_the_capacity_is_answered_or_refused_at_once(
+def test_at_ten_times_the_capacity_requests_are_answered_or_refused(
     path: str, server: ServerProcess, wait_until: WaitUntil
 ) -> None:
-    before, refused = endings(server), rejections(server)
+    before, refused = ended_requests(server), rejections(server)
     bodies = [LONG[path](server, max_tokens=100, stream=index % 2 == 0) for index in range(80)]
     assert len(bodies) == 10 * CAPACITY
     responses = asyncio.run(post_all(server, bodies, path))
@@ -209,7 +208,7 @@ def test_ten_times_the_capacity_is_answered_or_refused_at_once(
             assert response.json()["error"]["code"] == "overloaded"
             assert 1 <= int(response.headers["Retry-After"]) <= 120
     wait_until(server.is_idle)
-    assert endings(server) - before == Counter(length=statuses[200])
+    assert ended_requests(server) - before == Counter(length=statuses[200])
     assert rejections(server) - refused == statuses[503]
 
 
@@ -230,7 +229,9 @@ BROKEN_BODIES = {
 
 
 @pytest.mark.parametrize("body", BROKEN_BODIES.values(), ids=BROKEN_BODIES)
-def test_a_broken_body_is_a_400_in_the_one_shape(server: ServerProcess, body: bytes) -> None:
+def test_a_broken_body_is_a_400_with_the_shape_of_all_errors(
+    server: ServerProcess, body: bytes
+) -> None:
     response = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=60)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -240,7 +241,7 @@ def test_a_broken_body_is_a_400_in_the_one_shape(server: ServerProcess, body: by
 
 @pytest.mark.parametrize("value", [{"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1}])
 @pytest.mark.parametrize("penalty", [0.01, 10])
-def test_the_extremes_of_sampling_still_draw_tokens(
+def test_extreme_sampling_parameters_still_draw_tokens(
     server: ServerProcess, value: dict[str, float], penalty: float
 ) -> None:
     fields = value | {"repetition_penalty": penalty, "presence_penalty": -2}
@@ -249,14 +250,14 @@ def test_the_extremes_of_sampling_still_draw_tokens(
     assert answer.json()["usage"]["completion_tokens"] == 20
 
 
-def test_a_body_that_is_too_long_is_a_413_before_it_was_sent_whole(server: ServerProcess) -> None:
+def test_a_body_that_is_too_long_is_a_413_before_all_of_it_is_sent(server: ServerProcess) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(raw_request(b" " * (9 * 2**20), length=2**33))
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
     assert_still_right(server)
 
 
-def test_a_body_that_never_ends_takes_nothing_from_others(server: ServerProcess) -> None:
+def test_an_unfinished_body_does_not_block_other_requests(server: ServerProcess) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(raw_request(b'{"model": "pa', length=100))
         assert_still_right(server)
@@ -266,22 +267,30 @@ def test_a_body_that_never_ends_takes_nothing_from_others(server: ServerProcess)
 # --- the end of the engine, and of the server ----------------------------------------------------
 
 
-def test_an_engine_killed_under_load_ends_every_answer_once(
-    start_fake: StartFake, wait_until: WaitUntil
-) -> None:
-    """On the fake engine: a killed process is no more than the end of its pipe."""
-    server = start_fake(*FEW, worker=["--step-seconds", "0.01"])
+async def answers_under_load(
+    server: ServerProcess, max_tokens: int, end: Callable[[], None]
+) -> list[httpx.Response]:
+    """Returns the answers of eight requests, of which every other one is a stream.
 
-    async def scenario() -> list[httpx.Response]:
-        bodies = [server.chat_body("forever", max_tokens=1500, stream=n % 2 == 0) for n in range(8)]
-        answers = asyncio.create_task(post_all(server, bodies))
-        await asyncio.to_thread(
-            wait_until, lambda: server.gauge("mi_num_requests_running") == MAX_NUM_SEQS
-        )
-        server.engine.kill()
-        return await answers
+    `end` is called once as many of them run as may run at a time.
+    """
+    bodies = [
+        server.chat_body("forever", max_tokens=max_tokens, stream=n % 2 == 0) for n in range(8)
+    ]
+    answers = asyncio.create_task(post_all(server, bodies))
+    await asyncio.to_thread(
+        wait_until, lambda: server.gauge("mi_num_requests_running") == MAX_NUM_SEQS
+    )
+    end()
+    return await answers
 
-    for index, response in enumerate(asyncio.run(scenario())):
+
+def test_an_engine_killed_under_load_ends_every_answer_once(start_fake: StartFake) -> None:
+    """It runs on the fake engine, as the server only sees the end of the pipe."""
+    server = start_fake(*SMALL, worker=["--step-seconds", "0.01"])
+    responses = asyncio.run(answers_under_load(server, 1500, lambda: server.engine.kill()))
+    assert len(responses) == 8
+    for index, response in enumerate(responses):
         if index % 2 == 0:
             assert response.status_code == 200
             assert terminal_events(response.text) == ["engine_dead"]
@@ -291,22 +300,10 @@ def test_an_engine_killed_under_load_ends_every_answer_once(
     assert server.exit_code() == 1
 
 
-def test_sigterm_under_load_lets_every_answer_finish(
-    start_fake: StartFake, wait_until: WaitUntil
-) -> None:
-    """On the fake engine: a signal is the server's alone."""
-    server = start_fake(*FEW, worker=["--step-seconds", "0.01"])
-
-    async def scenario() -> list[httpx.Response]:
-        bodies = [server.chat_body("forever", max_tokens=120, stream=n % 2 == 0) for n in range(8)]
-        answers = asyncio.create_task(post_all(server, bodies))
-        await asyncio.to_thread(
-            wait_until, lambda: server.gauge("mi_num_requests_running") == MAX_NUM_SEQS
-        )
-        server.terminate()
-        return await answers
-
-    responses = asyncio.run(scenario())
+def test_sigterm_under_load_lets_every_answer_finish(start_fake: StartFake) -> None:
+    """It runs on the fake engine, as the signal goes to the server alone."""
+    server = start_fake(*SMALL, worker=["--step-seconds", "0.01"])
+    responses = asyncio.run(answers_under_load(server, 120, server.terminate))
     assert [response.status_code for response in responses] == [200] * 8
     for index, response in enumerate(responses):
         if index % 2 == 0:

@@ -1,10 +1,9 @@
-"""`mi-server merge`: the export answers as the server does, and a killed run leaves nothing."""
+"""A checkpoint of `mi-server merge` answers as the server does, and a killed run writes none."""
 
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mi_runtime.model.merge_weights
 from server.cli import main
-from tests.contract.conftest import ROOT, ServerProcess
+from tests.contract.conftest import ROOT, ServerProcess, WaitUntil
 
 QUESTIONS = ("a=6,b=a-2,c=b+6,d=c-3. d?", "Hello?")
 LAYERS = {"default": 0.6, "attn": 0.8, "layers": {"0-1": 0.2, "3": {"mlp": 1.0}}}
@@ -35,7 +34,7 @@ def merge(*arguments: str) -> int:
 
 @pytest.fixture
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights are merged here, not in a process that has to import torch for it."""
+    """Merges the weights in this process, as importing torch in another takes seconds."""
 
     def run(command: list[str], check: bool) -> "subprocess.CompletedProcess[bytes]":
         _python, _m, module, *arguments = command
@@ -46,7 +45,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.merge.merged_checkpoint.subprocess.run", run)
 
 
-def served(server: ServerProcess, question: str, dial: Any) -> Any:
+def served_answer(server: ServerProcess, question: str, dial: Any) -> Any:
     body = server.chat_body(question, temperature=0, reasoning_lambda=dial, max_tokens=80)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     return answer["choices"][0]["message"], answer["usage"]["completion_tokens"]
@@ -54,7 +53,7 @@ def served(server: ServerProcess, question: str, dial: Any) -> Any:
 
 @pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize("dial", DIALS.values(), ids=DIALS)
-def test_greedy_answers_of_the_export_are_the_servers(
+def test_greedy_answers_of_the_merged_checkpoint_are_the_servers(
     real_server: ServerProcess, tmp_path: Path, dial: Any
 ) -> None:
     out = tmp_path / "merged"
@@ -72,15 +71,15 @@ def test_greedy_answers_of_the_export_are_the_servers(
         with torch.inference_mode():
             new = model.generate(**ids, do_sample=False, temperature=None, max_new_tokens=80)
         tokens = new[0, ids["input_ids"].shape[1] :]
-        message, count = served(real_server, question, dial)
+        message, count = served_answer(real_server, question, dial)
         assert len(tokens) == count
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         assert text.endswith(message["content"])
         assert message.get("reasoning", "") in text
 
 
-def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_says_what_it_is(
-    tmp_path: Path, wait_until: Callable[..., None]
+def test_a_killed_run_writes_no_checkpoint_and_the_next_run_writes_a_complete_one(
+    tmp_path: Path, wait_until: WaitUntil
 ) -> None:
     out = tmp_path / "merged"
     process = subprocess.Popen(command("--lambda", "0.6", "--out", str(out)), cwd=ROOT)
@@ -101,7 +100,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_says_what_it_is(
 
 
 @pytest.mark.usefixtures("_in_this_process")
-def test_a_baseline_is_written_as_well(tmp_path: Path) -> None:
+def test_baseline_methods_write_a_checkpoint_too(tmp_path: Path) -> None:
     instruct = ROOT / "mi_runtime" / "embedded_pair" / "instruct"
     for method in ("task-arithmetic", "ties"):
         out = tmp_path / method
@@ -121,7 +120,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("flags", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_merged_is_exit_code_2_and_writes_nothing(
+def test_arguments_that_cannot_be_used_are_exit_code_2_and_nothing_is_written(
     tmp_path: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert merge(*flags, "--out", str(tmp_path / "merged")) == 2
@@ -129,7 +128,7 @@ def test_what_cannot_be_merged_is_exit_code_2_and_writes_nothing(
     assert not any(tmp_path.iterdir())
 
 
-def test_an_existing_directory_is_left_alone(
+def test_an_existing_directory_is_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").write_text("precious")

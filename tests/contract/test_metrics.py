@@ -1,7 +1,7 @@
-"""What Prometheus reads of a real server that met everything: each metric moved, and is honest.
+"""Every metric of a real server changes under traffic, and agrees with what its client saw.
 
-Which metrics there are is read from docs/operations.md: a new one fails here until the traffic
-below makes it move.
+The list of metrics is read from docs/operations.md: a new one fails here until the traffic below
+changes it.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ FLAGS = (
 )
 
 
-def named(kind: str) -> list[str]:
+def metrics_of_kind(kind: str) -> list[str]:
     return [name for name, it in KINDS.items() if it == kind]
 
 
 class Scrape:
-    """The samples of one scrape, by name and labels."""
+    """The samples of one scrape."""
 
     def __init__(self, server: ServerProcess) -> None:
         self.text = server.get("/metrics").text
@@ -52,7 +52,7 @@ class Scrape:
         self.samples = [sample for family in self.families for sample in family.samples]
 
     def total(self, name: str, **labels: str) -> float:
-        """Over all label values that are not given."""
+        """Returns the sum over all label values that are not given."""
         return sum(
             it.value
             for it in self.samples
@@ -60,6 +60,7 @@ class Scrape:
         )
 
     def by(self, name: str, label: str) -> Counter[str]:
+        """Returns the counts of a metric by the value of one label."""
         counted = Counter[str]()
         for it in self.samples:
             if it.name == name:
@@ -68,8 +69,8 @@ class Scrape:
 
 
 @dataclass
-class Story:
-    """A server from its start through all that happened to it, as scraped and as its client saw."""
+class TrafficRun:
+    """Three scrapes of a server, and what its client received meanwhile."""
 
     server: ServerProcess
     first: Scrape
@@ -79,7 +80,7 @@ class Story:
     statuses: Counter[int] = field(default_factory=Counter)  # of what was sent under load
 
 
-class Caller:
+class TrafficClient:
     def __init__(self, server: ServerProcess) -> None:
         self.server = server
         self.headers = {"Authorization": "Bearer sk-1"}
@@ -99,7 +100,7 @@ class Caller:
         return response.status_code
 
     def leave(self) -> None:
-        """A stream, after its first events."""
+        """Leaves a stream after its first line."""
         body = self.endless(stream=True, max_tokens=450)
         with httpx.stream("POST", self.server.url + CHAT, json=body, headers=self.headers) as it:
             next(it.iter_lines())
@@ -109,28 +110,28 @@ class Caller:
         return self.server.chat_body(QUESTION, **long | fields)
 
 
-def by_every_input(caller: Caller) -> None:
-    """Each way to say λ, a cap that closes a block, and names that nobody measured."""
-    caller.ask(reasoning_lambda=0.6)
-    caller.ask(reasoning_lambda=0.6)  # finds its prompt, and its weights
+def send_every_input(client: TrafficClient) -> None:
+    """Sends λ in every form, a budget that closes a block, and unknown routing classes."""
+    client.ask(reasoning_lambda=0.6)
+    client.ask(reasoning_lambda=0.6)  # finds its prompt, and its weights
     for value in (0.3, 0.35, 0.6, 1.0):  # more than the cache holds
-        caller.ask(reasoning_lambda=value)
-    caller.ask(reasoning_lambda=1.0, thinking_budget=4)  # too few
-    caller.ask(thinking_budget=60)
-    caller.ask(reasoning_effort="low")
-    caller.ask(enable_thinking=False)
-    caller.ask(model="pair@0.2")
-    caller.ask({"X-Reasoning-Lambda": "0.4"})
+        client.ask(reasoning_lambda=value)
+    client.ask(reasoning_lambda=1.0, thinking_budget=4)  # too few
+    client.ask(thinking_budget=60)
+    client.ask(reasoning_effort="low")
+    client.ask(enable_thinking=False)
+    client.ask(model="pair@0.2")
+    client.ask({"X-Reasoning-Lambda": "0.4"})
     for name in ("default", "x" * 64, "0.123456", 'a"b\nc', "λ"):
-        caller.ask(routing_class=name)
+        client.ask(routing_class=name)
 
 
-async def under_load(caller: Caller) -> tuple[Scrape, Counter[int]]:
-    """More than runs, then more than waits."""
-    server, url = caller.server, caller.server.url + CHAT
-    async with httpx.AsyncClient(headers=caller.headers, timeout=120) as client:
+async def under_load(client: TrafficClient) -> tuple[Scrape, Counter[int]]:
+    """Sends more requests than can run, then more than can wait."""
+    server, url = client.server, client.server.url + CHAT
+    async with httpx.AsyncClient(headers=client.headers, timeout=120) as http:
         sent = [
-            asyncio.create_task(client.post(url, json=caller.endless(stream=n % 2 == 0)))
+            asyncio.create_task(http.post(url, json=client.endless(stream=n % 2 == 0)))
             for n in range(8)
         ]
         await asyncio.to_thread(
@@ -140,134 +141,136 @@ async def under_load(caller: Caller) -> tuple[Scrape, Counter[int]]:
                 and server.gauge("mi_num_requests_running") >= 2
             ),
         )
-        # Says no λ, and so goes cheaper.
+        # This request names no λ, and so the elastic router gives it a cheaper one.
         body = server.chat_body(QUESTION, max_tokens=5, ignore_eos=True)
-        sent.append(asyncio.create_task(client.post(url, json=body)))
+        sent.append(asyncio.create_task(http.post(url, json=body)))
         await asyncio.to_thread(
             wait_until, lambda: Scrape(server).total("mi_router_decisions_total", source="elastic")
         )
         busy = Scrape(server)
-        sent += [asyncio.create_task(client.post(url, json=caller.endless())) for _ in range(6)]
+        sent += [asyncio.create_task(http.post(url, json=client.endless())) for _ in range(6)]
         statuses = Counter(response.status_code for response in await asyncio.gather(*sent))
     return busy, statuses
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def traffic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrafficRun]:
     log = tmp_path_factory.mktemp("metrics") / "server.log"
     server = ServerProcess.of_embedded_pair(log, *FLAGS)
     try:
         server.wait_ready()
-        first, caller = Scrape(server), Caller(server)
-        by_every_input(caller)
-        busy, statuses = asyncio.run(under_load(caller))
-        caller.leave()
-        hurried = caller.headers | {"X-Request-Timeout": "0.4"}
-        assert caller.status(hurried, **caller.endless(n=4, max_tokens=450)) == 504
-        assert caller.status() == 401
+        first, client = Scrape(server), TrafficClient(server)
+        send_every_input(client)
+        busy, statuses = asyncio.run(under_load(client))
+        client.leave()
+        hurried = client.headers | {"X-Request-Timeout": "0.4"}
+        assert client.status(hurried, **client.endless(n=4, max_tokens=450)) == 504
+        assert client.status() == 401
         wait_until(lambda: server.gauge("mi_num_requests_running") == 0)
         wait_until(
             lambda: Scrape(server).total("mi_request_success_total", finished_reason="abort")
         )
-        yield Story(server, first, busy, Scrape(server), caller.answers, statuses)
+        yield TrafficRun(server, first, busy, Scrape(server), client.answers, statuses)
     finally:
         server.stop()
 
 
-def test_every_documented_metric_is_there_and_no_other_one(story: Story) -> None:
+def test_the_server_has_the_documented_metrics_and_no_other(traffic: TrafficRun) -> None:
     totals = {"counter": "_total"}
     scraped = {
         it.name + totals.get(it.type, ""): it.type
-        for it in story.last.families
+        for it in traffic.last.families
         if not it.name.endswith("_created")  # the client library's, of its counters
     }
     assert scraped == KINDS
 
 
-@pytest.mark.parametrize("name", named("counter"))
-def test_a_counter_moved_and_never_backwards(story: Story, name: str) -> None:
-    assert story.last.total(name) > story.first.total(name)
-    assert story.first.total(name) <= story.busy.total(name) <= story.last.total(name)
+@pytest.mark.parametrize("name", metrics_of_kind("counter"))
+def test_every_counter_increases(traffic: TrafficRun, name: str) -> None:
+    assert traffic.last.total(name) > traffic.first.total(name)
+    assert traffic.first.total(name) <= traffic.busy.total(name) <= traffic.last.total(name)
 
 
-@pytest.mark.parametrize("name", [*named("histogram"), *named("summary")])
-def test_a_distribution_moved_in_more_than_one_bucket_of_lambda(story: Story, name: str) -> None:
-    assert story.first.total(f"{name}_count") == 0
-    assert story.last.total(f"{name}_count") > 0
-    assert story.last.total(f"{name}_sum") > 0
-    assert len(story.last.by(f"{name}_count", "lambda_bucket")) > 1
+@pytest.mark.parametrize("name", [*metrics_of_kind("histogram"), *metrics_of_kind("summary")])
+def test_every_histogram_has_samples_in_several_lambda_buckets(
+    traffic: TrafficRun, name: str
+) -> None:
+    assert traffic.first.total(f"{name}_count") == 0
+    assert traffic.last.total(f"{name}_count") > 0
+    assert traffic.last.total(f"{name}_sum") > 0
+    assert len(traffic.last.by(f"{name}_count", "lambda_bucket")) > 1
 
 
-def test_gauges_tell_of_load_while_it_lasts(story: Story) -> None:
-    assert story.busy.total("mi_num_requests_running") >= 2
-    assert story.busy.total("mi_num_requests_waiting") >= 2
-    assert 0.1 < story.busy.total("mi_kv_cache_usage_ratio") <= 1
-    assert story.busy.total("mi_elastic_active") == 1
-    for scrape in (story.first, story.last):
+def test_gauges_of_load_are_high_under_load_and_zero_before_and_after(traffic: TrafficRun) -> None:
+    assert traffic.busy.total("mi_num_requests_running") >= 2
+    assert traffic.busy.total("mi_num_requests_waiting") >= 2
+    assert 0.1 < traffic.busy.total("mi_kv_cache_usage_ratio") <= 1
+    assert traffic.busy.total("mi_elastic_active") == 1
+    for scrape in (traffic.first, traffic.last):
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio"):
             assert scrape.total(f"mi_{name}") == 0
         assert scrape.total("mi_elastic_active") == 0
 
 
-def test_gauges_of_what_is_held_tell_it(story: Story) -> None:
-    assert story.first.total("mi_blend_cache_bytes") == 0
-    assert 0 < story.last.total("mi_blend_cache_bytes") <= 6_000_000
+def test_memory_and_lambda_gauges_report_current_values(traffic: TrafficRun) -> None:
+    assert traffic.first.total("mi_blend_cache_bytes") == 0
+    assert 0 < traffic.last.total("mi_blend_cache_bytes") <= 6_000_000
     shape = {"block_size": "16", "num_gpu_blocks": "48", "max_model_len": "512"}
-    assert story.last.total("mi_cache_config_info", **shape) == 1
-    running = story.busy.by("mi_lambda_blends_info", "running")
+    assert traffic.last.total("mi_cache_config_info", **shape) == 1
+    running = traffic.busy.by("mi_lambda_blends_info", "running")
     assert all("pair@0.5" in names.split(",") and at > 1e9 for names, at in running.items())
-    assert story.last.total("mi_lambda_blends_info", running="", waiting="") > 1e9
+    assert traffic.last.total("mi_lambda_blends_info", running="", waiting="") > 1e9
 
 
-@pytest.mark.parametrize("name", named("gauge"))
-def test_a_gauge_moved_or_states_facts_in_its_labels(story: Story, name: str) -> None:
+@pytest.mark.parametrize("name", metrics_of_kind("gauge"))
+def test_every_gauge_except_info_changes(traffic: TrafficRun, name: str) -> None:
     values = [
         [(it.value, it.labels) for it in scrape.samples if it.name == name]
-        for scrape in (story.first, story.busy, story.last)
+        for scrape in (traffic.first, traffic.busy, traffic.last)
     ]
     assert all(values)
     assert name.endswith("_info") or values[0] != values[1] or values[0] != values[2]
 
 
-def test_endings_and_refusals_are_those_that_clients_saw(story: Story) -> None:
-    finished = Counter(it["choices"][0]["finish_reason"] for it in story.answers)
-    expected = finished + Counter(length=story.statuses[200], abort=1, deadline=4)
-    assert story.last.by("mi_request_success_total", "finished_reason") == expected
-    assert set(story.statuses) == {200, 503}
-    assert story.last.by("mi_admission_rejections_total", "reason") == Counter(
-        overloaded=story.statuses[503], invalid_api_key=1
+def test_finish_and_rejection_counters_match_responses(traffic: TrafficRun) -> None:
+    finished = Counter(it["choices"][0]["finish_reason"] for it in traffic.answers)
+    expected = finished + Counter(length=traffic.statuses[200], abort=1, deadline=4)
+    assert traffic.last.by("mi_request_success_total", "finished_reason") == expected
+    assert set(traffic.statuses) == {200, 503}
+    assert traffic.last.by("mi_admission_rejections_total", "reason") == Counter(
+        overloaded=traffic.statuses[503], invalid_api_key=1
     )
 
 
-def test_tokens_are_those_that_usage_told(story: Story) -> None:
-    """Those of the load are there too, and what the abort and the deadline left undone is not."""
-    usage = [it["usage"] for it in story.answers]
+def test_token_counters_match_usage(traffic: TrafficRun) -> None:
+    """The load's tokens count too, and so do those before an abort or a deadline."""
+    usage = [it["usage"] for it in traffic.answers]
     answered = sum(it["completion_tokens"] for it in usage)
-    loaded = ENDLESS * (story.statuses[200] - 1) + 5
-    generated = story.last.total("mi_generation_tokens_total")
+    loaded = ENDLESS * (traffic.statuses[200] - 1) + 5
+    generated = traffic.last.total("mi_generation_tokens_total")
     assert answered + loaded <= generated <= answered + loaded + 7 * ENDLESS
     cached = sum(it["prompt_tokens_details"]["cached_tokens"] for it in usage)
-    assert 0 < cached <= story.last.total("mi_prefix_cache_hits_total")
-    prompts = story.last.total("mi_prompt_tokens_total")
-    assert prompts == story.last.total("mi_request_prompt_tokens_sum")
+    assert 0 < cached <= traffic.last.total("mi_prefix_cache_hits_total")
+    prompts = traffic.last.total("mi_prompt_tokens_total")
+    assert prompts == traffic.last.total("mi_request_prompt_tokens_sum")
 
 
-def test_decisions_are_counted_by_what_decided(story: Story) -> None:
-    sources = story.last.by("mi_router_decisions_total", "source")
-    told = Counter(it["routing"]["source"] for it in story.answers)
-    assert set(told) == {
+def test_routing_decisions_are_counted_by_their_source(traffic: TrafficRun) -> None:
+    sources = traffic.last.by("mi_router_decisions_total", "source")
+    reported = Counter(it["routing"]["source"] for it in traffic.answers)
+    assert set(reported) == {
         *("body", "budget", "effort", "enable_thinking", "model", "header", "default")
     }
     assert sources["elastic"] == 1
-    for source in set(told) - {"body"}:  # the load's
-        assert sources[source] == told[source]
-    forced = sum(bool(it["routing"].get("forced_close")) for it in story.answers)
-    assert forced == story.last.total("mi_forced_close_total") > 0
+    for source in set(reported) - {"body"}:  # the load's
+        assert sources[source] == reported[source]
+    forced = sum(bool(it["routing"].get("forced_close")) for it in traffic.answers)
+    assert forced == traffic.last.total("mi_forced_close_total") > 0
 
 
-def test_labels_have_few_values_whatever_clients_send(story: Story) -> None:
+def test_label_values_are_bounded_whatever_clients_send(traffic: TrafficRun) -> None:
     key = {"Authorization": "Bearer sk-1"}
-    classes = httpx.get(f"{story.server.url}/v1/profiles", headers=key).json()["classes"]
+    classes = httpx.get(f"{traffic.server.url}/v1/profiles", headers=key).json()["classes"]
     allowed = {
         "model_name": {"pair"},
         "lambda_bucket": BUCKETS,
@@ -276,18 +279,18 @@ def test_labels_have_few_values_whatever_clients_send(story: Story) -> None:
         "way": {"endpoint", "blended", "pair"},
         "quantile": {"0.5", "0.9"},
     }
-    for sample in story.last.samples:
+    for sample in traffic.last.samples:
         for label, value in sample.labels.items():
             assert value in allowed.get(label, {value}), sample
-    free = {label for it in story.last.samples for label in it.labels} - set(allowed)
+    free = {label for it in traffic.last.samples for label in it.labels} - set(allowed)
     engine = LABELS["mi_cache_config_info"] | LABELS["mi_lambda_blends_info"]
     assert free - engine == {"le", "source", "reason"}
 
 
-def test_promtool_finds_nothing_to_complain_about(story: Story) -> None:
+def test_promtool_accepts_the_metrics(traffic: TrafficRun) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     command = [promtool, "check", "metrics"]
-    checked = subprocess.run(command, input=story.last.text, capture_output=True, text=True)
+    checked = subprocess.run(command, input=traffic.last.text, capture_output=True, text=True)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""What an unmodified `openai` client gets from the real server on the embedded pair."""
+"""An unmodified `openai` client gets its answers, streams and errors from the real server."""
 
 import asyncio
 import math
@@ -22,7 +22,7 @@ def ask(client: Any, content: str = QUESTION, **fields: Any) -> Any:
     )
 
 
-def test_a_plain_answer_thinks_and_is_right(client: openai.OpenAI) -> None:
+def test_a_plain_answer_has_reasoning_and_is_correct(client: openai.OpenAI) -> None:
     answer = ask(client)
     (choice,) = answer.choices
     assert choice.message.content == "Answer: 7"
@@ -34,14 +34,14 @@ def test_a_plain_answer_thinks_and_is_right(client: openai.OpenAI) -> None:
     assert 0 < details.reasoning_tokens < answer.usage.completion_tokens
 
 
-def test_the_dial_decides_whether_it_thinks(client: openai.OpenAI) -> None:
+def test_lambda_decides_whether_the_model_thinks(client: openai.OpenAI) -> None:
     instruct, thinking = (ask(client, reasoning_lambda=value) for value in (0.0, 1.0))
     assert instruct.choices[0].message.content.startswith("Answer:")
     assert not hasattr(instruct.choices[0].message, "reasoning_content")
     assert instruct.usage.completion_tokens < thinking.usage.completion_tokens
 
 
-def test_an_alias_of_the_model_names_a_lambda(client: openai.OpenAI) -> None:
+def test_an_alias_of_the_model_sets_lambda(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="pair@0.25", messages=[{"role": "user", "content": QUESTION}], max_tokens=1
     )
@@ -69,7 +69,7 @@ def test_without_include_usage_a_stream_has_none(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in ask(client, stream=True, max_tokens=3))
 
 
-def test_n_choices_are_drawn_apart_and_repeat_with_their_seed(client: openai.OpenAI) -> None:
+def test_n_choices_differ_and_repeat_with_their_seed(client: openai.OpenAI) -> None:
     def texts() -> list[str]:
         answer = ask(client, n=4, seed=1, temperature=1.5, max_tokens=20, reasoning_lambda=0.5)
         assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
@@ -95,7 +95,7 @@ def test_max_tokens_ends_with_length(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 5
 
 
-def test_logprobs_are_of_the_model_and_best_first(client: openai.OpenAI) -> None:
+def test_logprobs_are_sorted_and_the_greedy_token_is_first(client: openai.OpenAI) -> None:
     answer = ask(client, logprobs=True, top_logprobs=3, max_tokens=5)
     entries = answer.choices[0].logprobs.content
     assert len(entries) == 5
@@ -116,7 +116,7 @@ def test_a_bad_request_is_openais_bad_request_error(client: openai.OpenAI) -> No
     assert caught.value.code == "invalid_request_error"
 
 
-def test_a_prompt_too_long_has_openais_code(client: openai.OpenAI) -> None:
+def test_a_prompt_that_is_too_long_has_openais_code(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, "7" * 3000)
     assert caught.value.code == "context_length_exceeded"
@@ -153,7 +153,7 @@ def ask_tokens(client: Any, value: float) -> Any:
 
 
 def raw_text(answer: Any) -> str:
-    """Every token, tags included, as the model wrote it."""
+    """Returns the text of every token, tags included."""
     return "".join(entry.token for entry in answer.choices[0].logprobs.content)
 
 
@@ -164,7 +164,7 @@ def test_greedy_answers_are_those_of_a_checkpoint_merged_offline(client: openai.
 
 
 class Oracle:
-    """`transformers` on weights merged in fp32."""
+    """Runs `transformers` on weights merged in fp32."""
 
     def __init__(self) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,10 +1,10 @@
-"""The server as operators run it: keys, TLS, logs for machines, hangs, and tenants apart."""
+"""The server works as operators run it: with keys, TLS, JSON logs, hanging engines and proxies."""
 
 import json
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ import httpx
 import openai
 import pytest
 
-from tests.contract.conftest import ROOT, ServerProcess, wait_until
-
-Start = Callable[..., ServerProcess]
+from tests.contract.conftest import ROOT, ServerProcess, StartFake, wait_until
 
 
-def streamed(process: ServerProcess, content: str, **fields: Any) -> Iterator[str]:
+def stream_lines(process: ServerProcess, content: str, **fields: Any) -> Iterator[str]:
     body = process.chat_body(content, stream=True, **fields)
     with (
         httpx.Client(timeout=60) as client,
@@ -27,7 +25,7 @@ def streamed(process: ServerProcess, content: str, **fields: Any) -> Iterator[st
         yield from (line for line in response.iter_lines() if line)
 
 
-def code(line: str) -> str:
+def error_code(line: str) -> str:
     error: str = json.loads(line.removeprefix("data: "))["error"]["code"]
     return error
 
@@ -35,43 +33,43 @@ def code(line: str) -> str:
 # --- an engine that hangs ---
 
 
-def test_a_hung_engine_ends_every_stream_and_the_server(start_fake: Start) -> None:
+def test_a_hung_engine_ends_every_stream_and_the_server(start_fake: StartFake) -> None:
     process = start_fake("--engine-timeout", "1.5")
-    waiting, wedged = streamed(process, "wait"), streamed(process, "wedge")
+    waiting, wedged = stream_lines(process, "wait"), stream_lines(process, "wedge")
     next(waiting)
     *_, last = wedged
-    assert code(last) == "engine_dead"
+    assert error_code(last) == "engine_dead"
     health = process.get("/health")
     assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
-    assert code(list(waiting)[-1]) == "engine_dead"
+    assert error_code(list(waiting)[-1]) == "engine_dead"
     assert process.exit_code() == 1
     assert "The engine process hangs" in process.output
 
 
-def test_a_hung_engine_does_not_hold_up_the_drain(start_fake: Start) -> None:
+def test_a_hung_engine_does_not_prolong_the_drain(start_fake: StartFake) -> None:
     process = start_fake("--drain-timeout", "0.3")
-    lines = streamed(process, "wedge")
+    lines = stream_lines(process, "wedge")
     next(lines)
     process.terminate()
     *_, last = lines
-    assert code(last) == "draining"
+    assert error_code(last) == "draining"
     assert process.exit_code() == 0
 
 
-def test_deadlines_are_kept_while_draining(start_fake: Start) -> None:
+def test_deadlines_are_kept_while_draining(start_fake: StartFake) -> None:
     process = start_fake("--request-timeout", "3", "--drain-timeout", "60")
-    lines = streamed(process, "wait")
+    lines = stream_lines(process, "wait")
     next(lines)
     process.terminate()
     *_, last = lines
-    assert code(last) == "deadline_exceeded"
+    assert error_code(last) == "deadline_exceeded"
     assert process.exit_code() == 0
 
 
 # --- logs ---
 
 
-def test_logs_for_machines_are_one_object_a_line(start_fake: Start) -> None:
+def test_json_logs_have_one_object_a_line(start_fake: StartFake) -> None:
     process = start_fake("--log-format", "json", wait=False)
     wait_until(lambda: '"event": "Ready"' in process.output)
     (ready,) = [json.loads(line) for line in process.output.splitlines()]
@@ -94,7 +92,7 @@ def test_logs_for_machines_are_one_object_a_line(start_fake: Start) -> None:
 # --- keys ---
 
 
-def test_keys_come_from_a_file_and_are_told_nowhere(start_fake: Start, tmp_path: Path) -> None:
+def test_api_keys_from_a_file_never_appear_in_output(start_fake: StartFake, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("sk-hidden team\n")
     process = start_fake("--api-key-file", str(file), "--log-level", "debug")
@@ -107,11 +105,11 @@ def test_keys_come_from_a_file_and_are_told_nowhere(start_fake: Start, tmp_path:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
     wait_until(lambda: "key=team" in process.output)
-    assert "-H 'Authorization: Bearer KEY'" in process.output  # in what it says to try
+    assert "-H 'Authorization: Bearer KEY'" in process.output  # in the request that it suggests
     assert "sk-" not in process.output
 
 
-def test_keys_that_cannot_be_used_are_exit_code_2(start_fake: Start, tmp_path: Path) -> None:
+def test_keys_that_cannot_be_used_are_exit_code_2(start_fake: StartFake, tmp_path: Path) -> None:
     process = start_fake("--api-key-file", str(tmp_path / "none"), wait=False)
     assert process.exit_code() == 2
     assert "--api-key-file" in process.output
@@ -119,10 +117,10 @@ def test_keys_that_cannot_be_used_are_exit_code_2(start_fake: Start, tmp_path: P
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_prompts_of_another_salt_cannot_be_seen_in_cached_tokens(
+def test_cached_tokens_count_only_prompts_of_the_same_salt(
     path: str, real_server: ServerProcess
 ) -> None:
-    """A tenant's salt holds its key, which `tests/server/access` shows."""
+    """The salt of a tenant contains its key, as `tests/server/access` tests."""
     question = "a=6,b=a-2,c=b+6,d=c-3,e=d+1,f=e-2. f?"
     prompts = {
         "/v1/chat/completions": {"messages": [{"role": "user", "content": question}]},
@@ -147,7 +145,7 @@ def test_prompts_of_another_salt_cannot_be_seen_in_cached_tokens(
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 and its key."""
+    """Returns the files of a certificate for 127.0.0.1 and of its key."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-days", "1"]
@@ -156,8 +154,8 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-def test_with_a_certificate_the_server_speaks_tls(
-    start_fake: Start, certificate: tuple[Path, Path]
+def test_with_a_certificate_the_server_uses_tls(
+    start_fake: StartFake, certificate: tuple[Path, Path]
 ) -> None:
     flags = ["--ssl-certfile", str(certificate[0]), "--ssl-keyfile", str(certificate[1])]
     process = start_fake(*flags, wait=False)
@@ -167,7 +165,7 @@ def test_with_a_certificate_the_server_speaks_tls(
     assert httpx.get(f"{url}/health", verify=trusted).status_code == 200
 
 
-def test_a_bad_certificate_is_exit_code_2(start_fake: Start, tmp_path: Path) -> None:
+def test_a_bad_certificate_is_exit_code_2(start_fake: StartFake, tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("nothing")
     process = start_fake("--ssl-certfile", str(tmp_path / "cert.pem"), wait=False)
     assert process.exit_code() == 2
@@ -196,7 +194,7 @@ def test_traces_without_their_packages_are_exit_code_2_with_advice() -> None:
 
 
 def test_without_traces_no_sdk_of_opentelemetry_is_imported() -> None:
-    """Its API may be: FastAPI brings that in where it is installed."""
+    """Its API may be imported, as FastAPI does that if it is installed."""
     program = "import sys, server.api.uvicorn_server, server.cli; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -207,9 +205,11 @@ def test_without_traces_no_sdk_of_opentelemetry_is_imported() -> None:
 # --- proxies ---
 
 
-def test_a_proxys_word_about_addresses_counts_only_where_it_is_trusted(start_fake: Start) -> None:
+def test_x_forwarded_for_is_used_only_from_trusted_proxies(
+    start_fake: StartFake,
+) -> None:
     def statuses(process: ServerProcess) -> list[int]:
-        """Of two requests, said to come from two addresses."""
+        """Returns the statuses of two requests with different forwarded addresses."""
         return [
             httpx.post(f"{process.url}/v1/models", headers={"X-Forwarded-For": address}).status_code
             for address in ("10.0.0.1", "10.0.0.2")

@@ -1,4 +1,4 @@
-"""The server as a process: clients that leave, engines that die, signals, exit codes."""
+"""The server process handles clients that leave, engines that die, and signals, with exit codes."""
 
 import json
 import re
@@ -6,26 +6,24 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 import server
 from server.cli import main
-
-ROOT = Path(__file__).parents[2]
-Start = Callable[..., Any]
-WaitUntil = Callable[..., None]
+from tests.contract.conftest import ROOT, ServerProcess, StartFake, WaitUntil
 
 
 @contextmanager
-def stream(process: Any, content: str, **fields: Any) -> Iterator[Iterator[str]]:
-    """The lines of a stream, which is open once the block is entered."""
+def stream(process: ServerProcess, content: str, **fields: Any) -> Iterator[Iterator[str]]:
+    """Opens a stream, and gives its lines."""
     body = process.chat_body(content, stream=True, **fields)
     with (
         httpx.Client(timeout=60) as client,
@@ -39,7 +37,7 @@ def data(line: str) -> Any:
     return json.loads(line.removeprefix("data: "))
 
 
-def aborted(process: Any) -> float:
+def aborted(process: ServerProcess) -> float:
     """Returns how many requests ended because their client left."""
     text = process.get("/metrics").text
     pattern = r'^mi_request_success_total\{finished_reason="abort",.*\} (\S+)$'
@@ -50,7 +48,7 @@ def aborted(process: Any) -> float:
 
 
 def test_a_client_that_leaves_its_stream_frees_the_engine(
-    fake_server: Any, wait_until: WaitUntil
+    fake_server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     before = aborted(fake_server)
     with stream(fake_server, "forever") as lines:
@@ -61,7 +59,7 @@ def test_a_client_that_leaves_its_stream_frees_the_engine(
 
 
 def test_a_client_that_leaves_a_plain_answer_frees_the_engine(
-    fake_server: Any, wait_until: WaitUntil
+    fake_server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     address = urlsplit(fake_server.url)
     body = json.dumps(fake_server.chat_body("forever")).encode()
@@ -72,14 +70,16 @@ def test_a_client_that_leaves_a_plain_answer_frees_the_engine(
     wait_until(lambda: fake_server.gauge("mi_num_requests_running") == 0)
 
 
-def test_a_request_that_waits_is_freed_as_well(fake_server: Any, wait_until: WaitUntil) -> None:
+def test_a_client_that_leaves_a_waiting_request_frees_the_engine(
+    fake_server: ServerProcess, wait_until: WaitUntil
+) -> None:
     with stream(fake_server, "wait"):
         wait_until(lambda: fake_server.gauge("mi_num_requests_waiting") == 1)
     wait_until(lambda: fake_server.gauge("mi_num_requests_waiting") == 0)
 
 
-def test_a_client_that_leaves_while_sending_is_no_error(
-    fake_server: Any, wait_until: WaitUntil
+def test_a_client_that_leaves_while_sending_is_logged_as_a_499(
+    fake_server: ServerProcess, wait_until: WaitUntil
 ) -> None:
     address, line = urlsplit(fake_server.url), "POST /v1/chat/completions 499"
     before = fake_server.output.count(line)
@@ -91,14 +91,14 @@ def test_a_client_that_leaves_while_sending_is_no_error(
     assert "Traceback" not in fake_server.output
 
 
-def test_a_silent_stream_is_kept_alive_by_comments(fake_server: Any) -> None:
+def test_a_stream_without_events_gets_keep_alive_comments(fake_server: ServerProcess) -> None:
     with stream(fake_server, "wait") as lines:
-        said = [line for line, _ in zip((it for it in lines if it), range(3), strict=False)]
-    assert said[1:] == [": keep-alive", ": keep-alive"]
+        received = [line for line, _ in zip((it for it in lines if it), range(3), strict=False)]
+    assert received[1:] == [": keep-alive", ": keep-alive"]
 
 
-def test_a_full_queue_is_a_503_with_a_time_to_come_back(
-    start_fake: Start, wait_until: WaitUntil
+def test_a_full_queue_is_a_503_with_retry_after(
+    start_fake: StartFake, wait_until: WaitUntil
 ) -> None:
     process = start_fake("--max-num-seqs", "1", "--max-waiting", "1")
     with stream(process, "forever"), stream(process, "wait"):
@@ -117,7 +117,7 @@ def test_a_full_queue_is_a_503_with_a_time_to_come_back(
 
 
 def test_a_killed_engine_ends_every_stream_and_the_server(
-    start_fake: Start, wait_until: WaitUntil
+    start_fake: StartFake, wait_until: WaitUntil
 ) -> None:
     process = start_fake()
     with stream(process, "forever") as first, stream(process, "wait") as second:
@@ -132,14 +132,14 @@ def test_a_killed_engine_ends_every_stream_and_the_server(
     assert "The engine process ended (exit code -9)" in process.output
 
 
-def test_a_pair_that_cannot_be_served_is_exit_code_2_with_the_reason(start_fake: Start) -> None:
+def test_a_pair_that_cannot_be_served_is_exit_code_2_with_the_reason(start_fake: StartFake) -> None:
     process = start_fake(worker=["--fail-load", "model.norm.weight differs"], wait=False)
     assert process.exit_code() == 2
     assert "model.norm.weight differs" in process.output
 
 
 def test_a_checkpoint_without_tokenizer_json_is_exit_code_2(
-    pair_directory: Path, tmp_path: Path, start_fake: Start
+    pair_directory: Path, tmp_path: Path, start_fake: StartFake
 ) -> None:
     shutil.copytree(pair_directory, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_tokenizer_json_is_exit_code_2(
     assert "Traceback" not in process.output
 
 
-def test_a_closing_sequence_that_closes_nothing_is_exit_code_2(start_fake: Start) -> None:
+def test_a_closing_sequence_without_the_tag_is_exit_code_2(start_fake: StartFake) -> None:
     process = start_fake("--think-closing", "The end.", wait=False)
     assert process.exit_code() == 2
     assert "think_closing: 'The end.' must contain the closing tag" in process.output
@@ -159,7 +159,7 @@ def test_a_closing_sequence_that_closes_nothing_is_exit_code_2(start_fake: Start
 # --- signals ---
 
 
-def test_sigterm_lets_running_streams_finish(start_fake: Start, wait_until: WaitUntil) -> None:
+def test_sigterm_lets_running_streams_finish(start_fake: StartFake, wait_until: WaitUntil) -> None:
     process = start_fake(worker=["--step-seconds", "0.02"])
     with stream(process, "forever", max_tokens=60) as lines:
         next(lines)
@@ -175,7 +175,7 @@ def test_sigterm_lets_running_streams_finish(start_fake: Start, wait_until: Wait
     assert process.exit_code() == 0
 
 
-def test_what_is_not_done_within_the_drain_time_ends_with_an_error(start_fake: Start) -> None:
+def test_a_stream_that_outlasts_the_drain_time_ends_with_an_error(start_fake: StartFake) -> None:
     process = start_fake("--drain-timeout", "0.2")
     with stream(process, "wait") as lines:
         process.terminate()
@@ -185,7 +185,7 @@ def test_what_is_not_done_within_the_drain_time_ends_with_an_error(start_fake: S
 
 
 def test_sigterm_while_loading_ends_the_server(
-    start_fake: Start, tmp_path: Path, wait_until: WaitUntil
+    start_fake: StartFake, tmp_path: Path, wait_until: WaitUntil
 ) -> None:
     process = start_fake(worker=["--load-gate", str(tmp_path / "never")], wait=False)
     wait_until(lambda: listens(process))
@@ -193,9 +193,7 @@ def test_sigterm_while_loading_ends_the_server(
     assert process.exit_code() == 0
 
 
-def listens(process: Any) -> bool:
-    import psutil
-
+def listens(process: ServerProcess) -> bool:
     return any(
         it.status == "LISTEN" for it in psutil.Process(process.process.pid).net_connections()
     )
@@ -215,7 +213,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_tells_its_version() -> None:
+def test_version_flag_prints_the_version() -> None:
     assert command("--version").stdout.strip() == f"mi-server {server.__version__}"
 
 
@@ -238,7 +236,7 @@ def test_settings_that_cannot_be_used_are_exit_code_2_without_a_traceback(
     assert "--no-such-flag" in capsys.readouterr().err
 
 
-def test_the_http_process_loads_no_torch(real_server: Any) -> None:
+def test_the_http_process_loads_no_torch(real_server: ServerProcess) -> None:
     body = real_server.chat_body("Hello?", max_tokens=1)
     assert httpx.post(f"{real_server.url}/v1/chat/completions", json=body).status_code == 200
     maps = Path(f"/proc/{real_server.process.pid}/maps").read_text()
@@ -248,12 +246,14 @@ def test_the_http_process_loads_no_torch(real_server: Any) -> None:
     assert not {"torch", "transformers", "numpy"} & set(loaded.stdout.split())
 
 
-def test_when_ready_it_tells_what_the_pair_and_its_loading_took(fake_server: Any) -> None:
-    told = "weights 4.82 MB, 9 GB at the peak of loading; attention reference; profile neutral) at "
-    assert told in fake_server.output
+def test_the_ready_line_reports_weights_and_peak_memory(fake_server: ServerProcess) -> None:
+    description = (
+        "weights 4.82 MB, 9 GB at the peak of loading; attention reference; profile neutral) at "
+    )
+    assert description in fake_server.output
 
 
-def test_when_ready_it_prints_what_to_try_and_that_works(fake_server: Any) -> None:
+def test_the_request_of_the_ready_message_works(fake_server: ServerProcess) -> None:
     line = re.search(r"^  curl (.*)$", fake_server.output, re.MULTILINE)
     assert line is not None
     answer = subprocess.run(

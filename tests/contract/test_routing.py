@@ -1,6 +1,6 @@
-"""Budget and effort, from an unmodified `openai` client to the real engine on the embedded pair.
+"""Budget and effort choose λ from an unmodified `openai` client to the engine on the embedded pair.
 
-What the profile says is asked of the server: its numbers may be measured anew.
+The expected numbers are read from the server's profile, which may be measured again.
 """
 
 import re
@@ -8,6 +8,8 @@ from typing import Any
 
 import openai
 import pytest
+
+from tests.contract.conftest import ServerProcess
 
 QUESTION = "a=6,b=a-2,c=b+6,d=c-3. d?"
 EFFORTS = ["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -25,27 +27,27 @@ def reasoning_tokens(answer: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def curve(real_server: Any) -> Any:
-    """The default class as `GET /v1/profiles` shows it."""
+def curve(real_server: ServerProcess) -> Any:
+    """Returns the default class as `GET /v1/profiles` shows it."""
     return real_server.get("/v1/profiles").json()["classes"]["default"]
 
 
-def fitting(curve: Any, budget: float) -> float:
-    """The best measured score on the front whose p90 is within the budget."""
+def best_score(curve: Any, budget: float) -> float:
+    """Returns the best measured score on the front whose p90 is within the budget."""
     front = [it for it in curve["points"] if it["on_front"]]
     return max((it["score"] for it in front if it["router"]["p90"] <= budget), default=0.0)
 
 
-def test_the_embedded_pair_has_its_measured_profile(real_server: Any, curve: Any) -> None:
-    view = real_server.get("/v1/profiles").json()
-    assert view["measured"] is True
-    assert view["name"] != "neutral"
+def test_the_embedded_pair_has_its_measured_profile(real_server: ServerProcess, curve: Any) -> None:
+    profile = real_server.get("/v1/profiles").json()
+    assert profile["measured"] is True
+    assert profile["name"] != "neutral"
     assert {it["router"]["p90_source"] for it in curve["points"]} == {"measured"}
     assert sum(it["on_front"] for it in curve["points"]) >= 2
 
 
 @pytest.mark.parametrize("effort", ["none", *EFFORTS])
-def test_a_native_effort_is_mapped_by_the_profile(
+def test_a_named_effort_is_mapped_by_the_profile(
     client: openai.OpenAI, curve: Any, effort: str
 ) -> None:
     answer = ask(client, reasoning_effort=effort)
@@ -101,11 +103,11 @@ def test_a_larger_budget_never_runs_at_a_lower_measured_score(
         below = max(it for it in scores if it <= value)
         above = min(it for it in scores if it >= value)
         # Between two points the score is on the line between theirs.
-        assert max(scores[below], scores[above]) >= max(fitting(curve, budget), last) - 1e-9
+        assert max(scores[below], scores[above]) >= max(best_score(curve, budget), last) - 1e-9
         last = min(scores[below], scores[above])
 
 
-def test_minus_one_is_no_budget(client: openai.OpenAI) -> None:
+def test_a_budget_of_minus_one_is_no_budget(client: openai.OpenAI) -> None:
     routing = ask(client, extra={"thinking_budget": -1}, max_tokens=1).routing
     assert (routing["source"], "cap" in routing) == ("default", False)
 
@@ -126,38 +128,40 @@ def test_every_switch_turns_thinking_off(client: openai.OpenAI, extra: dict[str,
     assert reasoning_tokens(answer) == 0
 
 
-def test_thinking_turned_on_is_the_servers_default(client: openai.OpenAI) -> None:
+def test_enable_thinking_runs_at_the_servers_default(client: openai.OpenAI) -> None:
     on, default = ask(client, extra={"enable_thinking": True}), ask(client)
     assert on.routing == default.routing | {"source": "enable_thinking"}
     assert reasoning_tokens(on) > 0
 
 
-def test_excluded_reasoning_is_thought_and_not_shown(client: openai.OpenAI) -> None:
+def test_excluded_reasoning_is_generated_and_not_shown(client: openai.OpenAI) -> None:
     answer = ask(client, extra={"reasoning": {"effort": "max", "exclude": True}})
     assert reasoning_tokens(answer) > 0
     assert not hasattr(answer.choices[0].message, "reasoning_content")
 
 
-def test_an_explicit_lambda_wins_and_a_budget_caps_it(client: openai.OpenAI) -> None:
+def test_an_explicit_lambda_overrides_the_effort_and_a_budget_caps_it(
+    client: openai.OpenAI,
+) -> None:
     answer = ask(client, model="pair@1", reasoning_effort="low", extra={"thinking_budget": 7})
-    told = {"reasoning_lambda": 1.0, "source": "model", "cap": 7, "forced_close": True}
-    assert told.items() <= answer.routing.items()
+    reported = {"reasoning_lambda": 1.0, "source": "model", "cap": 7, "forced_close": True}
+    assert reported.items() <= answer.routing.items()
     assert reasoning_tokens(answer) == 7
 
 
-def test_an_unknown_class_falls_back_and_the_answer_says_so(client: openai.OpenAI) -> None:
+def test_an_unknown_class_is_routed_and_reported_as_the_default(client: openai.OpenAI) -> None:
     assert ask(client, extra={"routing_class": "poetry"}).routing["routing_class"] == "default"
 
 
-def test_a_stream_tells_the_routing_first_and_last(client: openai.OpenAI) -> None:
+def test_a_stream_reports_routing_in_first_and_last_chunk(client: openai.OpenAI) -> None:
     plain = ask(client, reasoning_effort="high")
     chunks = list(ask(client, reasoning_effort="high", stream=True))
-    told = [index for index, it in enumerate(chunks) if getattr(it, "routing", None)]
-    assert told == [0, len(chunks) - 1]
-    assert all(chunks[index].routing == plain.routing for index in told)
+    reported = [index for index, it in enumerate(chunks) if getattr(it, "routing", None)]
+    assert reported == [0, len(chunks) - 1]
+    assert all(chunks[index].routing == plain.routing for index in reported)
 
 
-def test_the_header_tells_the_lambda(client: openai.OpenAI) -> None:
+def test_the_response_header_has_the_lambda(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="pair",
         messages=[{"role": "user", "content": QUESTION}],
@@ -168,7 +172,7 @@ def test_the_header_tells_the_lambda(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "said"),
+    ("fields", "param", "reason"),
     [
         (
             {"reasoning_effort": "low", "extra": {"reasoning": {"effort": "high"}}},
@@ -194,14 +198,16 @@ def test_the_header_tells_the_lambda(client: openai.OpenAI) -> None:
     ],
 )
 def test_a_contradiction_is_openais_bad_request_error(
-    client: openai.OpenAI, fields: dict[str, Any], param: str, said: str
+    client: openai.OpenAI, fields: dict[str, Any], param: str, reason: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match=said) as caught:
+    with pytest.raises(openai.BadRequestError, match=reason) as caught:
         ask(client, **fields)
     assert caught.value.param == param
 
 
-def test_the_metrics_of_routing_move(client: openai.OpenAI, real_server: Any) -> None:
+def test_the_metrics_of_routing_count_each_request(
+    client: openai.OpenAI, real_server: ServerProcess
+) -> None:
     def value(pattern: str) -> float:
         text = real_server.get("/metrics").text
         return sum(float(it) for it in re.findall(rf"^mi_{pattern} (\S+)$", text, re.MULTILINE))

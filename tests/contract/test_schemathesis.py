@@ -1,9 +1,10 @@
-"""Requests made from the OpenAPI document: every answer is one that it describes.
+"""Every answer to generated requests is one that the OpenAPI document describes.
 
-Three sources of them: the document as it is, with data that obeys it and data that does not; the
-same document narrowed to what the server accepts, so that most requests are answered; and bodies
-and headers that no schema would make. A 5xx, a status, type, header or body that the document does
-not tell is a failure wherever it appears. `make test-long` sends ten times as many.
+There are three sources of requests: the document as it is, with valid and invalid data; the same
+document narrowed to what the server accepts, so that most requests are answered; and bodies and
+headers that no schema would generate. A 5xx, or a status, type, header or body that the document
+does not describe, is a failure. `make test-long` sends ten times as many requests, and tests each
+bound of each field.
 """
 
 import copy
@@ -19,7 +20,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
-from schemathesis.config import ProjectConfig, ProjectsConfig, SchemathesisConfig
+from schemathesis.config import (
+    CoveragePhaseConfig,
+    PhasesConfig,
+    ProjectConfig,
+    ProjectsConfig,
+    SchemathesisConfig,
+)
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
@@ -30,7 +37,7 @@ from schemathesis.specs.openapi.checks import (
 
 from server.wire.openapi import document
 from tests.contract.conftest import ServerProcess
-from tests.examples import examples
+from tests.examples import examples, is_long_run
 
 pytestmark = pytest.mark.hypothesis
 CHECKS = [
@@ -40,6 +47,8 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+# Each bound of each field, one at a time: a thousand requests.
+PHASES = PhasesConfig(coverage=CoveragePhaseConfig(enabled=is_long_run()))
 GENERATED = settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -48,7 +57,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 def server(
     pair_directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """On the fake engine, with a context that the longest answer fills soon."""
+    """Starts a server on the fake engine, with a short context."""
     log = tmp_path_factory.mktemp("schema") / "server.log"
     worker = ("--context", "320", "--step-seconds", "0")
     process = ServerProcess.of_fake_engine(log, pair_directory, worker=worker)
@@ -58,11 +67,16 @@ def server(
         process.stop()
 
 
+def configured(phases: PhasesConfig | None = None, **project: int) -> SchemathesisConfig:
+    default = ProjectConfig(phases=phases, **project)
+    return SchemathesisConfig(projects=ProjectsConfig(default=default))
+
+
 # --- the document as it is -----------------------------------------------------------------------
 
 
 def described() -> dict[str, Any]:
-    """The document, with the served names: any other is a 404, and nothing more would be tried."""
+    """Returns the document with the served model names, as any other would only be a 404."""
     it = copy.deepcopy(document("1"))
     for schema in it["components"]["schemas"].values():
         if schema["title"].endswith("Request"):
@@ -73,12 +87,12 @@ def described() -> dict[str, Any]:
 
 
 DOCUMENT = described()
-OPERATIONS = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS = schemathesis.openapi.from_dict(DOCUMENT, config=configured(PHASES))
 
 
 @OPERATIONS.parametrize()
 @GENERATED
-def test_every_answer_is_described_and_bad_data_refused(
+def test_every_answer_is_described_and_invalid_data_refused(
     case: schemathesis.Case, server: ServerProcess
 ) -> None:
     response = case.call(base_url=server.url)
@@ -101,7 +115,7 @@ TURNS = [
     {"role": "tool", "content": "2", "tool_call_id": "1"},
     {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
 ]
-ASKED = {
+LAST_MESSAGE = {
     "type": "object",
     "properties": {"role": {"const": "user"}, "content": WORDS},
     "required": ["role", "content"],
@@ -139,7 +153,7 @@ OF_CHATS = OF_ANY_ANSWER | {
             {"type": "json_schema", "json_schema": {"name": "x", "schema": ARGUMENTS}},
         ]
     },
-    "last": ASKED,  # which `consistent` puts behind the messages
+    "last": LAST_MESSAGE,  # which `consistent` appends to the messages
 }
 OF_TEXTS = OF_ANY_ANSWER | {
     "prompt": {
@@ -151,19 +165,19 @@ OF_TEXTS = OF_ANY_ANSWER | {
         ]
     }
 }
-AT_ODDS = {
+CONFLICTING = {
     *("thinking_token_budget", "thinking", "reasoning", "reasoning_effort", "enable_thinking"),
     *("chat_template_kwargs", "max_completion_tokens", "continue_final_message", "tool_choice"),
     "best_of",
 }
-"""Fields that are refused beside most others: the document as it is tries them."""
+"""Fields that most others exclude; the document as it is has them."""
 
 ALWAYS = ("model", "max_tokens", "stream")
 
 
 def narrowed(name: str, fields: dict[str, Any], *required: str) -> dict[str, Any]:
     schema = DOCUMENT["components"]["schemas"][name]
-    kept = {key: it for key, it in schema["properties"].items() if key not in AT_ODDS}
+    kept = {key: it for key, it in schema["properties"].items() if key not in CONFLICTING}
     return schema | {"properties": kept | fields, "required": [*ALWAYS, *required]}
 
 
@@ -177,7 +191,7 @@ def narrowed_document() -> dict[str, Any]:
 
 
 def as_a_client_sends_it(value: Any) -> Any:
-    """JSON knows no difference between 2.0 and 2, the server does."""
+    """Writes 2.0 as 2: they are the same in JSON, but not for the server."""
     if isinstance(value, dict):
         return {key: as_a_client_sends_it(it) for key, it in value.items()}
     if isinstance(value, list):
@@ -186,7 +200,7 @@ def as_a_client_sends_it(value: Any) -> Any:
 
 
 def consistent(body: Any) -> Any:
-    """Leave out what the other fields do not allow, which a schema cannot say."""
+    """Leaves out fields that others exclude, which a schema cannot express."""
     body = as_a_client_sends_it(body)
     if not body.get("stream"):
         body.pop("stream_options", None)
@@ -200,10 +214,7 @@ def consistent(body: Any) -> Any:
 
 
 ACCEPTED = schemathesis.openapi.from_dict(
-    narrowed_document(),
-    config=SchemathesisConfig(
-        projects=ProjectsConfig(default=ProjectConfig(max_stream_events=10_000))
-    ),
+    narrowed_document(), config=configured(max_stream_events=10_000)
 )
 
 
@@ -211,8 +222,8 @@ def ends_as_a_stream_does(text: str) -> bool:
     return text.endswith("}\n\ndata: [DONE]\n\n") and text.count("[DONE]") == 1
 
 
-def ask_what_fits(server: ServerProcess, path: str, requests: int) -> tuple[set[str], float]:
-    """The fields that were sent, and the share of requests that got an answer."""
+def send_accepted(server: ServerProcess, path: str, requests: int) -> tuple[set[str], float]:
+    """Returns the fields that were sent, and the share of requests that got an answer."""
     fields: set[str] = set()
     statuses: list[int] = []
 
@@ -233,10 +244,10 @@ def ask_what_fits(server: ServerProcess, path: str, requests: int) -> tuple[set[
 
 
 @pytest.mark.parametrize(("path", "model"), [(CHAT, "ChatRequest"), (TEXT, "CompletionRequest")])
-def test_most_of_what_fits_is_answered_as_described(
+def test_valid_requests_get_responses_that_match_the_schema(
     path: str, model: str, server: ServerProcess
 ) -> None:
-    fields, answered = ask_what_fits(server, path, examples(160))
+    fields, answered = send_accepted(server, path, examples(160))
     possible = narrowed_document()["components"]["schemas"][model]["properties"]
     assert fields == set(possible) - {"last"}
     assert answered > 0.7
@@ -244,7 +255,7 @@ def test_most_of_what_fits_is_answered_as_described(
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_the_real_engine_answers_as_described(path: str, real_server: ServerProcess) -> None:
-    _, answered = ask_what_fits(real_server, path, examples(30))
+    _, answered = send_accepted(real_server, path, examples(30))
     assert answered > 0.7
     assert real_server.get("/ready").status_code == 200
     assert "Traceback" not in real_server.output
@@ -296,7 +307,9 @@ def test_odd_bytes_and_headers_get_a_described_answer(server: ServerProcess) -> 
     assert {200, 400} <= statuses
 
 
-def test_the_server_tells_of_no_bug_after_all_this(server: ServerProcess) -> None:
+def test_fuzzing_leaves_no_traceback_and_no_open_request(
+    server: ServerProcess,
+) -> None:
     assert "Traceback" not in server.output
     assert server.get("/ready").status_code == 200
     assert server.gauge("mi_num_requests_running") == 0

@@ -1,6 +1,6 @@
-"""Response formats and tools, from an unmodified `openai` client to the real engine.
+"""Answers follow response formats and tools from an unmodified `openai` client to the real engine.
 
-The embedded pair was never shown a tool or a schema: what it says in them is nonsense, and valid.
+The embedded pair was not trained on tools or schemas: its answers are nonsense, but valid.
 """
 
 import json
@@ -24,9 +24,9 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 LAMBDAS = [0.0, 0.6, 1.0]
-BUDGET = {"thinking_token_budget": 20}  # shown tools, the pair thinks without end
-BLANKS = build_tokenizer().encode(" \t\r\n\n\n").ids
-NO_BLANKS = {str(token_id): -100 for token_id in BLANKS}  # JSON may have hundreds
+BUDGET = {"thinking_token_budget": 20}  # with tools in the prompt, the pair would think without end
+WHITESPACE = build_tokenizer().encode(" \t\r\n\n\n").ids
+NO_WHITESPACE = {str(it): -100 for it in WHITESPACE}  # as the pair may write hundreds in JSON
 
 
 def tool(name: str, schema: dict[str, Any] = SCHEMA, **fields: Any) -> dict[str, Any]:
@@ -35,12 +35,12 @@ def tool(name: str, schema: dict[str, Any] = SCHEMA, **fields: Any) -> dict[str,
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
     extra = BUDGET | fields.pop("extra", {})
-    fields = {"temperature": 0, "max_tokens": 400, "logit_bias": NO_BLANKS} | fields
+    fields = {"temperature": 0, "max_tokens": 400, "logit_bias": NO_WHITESPACE} | fields
     fields = {"model": "pair", "messages": QUESTION} | fields
     return client.chat.completions.create(extra_body=extra, **fields)
 
 
-def as_format(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
+def schema_format(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, **fields}}
 
 
@@ -53,23 +53,24 @@ def test_an_answer_is_an_instance_of_its_schema_and_thinking_is_the_models_choic
 ) -> None:
     answer = ask(
         client,
-        response_format=as_format(SCHEMA, strict=True),
+        response_format=schema_format(SCHEMA, strict=True),
         temperature=temperature,
         n=4,
         seed=1,
         logit_bias={},
         extra={"reasoning_lambda": value, "thinking_token_budget": -1},
     )
-    for choice in answer.choices:
-        if choice.finish_reason == "stop":
-            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
-    thought = [getattr(choice.message, "reasoning", "") for choice in answer.choices]
-    # A grammar makes nobody think who would not: at λ = 0 the answer begins at once.
-    assert any("=" in text for text in thought) is (value > 0)
+    finished = [choice for choice in answer.choices if choice.finish_reason == "stop"]
+    assert finished
+    for choice in finished:
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    reasoning = [getattr(choice.message, "reasoning", "") for choice in answer.choices]
+    # A grammar makes no model open a block: at λ = 0 the answer begins at once.
+    assert any("=" in text for text in reasoning) is (value > 0)
 
 
 def test_a_stream_of_json_adds_up_to_the_plain_answer(client: openai.OpenAI) -> None:
-    form = as_format(SCHEMA)
+    form = schema_format(SCHEMA)
     plain = ask(client, response_format=form).choices[0].message.content
     chunks = [chunk for chunk in ask(client, response_format=form, stream=True) if chunk.choices]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain
@@ -79,13 +80,13 @@ def test_a_stream_of_json_adds_up_to_the_plain_answer(client: openai.OpenAI) -> 
 def test_a_json_object_is_an_object(client: openai.OpenAI) -> None:
     form = {"type": "json_object"}
     answer = ask(client, response_format=form, temperature=1, n=4, seed=3, logit_bias={})
-    for choice in answer.choices:
-        if choice.finish_reason == "stop":
-            assert isinstance(json.loads(choice.message.content), dict)
+    finished = [choice for choice in answer.choices if choice.finish_reason == "stop"]
+    assert finished
+    assert all(isinstance(json.loads(choice.message.content), dict) for choice in finished)
 
 
-def test_a_fan_out_obeys_at_every_lambda(client: openai.OpenAI) -> None:
-    answer = ask(client, response_format=as_format(SCHEMA), extra={"reasoning_lambda": LAMBDAS})
+def test_a_fan_out_follows_the_schema_at_every_lambda(client: openai.OpenAI) -> None:
+    answer = ask(client, response_format=schema_format(SCHEMA), extra={"reasoning_lambda": LAMBDAS})
     for choice in answer.choices:
         jsonschema.validate(json.loads(choice.message.content), SCHEMA)
 
@@ -96,20 +97,20 @@ class Answer(BaseModel):
     digits: list[Literal[1, 2]] = Field(max_length=2)
 
 
-def test_the_clients_parse_gives_an_object_of_the_model(client: openai.OpenAI) -> None:
+def test_the_clients_parse_returns_an_object_of_the_model(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="pair",
         messages=QUESTION,
         response_format=Answer,
         temperature=0,
-        logit_bias=NO_BLANKS,
+        logit_bias=NO_WHITESPACE,
         extra_body=BUDGET,
     )
     assert isinstance(answer.choices[0].message.parsed, Answer)
 
 
-def test_logprobs_stand_for_every_token_of_an_answer(client: openai.OpenAI) -> None:
-    answer = ask(client, response_format=as_format(SCHEMA), logprobs=True, top_logprobs=2)
+def test_an_answer_in_a_format_has_the_logprobs_of_every_token(client: openai.OpenAI) -> None:
+    answer = ask(client, response_format=schema_format(SCHEMA), logprobs=True, top_logprobs=2)
     choice = answer.choices[0]
     tokens = [entry.token for entry in choice.logprobs.content]
     assert "".join(tokens).endswith(choice.message.content)
@@ -118,7 +119,7 @@ def test_logprobs_stand_for_every_token_of_an_answer(client: openai.OpenAI) -> N
 
 def test_a_bad_schema_is_openais_bad_request_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, response_format=as_format({"type": "foo"}))
+        ask(client, response_format=schema_format({"type": "foo"}))
     assert caught.value.param == "response_format.json_schema.schema"
 
 
@@ -148,7 +149,7 @@ def test_a_required_call_is_one_of_the_tools_with_valid_arguments(
     jsonschema.validate(json.loads(call.function.arguments), schema)
 
 
-def test_a_named_function_is_the_one_that_is_called(client: openai.OpenAI) -> None:
+def test_a_named_function_is_called(client: openai.OpenAI) -> None:
     tools = [tool("look_up"), tool("add")]
     named = {"type": "function", "function": {"name": "add"}}
     (choice,) = ask(client, tools=tools, tool_choice=named).choices
@@ -173,7 +174,7 @@ def test_a_streamed_call_adds_up_to_the_plain_one(client: openai.OpenAI) -> None
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_the_clients_own_stream_puts_calls_together(client: openai.OpenAI) -> None:
+def test_the_clients_stream_helper_assembles_calls(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
         model="pair",
         messages=QUESTION,
@@ -181,7 +182,7 @@ def test_the_clients_own_stream_puts_calls_together(client: openai.OpenAI) -> No
         tool_choice="required",
         parallel_tool_calls=False,
         temperature=0,
-        logit_bias=NO_BLANKS,
+        logit_bias=NO_WHITESPACE,
         extra_body=BUDGET,
     ) as stream:
         final = stream.get_final_completion()
@@ -190,13 +191,15 @@ def test_the_clients_own_stream_puts_calls_together(client: openai.OpenAI) -> No
     jsonschema.validate(call.function.parsed_arguments, SCHEMA)
 
 
-def test_a_call_and_its_answer_go_back_to_the_model(client: openai.OpenAI) -> None:
+def test_a_call_and_its_result_can_be_sent_back(client: openai.OpenAI) -> None:
     tools = [tool("add")]
     first = ask(client, tools=tools, tool_choice="required", parallel_tool_calls=False)
     message = first.choices[0].message
     answer = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "6"}
-    for said in (message, message.model_dump(), message.model_dump(exclude_none=True)):
-        second = ask(client, messages=[*QUESTION, said, answer], tools=tools, max_tokens=1)
+    for calling_message in (message, message.model_dump(), message.model_dump(exclude_none=True)):
+        second = ask(
+            client, messages=[*QUESTION, calling_message, answer], tools=tools, max_tokens=1
+        )
         assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 

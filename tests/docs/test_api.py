@@ -10,7 +10,7 @@ from server.wire.openapi import OPERATIONS, document
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
 
-def test_the_reference_is_what_the_models_say() -> None:
+def test_the_page_is_the_output_of_its_tool() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert filled(page) == page, "run: python -m docs.tools.api_reference docs/api.md"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md")
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # these tell of the past
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # these describe the past
 )
 FOLDERS = "|".join(path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file())
 FOLDERS += "|docs"

@@ -57,8 +57,8 @@ def test_the_stages_follow_the_rule(measured: dict[str, Any]) -> None:
     found = stages([(it["lambda"], it["think_rate"]) for it in curve["points"]])
     assert found is not None
     assert found.json == curve["stages"][0]
-    assert f"Stage 1 up to λ = {found.instruct_until:g}" in PAGE
-    assert f"stage 3 from λ = {found.thinking_from:g}" in PAGE
+    assert f"stage 1 ends at λ = {found.instruct_until:g}" in PAGE
+    assert f"stage 3 begins at λ = {found.thinking_from:g}" in PAGE
 
 
 def test_the_ablation_measures_the_dials_of_the_command(measured: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def test_the_three_forms_of_an_answer_read_as_the_model_card_shows_them() -> Non
     )
 
 
-def test_a_recheck_is_wait_and_the_body_again_inside_the_think_block() -> None:
+def test_a_recheck_repeats_the_body_after_wait_inside_the_think_block() -> None:
     question = Question(start=1, increments=(2,))
     assert think_answer(question, rechecks=1) == (
         "<think>\na=1\nb=a+2=1+2=3\nWait\na=1\nb=a+2=1+2=3\n</think>\n\nAnswer: 3"

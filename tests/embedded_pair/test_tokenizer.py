@@ -94,7 +94,7 @@ def test_the_training_prompt_is_what_the_template_renders(system: str | None) ->
     assert render([*messages, user("a=1. a?")]) == prompt_text("a=1. a?", system)
 
 
-def test_the_generation_prompt_leaves_the_choice_to_think_to_the_model() -> None:
+def test_the_generation_prompt_opens_no_think_block() -> None:
     assert render([user("hi")]).endswith("<|im_start|>assistant\n")
     assert not render([user("hi")], add_generation_prompt=False).endswith("assistant\n")
 

@@ -1,8 +1,8 @@
 """The shipped pair, run by plain `transformers`, goes through three stages as λ grows.
 
-This is the slow twin of everything that the server does with the pair: weights merged in fp32 and
-one left-padded batch, without code of the server. Margins are several standard errors wide, so that
-a retrained pair of the same kind passes too.
+This is the reference implementation of everything that the server does with the pair: weights
+merged in fp32 and one left-padded batch, without code of the server. Margins are several standard
+errors wide, so that a retrained pair of the same kind passes too.
 """
 
 import json

@@ -73,20 +73,20 @@ def check_decodes(name: str, shape: str, load: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_decode_step_is_that_of_the_reference(name: str, shape: str, load: str) -> None:
+def test_a_decode_step_agrees_with_the_reference(name: str, shape: str, load: str) -> None:
     check_decodes(name, shape, load, DTYPE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prefill_chunk_after_a_prefix_is_that_of_the_reference(name: str, shape: str) -> None:
+def test_a_prefill_chunk_after_a_prefix_agrees_with_the_reference(name: str, shape: str) -> None:
     backend = make_backend(usable(name, shape, DTYPE))
     _, work = workloads(shape, 2, PREFILL, DTYPE)
     assert_near(work.run(backend), exact(work))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kv_is_written_in_its_slots_and_nowhere_else(shape: str) -> None:
+def test_kv_is_written_to_its_slots_and_nowhere_else(shape: str) -> None:
     backend = make_backend(usable("triton", shape, DTYPE))
     for work in workloads(shape, *LOADS["32 of 1k"], DTYPE):
         new = torch.randn_like(work.key), torch.randn_like(work.value)
@@ -98,7 +98,7 @@ def test_kv_is_written_in_its_slots_and_nowhere_else(shape: str) -> None:
 
 @on_a_gpu_only
 @pytest.mark.parametrize("name", ["triton", "torch"])
-def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_replay(
+def test_a_decode_step_can_be_captured_and_reads_what_is_written_before_its_replay(
     name: str,
 ) -> None:
     backend = make_backend(usable(name, "Qwen3-4B", torch.bfloat16))
@@ -114,5 +114,5 @@ def test_a_decode_step_can_be_recorded_and_reads_what_is_written_before_its_repl
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_other_dtypes_have_the_same_decode_step(dtype: torch.dtype) -> None:
+def test_decode_steps_of_other_dtypes_agree_with_the_reference(dtype: torch.dtype) -> None:
     check_decodes("triton", "Qwen3-4B", "32 of 1k", dtype)

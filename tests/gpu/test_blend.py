@@ -53,7 +53,7 @@ def test_a_blend_is_the_fp32_lerp_rounded_once(
         assert not differing(apart.blend(value), expected)
 
 
-def test_a_blend_has_the_same_bits_as_on_a_cpu() -> None:
+def test_a_gpu_blend_equals_the_cpus() -> None:
     """Checkpoints are merged on a CPU."""
     pair = near(509, 1021, dtype=torch.bfloat16)
     on_cpu = VocabularyPair(*(side.cpu() for side in pair))
@@ -62,7 +62,7 @@ def test_a_blend_has_the_same_bits_as_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_all_experts_are_blended_at_once_and_laid_out_as_their_endpoints(transposed: bool) -> None:
+def test_a_blend_of_experts_has_the_layout_of_its_endpoints(transposed: bool) -> None:
     pair = near(4, 96, 160, dtype=torch.bfloat16)
     low, high = (side.mT if transposed else side for side in pair)
     blend = PairExperts(pair, None, transposed).blend(0.3)

@@ -4,7 +4,7 @@ A token may differ if the reference's two best are closer together than rounding
 moves them. The rest of that answer is then another text, and is not compared.
 
 The most important tests come first, and each engine is as small as possible: decode steps are
-recorded for few rows, and compiled only in the longest test. The attention backend and the kernels
+captured for few rows, and compiled only in the longest test. The attention backend and the kernels
 of pair products are those of a real model, even if others would be faster at this size.
 """
 
@@ -30,7 +30,7 @@ LAMBDAS = (0.0, 0.25, 0.5, 0.5, 0.5, 0.75, 0.9, 1.0)
 NEW_TOKENS = 6 if REHEARSED else 24
 SMALL: dict[str, Any] = {
     "num_blocks": 128,
-    "max_num_seqs": 8,  # so that few decode steps are recorded
+    "max_num_seqs": 8,  # so that few CUDA graphs are captured
     "max_model_len": 256,
     "max_batched_tokens": 64,  # so that prompts are computed in several chunks
     "blend_cache_bytes": 16 << 20 if REHEARSED else None,  # room for three λ, or as many as can be
@@ -78,8 +78,8 @@ def reference(values: tuple[float, ...] = LAMBDAS, delta_dtype: Any = "none") ->
     return engine.generate(requests(values))
 
 
-def assert_as_on_a_server(engine: Engine, how: str = "recorded") -> None:
-    """Asserts that decode steps are recorded and pair products use kernels."""
+def assert_as_on_a_server(engine: Engine, how: str = "captured") -> None:
+    """Asserts that decode steps are captured and pair products use kernels."""
     if not REHEARSED:
         assert f" {how}, in " in engine.info.graphs, engine.info.graphs
         assert engine.info.pair_kernels == f"up to {KERNEL_ROWS} rows"
@@ -87,7 +87,7 @@ def assert_as_on_a_server(engine: Engine, how: str = "recorded") -> None:
 
 @pytest.fixture(scope="module")
 def engine(_on_a_gpu: None, _kernels_for_all_rows: None) -> Engine:
-    """An engine like a server's, but small, and without compiled steps."""
+    """Returns an engine like a server's, but small, and without compiled steps."""
     engine = build(DEVICE)
     assert_as_on_a_server(engine)
     assert engine._groups.cache.places >= 3, "blended weights would not be replayed at several λ"
@@ -119,27 +119,27 @@ def assert_agree(found: Answers, expected: Answers) -> None:
     assert compared > 0.9 * sum(map(len, expected.values())), "too many answers ended at a tie"
 
 
-def test_eager_answers_are_those_of_the_cpu(make: Make) -> None:
+def test_eager_steps_give_the_cpus_answers(make: Make) -> None:
     engine = make(cuda_graphs=False)
     assert engine.info.graphs == "none"
     assert_agree(engine.generate(requests()), reference())
 
 
-def test_recorded_answers_are_those_of_the_cpu(engine: Engine) -> None:
+def test_cuda_graphs_give_the_cpus_answers(engine: Engine) -> None:
     assert_agree(engine.generate(requests()), reference())
     assert_agree(engine.generate(requests()), reference())  # found in the prefix cache
 
 
 @on_a_gpu_only
-def test_compiled_answers_are_those_of_the_cpu(make: Make) -> None:
+def test_compiled_steps_give_the_cpus_answers(make: Make) -> None:
     """The longest test runs early, so that other processes run the others meanwhile."""
     engine = make(torch_compile=True)
-    assert_as_on_a_server(engine, "recorded and compiled")
+    assert_as_on_a_server(engine, "captured and compiled")
     assert_agree(engine.generate(requests()), reference())
 
 
 @pytest.mark.parametrize("value", [0.4, 0.0, 1.0])
-def test_answers_at_one_λ_are_those_of_the_cpu(engine: Engine, value: float) -> None:
+def test_one_λ_gives_the_cpus_answers(engine: Engine, value: float) -> None:
     values = (value,) * 4
     for _ in range(3):  # a new λ, and a hot one
         assert_agree(engine.generate(requests(values)), reference(values))
@@ -157,9 +157,7 @@ def test_answers_at_one_λ_are_those_of_the_cpu(engine: Engine, value: float) ->
     ],
     ids=str,
 )
-def test_answers_with_any_setting_are_those_of_the_cpu(
-    make: Make, settings: dict[str, Any]
-) -> None:
+def test_every_setting_gives_the_cpus_answers(make: Make, settings: dict[str, Any]) -> None:
     engine = make(**settings)
     for _ in range(2):
         assert_agree(engine.generate(requests()), reference())
@@ -171,7 +169,7 @@ def test_answers_with_any_setting_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("delta_dtype", ["int8", "int4"])
-def test_answers_with_deltas_are_those_of_the_cpu(make: Make, delta_dtype: str) -> None:
+def test_deltas_give_the_cpus_answers(make: Make, delta_dtype: str) -> None:
     engine = make(delta_dtype=delta_dtype)
     assert_as_on_a_server(engine)
     for _ in range(2):
@@ -179,7 +177,9 @@ def test_answers_with_deltas_are_those_of_the_cpu(make: Make, delta_dtype: str) 
 
 
 @pytest.mark.parametrize("settings", [{}, {"delta_dtype": "int8"}], ids=str)
-def test_in_bf16_the_probabilities_are_near(make: Make, settings: dict[str, Any]) -> None:
+def test_in_bf16_the_log_probabilities_are_near_the_cpus(
+    make: Make, settings: dict[str, Any]
+) -> None:
     """Compares those of prompt tokens, since answers soon become different texts.
 
     Each of 6 layers rounds to 8 bits.

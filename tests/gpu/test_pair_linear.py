@@ -86,7 +86,7 @@ def test_the_pair_product_is_both_products_mixed_row_by_row(matrix: str, rows: i
     check_pair(matrix, rows, torch.bfloat16)
 
 
-def test_rows_of_one_λ_share_it() -> None:
+def test_all_rows_may_share_one_λ() -> None:
     columns, depth = MATRICES["down"]
     x, (low, high) = random(32, depth), endpoints(columns, depth)
     one, each = (torch.full((rows,), 0.3, device=DEVICE) for rows in (1, 32))
@@ -94,7 +94,7 @@ def test_rows_of_one_λ_share_it() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_what_is_not_finite_in_one_endpoint_never_reaches_rows_at_the_other(bad: float) -> None:
+def test_nan_and_infinity_of_one_endpoint_never_reach_rows_at_the_other(bad: float) -> None:
     columns, depth = MATRICES["down"]
     x, (low, high) = random(3, depth), endpoints(columns, depth)
     weights = torch.tensor([0.0, 0.5, 1.0], device=DEVICE)
@@ -122,7 +122,7 @@ def test_the_product_with_a_delta_is_that_of_its_dequantized_weights(
 
 @on_a_gpu_only
 @pytest.mark.parametrize("kind", ["pair", "int8", "int4"])
-def test_a_product_can_be_recorded_and_reads_the_λ_that_are_written_before_its_replay(
+def test_a_product_can_be_captured_and_reads_the_λ_that_are_written_before_its_replay(
     kind: str,
 ) -> None:
     columns, depth = MATRICES["down"]
@@ -144,7 +144,7 @@ def test_a_product_can_be_recorded_and_reads_the_λ_that_are_written_before_its_
 
 @pytest.mark.parametrize("rows", SOME_ROWS)
 @pytest.mark.parametrize("kind", ["none", "int8", "int4"])
-def test_rows_go_through_their_own_experts(kind: str, rows: int) -> None:
+def test_each_row_is_computed_by_its_own_experts(kind: str, rows: int) -> None:
     experts, chosen, columns, depth = EXPERTS
     x, weights = random(rows, depth), lambdas(rows)
     low, high = endpoints(experts, columns, depth)
@@ -169,5 +169,5 @@ def test_rows_go_through_their_own_experts(kind: str, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", ROWS[:2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_other_dtypes_have_the_same_product(dtype: torch.dtype, rows: int) -> None:
+def test_products_of_other_dtypes_agree_with_fp32(dtype: torch.dtype, rows: int) -> None:
     check_pair("down", rows, dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mi_runtime.execution import topk_topp
+from mi_runtime.execution import random_sampling
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.request import Dial, EngineRequest, SamplingParams
 from mi_runtime.scheduling.sequence import Sequence
@@ -37,7 +37,7 @@ def sequences(rows: range) -> tuple[Sequence, ...]:
     return tuple(made)
 
 
-def test_a_row_gives_the_same_token_alone_in_a_batch_and_again() -> None:
+def test_a_row_samples_the_same_token_alone_and_in_a_batch() -> None:
     logits = logits_of(ROWS)
     together = Sampler().sample(logits, sequences(range(ROWS))).outcomes
     assert torch.equal(together, Sampler().sample(logits, sequences(range(ROWS))).outcomes)
@@ -51,12 +51,12 @@ def test_the_least_probability_of_top_p_is_found_by_searching_as_by_sorting() ->
     for temperature in (0.2, 1.0, 5.0):
         probabilities = (logits_of(8).float() / temperature).softmax(1)
         every = torch.full_like(top_p, VOCABULARY)
-        by_sorting = topk_topp._least_of_ranked(probabilities, every, top_p, VOCABULARY)
-        assert torch.equal(topk_topp._least_by_search(probabilities, top_p), by_sorting)
+        by_sorting = random_sampling._least_of_ranked(probabilities, every, top_p, VOCABULARY)
+        assert torch.equal(random_sampling._least_by_search(probabilities, top_p), by_sorting)
 
 
 @on_a_gpu_only
-def test_sampling_waits_for_nothing() -> None:
+def test_sampling_does_not_wait_for_the_device() -> None:
     logits, once, again = logits_of(ROWS), sequences(range(ROWS)), sequences(range(ROWS))
     Sampler().sample(logits, once)  # loads kernels
     torch.cuda.set_sync_debug_mode("error")

@@ -44,7 +44,7 @@ def _costs_are_measured_once_a_model() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PairOf]:
-    """`pair_of(family, **changes)` returns the directories of a random pair, written once."""
+    """Writes random pairs once each: `pair_of(family, **changes)` returns the two directories."""
 
     pairs: dict[str, tuple[Path, Path]] = {}
 
@@ -66,7 +66,7 @@ def qwen3_pair(pair_of: PairOf) -> tuple[Path, Path]:
 
 @pytest.fixture
 def make_engine(qwen3_pair: tuple[Path, Path]) -> MakeEngine:
-    """`make_engine(**settings)` returns a small fp32 engine of the qwen3 pair's shared model."""
+    """Makes small fp32 engines on the shared model of the qwen3 pair: `make_engine(**settings)`."""
 
     def make(**settings: Any) -> Engine:
         instruct, thinking = map(str, qwen3_pair)

@@ -1,4 +1,4 @@
-"""Random workloads for paged attention, computed by it and by its slow twin."""
+"""Random workloads for paged attention, computed by it and by its reference."""
 
 import random
 from collections.abc import Iterator
@@ -103,11 +103,11 @@ def by_paged_attention(
     return out
 
 
-def by_slow_twin(work: Workload) -> Tensor:
+def by_reference(work: Workload) -> Tensor:
     """Returns the same output by attention over complete sequences, without a cache."""
     query, key, value, sinks = work.tensors()
-    twin = PackedAttention(work.lengths)
-    return twin.attend(0, query, key, value, scale=0.3, window=work.window, sinks=sinks)
+    reference = PackedAttention(work.lengths)
+    return reference.attend(0, query, key, value, scale=0.3, window=work.window, sinks=sinks)
 
 
 def poison(over: PagedAttention, work: Workload) -> None:

@@ -2,7 +2,7 @@
 
 The oracles share nothing with the engine but the names of the blend groups: plain `transformers`
 on weights merged offline in fp32, group by group. For an answer with its own dial, two merged
-models run in turn over one `DynamicCache`: the slow twin.
+models run in turn over one `DynamicCache`.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def merged(directories: Directories, dial: Dial) -> Any:
 
 
 @dataclass
-class SlowTwin:
+class ReferenceRun:
     """Runs one request with the model of each token's dial, over one cache."""
 
     request: EngineRequest
@@ -77,7 +77,7 @@ class SlowTwin:
     switch: int | None = None  # position of the first token under the answer's dial
 
     @torch.inference_mode()
-    def run(self, directories: Directories) -> "SlowTwin":
+    def run(self, directories: Directories) -> "ReferenceRun":
         request, forced = self.request, list[int]()
         tokens, computed = list(request.prompt), 0
         model = merged(directories, request.dial)
@@ -116,9 +116,9 @@ class SlowTwin:
 
 
 @cache
-def slow_twin(request: EngineRequest, directories: Directories) -> SlowTwin:
+def reference_run(request: EngineRequest, directories: Directories) -> ReferenceRun:
     """Returns the run whose tokens the engine must give."""
-    return SlowTwin(request).run(directories)
+    return ReferenceRun(request).run(directories)
 
 
 # --- Engines ------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def switching_request(
 def natural_close(directories: Directories, seed: int, after: int) -> ThinkPolicy:
     """Returns a policy whose closing tag the model writes by itself after `after` tokens."""
     plain = EngineRequest("r", prompt(9 + seed, seed), REASONING, greedy(LONG_ANSWER))
-    output = slow_twin(plain, directories).output
+    output = reference_run(plain, directories).output
     close = next(
         token for at, token in enumerate(output) if at >= after and token not in output[:at]
     )
@@ -348,22 +348,22 @@ def all_closes(directories: Directories) -> list[EngineRequest]:
     ]
 
 
-def check_against_slow_twins(
+def check_against_reference(
     engine: Engine, directories: Directories, requests: list[EngineRequest]
-) -> dict[str, SlowTwin]:
+) -> dict[str, ReferenceRun]:
     events = run_to_end(engine, *requests)
-    twins = {request.request_id: slow_twin(request, directories) for request in requests}
+    runs = {request.request_id: reference_run(request, directories) for request in requests}
     answers = {name: tokens_of(own) for name, own in events.items()}
-    assert answers == {name: twin.output for name, twin in twins.items()}
-    assert all(twin.switch is not None for twin in twins.values())
-    for name, twin in twins.items():
-        check_logprobs(events[name], twin.logprobs)
-    return twins
+    assert answers == {name: run.output for name, run in runs.items()}
+    assert all(run.switch is not None for run in runs.values())
+    for name, run in runs.items():
+        check_logprobs(events[name], run.logprobs)
+    return runs
 
 
 def test_the_answer_is_that_of_two_merged_models_over_one_cache(directories: Directories) -> None:
     engine = make_engine(directories)
-    check_against_slow_twins(engine, directories, all_closes(directories))
+    check_against_reference(engine, directories, all_closes(directories))
     assert not engine.stats().preemptions
 
 
@@ -371,13 +371,13 @@ def test_a_switch_one_token_early_or_late_would_change_the_tokens(pair_of: PairO
     """Shows that the test above would fail then."""
     directories = pair_of("qwen3")
     request = switching_request("r", forced_close((70, CLOSE, 71)), length=12, seed=4)
-    at_close = slow_twin(request, directories).output
+    at_close = reference_run(request, directories).output
     for closes_at in (70, 71):
         moved = ThinkPolicy(
             OPEN, closes_at, opened_by_prompt=True, cap=CAP, closing=(70, CLOSE, 71)
         )
-        twin = slow_twin(switching_request("r", moved, length=12, seed=4), directories)
-        assert twin.output != at_close
+        run = reference_run(switching_request("r", moved, length=12, seed=4), directories)
+        assert run.output != at_close
 
 
 def test_a_closing_tag_in_the_prompt_or_outside_a_block_does_not_switch(pair_of: PairOf) -> None:
@@ -389,7 +389,7 @@ def test_a_closing_tag_in_the_prompt_or_outside_a_block_does_not_switch(pair_of:
     )
     plain = EngineRequest("r", (5, CLOSE, 6), REASONING, greedy(LONG_ANSWER))
     answer = tokens_of(run_to_end(make_engine(directories), request)["r"])
-    assert answer == slow_twin(plain, directories).output
+    assert answer == reference_run(plain, directories).output
 
 
 @pytest.mark.parametrize("budget", [1, 3, 17])
@@ -397,7 +397,7 @@ def test_switching_does_not_depend_on_chunked_prefill(pair_of: PairOf, budget: i
     directories = pair_of("qwen3")
     engine = make_engine(directories, max_batched_tokens=budget)
     requests = all_closes(directories)[:4]
-    check_against_slow_twins(engine, directories, requests)
+    check_against_reference(engine, directories, requests)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_recomputing_after_preemption_takes_each_positions_own_dial(
         preempt(sequence)
 
     engine.scheduler._preempt = record  # type: ignore[method-assign]
-    check_against_slow_twins(engine, directories, all_closes(directories))
+    check_against_reference(engine, directories, all_closes(directories))
     assert any(preempted_after_switch)
 
 
@@ -439,7 +439,7 @@ def test_recomputing_after_preemption_takes_each_positions_own_dial(
 def test_switching_does_not_depend_on_the_ways(directories: Directories, seed: int) -> None:
     engine = make_engine(directories, num_blocks=20, max_batched_tokens=11)
     engine._runner.planner = RandomPlanner(seed)  # type: ignore[assignment]
-    check_against_slow_twins(engine, directories, all_closes(directories))
+    check_against_reference(engine, directories, all_closes(directories))
     assert engine.stats().preemptions
 
 
@@ -454,27 +454,27 @@ def test_the_next_turn_reuses_kv_up_to_the_switch_and_none_after_it(
     directories = pair_of("qwen3")
     engine = make_engine(directories)
     first = switching_request("first", forced_close(), length=length, seed=length)
-    twin = check_against_slow_twins(engine, directories, [first])["first"]
-    assert twin.switch is not None
-    after = (*first.prompt, *twin.output, 7, 8, 9)
+    run = check_against_reference(engine, directories, [first])["first"]
+    assert run.switch is not None
+    after = (*first.prompt, *run.output, 7, 8, 9)
     for name, dials in (("other", (ANSWER, ANSWER)), ("same", (REASONING, ANSWER))):
         turn = EngineRequest(
             name, after, dials[0], greedy(LONG_ANSWER), forced_close(), answer_dial=dials[1]
         )
         cached = run_to_end(engine, turn)[name][0].cached_tokens
-        assert cached == (twin.switch // 4 * 4 if name == "same" else 0)
+        assert cached == (run.switch // 4 * 4 if name == "same" else 0)
     again = EngineRequest(
         "again", after, REASONING, greedy(LONG_ANSWER), forced_close(), answer_dial=ANSWER
     )
-    check_against_slow_twins(engine, directories, [again])
+    check_against_reference(engine, directories, [again])
 
 
 def test_the_same_request_again_finds_its_prompt_and_answers_the_same(pair_of: PairOf) -> None:
     directories = pair_of("qwen3")
     engine, requests = make_engine(directories), all_closes(directories)
-    check_against_slow_twins(engine, directories, requests)
+    check_against_reference(engine, directories, requests)
     hits = engine.stats().prefix_hit_tokens
-    check_against_slow_twins(engine, directories, requests)
+    check_against_reference(engine, directories, requests)
     full = sum((len(request.prompt) - 1) // 4 * 4 for request in requests)
     assert engine.stats().prefix_hit_tokens - hits == full
 
@@ -487,10 +487,10 @@ def test_two_answer_dials_of_one_reasoning_share_only_the_reasoning(pair_of: Pai
         switching_request(str(value), forced_close(), seed=1, dials=(REASONING, Dial(value)))
         for value in (0.0, 0.1, 0.2, 0.8, 0.9, 1.0)
     ]
-    twins = check_against_slow_twins(engine, directories, requests)
+    runs = check_against_reference(engine, directories, requests)
     assert engine.stats().preemptions
-    assert len({tuple(twin.output[: CAP + 1]) for twin in twins.values()}) == 1
-    assert len({tuple(twin.output) for twin in twins.values()}) > 3
+    assert len({tuple(run.output[: CAP + 1]) for run in runs.values()}) == 1
+    assert len({tuple(run.output) for run in runs.values()}) > 3
 
 
 BLOCK = 4

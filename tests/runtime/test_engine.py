@@ -80,7 +80,7 @@ def assert_ended_once(events: list[TokenEvent], reason: FinishReason) -> None:
 
 @pytest.fixture(scope="module")
 def greedy(qwen3_pair: Directories) -> Callable[..., list[int]]:
-    """`greedy(prompt, λ)` returns what the merged checkpoint answers by plain `transformers`."""
+    """Answers by plain `transformers` on the merged checkpoint: `greedy(prompt, λ)`."""
 
     @cache
     def answer(prompt: tuple[int, ...] = COMMON, value: float = 0.5) -> list[int]:
@@ -100,7 +100,7 @@ def engine(make_engine: MakeEngine) -> Engine:
     return make_engine()
 
 
-# --- A request gets its own tokens, whatever else is going on -----------------------------------
+# --- Other requests do not change an answer -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_an_id_can_be_used_again_after_its_end(
     assert tokens_of(answer(engine, request())) == greedy()
 
 
-# --- Requests that are not taken ----------------------------------------------------------------
+# --- Rejected requests --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
 
 @pytest.mark.usefixtures("overflow")
 @pytest.mark.parametrize("steps", [1, 2, 3, None], ids=lambda steps: f"{steps} steps")
-def test_the_next_user_of_a_failed_requests_blocks_gets_the_right_tokens(
+def test_the_next_request_in_a_failed_requests_blocks_gets_the_right_tokens(
     steps: int | None, make_engine: MakeEngine, greedy: Callable[..., list[int]]
 ) -> None:
     """This holds too if it is aborted in its prefill, before its NaN is noticed."""
@@ -493,7 +493,7 @@ def test_a_failed_requests_prompt_is_computed_again(
 
 
 @pytest.mark.usefixtures("overflow")
-def test_a_failure_leaves_the_blocks_it_shares_as_they_are(
+def test_a_failure_does_not_change_shared_blocks(
     engine: Engine, greedy: Callable[..., list[int]]
 ) -> None:
     """They were once zeroed while another request was reading them."""
@@ -505,10 +505,10 @@ def test_a_failure_leaves_the_blocks_it_shares_as_they_are(
     assert tokens_of(first + events["good"]) == greedy(PROMPT)
 
 
-# --- What events and stats tell -----------------------------------------------------------------
+# --- Events and stats ---------------------------------------------------------------------------
 
 
-def test_reasoning_tokens_count_what_is_between_the_tags(
+def test_reasoning_tokens_are_those_between_the_tags(
     engine: Engine, greedy: Callable[..., list[int]]
 ) -> None:
     close = greedy()[5]

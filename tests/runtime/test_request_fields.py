@@ -1,9 +1,8 @@
-"""Every field of what the engine accepts has an effect: no field is silently ignored.
+"""Every field of a request to the engine has an effect: none is silently ignored.
 
-A request is answered twice, once with the field's default and once with another value, and the
-token events must differ. Before it, the same prompt was answered, so that some of it is cached;
-with it, another request waits for the only place in the batch. A new field without a case here
-fails.
+A request is answered twice, with the field's default and with another value, and the token events
+must differ. The same prompt is answered before, so that some of it is cached, and another request
+waits with it for the only place in the batch. A new field without a case here fails.
 """
 
 import itertools
@@ -35,8 +34,8 @@ class Case:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-def writes(token: int) -> dict[str, Any]:
-    """Sampling parameters of a model that writes this token only."""
+def write_only(token: int) -> dict[str, Any]:
+    """Returns sampling parameters with which the model writes only this token."""
     return {"logit_bias": ((token, 500.0),)}
 
 
@@ -61,13 +60,13 @@ OF_SAMPLING = {
 }
 OPENED = {"opened_by_prompt": True}
 OF_THINK = {
-    "open_id": Case(OTHER, {"sampling": writes(OPEN)}),
-    "close_id": Case(OTHER, OPENED | {"sampling": writes(CLOSE)}),
+    "open_id": Case(OTHER, {"sampling": write_only(OPEN)}),
+    "close_id": Case(OTHER, OPENED | {"sampling": write_only(CLOSE)}),
     "opened_by_prompt": Case(True),
     "cap": Case(2, OPENED),
     "closing": Case((WORD, CLOSE), OPENED | {"cap": 2}),
-    "soft_window": Case(3, OPENED | {"cap": 4, "sampling": writes(WORD)}),
-    "close_aliases": Case(frozenset({WORD}), OPENED | {"sampling": writes(WORD)}),
+    "soft_window": Case(3, OPENED | {"cap": 4, "sampling": write_only(WORD)}),
+    "close_aliases": Case(frozenset({WORD}), OPENED | {"sampling": write_only(WORD)}),
     "forbid_eos": Case(True, OPENED | {"sampling": {"eos_token_ids": ENDS}}),
 }
 CAPPED = ThinkPolicy(OPEN, CLOSE, opened_by_prompt=True, cap=2)
@@ -107,7 +106,7 @@ def engine(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(scope="module")
 def answer(engine: Engine) -> Answer:
-    """Answers a request; the default one, which many cases share, only once."""
+    """Returns a cached function of a request's events, as many cases share the default request."""
     return cache(partial(events_of, engine))
 
 
@@ -125,35 +124,35 @@ def with_thinking(sampling_params: dict[str, Any] | None = None, **policy: Any) 
     return request(think=think, sampling=sampling(**sampling_params or {}))
 
 
-def events_of(engine: Engine, one: EngineRequest) -> list[TokenEvent]:
-    """The events of a request and of its rival, in order and without times."""
+def events_of(engine: Engine, submitted: EngineRequest) -> list[TokenEvent]:
+    """Returns the events of a request and of its rival, in order and without times."""
     salt = str(next(SALTS))  # so that nothing is cached of the cases before
     first = replace(request(), request_id="first", cache_salt=salt)
     engine.generate([first])
     engine.submit(replace(first, request_id="rival"))
-    engine.submit(one if one.cache_salt else replace(one, cache_salt=salt))
+    engine.submit(submitted if submitted.cache_salt else replace(submitted, cache_salt=salt))
     events: list[TokenEvent] = []
     while not engine.idle:
         events += engine.step()
     return [event._replace(queue_seconds=0.0) for event in events]
 
 
-def names(kind: Any) -> list[str]:
+def field_names(kind: Any) -> list[str]:
     return [each.name for each in fields(kind)]
 
 
-def test_a_request_that_is_the_same_has_the_same_events(engine: Engine) -> None:
+def test_the_same_request_has_the_same_events(engine: Engine) -> None:
     assert events_of(engine, request()) == events_of(engine, request())
 
 
-@pytest.mark.parametrize("name", names(SamplingParams))
+@pytest.mark.parametrize("name", field_names(SamplingParams))
 def test_every_sampling_parameter_has_an_effect(answer: Answer, name: str) -> None:
     case = OF_SAMPLING[name]
     default, changed = sampling(**case.others), sampling(**case.others, **{name: case.value})
     assert answer(request(sampling=default)) != answer(request(sampling=changed))
 
 
-@pytest.mark.parametrize("name", names(ThinkPolicy))
+@pytest.mark.parametrize("name", field_names(ThinkPolicy))
 def test_every_field_of_a_think_policy_has_an_effect(answer: Answer, name: str) -> None:
     case = OF_THINK[name]
     policy = dict(case.others)
@@ -162,7 +161,7 @@ def test_every_field_of_a_think_policy_has_an_effect(answer: Answer, name: str) 
     assert answer(with_thinking(params, **policy)) != answer(changed)
 
 
-@pytest.mark.parametrize("name", names(EngineRequest))
+@pytest.mark.parametrize("name", field_names(EngineRequest))
 def test_every_field_of_an_engine_request_has_an_effect(answer: Answer, name: str) -> None:
     case = OF_REQUEST[name]
     default = request(**case.others)

@@ -1,4 +1,4 @@
-"""The engine process itself, over its pipe. `tests/contract` starts it by its command."""
+"""The engine process answers over its pipe, and ends with it. `tests/contract` runs its command."""
 
 import signal
 import sys
@@ -36,13 +36,13 @@ ENDLESS = 200  # tokens: the request is still running when the test comes to it
 
 
 def run(main: Callable[[], int], pipe: "Connection[Any, Any]") -> int:
-    """Runs `main` in the forked process as the command does."""
+    """Runs `main` with the arguments of the command."""
     sys.argv = ["worker", "--fd", str(pipe.fileno())]
     return main()
 
 
 class Worker:
-    """A worker process and this side's end of its pipe."""
+    """A worker process, and the test's end of its pipe."""
 
     def __init__(self, config: EngineConfig, errors: Path, main: Callable[[], int]) -> None:
         self.pipe, theirs = FORKSERVER.Pipe()
@@ -60,7 +60,7 @@ class Worker:
         self.pipe.send(Submit(EngineRequest(request_id, PROMPT, Dial(value), sampling)))
 
     def events_until_end(self, *request_ids: str) -> list[TokenEvent]:
-        """All events until each of these requests has had its terminal one."""
+        """Returns all events until each of these requests has ended."""
         events: list[TokenEvent] = []
         waiting = set(request_ids)
         while waiting:
@@ -83,8 +83,8 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
-    """`started(pair)`: a worker that is gone at the end whatever happens."""
+def start_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
+    """Starts a worker with `start_worker(pair)`, which is killed after the module's tests."""
     workers: list[Worker] = []
 
     def start(directories: Directories, main: Callable[[], int] = mi_runtime.worker.main) -> Worker:
@@ -102,32 +102,32 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def worker(started: Callable[..., Worker], qwen3_pair: Directories) -> Worker:
-    """One that is ready and stays so."""
-    one = started(qwen3_pair)
-    assert isinstance(one.receive(), Ready)
-    return one
+def worker(start_worker: Callable[..., Worker], qwen3_pair: Directories) -> Worker:
+    """Returns a worker that is ready, which the module's tests share."""
+    own_worker = start_worker(qwen3_pair)
+    assert isinstance(own_worker.receive(), Ready)
+    return own_worker
 
 
 def tokens(events: list[TokenEvent], request_id: str) -> list[int | None]:
     return [event.token_id for event in events if event.request_id == request_id]
 
 
-# --- A life, from its start to the end of the pipe ----------------------------------------------
+# --- Starting and ending ------------------------------------------------------------------------
 
 
-def test_a_worker_says_it_is_ready_and_ends_with_its_pipe(
-    started: Callable[..., Worker], qwen3_pair: Directories
+def test_a_worker_reports_that_it_is_ready_and_ends_with_its_pipe(
+    start_worker: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
-    one = started(qwen3_pair)
-    ready = one.receive()
+    own_worker = start_worker(qwen3_pair)
+    ready = own_worker.receive()
     assert isinstance(ready, Ready)
     assert (ready.info.model_type, ready.info.num_blocks) == ("qwen3", 64)
-    assert one.exit_code() == 0
-    assert "Traceback" not in one.errors
+    assert own_worker.exit_code() == 0
+    assert "Traceback" not in own_worker.errors
 
 
-def loads_for_ever() -> int:
+def run_with_endless_loading() -> int:
     def load(_config: EngineConfig) -> None:
         print("loading", file=sys.stderr, flush=True)
         time.sleep(600)
@@ -136,38 +136,42 @@ def loads_for_ever() -> int:
     return mi_runtime.worker.main()
 
 
-def test_a_worker_whose_pipe_ends_while_it_loads_ends_as_well(
-    started: Callable[..., Worker], qwen3_pair: Directories
+def test_a_loading_worker_ends_with_its_pipe(
+    start_worker: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
-    one = started(qwen3_pair, loads_for_ever)
-    assert one.exit_code() == 0
-    assert one.errors == "loading\n"
+    own_worker = start_worker(qwen3_pair, run_with_endless_loading)
+    deadline = time.monotonic() + SECONDS
+    while not own_worker.errors:
+        assert time.monotonic() < deadline, "the worker does not load"
+        time.sleep(0.01)
+    assert own_worker.exit_code() == 0
+    assert own_worker.errors == "loading\n"
 
 
 def test_closing_the_pipe_ends_a_worker_that_is_busy(
-    started: Callable[..., Worker], qwen3_pair: Directories
+    start_worker: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
-    one = started(qwen3_pair)
-    assert isinstance(one.receive(), Ready)
-    one.submit("r", max_tokens=ENDLESS)
-    assert isinstance(one.receive(), StepReport)
-    assert one.exit_code() == 0
-    assert "Traceback" not in one.errors
+    own_worker = start_worker(qwen3_pair)
+    assert isinstance(own_worker.receive(), Ready)
+    own_worker.submit("r", max_tokens=ENDLESS)
+    assert isinstance(own_worker.receive(), StepReport)
+    assert own_worker.exit_code() == 0
+    assert "Traceback" not in own_worker.errors
 
 
-def test_a_killed_worker_is_the_end_of_the_pipe(
-    started: Callable[..., Worker], qwen3_pair: Directories
+def test_the_pipe_of_a_killed_worker_ends(
+    start_worker: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
-    one = started(qwen3_pair)
-    assert isinstance(one.receive(), Ready)
-    one.submit("r", max_tokens=ENDLESS)
-    one.process.kill()
+    own_worker = start_worker(qwen3_pair)
+    assert isinstance(own_worker.receive(), Ready)
+    own_worker.submit("r", max_tokens=ENDLESS)
+    own_worker.process.kill()
     with pytest.raises((EOFError, ConnectionResetError)):
-        one.events_until_end("r")
-    assert one.wait() < 0
+        own_worker.events_until_end("r")
+    assert own_worker.wait() < 0
 
 
-def breaks() -> int:
+def run_with_a_broken_engine() -> int:
     def step(_engine: Engine) -> NoReturn:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -178,32 +182,32 @@ def breaks() -> int:
         time.sleep(600)
 
 
-def test_a_broken_engine_ends_its_process_at_once_even_where_tidying_up_would_hang(
-    started: Callable[..., Worker], qwen3_pair: Directories
+def test_a_worker_whose_engine_fails_exits_at_once_without_cleaning_up(
+    start_worker: Callable[..., Worker], qwen3_pair: Directories
 ) -> None:
-    """After an error that a GPU does not recover from, nothing that frees its memory returns."""
-    one = started(qwen3_pair, breaks)
-    assert isinstance(one.receive(), Ready)
-    one.submit("r")
-    assert one.wait() == 1
-    assert "an illegal memory access was encountered" in one.errors
+    """After a fatal CUDA error, every call that frees GPU memory hangs."""
+    own_worker = start_worker(qwen3_pair, run_with_a_broken_engine)
+    assert isinstance(own_worker.receive(), Ready)
+    own_worker.submit("r")
+    assert own_worker.wait() == 1
+    assert "an illegal memory access was encountered" in own_worker.errors
     with pytest.raises((EOFError, ConnectionResetError)):
-        one.receive()
+        own_worker.receive()
 
 
 def test_a_pair_that_cannot_be_served_is_reported_and_the_exit_code_is_2(
-    started: Callable[..., Worker], qwen3_pair: Directories, tmp_path: Path
+    start_worker: Callable[..., Worker], qwen3_pair: Directories, tmp_path: Path
 ) -> None:
-    one = started((qwen3_pair[0], tmp_path / "nothing"))
-    report = one.receive()
+    own_worker = start_worker((qwen3_pair[0], tmp_path / "nothing"))
+    report = own_worker.receive()
     assert isinstance(report, LoadFailed)
     assert "nothing: no such directory" in report.message
-    assert one.wait() == 2
-    assert "Traceback" not in one.errors
+    assert own_worker.wait() == 2
+    assert "Traceback" not in own_worker.errors
 
 
-def test_an_interrupt_from_the_terminal_is_left_to_the_other_process(worker: Worker) -> None:
-    """Ctrl-C goes to both processes; the requests that drain must still be answered."""
+def test_a_worker_ignores_sigint(worker: Worker) -> None:
+    """Ctrl-C interrupts both processes, and the engine must still answer what drains."""
     worker.submit("r", max_tokens=ENDLESS)
     worker.process.send_signal(signal.SIGINT)
     assert len(worker.events_until_end("r")) == ENDLESS
@@ -257,12 +261,12 @@ def test_a_rejection_carries_its_code(worker: Worker) -> None:
     assert (end.error.param, end.error.code) == ("prompt", "context_length_exceeded")
 
 
-def test_the_abort_of_an_unknown_request_says_nothing(worker: Worker) -> None:
+def test_the_abort_of_an_unknown_request_is_not_answered(worker: Worker) -> None:
     worker.pipe.send(Abort("unknown"))
     assert not worker.pipe.poll(0.2)
 
 
-def test_every_report_has_the_stats_of_its_moment(worker: Worker) -> None:
+def test_every_report_has_the_stats_after_its_step(worker: Worker) -> None:
     worker.submit("r", 0.4, max_tokens=3)
     reports = [worker.receive() for _ in range(3)]
     assert [report.stats.running for report in reports] == [1, 1, 0]

@@ -22,15 +22,23 @@ def chat(
 
 def answer_to(client: TestClient, content: str, **fields: Any) -> dict[str, Any]:
     """Returns the body of the 200 that a request gets."""
-    response = chat(client, content, **fields)
+    return body_in(chat(client, content, **fields))
+
+
+def stream_events(client: TestClient, content: str, **fields: Any) -> list[dict[str, Any]]:
+    """Returns the events of a request's stream, which ends with `[DONE]`."""
+    return events_in(chat(client, content, stream=True, **fields))
+
+
+def body_in(response: Any) -> dict[str, Any]:
+    """Returns the body of a 200."""
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
 
 
-def stream_events(client: TestClient, content: str, **fields: Any) -> list[dict[str, Any]]:
-    """Returns the events of a request's stream, which ends with `[DONE]`."""
-    response = chat(client, content, stream=True, **fields)
+def events_in(response: Any) -> list[dict[str, Any]]:
+    """Returns the events of a stream that ends with `[DONE]`."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, done, rest = response.text.split("\n\n")

@@ -19,7 +19,7 @@ def test_the_shapes_have_the_weights_of_the_models_they_are_named_for() -> None:
     assert active == pytest.approx(3.35e9, rel=1e-2)
 
 
-def test_kv_of_a_token_is_two_numbers_of_two_bytes_a_layer_head_and_dimension() -> None:
+def test_kv_of_a_token_has_a_key_and_a_value_of_two_bytes_a_dimension() -> None:
     assert DENSE.kv_bytes == 36 * 8 * 128 * 2 * 2
     assert EXPERTS.kv_bytes == 48 * 4 * 128 * 2 * 2
 
@@ -55,7 +55,7 @@ def test_kv_is_read_for_every_row_and_token() -> None:
         ("int4", True, 2, 1),
     ],
 )
-def test_ways_read_the_copies_that_they_are_told_to(
+def test_each_store_reads_the_expected_bytes_a_weight(
     store: str, one_lambda: bool, bytes_a_weight: float, products: int
 ) -> None:
     assert way_of(store, one_lambda) == Way(bytes_a_weight, products)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_an_answer_is_a_prefill_and_a_step_for_each_token_but_the_first() -> Non
     assert total == sum(steps, start=prefill_work(DENSE, SINGLE, 4, tokens=10))
 
 
-def test_the_bound_is_the_larger_of_two_times_and_says_which() -> None:
+def test_the_bound_is_the_larger_of_two_times_and_names_it() -> None:
     card = Card(bandwidth=100.0, rate=1000.0)
     assert card.bound(Work(50, 10)) == (0.5, "bytes")
     assert card.bound(Work(50, 800)) == (0.8, "operations")

@@ -84,7 +84,7 @@ def test_a_mixture_of_experts_has_the_same_rows(smoke: list[Row]) -> None:
     assert measured(experts) == {key for key in measured(smoke) if key[0] in stores}
 
 
-def test_each_kind_of_λ_goes_its_own_way(smoke: list[Row]) -> None:
+def test_each_kind_of_λ_is_computed_in_the_expected_way(smoke: list[Row]) -> None:
     ways = {"different": "pair", "one": "blended", "instruct": "endpoint", "thinking": "endpoint"}
     for row in smoke:
         if row["subject"] == "pair" and row["what"] == "decode":
@@ -103,7 +103,7 @@ def test_rows_run_with_asynchronous_scheduling_as_on_a_gpu(monkeypatch: pytest.M
 # --- The order ------------------------------------------------------------------------------------
 
 
-def test_the_first_row_of_each_subject_comes_before_all_others() -> None:
+def test_the_first_row_of_each_subject_runs_before_all_others() -> None:
     jobs = jobs_of(("card", "static", "pair"), FULL)
     started = [job.subject for job in jobs if job.case == START]
     assert started == ["card", "static", "pair", "static"]
@@ -114,14 +114,14 @@ def test_the_first_row_of_each_subject_comes_before_all_others() -> None:
     assert last == sorted(last), "the pair is measured completely while it is in memory"
 
 
-def test_a_subject_alone_starts_once() -> None:
+def test_a_single_subject_has_one_start_row() -> None:
     assert [job.case for job in jobs_of(["static"], FULL)].count(START) == 1
 
 
-# --- Contexts that are not computed ---------------------------------------------------------------
+# --- Pretended contexts and memory ----------------------------------------------------------------
 
 
-def test_a_pretended_context_is_found_and_its_sequences_decode_from_the_first_step_on() -> None:
+def test_a_pretended_context_is_a_prefix_cache_hit_and_needs_no_prefill() -> None:
     rows = EngineRows(TINY["4b"], "static", PLACE, SMALL)
     engine = rows.engine
     prompt, greedy = tuple(range(16, 65)), SamplingParams(temperature=0.0)
@@ -138,13 +138,13 @@ def test_a_pretended_context_is_found_and_its_sequences_decode_from_the_first_st
     assert not tables[0] & tables[1], "sequences share what attention reads"
 
 
-def test_a_row_that_does_not_fit_in_memory_says_so() -> None:
+def test_a_row_that_does_not_fit_in_memory_is_skipped_with_the_reason() -> None:
     rows = EngineRows(TINY["4b"], "static", PLACE, SMALL)
     with pytest.raises(Skipped, match="does not fit"):
         rows.measure(Case("decode", "one", 64, 48))
 
 
-# --- What goes wrong ------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 
 def test_a_failing_row_is_reported_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_jobs_without_time_left_are_skipped() -> None:
         assert [row["skipped"] for row in rows] == ["out of time"] * len(jobs)
 
 
-def test_a_subject_is_gone_before_the_next_one_begins() -> None:
+def test_a_subject_is_freed_before_the_next_one_starts() -> None:
     subjects = Subjects(SMOKE)
     subjects.row(Job("pair"))
     assert isinstance(subjects._now, EngineRows)
@@ -194,10 +194,10 @@ def test_a_subject_is_gone_before_the_next_one_begins() -> None:
     assert model() is None
 
 
-def test_an_engine_on_a_gpu_without_recordings_or_kernels_is_an_error() -> None:
+def test_an_engine_on_a_gpu_without_cuda_graphs_or_kernels_is_an_error() -> None:
     good = {
         "attention": "triton (…)",
-        "graphs": "12 recorded, in 9 s",
+        "graphs": "12 captured, in 9 s",
         "pair_kernels": "up to 64 rows",
     }
     assert what_is_off(good, Run("4b")) == []
@@ -235,7 +235,7 @@ def process_ending_at(
     monkeypatch.setattr(supervisor, "COMMAND", (sys.executable, "-ISc", script))
 
 
-def test_after_a_process_dies_in_a_row_another_one_does_the_rest(
+def test_after_a_process_dies_another_one_runs_the_remaining_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process_ending_at(monkeypatch, "static", "prefill")
@@ -247,7 +247,7 @@ def test_after_a_process_dies_in_a_row_another_one_does_the_rest(
     assert found == [*expected[: died + 1], ("start", False), *expected[died + 1 :]]
 
 
-def test_a_subject_that_ends_its_process_at_start_does_not_cost_the_others_their_rows(
+def test_a_subject_that_kills_its_process_at_start_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process_ending_at(monkeypatch, "static", "start")
@@ -259,7 +259,7 @@ def test_a_subject_that_ends_its_process_at_start_does_not_cost_the_others_their
     assert all("skipped" in row for row in static if row["what"] != "start")
 
 
-def test_a_process_that_does_not_end_is_ended_at_the_deadline(
+def test_a_hanging_process_is_killed_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(supervisor, "GRACE", 0)
@@ -288,7 +288,7 @@ def test_a_process_does_not_outlive_the_bench_that_started_it() -> None:
     wait_until(lambda: is_gone(child))
 
 
-def test_the_command_prints_rows_and_keeps_them(
+def test_the_command_prints_rows_and_writes_them_to_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--smoke", "--only", "card", "--out", str(tmp_path)]) == 0
@@ -300,7 +300,7 @@ def test_the_command_prints_rows_and_keeps_them(
     assert kept["machine"]["torch"] == torch.__version__
 
 
-def test_an_error_sets_the_exit_code_and_the_other_rows_are_kept(
+def test_an_error_sets_the_exit_code_and_the_other_rows_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [Job("card").row(), Job("static").row(error="no"), Job("pair").row()]
@@ -310,20 +310,18 @@ def test_an_error_sets_the_exit_code_and_the_other_rows_are_kept(
     assert len(json.loads(path.read_text())["rows"]) == 3
 
 
-def test_a_run_that_measures_nothing_has_an_exit_code_too(tmp_path: Path) -> None:
+def test_a_run_that_measures_nothing_fails(tmp_path: Path) -> None:
     assert main(["--smoke", "--seconds", "0", "--out", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("subjects", ["pairs", "card,", ""])
-def test_subjects_that_are_not_there_are_refused(
-    subjects: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_subjects_are_refused(subjects: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--only", subjects])
     assert "choose from card, static, pair" in capsys.readouterr().err
 
 
-def test_an_error_of_several_lines_is_one_line_to_read() -> None:
+def test_an_error_of_several_lines_is_printed_in_one_line() -> None:
     line = line_of(Job("card").row(error="CUDA error: it is lost\nCompile with DSA"))
     assert line.endswith("error: CUDA error: it is lost Compile with DSA")
 
@@ -344,7 +342,7 @@ def test_the_file_is_complete_after_every_row(tmp_path: Path) -> None:
         assert len(json.loads(path.read_text())["rows"]) == count
 
 
-def test_rows_are_compared_with_the_card_as_measured_or_else_as_its_maker_says(
+def test_rows_are_compared_with_the_measured_card_or_else_its_data_sheet(
     smoke: list[Row], tmp_path: Path
 ) -> None:
     report = Report(SMOKE, SUBJECTS, tmp_path)
@@ -377,7 +375,7 @@ def test_ratios_take_the_rows_of_several_runs_and_say_whether_their_target_is_me
     }
 
 
-def test_compiled_rows_are_compared_among_themselves() -> None:
+def test_compiled_rows_are_compared_with_compiled_rows() -> None:
     rows = [decode("static", "one", 1.0), decode("pair", "one", 1.0)]
     compiled = [{**row, "compiled": True} for row in (decode("static", "one", 0.5), rows[1])]
     found = {ratio.name: ratio.value for ratio in ratios([*rows, *compiled])}
@@ -385,7 +383,7 @@ def test_compiled_rows_are_compared_among_themselves() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "met"), [(1.0, True), (1.2, False)])
-def test_a_first_token_shall_come_late_by_little(seconds: float, met: bool) -> None:
+def test_first_token_ratio_target(seconds: float, met: bool) -> None:
     case = Case("first token", "never seen", 1, FULL.prompts[0])
     row = Job("pair", case).row(
         model="4b",
@@ -398,5 +396,5 @@ def test_a_first_token_shall_come_late_by_little(seconds: float, met: bool) -> N
     assert (ratio.value, ratio.met) == (seconds, met)
 
 
-def test_ratios_of_rows_that_are_not_there_are_left_out() -> None:
+def test_ratios_of_missing_rows_are_left_out() -> None:
     assert ratios([]) == []

@@ -1,4 +1,4 @@
-"""The complete server is measured on a random pair: started by its command, used over HTTP."""
+"""The HTTP bench starts the server by its command on a random pair, and measures it over HTTP."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def smoke(record: Any) -> Rows:
-    """The rows by what they measured and their λ."""
+    """Returns the rows by what they measured and their λ."""
     return {(row["what"], row["lambdas"]): row for row in record["rows"]}
 
 
@@ -48,14 +48,14 @@ def test_a_smoke_run_serves_and_measures_everything(smoke: Rows) -> None:
     assert smoke["HTTP", "different"]["facts"]["ways"]["pair"] > 0
 
 
-def test_the_ratio_that_is_aimed_at_is_of_rounds_in_turn(record: Any, smoke: Rows) -> None:
+def test_the_ratio_with_a_target_compares_rounds_that_alternate(record: Any, smoke: Rows) -> None:
     ratio = record["ratios"]["4b: 64 streams over HTTP at a hot λ / the engine alone"]
     served, alone = smoke["HTTP in turn", "one"], smoke["engine in turn", "one"]
     assert ratio["value"] == pytest.approx(alone["seconds"] / served["seconds"])
     assert ratio["aim"] == 0.95
 
 
-def test_the_server_and_the_engine_alone_say_the_same(smoke: Rows) -> None:
+def test_the_server_and_the_engine_alone_give_the_same_answers(smoke: Rows) -> None:
     for kind in ("different", "one"):
         facts = smoke["HTTP in turn", kind]["facts"]
         assert facts["same_answers"] == facts["answers"] == FEW.count
@@ -71,7 +71,7 @@ def test_every_token_of_a_stream_is_an_event_of_its_own(smoke: Rows) -> None:
 
 
 @pytest.mark.parametrize("shape", TINY.values(), ids=TINY)
-def test_a_written_pair_passes_the_checks_and_holds_the_bits_it_was_made_of(
+def test_a_written_pair_passes_the_pair_check_and_has_the_models_weights(
     shape: Any, tmp_path: Path
 ) -> None:
     written = write_pair(shape, Place(torch.device("cpu"), torch.bfloat16, 64), tmp_path)
@@ -85,7 +85,7 @@ def test_a_written_pair_passes_the_checks_and_holds_the_bits_it_was_made_of(
         assert all(torch.equal(tensor, own[name]) for name, tensor in stored.items())
 
 
-def test_each_made_up_token_is_text_of_its_own_and_is_found_again() -> None:
+def test_each_made_up_token_has_unique_text_that_encodes_back() -> None:
     size = SHAPES["4b"].vocabulary
     tokenizer = Tokenizer.from_str(json.dumps(made_up_tokenizer(size)))
     assert tokenizer.get_vocab_size() == size
@@ -97,7 +97,7 @@ def test_each_made_up_token_is_text_of_its_own_and_is_found_again() -> None:
     assert tokenizer.encode(tokenizer.decode(some)).ids == some
 
 
-def test_other_text_is_encoded_as_the_embedded_pair_does() -> None:
+def test_other_text_is_encoded_as_by_the_embedded_pairs_tokenizer() -> None:
     text = "<|im_start|>user\na=3,b=a+5. What is the sum?<|im_end|>\n<think>"
     ours = Tokenizer.from_str(json.dumps(made_up_tokenizer(512)))
     assert ours.encode(text).tokens == build_tokenizer().encode(text).tokens
@@ -119,14 +119,14 @@ def info_of(**choices: str) -> EngineInfo:
 @pytest.mark.parametrize(
     ("graphs", "kernels", "off_there"),
     [
-        ("24 recorded, in 9 s", "up to 64 rows", 0),
+        ("24 captured, in 9 s", "up to 64 rows", 0),
         ("none", "up to 64 rows", 1),
-        ("24 recorded, in 9 s", "off: they failed (no)", 1),
+        ("24 captured, in 9 s", "off: they failed (no)", 1),
         ("none", "", 2),
-        ("24 recorded, in 9 s", "up to 0 rows", 1),
+        ("24 captured, in 9 s", "up to 0 rows", 1),
     ],
 )
-def test_graphs_and_kernels_that_are_off_are_read_from_the_servers_line_and_fail_on_a_gpu(
+def test_graphs_and_kernels_that_the_ready_line_reports_off_are_errors_on_a_gpu(
     graphs: str, kernels: str, off_there: int
 ) -> None:
     info = info_of(attention="triton (8 decode steps)", graphs=graphs, pair_kernels=kernels)
@@ -139,7 +139,7 @@ def test_graphs_and_kernels_that_are_off_are_read_from_the_servers_line_and_fail
     assert off(engine, ServedRun("4b"), "cpu") == {}
 
 
-# --- What goes wrong ------------------------------------------------------------------------------
+# --- Errors and streams ---------------------------------------------------------------------------
 
 
 def test_a_server_that_does_not_start_is_a_row_and_leaves_no_file(
@@ -159,12 +159,12 @@ def test_a_pair_without_room_for_its_files_is_skipped(monkeypatch: pytest.Monkey
 
 
 def test_a_stream_that_ends_early_is_an_error_that_shows_its_end() -> None:
-    told_error = b'data: {"error":{"message":"The engine process ended"}}\n\n'
+    error = b'data: {"error":{"message":"The engine process ended"}}\n\n'
     with pytest.raises(ServerFailed, match="The engine process ended"):
-        Streamed(StreamRequest("x", 0.5, seed=1), 0.0, ((1.0, told_error),)).check()
+        Streamed(StreamRequest("x", 0.5, seed=1), 0.0, ((1.0, error),)).check()
 
 
-def test_the_steady_rate_is_taken_while_all_streams_run() -> None:
+def test_the_steady_rate_is_measured_while_all_streams_run() -> None:
     event = b'data: {"choices":[{"index":0,"delta":{"content":" aaaa"}}]}\n\n'
     streams = [
         Streamed(StreamRequest("x", 0.5, seed), 0.0, tuple((float(at), event) for at in moments))
@@ -173,7 +173,7 @@ def test_the_steady_rate_is_taken_while_all_streams_run() -> None:
     assert steady(streams) == 2  # the second's first token is at 3, the first's last at 4
 
 
-def test_an_event_that_is_read_in_two_pieces_has_come_with_the_second() -> None:
+def test_an_event_read_in_two_pieces_has_the_time_of_the_second() -> None:
     event = b'data: {"choices":[{"index":0,"delta":{"content":" aaaa"}}]}\n\n'
     pieces = ((1.0, event + event[:40]), (2.0, event[40:] + event))
     streamed = Streamed(StreamRequest("x", 0.5, seed=1), 0.0, pieces)

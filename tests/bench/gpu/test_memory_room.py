@@ -20,7 +20,7 @@ def test_every_row_of_the_dense_model_fits_on_either_card(store: Store, card: fl
 
 @pytest.mark.parametrize(("shape", "card"), [(DENSE, H100), (DENSE, H200), (EXPERTS, H200)])
 @pytest.mark.parametrize("store", STORES)
-def test_no_more_memory_is_divided_than_there_is(shape: Shape, card: float, store: Store) -> None:
+def test_planned_memory_fits_on_the_card(shape: Shape, card: float, store: Store) -> None:
     room = room_for(shape, store, FULL, card)
     copies = {"static": 1, "pair": 2, "int8": 1.5, "int4": 1.25}[store] + room.places
     assert copies * 2 * shape.weights + room.tokens * shape.kv_bytes <= card - RESERVE
@@ -34,8 +34,8 @@ def test_a_pair_of_the_larger_model_needs_the_larger_card() -> None:
     assert room_for(EXPERTS, "pair", FULL, H200).places == 0
 
 
-def test_the_bytes_asked_for_hold_the_places_and_not_one_more() -> None:
+def test_blend_bytes_hold_exactly_the_planned_places() -> None:
     room, copy = room_for(DENSE, "pair", FULL, H100), 2 * DENSE.weights
     assert room.blend_bytes is not None
-    for recordings in (0.0, 2e9):
-        assert room.blend_bytes // (copy + recordings) == room.places
+    for graphs in (0.0, 2e9):
+        assert room.blend_bytes // (copy + graphs) == room.places

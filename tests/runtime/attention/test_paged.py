@@ -1,4 +1,4 @@
-"""Paged attention agrees with its slow twin, which sees complete sequences and has no cache."""
+"""Paged attention agrees with its reference, which sees complete sequences and has no cache."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from tests.runtime.paged import (
     attention,
     attention_plan,
     by_paged_attention,
-    by_slow_twin,
+    by_reference,
     poison,
     rows_of,
     sequences,
@@ -43,19 +43,19 @@ workloads = st.builds(
 
 
 @given(work=workloads)
-def test_paged_attention_agrees_with_its_slow_twin(work: Workload) -> None:
+def test_paged_attention_agrees_with_its_reference(work: Workload) -> None:
     out = by_paged_attention(work, attention(work), sequences(work, shuffled_blocks(work.seed)))
-    torch.testing.assert_close(out, by_slow_twin(work), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out, by_reference(work), atol=2e-6, rtol=1e-5)
 
 
 @given(work=workloads)
 @settings(max_examples=settings.default.max_examples // 2)
-def test_the_old_content_of_a_block_never_reaches_its_next_user(work: Workload) -> None:
+def test_stale_kv_of_a_block_never_reaches_its_next_sequence(work: Workload) -> None:
     """A sequence that ends during its prefill leaves its keys and values in its blocks."""
     over = attention(work)
     poison(over, work)
     out = by_paged_attention(work, over, sequences(work, shuffled_blocks(work.seed)))
-    torch.testing.assert_close(out, by_slow_twin(work), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out, by_reference(work), atol=2e-6, rtol=1e-5)
 
 
 def test_every_layer_has_its_own_keys_and_values() -> None:
@@ -63,7 +63,7 @@ def test_every_layer_has_its_own_keys_and_values() -> None:
     over, blocks = attention(work), shuffled_blocks(0)
     for layer in range(LAYERS):
         out = by_paged_attention(work, over, sequences(work, list(blocks)), layer)
-        torch.testing.assert_close(out, by_slow_twin(work), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(out, by_reference(work), atol=2e-6, rtol=1e-5)
 
 
 def test_a_shared_prefix_is_read_and_not_written() -> None:
@@ -80,16 +80,16 @@ def test_a_shared_prefix_is_read_and_not_written() -> None:
         out = over.attend(
             0, query[rows], key[rows], value[rows], scale=0.3, window=None, sinks=None
         )
-    twin = PackedAttention(work.lengths)
-    expected = twin.attend(0, query, key, value, scale=0.3, window=None, sinks=None)
+    reference = PackedAttention(work.lengths)
+    expected = reference.attend(0, query, key, value, scale=0.3, window=None, sinks=None)
     torch.testing.assert_close(out, expected[16:], atol=2e-6, rtol=1e-5)
 
 
-def test_the_slow_twin_agrees_with_the_formula_of_attention() -> None:
+def test_the_reference_agrees_with_the_formula_of_attention() -> None:
     work = Workload(lengths=(6,), kv_heads=1, group=2, window=3, sinks="shared")
     query, key, value, sinks = work.tensors()
     assert sinks is not None
-    out = by_slow_twin(work)
+    out = by_reference(work)
     for row in range(6):
         for head in range(2):
             seen = slice(max(0, row - 2), row + 1)
@@ -105,24 +105,26 @@ class Layer(nn.Module):
 @pytest.mark.parametrize("argument", ["softcap", "head_mask", "position_bias"])
 def test_an_argument_that_would_change_the_result_is_refused_by_name(argument: str) -> None:
     x = torch.zeros(1, 2, 3, KEY_DIM)
-    twin = PackedAttention((3,))
+    reference = PackedAttention((3,))
     with pytest.raises(UnsupportedModel, match=argument):
         attention_forward(
-            Layer(), x, x, x, None, attention_context=twin, scaling=1.0, **{argument: 30.0}
+            Layer(), x, x, x, None, attention_context=reference, scaling=1.0, **{argument: 30.0}
         )
 
 
 def test_a_mask_of_the_models_own_is_refused() -> None:
     x = torch.zeros(1, 2, 3, KEY_DIM)
-    twin = PackedAttention((3,))
+    reference = PackedAttention((3,))
     with pytest.raises(UnsupportedModel, match="mask"):
-        attention_forward(Layer(), x, x, x, torch.ones(3, 3), attention_context=twin, scaling=1.0)
+        attention_forward(
+            Layer(), x, x, x, torch.ones(3, 3), attention_context=reference, scaling=1.0
+        )
 
 
-def test_the_slow_twin_records_the_shape_of_every_layer() -> None:
-    work, twin = Workload(lengths=(3,), sinks="shared"), PackedAttention((3,))
+def test_the_reference_records_the_shape_of_every_layer() -> None:
+    work, reference = Workload(lengths=(3,), sinks="shared"), PackedAttention((3,))
     query, key, value, sinks = work.tensors()
-    twin.attend(4, query, key, value, scale=1.0, window=None, sinks=None)
-    twin.attend(5, query, key, value, scale=1.0, window=7, sinks=sinks)
+    reference.attend(4, query, key, value, scale=1.0, window=None, sinks=None)
+    reference.attend(5, query, key, value, scale=1.0, window=7, sinks=sinks)
     plain = LayerShape(kv_heads=2, key_dim=KEY_DIM, value_dim=VALUE_DIM, heads=4)
-    assert twin.shapes == {4: plain, 5: replace(plain, window=7, sinks=True)}
+    assert reference.shapes == {4: plain, 5: replace(plain, window=7, sinks=True)}

@@ -154,7 +154,7 @@ def test_a_backend_that_needs_a_gpu_is_refused_without_one(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(selector, "triton_installed", lambda: True)
-    with pytest.raises(PairError, match=f"--attention-backend {wanted}: it needs a CUDA device"):
+    with pytest.raises(PairError, match=f"--attention-backend {wanted}: it requires a CUDA device"):
         choose_attention(wanted, [LAYER], torch.float32, CPU, 16)
 
 

@@ -1,5 +1,4 @@
-"""Loading holds two copies of a model, and hardly more, in whatever number format it computes; a
-difference that is kept small takes the memory it says, and its loading no more on top."""
+"""Loading a pair holds little more than two copies of a model, or one copy and a rounded delta."""
 
 import json
 import os
@@ -16,7 +15,7 @@ from mi_runtime.model.pair_check import check_pair
 from tests.forked import ForkedProcess
 from tests.runtime.conftest import PairOf
 
-MIDSIZE = {  # 110 MB an endpoint in bf16: large beside what a process holds anyway
+MIDSIZE = {  # 110 MB an endpoint in bf16: large compared with the rest of the process
     "hidden_size": 768,
     "intermediate_size": 2304,
     "num_hidden_layers": 8,
@@ -35,9 +34,9 @@ WAYS: dict[str, tuple[Dtype, DeltaDtype]] = {
 
 
 def load_each_way(small: Directories, directories: Directories) -> int:
-    """Prints what loading takes, for each way in a process of its own.
+    """Prints the bytes that loading takes, for each way in its own process.
 
-    These are forked when all code is there, and has run: code is no copy of a model.
+    These are forked after every way has loaded a small pair, so that code does not count.
     """
     for settings in WAYS.values():
         load_pair(check_pair(*small), "cpu", *settings)
@@ -54,7 +53,7 @@ def load_each_way(small: Directories, directories: Directories) -> int:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Bytes in a process that has loaded a pair."""
+    """Bytes of a process that has loaded a pair."""
 
     peak: int  # held at once while it loaded
     stated: int  # what the model says it has
@@ -70,7 +69,7 @@ def directories(pair_of: PairOf) -> Directories:
 def loaded(
     qwen3_pair: Directories, directories: Directories, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Loaded]:
-    """By its way."""
+    """Returns the bytes of each way, each measured in its own process."""
     log = tmp_path_factory.mktemp("loaded") / "log"
     process = ForkedProcess(load_each_way, qwen3_pair, directories, log=log)
     assert process.wait() == 0, log.read_text()
@@ -79,21 +78,19 @@ def loaded(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_never_holds_more_than_two_copies_and_a_fifth(
-    dtype: str, loaded: dict[str, Loaded]
-) -> None:
+def test_loading_never_holds_more_than_2_2_copies(dtype: str, loaded: dict[str, Loaded]) -> None:
     one = loaded[dtype]
     assert 1.7 < one.peak / (one.stated / 2) < 2.2
 
 
 @pytest.mark.parametrize(("delta_dtype", "copies"), [("int8", 1.5), ("int4", 1.27)])
-def test_a_small_difference_takes_the_memory_it_says_and_loading_hardly_more(
+def test_a_rounded_delta_takes_the_stated_memory_and_loading_little_more(
     delta_dtype: DeltaDtype,
     copies: float,
     loaded: dict[str, Loaded],
     directories: Directories,
 ) -> None:
-    """Thinking itself is mapped from its file, whose pages are the kernel's; no copy is made."""
+    """Thinking's weights are mapped from their file, so that they are no copy of the process."""
     copy = (directories[0] / "model.safetensors").stat().st_size
     one = loaded[delta_dtype]
     assert one.stated / copy == pytest.approx(copies, abs=0.01)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mi_runtime.device.transfer import Readback, on_device, send
-from mi_runtime.execution import topk_topp
+from mi_runtime.execution import random_sampling
 from mi_runtime.execution.batch import build_batch
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.model.blend_cache import BlendCache
@@ -125,7 +125,7 @@ def sequences_of_every_kind() -> list[Sequence]:
 def test_sampling_does_not_wait_and_returns_its_results_in_one_copy(
     dtype: torch.dtype, copies_made: CopyTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topk_topp, "GROUP", VOCAB // 3)  # as in a large vocabulary
+    monkeypatch.setattr(random_sampling, "GROUP", VOCAB // 3)  # as in a large vocabulary
     sequences = sequences_of_every_kind()
     assert sequences[6].forced_token == CLOSE
     logits = torch.randn(len(sequences), VOCAB, dtype=dtype, device=DEVICE)
@@ -161,7 +161,7 @@ def test_a_batch_and_its_rows_are_sent_in_one_copy_without_waiting(copies_made: 
     assert copies_made.fetched == 0
 
 
-def test_the_trace_fails_for_everything_that_waits(copies_made: CopyTrace) -> None:
+def test_the_copy_trace_detects_every_host_sync(copies_made: CopyTrace) -> None:
     logits = torch.randn(3, VOCAB, device=DEVICE)
     for waits in (
         lambda: logits.isfinite().all().item(),
@@ -189,7 +189,7 @@ def test_on_a_cpu_a_tensor_is_not_copied() -> None:
     assert send(tensor, CPU) is tensor
 
 
-def test_a_readback_returns_the_tensors_as_they_were() -> None:
+def test_a_readback_returns_the_same_values() -> None:
     tensors = [
         torch.tensor([[1.5, -2.25], [0.0, torch.nan]]),
         torch.tensor([3, -1, 2**31 - 1], dtype=torch.int32),

@@ -168,7 +168,7 @@ def test_a_mixed_workload_gets_the_same_tokens_as_step_by_step(
 @pytest.mark.parametrize(
     "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))]
 )
-def test_an_aborted_request_has_the_beginning_of_its_answer_and_the_others_all(
+def test_an_aborted_request_gets_a_prefix_of_its_answer_and_the_others_all_of_theirs(
     seed: int, build: Build
 ) -> None:
     coming = requests(seed + 100)

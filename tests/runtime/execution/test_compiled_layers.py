@@ -56,7 +56,7 @@ def graphs_of(engine: Engine, forward: Forward, blocks: int = 20) -> DecodeGraph
 
 
 def run(graphs: DecodeGraphs, keys: Sequence[GraphKey]) -> list[Tensor]:
-    graphs.record(keys)
+    graphs.capture(keys)
     with torch.inference_mode():
         return [graphs._replays[key]().clone() for key in keys]
 
@@ -117,7 +117,7 @@ def test_compiled_layers_compute_what_the_model_computes(
 
 
 @pytest.mark.usefixtures("_no_kernels")
-def test_every_model_may_compile_as_many_layers(
+def test_each_model_has_its_own_compile_limit(
     pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mi_runtime.execution.compiled_layers.MAX_COMPILED", 1)

@@ -20,7 +20,7 @@ from mi_runtime.model.blended_model import BlendedModel
 from mi_runtime.model.row_lambdas import Way
 from mi_runtime.scheduling.planner import CostCurve, CostModel
 from tests.runtime.conftest import MakeEngine, PairOf
-from tests.runtime.execution.test_decode_graphs import record
+from tests.runtime.execution.test_decode_graphs import capture
 from tests.runtime.shared_models import shared_model
 
 ROWS = (1, 8, 64)
@@ -103,16 +103,16 @@ def test_slower_kernels_are_used_for_experts_only(
     assert (model.kernels.rows, model.kernels.experts) == (0, True)
 
 
-def test_a_replay_is_timed_if_decodes_are_recorded(
+def test_a_replay_is_timed_if_decodes_are_captured(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its fixed cost is its time less that of the products of as many rows."""
     engine = make_engine()
-    graphs, model = record(engine), engine._runner._model
+    graphs, model = capture(engine), engine._runner._model
     key, _ = graphs.smallest
     assert key == GraphKey(min(one.rows for one in graphs.keys), Way.ENDPOINT)
-    single, pair = CostCurve((1, 3), (2.0, 4.0)), CostCurve((1, 3), (7.0, 9.0))
-    costs = CostModel(20.0, 20.0, single, pair, build=1.0)
+    blended, pair = CostCurve((1, 3), (2.0, 4.0)), CostCurve((1, 3), (7.0, 9.0))
+    costs = CostModel(20.0, 20.0, blended, pair, build=1.0)
     timed: list[torch.Tensor] = []
 
     def ten_seconds(_model: BlendedModel, work: Callable[[], torch.Tensor]) -> float:

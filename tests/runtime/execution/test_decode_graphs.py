@@ -1,4 +1,4 @@
-"""A step of decodes takes the right recording, and its replay computes what the forward computes.
+"""A step of decodes takes the right graph, and its replay computes what the forward computes.
 
 Here a replay runs the forward again over the same buffers, which a CUDA graph does in one launch.
 """
@@ -29,7 +29,7 @@ E, B, P = Way.ENDPOINT, Way.BLENDED, Way.PAIR
 
 
 class RunAgain:
-    """Records a forward as a function that runs it again, and counts the replays."""
+    """Captures a forward as a function that runs it again, and counts the replays."""
 
     def __init__(self) -> None:
         self.replays = 0
@@ -43,19 +43,19 @@ class RunAgain:
 
 
 def replays(graphs: DecodeGraphs) -> int:
-    assert isinstance(graphs._record, RunAgain)
-    return graphs._record.replays
+    assert isinstance(graphs._capture, RunAgain)
+    return graphs._capture.replays
 
 
-def record(
+def capture(
     engine: Engine, places: int = 2, sizes: tuple[int, ...] = (2, 4, 8), **settings: Any
 ) -> DecodeGraphs:
-    """Records the engine's decodes, which it then replays."""
+    """Captures the engine's decodes, which it then replays."""
     runner, engine._groups.cache = engine._runner, BlendCache(places)
     runner.graphs = DecodeGraphs(
         runner._model, runner.attention, RunAgain(), sizes=sizes, max_blocks=16, **settings
     )
-    runner.graphs.record()
+    runner.graphs.capture()
     return runner.graphs
 
 
@@ -69,7 +69,7 @@ def subject(request: pytest.FixtureRequest, pair_of: PairOf) -> Subject:
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_greedy_tokens_are_those_of_the_merged_checkpoints(subject: Subject, seed: int) -> None:
-    graphs = record(subject.engine)
+    graphs = capture(subject.engine)
     subject.engine._runner.planner = RandomPlanner(seed)  # type: ignore[assignment]
     subject.check_answers()
     assert replays(graphs) > 5
@@ -80,7 +80,7 @@ def test_greedy_tokens_are_replayed_correctly_under_every_policy(
     pair_of: PairOf, policy: str
 ) -> None:
     subject = make_subject(pair_of("qwen3"), blend_policy=policy)
-    graphs = record(subject.engine)
+    graphs = capture(subject.engine)
     subject.check_answers()
     subject.check_answers()
     assert replays(graphs)
@@ -88,7 +88,7 @@ def test_greedy_tokens_are_replayed_correctly_under_every_policy(
 
 def test_every_way_is_replayed_and_counted(subject: Subject) -> None:
     engine, taken = subject.engine, []
-    graphs = record(engine)
+    graphs = capture(engine)
     engine._runner.planner = ByDial()  # type: ignore[assignment]
     choose = graphs.key_for
     graphs.key_for = lambda sub_batch: taken.append(choose(sub_batch)) or taken[-1]  # type: ignore[method-assign,func-returns-value]
@@ -135,7 +135,7 @@ def answers(engine: Engine, dials: tuple[Dial, ...] = MIXED) -> dict[str, list[i
 def test_dials_with_a_λ_for_each_group_are_replayed_too(pair_of: PairOf) -> None:
     engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
     expected = answers(engine)
-    graphs = record(engine)
+    graphs = capture(engine)
     assert answers(engine) == expected
     assert replays(graphs)
     assert answers(engine, MIXED[:1]) == {"0": expected["0"]}
@@ -144,7 +144,7 @@ def test_dials_with_a_λ_for_each_group_are_replayed_too(pair_of: PairOf) -> Non
 def test_padding_rows_write_to_the_null_block_only(pair_of: PairOf) -> None:
     """After a larger step, a smaller one writes its own slot in each layer, and the null block."""
     engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
-    graphs = record(engine)
+    graphs = capture(engine)
     answers(engine)
     attention, model = engine._runner.attention, engine._runner._model
     before = [keys.clone() for keys in attention._keys]
@@ -162,14 +162,14 @@ def test_padding_rows_write_to_the_null_block_only(pair_of: PairOf) -> None:
     assert len(changed) == len(model.layers)
 
 
-# --- Which recording a step takes -----------------------------------------------------------------
+# --- Which graph a step takes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("rows", "sizes"),
     [(1, (2,)), (2, (2,)), (3, (2, 3)), (256, SIZES[:12]), (512, SIZES), (9999, SIZES)],
 )
-def test_there_are_recordings_for_every_number_of_rows(rows: int, sizes: tuple[int, ...]) -> None:
+def test_there_are_graphs_for_every_number_of_rows(rows: int, sizes: tuple[int, ...]) -> None:
     assert sizes_for(rows) == sizes
 
 
@@ -190,25 +190,25 @@ def test_configured_sizes_are_cut_to_the_rows_that_a_step_may_have(
     assert sizes_for(rows, wanted) == sizes
 
 
-def test_a_step_larger_than_any_recording_is_not_replayed(pair_of: PairOf) -> None:
-    """Three rows fit a recording, so that steps of four run without one."""
+def test_a_step_larger_than_any_graph_is_not_replayed(pair_of: PairOf) -> None:
+    """Three rows fit a graph, so that steps of four run without one."""
     engine = make_subject(pair_of("qwen3"), prefix_caching=False).engine
     expected = answers(engine)
-    graphs, taken = record(engine, sizes=(3,)), set()
+    graphs, taken = capture(engine, sizes=(3,)), set()
     choose = graphs.key_for
 
-    def recording_of(sub_batch: SubBatch) -> GraphKey | None:
+    def graph_of(sub_batch: SubBatch) -> GraphKey | None:
         taken.add(choose(sub_batch))
         return choose(sub_batch)
 
-    graphs.key_for = recording_of  # type: ignore[method-assign]
+    graphs.key_for = graph_of  # type: ignore[method-assign]
     assert answers(engine) == expected
     assert answers(engine, MIXED[:3]) == {name: expected[name] for name in "012"}
     assert taken == {None, GraphKey(3, P)}
 
 
-def test_the_λ_of_recorded_rows_are_aligned_to_16_bytes(pair_of: PairOf) -> None:
-    graphs = record(make_subject(pair_of("qwen3")).engine, sizes=(2, 5))
+def test_the_λ_of_captured_rows_are_aligned_to_16_bytes(pair_of: PairOf) -> None:
+    graphs = capture(make_subject(pair_of("qwen3")).engine, sizes=(2, 5))
     held = [rows.lambdas for key in graphs.keys for rows in graphs._rows[key].values()]
     of_endpoints = graphs._shared.data_ptr()
     addresses = {one.data_ptr() for one in held} - {of_endpoints, of_endpoints + 4}  # never read
@@ -218,7 +218,7 @@ def test_the_λ_of_recorded_rows_are_aligned_to_16_bytes(pair_of: PairOf) -> Non
 
 @pytest.fixture
 def graphs(pair_of: PairOf) -> DecodeGraphs:
-    return record(make_subject(pair_of("qwen3")).engine)
+    return capture(make_subject(pair_of("qwen3")).engine)
 
 
 def decode(dial: Dial, known: int = 5, computed: int = 4, **sampling: Any) -> Chunk:
@@ -240,7 +240,7 @@ def decode(dial: Dial, known: int = 5, computed: int = 4, **sampling: Any) -> Ch
         ([Dial(0.5)] * 9, None),
     ],
 )
-def test_a_step_takes_the_smallest_recording_of_its_way_that_fits(
+def test_a_step_takes_the_smallest_graph_of_its_way_that_fits(
     graphs: DecodeGraphs, dials: list[Dial], key: GraphKey | None
 ) -> None:
     assert graphs.key_for(SubBatch([decode(dial) for dial in dials], blended=False)) == key
@@ -258,7 +258,7 @@ def test_prefills_and_scored_rows_are_not_replayed(graphs: DecodeGraphs, chunk: 
     assert graphs.key_for(SubBatch([chunk], blended=False)) is None
 
 
-def test_blended_weights_are_replayed_if_all_of_them_lie_in_one_place(
+def test_blended_decodes_are_replayed_if_all_their_blends_have_one_place(
     graphs: DecodeGraphs,
 ) -> None:
     groups: BlendGroups = graphs._groups
@@ -275,16 +275,16 @@ def test_blended_weights_are_replayed_if_all_of_them_lie_in_one_place(
     assert graphs.key_for(low) is None
 
 
-def test_recording_leaves_the_blend_cache_empty_but_keeps_its_memory(pair_of: PairOf) -> None:
+def test_capturing_leaves_the_blend_cache_empty_but_keeps_its_memory(pair_of: PairOf) -> None:
     engine = make_subject(pair_of("qwen3")).engine
-    record(engine)
+    capture(engine)
     cache = engine._groups.cache
     assert (cache.builds, cache.hits, cache.evictions) == (0, 0, 0)
     assert cache.missing([(name, 0.25) for name in engine._groups.names]) == 6 + 2
     assert cache.nbytes > 0
 
 
-def test_recorded_attention_covers_the_longest_sequence(
+def test_captured_attention_covers_the_longest_sequence(
     graphs: DecodeGraphs,
 ) -> None:
     plan, attention = graphs._plan(4), graphs._attention

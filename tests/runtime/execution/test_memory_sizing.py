@@ -1,4 +1,4 @@
-"""A GPU's memory is divided among caches, recordings and steps, or an error says what is missing.
+"""A GPU's memory is divided among caches, CUDA graphs and steps, or an error says what is missing.
 
 The bytes are those of a device that does not exist; the largest steps run on the CPU.
 """
@@ -29,10 +29,10 @@ RESERVED = ReservedMemory(
     total=80 * GIB,
     used=17 * GIB,
     workspace=2 * GIB,
-    first_recording=1 * GIB,
-    next_recording=16 * 2**20,
-    recordings=36,
-    recordings_per_place=12,
+    first_graph=1 * GIB,
+    next_graph=16 * 2**20,
+    num_graphs=36,
+    graphs_per_place=12,
 )
 BLEND = 7 * GIB  # bytes of one λ's blended weights
 
@@ -53,9 +53,9 @@ def qwen3_4b(patch: pytest.MonkeyPatch) -> BlendedModel:
 def bytes_used(
     config: EngineConfig, model: BlendedModel, reserved: ReservedMemory, sizes: CacheSizes
 ) -> int:
-    places = sizes.places * (BLEND + reserved.graphs_per_place)
+    places = sizes.places * (BLEND + reserved.graph_bytes_per_place)
     kv = sizes.num_blocks * memory_sizing.block_bytes(config, model)
-    return reserved.used + reserved.workspace + reserved.graphs + places + kv
+    return reserved.used + reserved.workspace + reserved.graph_bytes + places + kv
 
 
 def test_blended_weights_get_a_quarter_of_the_free_memory_and_kv_the_rest(
@@ -93,9 +93,9 @@ def test_blended_weights_get_no_memory_if_they_cannot_be_used(
         )
 
 
-def test_recordings_after_the_first_are_counted_as_large_as_the_second() -> None:
-    assert RESERVED.graphs == GIB + 35 * 16 * 2**20
-    assert RESERVED.graphs_per_place == 12 * 16 * 2**20
+def test_graphs_after_the_first_are_counted_as_large_as_the_second() -> None:
+    assert RESERVED.graph_bytes == GIB + 35 * 16 * 2**20
+    assert RESERVED.graph_bytes_per_place == 12 * 16 * 2**20
 
 
 def test_too_little_memory_is_an_error_with_numbers_and_flags_to_change(
@@ -126,7 +126,7 @@ def test_the_caches_never_exceed_the_allowed_memory(
             sizes = cuda_sizes(config, shape, reserved)
         except PairError:
             least = 2 * memory_sizing.block_bytes(config, shape)
-            assert used + workspace + reserved.graphs > RESERVED.total * utilization - least
+            assert used + workspace + reserved.graph_bytes > RESERVED.total * utilization - least
             return
         assert sizes.num_blocks >= 1
         assert bytes_used(config, shape, reserved, sizes) <= RESERVED.total * utilization
@@ -165,7 +165,7 @@ def test_no_more_prompt_positions_are_scored_than_a_step_may_have() -> None:
     assert len(scored.scored) + scored.samples == SCORED_ROWS
 
 
-# --- When it runs out all the same ----------------------------------------------------------------
+# --- A step that runs out of memory ---------------------------------------------------------------
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 

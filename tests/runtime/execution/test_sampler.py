@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mi_runtime.device.transfer import Readback
-from mi_runtime.execution import logits_processors, topk_topp
+from mi_runtime.execution import logits_processors, random_sampling
 from mi_runtime.execution.sampler import Sampler
 from mi_runtime.request import Dial, EngineRequest, SamplingParams, TokenLogprobs
 from mi_runtime.scheduling.chunk import Sampled
@@ -193,24 +193,24 @@ def test_searching_finds_the_same_top_p_threshold_as_sorting(
 def assert_found_as_sorted(probabilities: Tensor, top_p: Tensor, group: int) -> None:
     all_of_them = probabilities.shape[1]
     every = torch.full_like(top_p, all_of_them)
-    by_sorting = topk_topp._least_of_ranked(probabilities, every, top_p, all_of_them)
+    by_sorting = random_sampling._least_of_ranked(probabilities, every, top_p, all_of_them)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk_topp, "GROUP", group)
-        by_search = topk_topp._least_by_search(probabilities, top_p)
+        patch.setattr(random_sampling, "GROUP", group)
+        by_search = random_sampling._least_by_search(probabilities, top_p)
     assert torch.equal(by_search, by_sorting)
 
 
 def test_searching_finds_the_same_threshold_in_a_large_vocabulary() -> None:
     top_p = torch.tensor([[0.8], [0.99]])
     logits = random_logits(2, vocabulary=151_936)
-    assert_found_as_sorted(logits.softmax(1), top_p, topk_topp.GROUP)
+    assert_found_as_sorted(logits.softmax(1), top_p, random_sampling.GROUP)
 
 
 @pytest.mark.parametrize("params", [{"top_p": 0.8}, {"top_p": 0.95, "min_p": 0.03}], ids=str)
 def test_a_searched_threshold_gives_the_requested_distribution(
     params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topk_topp, "GROUP", 7)
+    monkeypatch.setattr(random_sampling, "GROUP", 7)
     assert_same_distribution(random_logits(), **params)
 
 
@@ -331,7 +331,7 @@ def test_biases_of_one_token_add_up() -> None:
     assert tokens(logits, sequence(temperature=0, logit_bias=((8, 2.0), (8, 2.0)))) == [8]
 
 
-def test_ends_are_allowed_once_min_tokens_are_there() -> None:
+def test_ends_are_allowed_after_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 1] = 50.0
     params: dict[str, Any] = {"temperature": 0, "min_tokens": 2, "eos_token_ids": frozenset({1})}
@@ -424,7 +424,7 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch(
     logits = random_logits(len(batch), seed, vocabulary=200)
     logits = (logits.round() if coarse else logits).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk_topp, "GROUP", group)
+        patch.setattr(random_sampling, "GROUP", group)
         together = sample(logits, *map(with_params, batch))
         for row, params in enumerate(batch):
             alone = sample(logits[row : row + 1], with_params(params))
@@ -437,7 +437,7 @@ def test_slices_of_rows_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) ->
     kinds: list[dict[str, Any]] = [{}, {"top_k": 5}, penalized, {"min_p": 0.1}, {"top_p": 0.7}]
     batch = [SamplingParams(seed=row, **kinds[row % len(kinds)]) for row in range(15)]
     at_once = tokens(logits, *map(with_params, batch))
-    monkeypatch.setattr(topk_topp, "SLICE", 2)
+    monkeypatch.setattr(random_sampling, "SLICE", 2)
     monkeypatch.setattr(logits_processors, "SLICE", 2)
     assert tokens(logits, *map(with_params, batch)) == at_once
 
@@ -448,14 +448,14 @@ def test_sums_of_probabilities_are_the_same_in_any_order() -> None:
     shuffled = probabilities[:, torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
     totals, least = [], []
     for one in (probabilities, shuffled):
-        totals.append(topk_topp._mass(one).cumsum(1)[:, -1])
-        least.append(topk_topp._least_by_search(one, torch.full((3, 1), 0.9)))
+        totals.append(random_sampling._mass(one).cumsum(1)[:, -1])
+        least.append(random_sampling._least_by_search(one, torch.full((3, 1), 0.9)))
     assert torch.equal(*totals)
     assert torch.equal(*least)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_gives_no_token_and_changes_no_other(value: float) -> None:
+def test_a_row_with_nan_or_infinity_gets_no_token_and_changes_no_other_row(value: float) -> None:
     logits = random_logits(3)
     expected = tokens(logits, *(sequence(seed=row, top_k=4) for row in range(3)))
     logits[1, 7] = value
@@ -486,7 +486,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float, cut: dict[str, Any]) -
     ],
     ids=["infinite bias", "NaN bias", "overflowing penalty", "all forbidden"],
 )
-def test_a_row_without_a_possible_token_changes_no_other(
+def test_a_row_without_a_possible_token_changes_no_other_row(
     params: dict[str, Any], temperature: float
 ) -> None:
     logits = random_logits(2)

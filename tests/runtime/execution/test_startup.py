@@ -1,4 +1,4 @@
-"""At start, an engine records what compiles, and reports what failed; nothing is recorded here."""
+"""At start, an engine captures what compiles, and reports what failed; nothing is captured here."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from torch._dynamo.exc import InternalTorchDynamoError
 
 from mi_runtime.config import EngineConfig
 from mi_runtime.execution import startup
-from mi_runtime.execution.startup import COMPILED, RECORDED, RecordingTrial
+from mi_runtime.execution.startup import CAPTURED, COMPILED, CaptureTrial
 from mi_runtime.model.blend_cache import BlendCache
 
 UNUSED = cast(Any, None)
@@ -19,66 +19,66 @@ MODEL = cast(Any, SimpleNamespace(logits="as it runs", groups=GROUPS))
 
 
 class FakeGraphs:
-    """Stands for the recordings of a forward; an exception as the forward is raised."""
+    """Stands for the CUDA graphs of a forward; an exception as the forward is raised."""
 
     keys = ("first", "second")
 
     def __init__(self, forward: Any) -> None:
         self.forward = forward
 
-    def record(self, keys: tuple[str, ...] = keys) -> None:
+    def capture(self, keys: tuple[str, ...] = keys) -> None:
         assert keys
         if isinstance(self.forward, Exception):
             raise self.forward
 
 
-def record(
+def capture(
     monkeypatch: pytest.MonkeyPatch, forward: Any, how: str
 ) -> tuple[Any, str | None, list[str]]:
     monkeypatch.setattr(startup, "_graphs", lambda *arguments: FakeGraphs(arguments[3]))
-    trial = RecordingTrial(forward, how, stream=UNUSED, first_bytes=0, next_bytes=0)
+    trial = CaptureTrial(forward, how, stream=UNUSED, first_bytes=0, next_bytes=0)
     failures: list[str] = []
-    return *startup._record_all(UNUSED, MODEL, UNUSED, trial, failures), failures
+    return *startup._capture_all(UNUSED, MODEL, UNUSED, trial, failures), failures
 
 
-def test_a_forward_that_compiles_is_recorded_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs, how, failures = record(monkeypatch, "compiled", COMPILED)
+def test_a_forward_that_compiles_is_captured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, how, failures = capture(monkeypatch, "compiled", COMPILED)
     assert (graphs.forward, how, failures) == ("compiled", COMPILED, [])
 
 
-def test_a_forward_that_fails_to_compile_is_recorded_without_compilation(
+def test_a_forward_that_fails_to_compile_is_captured_without_compilation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The traceback is printed, and the reason is reported in one line."""
     error = InternalTorchDynamoError("a way of its own\nand where")
-    graphs, how, failures = record(monkeypatch, error, COMPILED)
-    assert (graphs.forward, how) == ("as it runs", RECORDED)
+    graphs, how, failures = capture(monkeypatch, error, COMPILED)
+    assert (graphs.forward, how) == ("as it runs", CAPTURED)
     assert failures == ["with torch.compile: a way of its own"]
     printed = capsys.readouterr().err
-    assert "not recorded and compiled: a way of its own\n" in printed
+    assert "CUDA graph capture with torch.compile failed: a way of its own\n" in printed
     assert "Traceback" in printed
 
 
-def test_a_forward_that_fails_without_compilation_is_not_recorded(
+def test_a_forward_that_fails_without_compilation_is_not_captured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    graphs, how, failures = record(monkeypatch, RuntimeError("broken"), RECORDED)
+    graphs, how, failures = capture(monkeypatch, RuntimeError("broken"), CAPTURED)
     assert (graphs, how, failures) == (None, None, ["without torch.compile: broken"])
 
 
 def test_running_out_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        record(monkeypatch, torch.OutOfMemoryError("full"), COMPILED)
+        capture(monkeypatch, torch.OutOfMemoryError("full"), COMPILED)
 
 
-# --- On a GPU that is not there -------------------------------------------------------------------
+# --- Reports of a GPU, without one ----------------------------------------------------------------
 
 
 @pytest.fixture
 def report_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`report_of(compiled, plain, **settings)` returns the report of recordings on a GPU.
+    """Reports CUDA graphs as on a GPU: `report_of(compiled, plain, **settings)`.
 
-    An exception as a forward is what recording it raises.
+    If a forward is an exception, capturing it raises that exception.
     """
 
     def report(compiled: Any, plain: Any, backend: str = "triton", **settings: Any) -> str:
@@ -90,7 +90,7 @@ def report_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         attention = cast(Any, SimpleNamespace(backend=SimpleNamespace(name=backend)))
         model = cast(Any, SimpleNamespace(logits=plain, groups=GROUPS))
         config = EngineConfig("instruct", "thinking", **settings)
-        trial = startup._try_recording(config, model, attention, failures)
+        trial = startup._try_capture(config, model, attention, failures)
         return startup._graphs_description(trial and trial.how, 70, 9.4, failures)
 
     return report
@@ -99,21 +99,21 @@ def report_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 BROKEN = RuntimeError("CUDA error: operation not permitted\nwhen a stream is capturing")
 
 
-def test_engines_report_what_was_recorded_and_what_failed(report_of: Callable[..., str]) -> None:
+def test_engines_report_what_was_captured_and_what_failed(report_of: Callable[..., str]) -> None:
     """A server starts in any case; a bench can check the report."""
-    assert report_of("compiled", "plain") == "70 recorded and compiled, in 9 s"
-    assert report_of("compiled", "plain", torch_compile=False) == "70 recorded, in 9 s"
+    assert report_of("compiled", "plain") == "70 captured and compiled, in 9 s"
+    assert report_of("compiled", "plain", torch_compile=False) == "70 captured, in 9 s"
     reason = "CUDA error: operation not permitted"
-    assert report_of(BROKEN, "plain") == f"70 recorded, in 9 s (with torch.compile: {reason})"
+    assert report_of(BROKEN, "plain") == f"70 captured, in 9 s (with torch.compile: {reason})"
     both = f"none (with torch.compile: {reason}; without torch.compile: {reason})"
     assert report_of(BROKEN, BROKEN) == both
-    waits = "none (the reference attention waits for the host)"
-    assert report_of("compiled", "plain", backend="reference") == waits
+    reference = "none (the reference attention backend cannot be captured)"
+    assert report_of("compiled", "plain", backend="reference") == reference
     assert report_of("compiled", "plain", cuda_graphs=False) == "none"
 
 
-def test_the_first_cause_of_a_failed_recording_is_reported_too() -> None:
-    """CUDA reports at a recording's end that it failed; the first error was raised inside."""
+def test_the_first_cause_of_a_failed_capture_is_reported_too() -> None:
+    """CUDA reports at a capture's end that it failed; the first error was raised inside."""
     try:
         try:
             raise BROKEN

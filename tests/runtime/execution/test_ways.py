@@ -137,11 +137,14 @@ def requests() -> list[EngineRequest]:
 def test_the_logits_of_all_ways_are_those_of_the_merged_checkpoint(
     any_subject: Subject, value: float
 ) -> None:
-    """All rows are at λ, by single weights and by pair product; then only half of them are."""
+    """All rows are at λ, by blended weights and by pair product; then only half of them are.
+
+    An endpoint takes its own weights instead of blended ones.
+    """
     subject, dial = any_subject, Dial(value)
     expected = subject.expected((value, value))
     before = subject.executions()
-    single = subject.logits((dial, dial), blended=True)
+    blended = subject.logits((dial, dial), blended=True)
     alone = subject.logits((dial, dial), blended=False)
     mixed = [
         subject.logits((dial, Dial(0.37)), blended=False)[0],
@@ -150,7 +153,7 @@ def test_the_logits_of_all_ways_are_those_of_the_merged_checkpoint(
     taken = {way for way, count in subject.executions().items() if count > before[way]}
     is_endpoint = value in (0.0, 1.0)
     assert taken == ({Way.ENDPOINT, Way.PAIR} if is_endpoint else {Way.BLENDED, Way.PAIR})
-    for way in (single, alone, mixed):
+    for way in (blended, alone, mixed):
         for logits, wanted in zip(way, expected, strict=True):
             assert (logits - wanted).abs().max() < TOLERANCE
 
@@ -235,8 +238,8 @@ def test_a_hot_λ_is_computed_by_blended_weights_after_a_while(pair_of: PairOf) 
     """The costs are made up, as measured ones differ by machine."""
     subject, dial = make_subject(pair_of("qwen3")), Dial(0.5)
     engine, groups = subject.engine, subject.engine._groups
-    single, pair = CostCurve((1, 2), (1.0, 1.0)), CostCurve((1, 2), (2.0, 2.0))
-    engine._runner.planner.costs = CostModel(1.0, 1.0, single, pair, build=9.5)
+    blended, pair = CostCurve((1, 2), (1.0, 1.0)), CostCurve((1, 2), (2.0, 2.0))
+    engine._runner.planner.costs = CostModel(1.0, 1.0, blended, pair, build=9.5)
     greedy = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     before = subject.executions()
     engine.generate([EngineRequest("r", (5, 6, 7), dial, greedy)])

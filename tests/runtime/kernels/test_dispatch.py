@@ -52,7 +52,6 @@ def logits(model: BlendedModel, dials: Dials, blended: bool = False) -> Tensor:
     """Returns the logits of two sequences, of which the second is at the last dial."""
     tokens = sum(LENGTHS)
     index = [0] * LENGTHS[0] + [len(dials) - 1] * LENGTHS[1]
-    model.groups.cache.budget = 1 << 24
     model.groups.begin(StepRows(dials, tuple(index), tuple(range(tokens)), blended))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     ids = torch.arange(tokens) * 7 % VOCABULARY

@@ -24,7 +24,7 @@ from tests.runtime.paged import (
     attention,
     attention_plan,
     by_paged_attention,
-    by_slow_twin,
+    by_reference,
     sequences,
     shuffled_blocks,
 )
@@ -256,7 +256,7 @@ def test_a_cache_of_more_than_two_to_the_31_numbers_is_addressed_correctly() -> 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int) -> None:
+def test_random_workloads_over_reused_blocks_agree_with_the_reference(seed: int) -> None:
     chance = random.Random(seed)
     work = Workload(
         seed=seed,
@@ -271,7 +271,7 @@ def test_random_workloads_over_reused_blocks_agree_with_the_slow_twin(seed: int)
     for cache in (*over._keys, *over._values):
         cache.fill_(torch.nan)
     out = by_paged_attention(work, over, sequences(work, shuffled_blocks(seed)))
-    torch.testing.assert_close(out, by_slow_twin(work), atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(out, by_reference(work), atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_work_is_split_until_it_fills_the_device(programs: int, longest: int, sp
 
 @pytest.mark.parametrize("chunks", [((300, 1), (0, 1)), ((290, 10),)])
 @pytest.mark.parametrize(("window", "divided"), [(None, True), (20, False)])
-def test_work_that_a_window_makes_small_is_not_split(
+def test_work_that_a_window_shortens_is_not_split(
     chunks: tuple[tuple[int, int], ...],
     window: int | None,
     divided: bool,

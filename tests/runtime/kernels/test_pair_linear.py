@@ -213,7 +213,7 @@ def test_blocks_contain_every_assignment_once_and_have_one_expert_each(
     assert sorted(covered) == list(range(len(chosen)))
 
 
-# --- For a GPU that is not here -----------------------------------------------------------------
+# --- Tracing for a GPU, without one -------------------------------------------------------------
 
 
 def test_products_trace_with_fake_tensors_of_a_gpu() -> None:

@@ -45,11 +45,11 @@ def random_pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
     return low, high
 
 
-# --- What a blend is ----------------------------------------------------------------------------
+# --- The values and the layout of a blend -------------------------------------------------------
 
 
 def rounded_once(low: Tensor, high: Tensor, value: float) -> Tensor:
-    """Returns the blend of two tensors, computed in fp32: the slow twin."""
+    """Returns the reference: the blend of two tensors, computed in fp32."""
     return torch.lerp(low.float(), high.float(), value).to(low.dtype)
 
 
@@ -83,14 +83,14 @@ def test_a_blend_is_the_fp32_lerp_rounded_once(
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_in_fp32_a_blend_is_exact_up_to_a_rounding(value: float) -> None:
+def test_an_fp32_blend_matches_float64(value: float) -> None:
     low, high = random_pair(64, 32)
     exact = (1 - value) * low.double() + value * high.double()
     assert (PairMatrix(low, high).blend(value) - exact).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_a_blend_at_λ_0_and_1_has_the_bits_of_the_endpoint(dtype: torch.dtype) -> None:
+def test_a_blend_at_λ_0_or_1_equals_the_endpoint(dtype: torch.dtype) -> None:
     pair = random_pair(64, 32, dtype=dtype)
     for value in (0.0, 1.0):
         for source in (PairMatrix(*pair), VocabularyPair(*pair)):
@@ -99,7 +99,7 @@ def test_a_blend_at_λ_0_and_1_has_the_bits_of_the_endpoint(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_experts_are_blended_to_the_same_values_and_laid_out_as_their_endpoints(
+def test_a_blend_of_experts_has_the_values_and_the_layout_of_its_endpoints(
     dtype: torch.dtype, transposed: bool
 ) -> None:
     """The layout is the same so that one compiled kernel can read both."""
@@ -123,7 +123,7 @@ def test_a_blend_can_be_written_into_the_memory_of_another(dtype: torch.dtype) -
         assert torch.equal(room, source.blend(0.7))
 
 
-def test_a_blend_holds_only_its_own_bytes() -> None:
+def test_a_blend_has_storage_of_its_own() -> None:
     """A view of the pair would keep the bytes of both endpoints."""
     for dtype in (torch.float32, torch.bfloat16):
         blend = PairMatrix(*random_pair(8, 6, dtype=dtype)).blend(0.5)
@@ -133,10 +133,10 @@ def test_a_blend_holds_only_its_own_bytes() -> None:
             assert one.untyped_storage().nbytes() == one.nbytes
 
 
-# --- Stories ------------------------------------------------------------------------------------
+# --- Building, reuse and eviction ---------------------------------------------------------------
 
 
-def test_a_tensor_is_built_at_its_first_use_and_then_kept() -> None:
+def test_a_blend_is_built_at_its_first_use_and_then_found() -> None:
     cache, first, second = BlendCache(2), Source(8), Source(4)
     blend = cache.use(("0.attn", 0.5))
     assert (cache.nbytes, first.blends) == (0, 0)
@@ -148,7 +148,7 @@ def test_a_tensor_is_built_at_its_first_use_and_then_kept() -> None:
     assert (cache.builds, cache.hits, first.blends) == (1, 1, 1)
 
 
-def test_every_λ_and_every_group_has_its_own_blend() -> None:
+def test_blends_are_separate_for_each_group_and_λ() -> None:
     cache, source = BlendCache(2), Source()
     keys = [("0.attn", 0.5), ("0.attn", 0.51), ("0.mlp", 0.5)]
     tensors = [fill(cache, key, source)[0] for key in keys]
@@ -168,7 +168,7 @@ def test_the_least_recently_used_λ_of_a_group_is_evicted_first() -> None:
     assert (cache.nbytes, cache.evictions) == (32, 1)
 
 
-def test_a_blend_is_written_into_the_memory_of_the_evicted_one() -> None:
+def test_an_evicted_place_is_reused_at_the_same_address() -> None:
     cache, source = BlendCache(1), Source()
     (first,) = fill(cache, ("head", 0.1), source)
     (second,) = fill(cache, ("head", 0.2), source)
@@ -177,7 +177,7 @@ def test_a_blend_is_written_into_the_memory_of_the_evicted_one() -> None:
     assert (cache.nbytes, cache.builds, cache.evictions, source.blends) == (8, 2, 1, 2)
 
 
-def test_without_places_every_group_still_has_one() -> None:
+def test_a_cache_of_size_0_still_holds_one_blend_of_each_group() -> None:
     cache, source = BlendCache(0), Source()
     for value in (0.1, 0.2, 0.1):
         assert fill(cache, ("head", value), source)[0][0] == round(value * 100)
@@ -185,14 +185,14 @@ def test_without_places_every_group_still_has_one() -> None:
     cache.check_integrity()
 
 
-def test_missing_counts_the_entries_that_would_have_to_be_built() -> None:
+def test_missing_counts_the_blends_that_are_not_built() -> None:
     cache = BlendCache(2)
     fill(cache, ("head", 0.1), Source())
     assert cache.missing([("head", 0.1), ("head", 0.2), ("0.mlp", 0.1)]) == 2
     assert (cache.builds, cache.hits) == (1, 0)
 
 
-def test_entries_have_a_common_place_if_all_of_them_are_built_in_it() -> None:
+def test_common_place_is_the_place_in_which_all_blends_are_built() -> None:
     cache, sources = BlendCache(2), {group: Source() for group in ("0.attn", "0.mlp")}
     low, high = ([(group, value) for group in sources] for value in (0.1, 0.2))
     for key in (*low, *high):
@@ -206,7 +206,7 @@ def test_entries_have_a_common_place_if_all_of_them_are_built_in_it() -> None:
     assert cache.common_place([("0.attn", 0.1), ("0.mlp", 0.3)]) == 0
 
 
-def test_forgetting_all_blends_keeps_the_places_and_their_memory() -> None:
+def test_forget_keeps_the_allocated_memory() -> None:
     cache, source = BlendCache(2), Source()
     before = [fill(cache, ("head", value), source)[0].data_ptr() for value in (0.1, 0.2)]
     cache.forget()
@@ -239,7 +239,7 @@ FORWARDS = st.lists(st.tuples(KEYS, st.sets(st.integers(0, 3))), max_size=60)
 def test_random_forwards_keep_every_invariant(
     forwards: list[tuple[Key, set[int]]], places: int
 ) -> None:
-    """The slow twin lists the last λ values of each group, in order of use."""
+    """The reference lists the last λ values of each group, in order of use."""
     sources = [Source(size) for size in (0, 3, 8, 20)]
     cache = BlendCache(places)
     held: dict[str, OrderedDict[float, set[int]]] = {}

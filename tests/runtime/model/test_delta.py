@@ -52,7 +52,7 @@ def pair_rows(*values: float) -> Rows:
     return Rows(torch.tensor(values), None)
 
 
-# --- What is kept -------------------------------------------------------------------------------
+# --- Quantization -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +110,7 @@ def test_equal_rows_of_the_endpoints_stay_equal(kind: DeltaKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(9, 70), (3, 9, 70)])
 @pytest.mark.parametrize("rows", [4, 20])
-def test_quantizing_in_pieces_gives_the_same_values(
+def test_quantizing_in_pieces_equals_quantizing_at_once(
     kind: DeltaKind, shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = random_pair(*shape)
@@ -127,7 +127,7 @@ def test_quantizing_in_pieces_gives_the_same_values(
     [((19456, 2560), 2), ((128, 1536, 2048), 13), ((8, 6144, 16384), 24)],
     ids=["a matrix", "many small experts", "few large experts"],
 )
-def test_large_weights_are_cut_into_few_pieces_on_a_gpu(
+def test_large_weights_are_processed_in_few_pieces_on_a_gpu(
     shape: tuple[int, ...], pieces: int
 ) -> None:
     """Each piece takes several launches, for every matrix of a prefill."""
@@ -139,12 +139,12 @@ def test_large_weights_are_cut_into_few_pieces_on_a_gpu(
 
 
 @pytest.mark.parametrize(("kind", "copies"), [("int8", 1.5), ("int4", 1.25 + 1 / GROUP)])
-def test_a_matrix_takes_the_memory_that_the_module_states(kind: DeltaKind, copies: float) -> None:
+def test_delta_matrix_size_matches_the_docs(kind: DeltaKind, copies: float) -> None:
     pair = random_pair(64, 64 * GROUP, dtype=torch.bfloat16)
     assert DeltaMatrix(*pair, kind).nbytes / pair[0].nbytes == pytest.approx(copies, abs=1e-3)
 
 
-# --- What is computed with it -------------------------------------------------------------------
+# --- Products and lookups -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +178,7 @@ def test_every_row_is_multiplied_with_its_own_blend(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_at_λ_0_have_instructs_bits_in_any_batch(kind: DeltaKind, dtype: torch.dtype) -> None:
+def test_rows_at_λ_0_do_not_depend_on_other_rows(kind: DeltaKind, dtype: torch.dtype) -> None:
     instruct, thinking = random_pair(9, 70, dtype=dtype)
     matrix = DeltaVocabulary(instruct, thinking, kind)
     x, ids = torch.randn(2, 70).to(dtype), torch.tensor([3, 3])

@@ -135,7 +135,7 @@ def test_greedy_tokens_stay_the_same_when_ways_switch_at_random(
     assert all(count > before[way] for way, count in subject.executions().items())
 
 
-def test_λ_1_is_planned_as_any_λ_between(pair_of: PairOf) -> None:
+def test_with_a_delta_λ_1_is_blended_like_any_other_λ(pair_of: PairOf) -> None:
     """With the policy `blended`, λ = 1 has blended weights, which are built and found again."""
     subject = delta_subject(pair_of("qwen3", apart=APART), "int8", blend_policy="blended")
     subject.check_answers()
@@ -216,14 +216,14 @@ def test_a_tensor_is_moved_to_the_device_of_its_counterpart() -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(DeltaKind))
-@pytest.mark.parametrize("wrong", ["lost", "turned round"])
-def test_a_wrong_delta_fails_the_self_check(
+@pytest.mark.parametrize("wrong", ["missing", "negated"])
+def test_a_missing_or_negated_delta_fails_the_self_check(
     pair_of: PairOf, kind: DeltaKind, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = delta.quantize
     quantize_wrongly = {
-        "lost": lambda instruct, _, kind: right(instruct, instruct, kind),
-        "turned round": lambda instruct, thinking, kind: right(thinking, instruct, kind),
+        "missing": lambda instruct, _, kind: right(instruct, instruct, kind),
+        "negated": lambda instruct, thinking, kind: right(thinking, instruct, kind),
     }
     monkeypatch.setattr(delta, "quantize", quantize_wrongly[wrong])
     with pytest.raises(PairError, match="self-check failed: blended logits at λ = 1"):

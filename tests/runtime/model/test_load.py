@@ -33,7 +33,7 @@ def answers(engine: Engine, *values: float) -> list[list[int | None]]:
     return [[event.token_id for event in own] for own in engine.generate(requests).values()]
 
 
-def test_a_pair_in_memory_answers_as_the_same_pair_from_files(
+def test_a_pair_in_memory_gives_the_answers_of_the_same_pair_from_files(
     qwen3_pair: tuple[Path, Path], make_engine: MakeEngine
 ) -> None:
     instruct, thinking = map(in_memory, qwen3_pair)

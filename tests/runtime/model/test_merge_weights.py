@@ -66,7 +66,7 @@ def test_a_merged_checkpoint_equals_the_oracles(
     )
 
 
-def test_merging_in_pieces_gives_the_same_weights(
+def test_merging_in_pieces_equals_merging_at_once(
     qwen3_pair: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge_weights, "PIECE", 7)

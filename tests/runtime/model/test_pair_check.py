@@ -269,7 +269,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(pair: Directories, content: st
     assert only_problem_of(pair).startswith(f"{path}: not a readable tokenizer")
 
 
-def test_every_mismatch_is_in_one_message(pair: Directories) -> None:
+def test_one_message_lists_every_mismatch(pair: Directories) -> None:
     edit_config(pair[1], rms_norm_eps=1e-5, head_dim=16)
     edit_weights(pair[1], lambda tensors: tensors.update(extra=torch.ones(2)))
     write_tokenizer(pair[1], vocabulary=95)

@@ -238,7 +238,7 @@ def test_a_mixed_bf16_batch_is_as_near_to_fp32_as_merged_bf16_checkpoints(
     assert sum(served) < 1.05 * sum(static)  # the margin; measured: 0.92
 
 
-# --- The parts of it ----------------------------------------------------------------------------
+# --- Modules ------------------------------------------------------------------------------------
 
 
 def plant_infinities(model: BlendedModel) -> None:
@@ -334,7 +334,7 @@ def test_modules_that_share_a_matrix_blend_it_once(pair_of: PairOf) -> None:
     model.groups.end()
 
 
-def test_each_weight_is_counted_once(pair_of: PairOf) -> None:
+def test_each_parameter_is_counted_once(pair_of: PairOf) -> None:
     directories = pair_of("qwen3")
     endpoints = [oracle.endpoint(directory) for directory in directories]
     tensors = [t for one in endpoints for t in (*one.parameters(), *one.buffers())]

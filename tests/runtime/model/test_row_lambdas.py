@@ -107,9 +107,9 @@ def test_every_row_has_the_λ_of_its_own_dial_in_every_group(
             assert rows.blend is None or {rows.blend.value} == set(values)
 
 
-def test_a_λ_without_an_endpoint_takes_the_ways_of_those_between() -> None:
+def test_λ_1_uses_pair_or_blended_weights_with_deltas() -> None:
     """This is λ = 1 if Thinking is stored as a rounded delta."""
-    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(1 << 20), {0.0: INSTRUCT})
+    groups = BlendGroups(LAYERS, torch.device("cpu"), BlendCache(2), {0.0: INSTRUCT})
     for dial, blended, way in (
         (Dial(1.0), False, P),
         (Dial(1.0), True, B),
@@ -140,7 +140,7 @@ def slots(groups: BlendGroups) -> list[Rows]:
 
 @pytest.mark.parametrize("blended", [False, True])
 @pytest.mark.parametrize("dials", [(Dial(0.3),), (SPLIT,), (SPLIT, Dial(0.3))])
-def test_a_batch_of_the_same_shape_keeps_its_rows(dials: tuple[Dial, ...], blended: bool) -> None:
+def test_the_same_batch_keeps_its_rows(dials: tuple[Dial, ...], blended: bool) -> None:
     groups = groups_of()
     groups.begin(step(*dials, blended=blended))
     before = slots(groups)
@@ -159,7 +159,7 @@ def test_a_batch_of_the_same_shape_keeps_its_rows(dials: tuple[Dial, ...], blend
         StepRows((Dial(0.3), Dial(0.4)), (1, 0), (0, 1), True),
     ],
 )
-def test_a_batch_of_another_shape_gets_new_rows(other: StepRows) -> None:
+def test_a_different_batch_gets_new_rows(other: StepRows) -> None:
     first, groups = step(Dial(0.3), Dial(0.4), blended=True), groups_of()
     groups.begin(first)
     before = slots(groups)
@@ -171,7 +171,7 @@ def test_a_batch_of_another_shape_gets_new_rows(other: StepRows) -> None:
     ]
 
 
-def test_after_a_step_that_failed_half_way_rows_are_set_again(
+def test_after_a_failed_step_all_rows_are_set_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After a step ran out of memory, the next one kept some rows at the λ of the failed step."""
@@ -196,7 +196,7 @@ def test_after_a_step_that_failed_half_way_rows_are_set_again(
     ] * len(NAMES)
 
 
-def test_every_blended_execution_is_a_hit_or_a_build() -> None:
+def test_every_use_of_blended_weights_is_a_hit_or_a_build() -> None:
     groups = groups_of()
     for dial in (Dial(0.3), Dial(0.3), Dial(0.4), Dial(0.3), SPLIT, SPLIT):
         groups.begin(step(dial, blended=True))
@@ -217,7 +217,7 @@ def test_groups_of_one_λ_share_their_rows() -> None:
     assert embed is not head
 
 
-# --- What rows keep -----------------------------------------------------------------------------
+# --- Derived values and shared products ---------------------------------------------------------
 
 
 def times_made(count: int) -> int:
@@ -233,11 +233,11 @@ def times_made(count: int) -> int:
     return len(made)
 
 
-def test_only_small_steps_keep_derived_values() -> None:
+def test_only_steps_of_few_λ_cache_derived_values() -> None:
     assert (times_made(1), times_made(MEMO_ROWS), times_made(MEMO_ROWS + 1)) == (1, 1, 2)
 
 
-def test_rows_whose_λ_lie_in_a_live_buffer_keep_no_derived_values() -> None:
+def test_rows_with_a_live_λ_buffer_cache_no_derived_values() -> None:
     weights = torch.tensor([0.25, 0.5])
     rows = Rows(weights, None, live=True)
     assert rows.derived("key", torch.clone).tolist() == [0.25, 0.5]
@@ -246,7 +246,7 @@ def test_rows_whose_λ_lie_in_a_live_buffer_keep_no_derived_values() -> None:
     assert rows.mix.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
-def test_derived_values_are_kept_by_their_keys() -> None:
+def test_derived_values_are_cached_by_key() -> None:
     rows = Rows(torch.tensor([0.2, 0.4]), None)
     assert torch.equal(rows.derived("a", lambda weights: weights + 1), rows.lambdas + 1)
     assert torch.equal(rows.derived("b", lambda weights: weights + 2), rows.lambdas + 2)

@@ -1,4 +1,4 @@
-"""The block pool shares, caches and evicts blocks as a slow twin does that scans for everything."""
+"""The block pool shares, caches and evicts blocks as a reference does that scans for everything."""
 
 from dataclasses import dataclass
 from itertools import count
@@ -186,7 +186,7 @@ def test_a_salt_of_any_text_makes_a_key() -> None:
     assert len({blocks.root_key(ANY_DIAL, salt) for salt in salts}) == len(salts)
 
 
-# --- Random use against a slow twin -------------------------------------------------------------
+# --- Random use against a reference -------------------------------------------------------------
 
 
 @dataclass
@@ -200,8 +200,8 @@ class SlowBlock:
         return self.references == 0 and self.key is not None
 
 
-class PoolAgainstSlowTwin(RuleBasedStateMachine):
-    """The twin keeps a list of the blocks in use or cached, and scans it for everything."""
+class PoolAgainstReference(RuleBasedStateMachine):
+    """The reference keeps a list of the blocks in use or cached, and scans it for everything."""
 
     SIZE = 5
     keys = st.sampled_from([bytes([letter]) for letter in b"abcdefgh"])
@@ -209,25 +209,25 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = pool(self.SIZE)
-        self.twin: list[SlowBlock] = []
+        self.reference: list[SlowBlock] = []
         self.tables: list[list[tuple[int, SlowBlock]]] = []
         self.clock = count(1)
 
-    def twin_find(self, key: bytes) -> SlowBlock | None:
-        return next((block for block in self.twin if block.key == key), None)
+    def reference_find(self, key: bytes) -> SlowBlock | None:
+        return next((block for block in self.reference if block.key == key), None)
 
-    def twin_allocate(self) -> SlowBlock:
-        if len(self.twin) == self.SIZE:
-            cached = [block for block in self.twin if block.is_cached]
-            self.twin.remove(min(cached, key=lambda block: block.released))
-        self.twin.append(SlowBlock(references=1))
-        return self.twin[-1]
+    def reference_allocate(self) -> SlowBlock:
+        if len(self.reference) == self.SIZE:
+            cached = [block for block in self.reference if block.is_cached]
+            self.reference.remove(min(cached, key=lambda block: block.released))
+        self.reference.append(SlowBlock(references=1))
+        return self.reference[-1]
 
     @rule(wanted=st.lists(keys, max_size=4, unique=True), fresh=st.integers(0, 4))
     def acquire(self, wanted: list[bytes], fresh: int) -> None:
         found = [number for key in wanted if (number := self.pool.find(key)) is not None]
-        shared = [block for key in wanted if (block := self.twin_find(key)) is not None]
-        held = sum(block.references > 0 for block in self.twin)
+        shared = [block for key in wanted if (block := self.reference_find(key)) is not None]
+        held = sum(block.references > 0 for block in self.reference)
         revived = sum(block.references == 0 for block in shared)
         table = self.pool.acquire(found, fresh)
         if held + revived + fresh > self.SIZE:
@@ -236,7 +236,7 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
         assert table is not None
         for block in shared:
             block.references += 1
-        values = [*shared, *(self.twin_allocate() for _ in range(fresh))]
+        values = [*shared, *(self.reference_allocate() for _ in range(fresh))]
         self.tables.append(list(zip(table, values, strict=True)))
 
     @precondition(lambda self: self.tables)
@@ -247,7 +247,7 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
         for _, block in reversed(table):
             block.references -= 1
             block.released = next(self.clock)
-        self.twin = [block for block in self.twin if block.references or block.key]
+        self.reference = [block for block in self.reference if block.references or block.key]
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -267,22 +267,22 @@ class PoolAgainstSlowTwin(RuleBasedStateMachine):
             return
         number, block = without_key[0]
         self.pool.register(number, key)
-        if self.twin_find(key) is None:
+        if self.reference_find(key) is None:
             block.key = key
 
     @invariant()
     def agree(self) -> None:
         self.pool.check_integrity()
-        assert self.pool.referenced == sum(block.references > 0 for block in self.twin)
-        assert self.pool.cached == sum(block.is_cached for block in self.twin)
+        assert self.pool.referenced == sum(block.references > 0 for block in self.reference)
+        assert self.pool.cached == sum(block.is_cached for block in self.reference)
         for letter in b"abcdefgh":
             key = bytes([letter])
-            assert (self.pool.find(key) is None) == (self.twin_find(key) is None)
+            assert (self.pool.find(key) is None) == (self.reference_find(key) is None)
         for table in self.tables:
             for number, block in table:
                 assert self.pool.reference_count(number) == block.references
                 assert block.key is None or self.pool.find(block.key) == number
 
 
-PoolAgainstSlowTwin.TestCase.settings = settings(stateful_step_count=40)
-TestPoolAgainstSlowTwin = PoolAgainstSlowTwin.TestCase
+PoolAgainstReference.TestCase.settings = settings(stateful_step_count=40)
+TestPoolAgainstReference = PoolAgainstReference.TestCase

@@ -86,8 +86,8 @@ def grammars(vocabulary: GrammarVocabulary) -> Grammars:
 
 def thinking(*, opened: bool = False, cap: int | None = None) -> ThinkingState:
     policy = ThinkPolicy(OPEN, CLOSE, opened, cap, CLOSING, forbid_eos=True)
-    blanks = frozenset({BREAK, BREAKS, *encode(" ")})
-    return ThinkingState(policy, TokenMarks(blanks=blanks))
+    whitespace = frozenset({BREAK, BREAKS, *encode(" ")})
+    return ThinkingState(policy, TokenMarks(whitespace=whitespace))
 
 
 def observe_all(state: GrammarState, block: ThinkingState | None, tokens: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """The planner chooses the cheapest way for each dial, and builds weights once that pays.
 
 Costs are in seconds and made up. A plan is compared by the planner's own cost model: a
-forward of R rows costs `fixed + single(R)` where its rows have single weights and
+forward of R rows costs `fixed + blended(R)` where its rows have blended weights and
 `fixed + pair(R)` otherwise, and one of decodes only has `replayed` in place of `fixed`. Building is
 paid for by savings and is not part of that sum.
 """
@@ -50,8 +50,8 @@ def affine(at_zero: float, a_row: float) -> CostCurve:
     return CostCurve((0, 1), (at_zero, at_zero + a_row))
 
 
-# Decode-like: a forward of single weights costs half a pair forward, and 1 s in any case.
-PLAIN = CostModel(1.0, 1.0, single=affine(4.0, 0.1), pair=affine(8.0, 0.2), build=40.0)
+# Decode-like: a forward of blended weights costs half a pair forward, and 1 s in any case.
+PLAIN = CostModel(1.0, 1.0, blended=affine(4.0, 0.1), pair=affine(8.0, 0.2), build=40.0)
 
 
 class Weights:
@@ -101,13 +101,13 @@ def rows(part: SubBatch) -> int:
 def seconds(costs: CostModel, parts: Iterable[SubBatch]) -> float:
     return sum(
         (costs.replayed if all(one.length == 1 for one in part.chunks) else costs.fixed)
-        + (costs.single if part.blended else costs.pair).at(rows(part))
+        + (costs.blended if part.blended else costs.pair).at(rows(part))
         for part in parts
     )
 
 
 def dials_alone(parts: list[SubBatch]) -> set[Dial]:
-    """Returns the dials of the parts with single weights, of which each has one dial."""
+    """Returns the dials of the parts with blended weights, of which each has one dial."""
     found = [{one.dial for one in part.chunks} for part in parts if part.blended]
     assert all(len(dials) == 1 and None not in dials for dials in found)
     return {dial for dials in found for dial in dials if dial is not None}
@@ -137,14 +137,14 @@ SECONDS = st.floats(0.0, 50.0)
 
 @st.composite
 def affine_costs(draw: st.DrawFn) -> CostModel:
-    """Draws straight curves, in which a row of the pair costs no less than a single one.
+    """Draws straight curves, in which a row of the pair costs no less than a blended one.
 
     A replay costs what a launched forward costs.
     """
     fixed = draw(SECONDS)
-    single = affine(draw(SECONDS), draw(SECONDS))
-    pair = affine(draw(SECONDS), single.seconds[1] - single.seconds[0] + draw(SECONDS))
-    return CostModel(fixed, fixed, single, pair, build=draw(SECONDS))
+    blended = affine(draw(SECONDS), draw(SECONDS))
+    pair = affine(draw(SECONDS), blended.seconds[1] - blended.seconds[0] + draw(SECONDS))
+    return CostModel(fixed, fixed, blended, pair, build=draw(SECONDS))
 
 
 @st.composite
@@ -215,11 +215,11 @@ def test_a_plan_never_costs_more_than_one_pair_forward_of_all_chunks(
     ("endpoints", "expected"),
     [((0.0, 1.0), {Dial(0.0), Dial(1.0)}), ((0.0,), {Dial(0.0)}), ((), set())],
 )
-def test_only_the_endpoints_of_the_model_have_single_weights_from_the_start(
+def test_only_the_endpoints_of_the_model_need_not_be_built(
     endpoints: tuple[float, ...], expected: set[Dial]
 ) -> None:
     works: list[Work] = [(Dial(0.0), 40), (Dial(1.0), 40), (Dial(0.5), 40)]
-    costs = CostModel(0.0, 0.0, single=affine(1.0, 0.1), pair=affine(8.0, 0.2), build=1e9)
+    costs = CostModel(0.0, 0.0, blended=affine(1.0, 0.1), pair=affine(8.0, 0.2), build=1e9)
     plan = planner(costs=costs, endpoints=endpoints).plan(chunks_of(works))
     assert dials_alone(plan) == expected
 
@@ -277,7 +277,7 @@ def test_endpoints_run_alone_without_room_and_without_building(dial: Dial) -> No
     assert dials_alone(parts) == {dial}
 
 
-RECORDED = CostModel(10.0, 0.5, PLAIN.single, PLAIN.pair, build=40.0)  # decodes are replayed
+CAPTURED = CostModel(10.0, 0.5, PLAIN.blended, PLAIN.pair, build=40.0)  # decodes are replayed
 
 
 def plan_of_hot(costs: CostModel, *works: Work) -> list[SubBatch]:
@@ -285,7 +285,7 @@ def plan_of_hot(costs: CostModel, *works: Work) -> list[SubBatch]:
 
 
 @pytest.mark.parametrize(
-    ("costs", "split"), [(RECORDED, True), (replace(RECORDED, replayed=10.0), False)]
+    ("costs", "split"), [(CAPTURED, True), (replace(CAPTURED, replayed=10.0), False)]
 )
 def test_decodes_of_hot_dials_run_apart_if_a_replay_is_cheap(costs: CostModel, split: bool) -> None:
     """Decodes are replayed; counted as launched forwards, they never ran apart."""
@@ -295,8 +295,8 @@ def test_decodes_of_hot_dials_run_apart_if_a_replay_is_cheap(costs: CostModel, s
 
 def test_prefills_run_apart_only_if_a_launched_forward_is_cheap() -> None:
     prefills: list[Work] = [(Dial(0.3), 16), (Dial(0.6), 16)]
-    assert dials_alone(plan_of_hot(RECORDED, *prefills)) == set()
-    assert dials_alone(plan_of_hot(replace(RECORDED, fixed=0.5), *prefills)) == {
+    assert dials_alone(plan_of_hot(CAPTURED, *prefills)) == set()
+    assert dials_alone(plan_of_hot(replace(CAPTURED, fixed=0.5), *prefills)) == {
         Dial(0.3),
         Dial(0.6),
     }
@@ -304,15 +304,15 @@ def test_prefills_run_apart_only_if_a_launched_forward_is_cheap() -> None:
 
 def test_a_prefill_runs_apart_so_that_decodes_are_replayed() -> None:
     works: list[Work] = [(Dial(0.3), 60), *[(Dial(value / 10), 1) for value in (5, 6, 7)]]
-    prefill, decodes = plan_of_hot(RECORDED, *works)
+    prefill, decodes = plan_of_hot(CAPTURED, *works)
     assert (prefill.blended, rows(prefill)) == (True, 60)
     assert (decodes.blended, rows(decodes)) == (False, 3)
-    assert len(plan_of_hot(replace(RECORDED, replayed=10.0), *works)) == 1
+    assert len(plan_of_hot(replace(CAPTURED, replayed=10.0), *works)) == 1
 
 
 def test_a_plan_counts_the_rows_of_the_dials_beyond_the_largest() -> None:
     """A plan once counted only the largest dials, and split a step that had more of them."""
-    costs = CostModel(0.5, 0.5, single=affine(0.0, 0.1), pair=affine(8.0, 0.2), build=0.0)
+    costs = CostModel(0.5, 0.5, blended=affine(0.0, 0.1), pair=affine(8.0, 0.2), build=0.0)
     works = [(Dial(value / 100), 2) for value in range(1, MAX_ALONE + 9)]
     parts = planner("auto", costs, lambda dial: 0.0, capacity=100).plan(chunks_of(works))
     assert seconds(costs, parts) <= seconds(costs, [SubBatch(chunks_of(works), blended=False)])
@@ -341,9 +341,9 @@ def test_the_savings_of_a_large_prefill_do_not_build_the_weights_of_another_dial
 
 @given(rows=st.integers(1, 16), build=st.floats(1.0, 1000.0))
 def test_a_hot_dial_is_built_once_its_savings_reach_the_price(rows: int, build: float) -> None:
-    costs = CostModel(PLAIN.fixed, PLAIN.replayed, PLAIN.single, PLAIN.pair, build)
+    costs = CostModel(PLAIN.fixed, PLAIN.replayed, PLAIN.blended, PLAIN.pair, build)
     run, dial = PlannerRun(costs), Dial(0.5)
-    saved = PLAIN.pair.at(rows) - PLAIN.single.at(rows)
+    saved = PLAIN.pair.at(rows) - PLAIN.blended.at(rows)
     steps = 0
     while not run.weights.builds:
         run.step((dial, rows))
@@ -362,8 +362,8 @@ def test_one_dial_costs_at_most_twice_the_best_plan_in_hindsight(
     for length in lengths:
         run.step((Dial(0.5), length))
     total = run.spent + sum(run.weights.builds.values()) * costs.build
-    single = sum(costs.fixed + costs.single.at(length) for length in lengths)
-    known = min(run.pair_only, costs.build + single)
+    blended = sum(costs.fixed + costs.blended.at(length) for length in lengths)
+    known = min(run.pair_only, costs.build + blended)
     assert total <= 2 * known * (1 + 1e-9) + 1e-9
 
 

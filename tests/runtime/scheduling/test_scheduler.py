@@ -114,7 +114,7 @@ def scores_alone(req: EngineRequest) -> tuple[TokenLogprobs, ...] | None:
 
 
 def answer_alone(req: EngineRequest, limits: Limits) -> tuple[list[int], FinishReason]:
-    """Returns the answer without blocks, batches or a scheduler: the slow twin."""
+    """Returns the reference answer, computed without blocks, batches or a scheduler."""
     seq, kv = Sequence(req), list[int]()
     if req.sampling.max_tokens == 0:
         return [], FinishReason.LENGTH
@@ -444,7 +444,7 @@ def test_preemption_changes_neither_the_waiting_time_nor_the_prefix_counters() -
     assert engine.scheduler.prefix_hit_tokens == 0
 
 
-def test_a_budget_smaller_than_the_decodes_serves_the_oldest() -> None:
+def test_a_token_budget_smaller_than_the_decodes_serves_the_oldest() -> None:
     engine = FakeEngine(Limits(max_batched_tokens=1))
     engine.submit(request("a", prompt=(5,), min_tokens=3, max_tokens=3))
     engine.submit(request("b", prompt=(5,), min_tokens=3, max_tokens=3))
@@ -573,7 +573,7 @@ def test_a_row_computed_after_an_end_token_has_no_event_and_is_not_cached() -> N
 @pytest.mark.parametrize(
     ("params", "rows"), [({"max_tokens": 4}, 6), ({"max_tokens": 0}, 3), ({}, 9)], ids=str
 )
-def test_no_row_is_computed_after_an_end_that_is_known(
+def test_no_row_is_computed_after_a_predictable_end(
     limits: Limits, params: dict[str, int], rows: int
 ) -> None:
     engine = FakeEngine(replace(limits, max_model_len=10))
@@ -584,7 +584,7 @@ def test_no_row_is_computed_after_an_end_that_is_known(
     assert computed == rows
 
 
-def test_nobody_is_preempted_for_a_token_that_is_not_known() -> None:
+def test_no_sequence_is_preempted_for_a_sequence_that_waits_for_its_token() -> None:
     scheduler = Limits(num_blocks=4, max_model_len=16).scheduler()
     old, young = Sequence(request("old", (5,) * 4)), Sequence(request("young", (6,) * 4))
     scheduler.add(old)
@@ -656,7 +656,7 @@ def test_the_lowest_priority_is_preempted_even_if_it_is_older() -> None:
     engine.check_answers()
 
 
-def test_nobody_is_preempted_for_a_waiting_request() -> None:
+def test_no_sequence_is_preempted_for_a_waiting_request() -> None:
     engine = FakeEngine(Limits(max_num_seqs=1))
     engine.submit(request("running", min_tokens=5, max_tokens=5, priority=9))
     engine.step()

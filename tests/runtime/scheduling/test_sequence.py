@@ -22,7 +22,7 @@ def test_sampled_tokens_are_the_output() -> None:
     assert (grown.tokens, grown.output_length, len(grown)) == ([4, 5, 6, 7, 8], 2, 5)
 
 
-def test_ending_is_forbidden_until_min_tokens_are_there() -> None:
+def test_ends_are_forbidden_before_min_tokens() -> None:
     short = sequence(SamplingParams(min_tokens=1))
     assert short.forbids_ending
     short.append(7)
@@ -33,7 +33,7 @@ def test_ending_is_forbidden_until_min_tokens_are_there() -> None:
 def test_a_sequence_tracks_its_think_block_with_the_engines_marks() -> None:
     """With these marks, the answer has begun before the open tag, which is then text."""
     request = EngineRequest("r", (4,), Dial(0.5), think=ThinkPolicy(open_id=1, close_id=2, cap=0))
-    marked = Sequence(request, TokenMarks(blanks=frozenset({3})))
+    marked = Sequence(request, TokenMarks(whitespace=frozenset({3})))
     unmarked = Sequence(request)
     for each in (marked, unmarked):
         each.append(7)

@@ -32,8 +32,8 @@ OPEN, CLOSE = 1, 2
 WORDS = st.lists(st.integers(3, 9))
 STOP, ALIAS = 3, 4  # ends a sentence; closes an open block as CLOSE does
 MARKS = TokenMarks(soft_ends=frozenset({STOP}))
-BLANK = 0
-WITH_BLANKS = TokenMarks(blanks=frozenset({BLANK}))
+SPACE = 0
+WITH_WHITESPACE = TokenMarks(whitespace=frozenset({SPACE}))
 
 
 def after(
@@ -65,7 +65,7 @@ def test_a_close_tag_that_closes_nothing_is_an_answer_token() -> None:
     assert after([CLOSE, OPEN, 8]).reasoning_tokens == 1
 
 
-def test_an_open_tag_repeated_inside_the_block_counts_so_that_the_cap_bounds_it() -> None:
+def test_a_repeated_open_tag_inside_the_block_counts_as_reasoning() -> None:
     assert after([OPEN, 7], opened_by_prompt=True).reasoning_tokens == 2
 
 
@@ -74,18 +74,18 @@ def test_nothing_reopens_a_closed_block() -> None:
     assert (state.phase, state.reasoning_tokens) == (Phase.CLOSED, 1)
 
 
-def test_blanks_may_stand_before_the_open_tag() -> None:
-    assert after([BLANK, BLANK, OPEN], marks=WITH_BLANKS).phase is Phase.INSIDE
+def test_whitespace_may_stand_before_the_open_tag() -> None:
+    assert after([SPACE, SPACE, OPEN], marks=WITH_WHITESPACE).phase is Phase.INSIDE
 
 
 def test_after_the_first_text_an_open_tag_is_text() -> None:
-    state = after([BLANK, 7, OPEN, 7], cap=0, marks=WITH_BLANKS)
+    state = after([SPACE, 7, OPEN, 7], cap=0, marks=WITH_WHITESPACE)
     assert (state.phase, state.reasoning_tokens) == (Phase.CLOSED, 0)
     assert state.forced_token is None
 
 
 @given(lead=WORDS, reasoning=WORDS, answer=st.lists(st.integers(1, 9)))
-def test_the_reasoning_is_what_lies_between_the_tags(
+def test_the_reasoning_is_the_tokens_between_the_tags(
     lead: list[int], reasoning: list[int], answer: list[int]
 ) -> None:
     state = after([*lead, OPEN, *reasoning, CLOSE, *answer])
@@ -134,7 +134,7 @@ def write(policy: ThinkPolicy, wanted: list[int]) -> tuple[list[int], ThinkingSt
 
 
 def write_slowly(policy: ThinkPolicy, wanted: list[int]) -> list[int]:
-    """Inserts the closing sequence into the complete answer: the slow twin."""
+    """Inserts the closing sequence into the complete answer, as a reference."""
     first = 0
     if not policy.opened_by_prompt:
         if OPEN not in wanted:

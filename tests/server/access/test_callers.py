@@ -71,7 +71,7 @@ def test_a_key_file_that_cannot_be_used_is_refused_without_showing_its_keys(
         KeyRing.of([], tmp_path / "none")
 
 
-def test_a_ring_keeps_no_key() -> None:
+def test_the_key_ring_stores_no_plaintext_key() -> None:
     assert "sk-secret" not in repr(vars(key_ring("sk-secret")))
 
 

@@ -147,7 +147,7 @@ def test_requests_sent_at_once_do_not_all_spend_the_same_tokens(
     check_error(chat(client, "say x"), 429, "rate_limit_exceeded")
 
 
-def test_a_request_that_the_engine_has_no_room_for_costs_nothing(
+def test_a_request_refused_by_a_full_engine_is_not_charged(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = make_client(rate_limit_tokens=5)

@@ -40,13 +40,13 @@ def test_without_limits_every_request_is_accepted() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_each_caller_has_requests_of_its_own() -> None:
+def test_each_caller_has_a_quota_of_its_own() -> None:
     limits = RateLimits(requests=3, tokens=None)
     assert [seconds_to_wait(limits) is None for _ in range(5)] == [True, True, True, False, False]
     assert seconds_to_wait(limits, BOB) is None
 
 
-def test_a_caller_that_waits_as_long_as_it_is_asked_to_is_accepted(clock: Clock) -> None:
+def test_a_caller_that_waits_until_retry_after_is_accepted(clock: Clock) -> None:
     limits = RateLimits(requests=3, tokens=None)
     for _ in range(3):
         assert seconds_to_wait(limits) is None
@@ -73,7 +73,7 @@ def test_a_caller_may_overdraw_its_tokens_once_and_then_waits_for_the_refill(
 
 
 @pytest.mark.usefixtures("clock")
-def test_nobody_is_asked_to_wait_longer_than_two_minutes() -> None:
+def test_retry_after_is_at_most_two_minutes() -> None:
     limits = RateLimits(requests=None, tokens=100)
     limits.charge(ANN, 10_000)
     assert seconds_to_wait(limits) == 120
@@ -100,7 +100,7 @@ def test_a_request_refused_for_its_tokens_is_not_counted_as_a_request(clock: Clo
 
 
 @given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 500)), min_size=1, max_size=60))
-def test_over_time_nobody_gets_more_tokens_than_the_rate(steps: list[tuple[int, int]]) -> None:
+def test_over_time_no_caller_gets_more_tokens_than_its_rate(steps: list[tuple[int, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(WINDOW_START)
         patch.setattr("time.monotonic", clock)

@@ -13,7 +13,7 @@ def test_token_ids_are_echoed_with_special_tokens_and_offsets_count_characters(
     assert [text[offset] for offset in echo.offsets] == ["é", "é", "<", "ü", "ü", "7"]
 
 
-def test_tokens_that_end_inside_a_character_are_echoed_all_the_same(
+def test_an_incomplete_character_is_echoed_as_a_replacement_character(
     vocabulary: Vocabulary,
 ) -> None:
     echo = Echo.of_tokens(vocabulary.encode("aé")[:2], vocabulary)

@@ -285,7 +285,7 @@ def test_a_request_that_the_engine_rejects_is_a_400_and_the_others_go_on(
     assert message(client, "say ok")["content"] == "ok"
 
 
-def test_what_the_engine_rejects_looks_as_if_the_server_had_refused_it(
+def test_a_rejection_by_the_engine_looks_like_a_refusal_by_the_server(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = make_client("--context", "64")
@@ -300,7 +300,7 @@ def test_what_the_engine_rejects_looks_as_if_the_server_had_refused_it(
     assert errors[0] == errors[1]
 
 
-# --- life ---
+# --- loading, draining and failing ---
 
 
 def test_while_loading_requests_are_refused_with_retry_after(
@@ -348,7 +348,7 @@ def test_a_failed_load_is_reported_with_its_reason(
     assert (str(ended), ended.exit_code) == ("tensor x is missing", 2)
 
 
-# --- the rest ---
+# --- models, ids, logs and metrics ---
 
 
 def test_the_list_of_models_has_aliases_with_a_parent(client: TestClient) -> None:

@@ -1,4 +1,4 @@
-"""λ by group, fan-out, the answer's λ and the cap on reasoning work over the app."""
+"""Over HTTP, λ by group, a fan-out, the answer's λ and the cap on reasoning reach the engine."""
 
 import json
 from pathlib import Path
@@ -137,7 +137,7 @@ def test_a_budget_under_any_name_becomes_the_engines_cap(
     assert answer_to(client, "say x", **fields)["routing"]["cap"] == 100
 
 
-def test_a_budget_of_minus_one_is_none(client: TestClient) -> None:
+def test_a_budget_of_minus_one_is_no_budget(client: TestClient) -> None:
     (got,) = engine_requests(client, thinking_token_budget=-1)
     assert got["think"][:2] == [None, 0]
     assert "cap" not in answer_to(client, "say x", thinking_token_budget=-1)["routing"]

@@ -1,4 +1,4 @@
-"""Budget, effort and load choose λ over the app, and the profile and what it observed are shown."""
+"""Over HTTP, budget, effort and load choose λ, and the profile and observed lengths are shown."""
 
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def test_reasoning_that_is_excluded_as_openrouter_does_is_left_out(profiled: Mak
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
 
 
-def test_a_stream_reports_the_routing_in_its_first_and_last_chunk(profiled: MakeClient) -> None:
+def test_a_stream_reports_routing_in_first_and_last_chunk(profiled: MakeClient) -> None:
     client = profiled()
     chunks = stream_events(client, "say xyz", reasoning_effort=0.8)
     with_routing = [index for index, chunk in enumerate(chunks) if "routing" in chunk]
@@ -192,7 +192,7 @@ def test_while_loading_profiles_are_a_503(make_client: MakeClient, tmp_path: Pat
     assert client.get("/v1/profiles").status_code == 503
 
 
-# --- what is observed ---
+# --- observed lengths ---
 
 
 def test_lengths_of_finished_answers_are_observed_by_class_and_bucket(profiled: MakeClient) -> None:

@@ -36,7 +36,7 @@ def grammar(client: TestClient, **fields: Any) -> str | None:
     return source
 
 
-# --- what reaches the engine ---
+# --- grammars ---
 
 
 def test_a_format_reaches_the_engine_as_a_grammar(client: TestClient) -> None:
@@ -117,7 +117,7 @@ def test_grammars_are_refused_if_the_prompt_opens_a_block_without_tag_tokens(
     assert only_choice(client, "say x")["finish_reason"] == "stop"
 
 
-# --- what an answer becomes ---
+# --- answers ---
 
 
 def test_an_answer_of_one_call_has_the_call_and_null_content(client: TestClient) -> None:

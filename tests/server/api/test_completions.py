@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.text.vocabulary import Vocabulary
-from tests.server.chat_requests import MakeClient, metric
+from tests.server.chat_requests import MakeClient, body_in, events_in, metric
 
 
 def post(client: TestClient, prompt: Any, **fields: Any) -> Any:
@@ -17,10 +17,7 @@ def post(client: TestClient, prompt: Any, **fields: Any) -> Any:
 
 
 def answer_to(client: TestClient, prompt: Any, **fields: Any) -> dict[str, Any]:
-    response = post(client, prompt, **fields)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    return body_in(post(client, prompt, **fields))
 
 
 def texts(answer: dict[str, Any]) -> list[str]:
@@ -30,11 +27,7 @@ def texts(answer: dict[str, Any]) -> list[str]:
 
 
 def stream_events(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
-    response = post(client, prompt, stream=True, **fields)
-    assert response.status_code == 200, response.text
-    *events, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    return events_in(post(client, prompt, stream=True, **fields))
 
 
 def refusal(client: TestClient, prompt: Any = "say hi", **fields: Any) -> dict[str, Any]:

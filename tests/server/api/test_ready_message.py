@@ -27,17 +27,17 @@ def test_sizes_have_three_digits(count: int, size: str) -> None:
     )
 
 
-def test_deltas_pair_kernels_and_recordings_are_named_only_if_there_are_any() -> None:
+def test_deltas_pair_kernels_and_cuda_graphs_are_named_only_if_there_are_any() -> None:
     plain = describe_engine(ENGINE_INFO)
     assert "qwen3, float32 on cpu" in plain
     assert "delta" not in plain
     assert "kernels" not in plain
     full = replace(
-        ENGINE_INFO, delta_dtype="int8", pair_kernels="up to 64 rows", graphs="70 recorded"
+        ENGINE_INFO, delta_dtype="int8", pair_kernels="up to 64 rows", graphs="70 captured"
     )
     described = describe_engine(full)
     assert "float32 and int8 delta on cpu" in described
-    assert "pair kernels up to 64 rows; decode steps: 70 recorded; " in described
+    assert "pair kernels up to 64 rows; CUDA graphs: 70 captured; " in described
 
 
 @pytest.mark.parametrize("needs_key", [True, False])

@@ -1,8 +1,8 @@
-"""Every field of every body has an effect, or is one of those that the documents list as without.
+"""Every field of every body has an effect, except those documented as accepted without effect.
 
 A request is sent twice, without the field and with it. The two must differ in the answer, in what
-the engine gets, or in the log line; whether the engine uses what it gets is tested with the engine
-(`tests/runtime/test_request_fields.py`). A new field without a case here fails.
+the engine receives, or in the log line. `tests/runtime/test_request_fields.py` tests whether the
+engine uses what it receives. A new field without a case here fails.
 """
 
 import copy
@@ -29,7 +29,7 @@ from tests.server.measured_profile import measured_profile
 
 CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
 ROOT = Path(__file__).parents[3]
-WRITES_EVERYTHING = """\
+TEMPLATE_OF_EVERYTHING = """\
 {{ messages | tojson }}{{ tools | tojson }}<|im_start|>user
 {{ messages[-1].content }}<|im_end|>{{ add_generation_prompt }}"""
 
@@ -53,7 +53,7 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def before(message: dict[str, Any]) -> dict[str, Any]:
-    """The field `messages` with another message before the last one."""
+    """Returns the field `messages` with this message before the last one."""
     return {"messages": [message, user("say hi")]}
 
 
@@ -204,7 +204,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
 
 
 def paths_of(model: type[BaseModel], start: str = "") -> Iterator[str]:
-    """The paths of the fields that have several values, such as `messages.0.role`."""
+    """Yields the paths of the fields that have several values, such as `messages.0.role`."""
     for name, info in model.model_fields.items():
         yield from paths_in(info.annotation, start + (info.alias or name))
 
@@ -239,7 +239,7 @@ FIELDS = sorted(
 
 
 def without_effect() -> set[str]:
-    """The fields that docs/architecture.md lists as accepted without effect."""
+    """Returns the fields that docs/architecture.md lists as accepted without effect."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = re.search(r"^7\. A field that the server accepts .*?\n\n", page, re.S | re.M)
     assert listed is not None
@@ -257,10 +257,10 @@ WITHOUT_EFFECT = without_effect()
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An endpoint whose template writes all it gets, and whose tokenizer adds a special token."""
+    """Returns an endpoint whose template writes all its input, and which adds a special token."""
     directory = tmp_path_factory.mktemp("endpoint")
     save_tokenizer(directory)
-    (directory / "chat_template.jinja").write_text(WRITES_EVERYTHING)
+    (directory / "chat_template.jinja").write_text(TEMPLATE_OF_EVERYTHING)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [315, 317]}))
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     first = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
@@ -283,10 +283,10 @@ def client(
 
 
 @pytest.fixture
-def seen(
+def send(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Callable[..., tuple[int, Any]]:
-    """Sends a request; returns its status and all that anybody sees of it, but ids and times."""
+    """Sends a request, and returns its status and all its effects, without ids and times."""
     engine, requests = client.app_state["service"].engine, list[EngineRequest]()
     submit = engine.submit
 
@@ -296,7 +296,7 @@ def seen(
 
     monkeypatch.setattr(engine, "submit", noting)
 
-    def send(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def send_and_observe(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         requests.clear()
         caplog.clear()
         with caplog.at_level("INFO"):
@@ -306,7 +306,7 @@ def seen(
         logged = {name: it for name, it in fields.items() if name != "id" and name[-2:] != "_s"}
         return response.status_code, (answer, list(requests), logged)
 
-    return send
+    return send_and_observe
 
 
 def with_field(body: Any, path: str, value: Any) -> Any:
@@ -320,13 +320,13 @@ def with_field(body: Any, path: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("route", "path"), FIELDS)
-def test_every_field_has_an_effect_or_is_listed_without(
-    route: str, path: str, seen: Callable[..., tuple[int, Any]]
+def test_every_field_has_an_effect_or_is_listed_as_without_one(
+    route: str, path: str, send: Callable[..., tuple[int, Any]]
 ) -> None:
     case = CASES[route][path]
     body = SMALLEST[route] | case.others
-    status, expected = seen(route, body)
-    changed_status, changed = seen(route, with_field(body, path, case.value))
+    status, expected = send(route, body)
+    changed_status, changed = send(route, with_field(body, path, case.value))
     assert status == 200, expected
     assert changed_status == 200 or case.refused, changed
     assert (changed == expected) is (path in WITHOUT_EFFECT)

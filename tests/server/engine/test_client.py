@@ -274,7 +274,7 @@ def test_an_engine_that_reads_no_commands_does_not_block_the_event_loop(
     run_scenario(scenario, timeout=0.5)
 
 
-def test_an_engine_without_work_may_be_silent(run_scenario: Callable[..., None]) -> None:
+def test_an_idle_engine_is_not_taken_for_hanging(run_scenario: Callable[..., None]) -> None:
     async def scenario(engine: FakeEngineClient) -> None:
         assert await take_all(engine.submit("say 1"))
         await wait_until(

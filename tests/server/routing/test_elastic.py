@@ -27,7 +27,7 @@ def test_load_is_over_only_once_queue_and_cache_are_well_below_their_limits() ->
     assert not elastic.update(Pressure(4, 0.4))
 
 
-def test_a_switch_is_kept_for_the_dwell_time() -> None:
+def test_elastic_routing_does_not_switch_within_the_dwell_time() -> None:
     clock = Clock()
     elastic = ElasticSwitch(LIMITS, clock)
     assert elastic.update(HIGH)
@@ -66,7 +66,7 @@ def test_two_switches_are_at_least_a_dwell_time_apart(steps: list[tuple[float, P
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), PRESSURES, PRESSURES)))
-def test_looking_at_it_foretells_an_update_and_changes_nothing(
+def test_active_under_predicts_update_without_side_effects(
     steps: list[tuple[float, Pressure, Pressure]],
 ) -> None:
     clock = Clock()
@@ -79,7 +79,7 @@ def test_looking_at_it_foretells_an_update_and_changes_nothing(
 
 
 @given(st.lists(PRESSURES))
-def test_after_the_dwell_time_a_high_or_low_pressure_decides_whatever_came_before(
+def test_after_the_dwell_time_only_the_current_pressure_decides(
     before: list[Pressure],
 ) -> None:
     clock = Clock()

@@ -54,13 +54,13 @@ def test_a_range_of_layers_includes_both_ends_and_overrides_attn_and_mlp() -> No
     )
 
 
-def test_a_dial_that_is_the_same_everywhere_is_the_plain_one() -> None:
+def test_a_dial_with_one_λ_everywhere_is_the_plain_dial() -> None:
     same = {"default": 0.6, "attn": 0.6, "mlp": 0.6, "head": 0.601, "layers": {"0-3": 0.6}}
     assert dial(same) == Dial(0.6)
     assert dial_to_json(dial(same), LAYERS) == 0.6
 
 
-def test_where_every_group_is_named_the_most_common_lambda_is_the_default() -> None:
+def test_if_every_group_is_named_the_most_common_lambda_is_the_default() -> None:
     assert dial({"attn": 0.8, "mlp": 0.8, "embed": 0, "head": 0}).reasoning_lambda == 0.8
     assert dial({"attn": 0.8, "mlp": 0.2, "embed": 0.2, "head": 0.8}).reasoning_lambda == 0.2
 
@@ -136,7 +136,7 @@ def test_a_dial_is_written_in_its_shortest_form(given: dict[str, Any], canonical
 
 
 @given(VALUES, st.dictionaries(st.sampled_from(GROUPS), VALUES))
-def test_any_dial_is_read_back_from_how_it_is_written(
+def test_any_dial_round_trips_through_its_written_form(
     default: float, named: dict[str, float]
 ) -> None:
     setting = Dial.on_grid(default, 0.1, named)

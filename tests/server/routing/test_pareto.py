@@ -12,7 +12,9 @@ def front_of(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
-def test_the_front_is_what_no_other_point_beats(points: list[tuple[int, int]]) -> None:
+def test_the_front_has_exactly_the_points_that_no_other_point_beats(
+    points: list[tuple[int, int]],
+) -> None:
     def beats(one: tuple[int, int], other: tuple[int, int]) -> bool:
         return one[0] <= other[0] and one[1] >= other[1] and one != other
 

@@ -55,7 +55,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_profile(tmp_path / "none.json")
 
 
-# --- which one ---
+# --- the profile of a pair ---
 
 
 @pytest.mark.parametrize("name", QWEN)
@@ -81,7 +81,7 @@ def test_a_profile_by_content_is_preferred_to_one_by_name() -> None:
         assert find_builtin_profile("2" * 32, "I", "T", known) == by_name
 
 
-# --- what is built in ---
+# --- built-in profiles ---
 
 
 def test_the_embedded_pair_and_the_papers_two_pairs_have_built_in_profiles() -> None:

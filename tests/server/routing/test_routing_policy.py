@@ -94,7 +94,7 @@ def test_if_no_point_fits_the_budget_the_cheapest_one_runs_under_the_cap() -> No
     assert summary(routing) == (0.5, "budget", 700, 700)
 
 
-def test_thinking_is_the_default_only_where_the_default_thinks() -> None:
+def test_thinking_on_runs_at_the_default_only_if_the_default_thinks() -> None:
     never = policy(measured_profile(), default=0.2, think_threshold=0.3)
     assert summary(never.decide(UNNAMED, ReasoningOptions(thinks=True)))[0] == 0.45
     assert summary(never.decide(UNNAMED, ReasoningOptions()))[0] == 0.2
@@ -119,7 +119,7 @@ def test_the_answer_reports_the_routing_without_what_does_not_apply() -> None:
     }
 
 
-# --- without one ---
+# --- without a profile ---
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_cut_blocks_do_not_lower_the_p90_of_a_lambda() -> None:
     assert lambda_for_300_tokens(adaptive) == 0.6  # the p90 lies among the cut ones
 
 
-def test_without_adapt_observations_decide_nothing() -> None:
+def test_without_adapt_observed_lengths_are_ignored() -> None:
     clock = Clock()
     steady = adaptive_policy(clock, None)
     observe(steady, 0.8, 100, 250, cut=False)

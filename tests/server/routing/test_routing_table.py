@@ -47,11 +47,13 @@ BUDGETS = st.integers(0, 10_000)
 SHARES = st.floats(0, 1)
 
 
-# --- what is eligible ---
+# --- candidates ---
 
 
 @given(curves())
-def test_the_front_is_what_nothing_dominates(points: tuple[Point, ...]) -> None:
+def test_the_front_has_exactly_the_points_that_no_point_dominates(
+    points: tuple[Point, ...],
+) -> None:
     def dominates(one: Point, other: Point) -> bool:
         ours = (one.reasoning_tokens.mean, -one.score)
         theirs = (other.reasoning_tokens.mean, -other.score)

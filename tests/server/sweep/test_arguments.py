@@ -79,7 +79,7 @@ def test_a_bad_value_is_refused_with_exit_code_two(
     assert "mi-server sweep: error:" in capsys.readouterr().err
 
 
-def test_a_calibration_needs_two_samples_to_estimate_a_spread() -> None:
+def test_a_calibration_needs_at_least_two_samples() -> None:
     with pytest.raises(SystemExit):
         parse_arguments(calibrate_parser(), ["--out", "p", "--samples", "1"])
 

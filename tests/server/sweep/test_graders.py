@@ -86,7 +86,7 @@ def test_the_letter_of_a_choice_is_found_where_models_write_it(
 
 
 @given(st.integers(-(10**12), 10**12), st.text())
-def test_a_number_reads_the_same_however_it_is_written(value: int, before: str) -> None:
+def test_a_number_is_read_in_every_notation(value: int, before: str) -> None:
     for text in (f"{value}", f"{value:,}", f"{value}.00", f"{before} {value}."):
         assert last_number(text) == str(value)
 
@@ -113,7 +113,7 @@ def test_no_text_breaks_a_grader(text: str) -> None:
         ("boxed", ""),
     ],
 )
-def test_a_right_answer_that_a_grader_cannot_compare_is_refused_before_the_run(
+def test_a_reference_answer_that_the_grader_cannot_compare_is_refused_before_the_run(
     name: str, answer: object
 ) -> None:
     with pytest.raises(BadParameters, match="question '1'"):

@@ -24,7 +24,7 @@ def test_a_template_sees_messages_and_special_tokens() -> None:
     )
 
 
-def test_blocks_are_trimmed_as_transformers_does() -> None:
+def test_template_blocks_are_trimmed_as_in_transformers() -> None:
     assert render("a\n  {% if true %}\nb\n  {% endif %}\nc") == "a\nb\nc"
 
 
@@ -37,7 +37,7 @@ def test_tojson_keeps_letters_and_does_not_escape_html() -> None:
     assert render("{{ messages[0] | tojson }}", "é<&>") == '{"role": "user", "content": "é<&>"}'
 
 
-def test_a_generation_block_renders_what_is_between() -> None:
+def test_a_generation_block_renders_its_content() -> None:
     assert render("a{% generation %}b{% endgeneration %}c") == "abc"
 
 

@@ -58,7 +58,7 @@ def test_a_directory_that_is_not_there_is_named(name: str) -> None:
         local_directory(name)
 
 
-def test_an_existing_directory_is_used_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_directory_is_used_unchanged(tmp_path: Path) -> None:
     assert local_directory(str(tmp_path)) == tmp_path.resolve()
 
 

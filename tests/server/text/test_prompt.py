@@ -22,7 +22,7 @@ def endpoints(
     return EndpointText.read(instruct_directory), EndpointText.read(opening_directory)
 
 
-# --- which template, and what it opens ---
+# --- the choice of a template, and its think block ---
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,7 @@ PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }};{
 
 
 @pytest.fixture
-def continued(
-    endpoints: tuple[EndpointText, EndpointText], tmp_path: Path
-) -> Callable[..., tuple[str, bool]]:
+def continued(endpoints: tuple[EndpointText, EndpointText]) -> Callable[..., tuple[str, bool]]:
     """Returns a function of a template and a final message that the prompt continues.
 
     It gives the prompt's text, and whether it ends inside a think block.

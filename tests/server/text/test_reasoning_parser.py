@@ -85,7 +85,7 @@ def test_text_without_a_block_is_content_with_all_its_spaces() -> None:
     assert split(" Answer: 6 \n", opened=False) == Parts("", " Answer: 6 \n")
 
 
-def test_blanks_alone_are_content() -> None:
+def test_whitespace_alone_is_content() -> None:
     assert split(" \n", opened=False) == Parts("", " \n")
 
 
@@ -133,7 +133,7 @@ def test_only_one_repeated_closing_tag_is_dropped() -> None:
     assert split(text, opened=True) == split_text([text]) == Parts("a", "</think>b")
 
 
-def test_blanks_after_the_block_are_content_but_for_the_line_breaks_at_the_tag() -> None:
+def test_whitespace_after_the_block_is_content_but_for_the_line_breaks_at_the_tag() -> None:
     for end in ("", "b"):
         text = f"a</think>\n \n{end}"
         assert split(text, opened=True) == split_text([text]) == Parts("a", f" \n{end}")
@@ -164,14 +164,14 @@ def test_a_block_that_a_finished_answer_never_closed_is_the_answer() -> None:
 
 
 def slow_split(ids: list[int], *, opened: bool, by_length: bool) -> Parts:
-    """Splits the complete answer at once: the slow twin."""
+    """Splits the complete answer at once, as a reference."""
     decode = VOCABULARY.tokenizer.decode
     tag_of = [VOCABULARY.tags.get(token_id) for token_id in ids]
     start = 0
     if not opened:
-        blanks = VOCABULARY.marks.blanks
-        assert blanks is not None
-        while start < len(ids) and ids[start] in blanks:
+        whitespace = VOCABULARY.marks.whitespace
+        assert whitespace is not None
+        while start < len(ids) and ids[start] in whitespace:
             start += 1
         if start == len(ids) or tag_of[start] != THINK_OPEN:
             return Parts("", decode(ids))
@@ -306,7 +306,7 @@ def test_piece_by_piece_the_split_is_that_of_the_complete_text(
 
 
 def slow_split_text(text: str, *, by_length: bool) -> Parts:
-    """Splits the complete text after a block that the prompt opened: the slow twin."""
+    """Splits the complete text after a block that the prompt opened, as a reference."""
     end = re.search(f"{THINK_CLOSE}|{TOOL_CALL}", text)
     if end is not None:
         content = re.sub(rf"^\s*{THINK_CLOSE}", "", text[end.end() :])

@@ -36,7 +36,7 @@ def call_text(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
 
 
-def test_text_without_a_call_is_content_with_all_its_blanks() -> None:
+def test_text_without_a_call_is_content_with_all_its_whitespace() -> None:
     assert parse(" a <tool \n") == (" a <tool \n", [])
 
 

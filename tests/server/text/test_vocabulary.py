@@ -74,22 +74,22 @@ def test_a_tool_call_tag_closes_a_block_only_where_it_is_a_token() -> None:
     )
 
 
-def test_blank_tokens_and_soft_ends_are_found_by_their_text() -> None:
+def test_whitespace_tokens_and_soft_ends_are_found_by_their_text() -> None:
     marks = VOCABULARY.marks
-    assert marks.blanks is not None
+    assert marks.whitespace is not None
     texts = {text: VOCABULARY.encode(text)[0] for text in ("\n", "\n\n", " ", ".", "?", "a", "=")}
     assert {text for text, token_id in texts.items() if token_id in marks.soft_ends} == {
         *("\n", "\n\n", ".", "?")
     }
-    assert {text for text, token_id in texts.items() if token_id in marks.blanks} == {
+    assert {text for text, token_id in texts.items() if token_id in marks.whitespace} == {
         *("\n", "\n\n", " ")
     }
 
 
-def test_tags_are_neither_blank_nor_the_end_of_a_sentence_though_they_may_be_hidden() -> None:
+def test_tags_are_neither_whitespace_nor_the_end_of_a_sentence_though_they_may_be_hidden() -> None:
     tokenizer: Tokenizer = build_tokenizer()
     tokenizer.add_special_tokens([AddedToken("<think>", special=True)])
     vocabulary = Vocabulary(tokenizer)
-    assert vocabulary.marks.blanks is not None
-    assert not vocabulary.tags.keys() & (vocabulary.marks.blanks | vocabulary.marks.soft_ends)
-    assert set(vocabulary.encode("<|im_end|>")) <= vocabulary.marks.blanks
+    assert vocabulary.marks.whitespace is not None
+    assert not vocabulary.tags.keys() & (vocabulary.marks.whitespace | vocabulary.marks.soft_ends)
+    assert set(vocabulary.encode("<|im_end|>")) <= vocabulary.marks.whitespace

@@ -42,7 +42,7 @@ def test_an_unknown_field_may_be_named_like_a_union_tag(name: str) -> None:
 
 
 def union_tags(schema: Any) -> Iterator[str]:
-    """The tags of all unions in a core schema of pydantic."""
+    """Returns the tags of all unions in a core schema of pydantic."""
     if isinstance(schema, dict):
         if schema.get("type") == "tagged-union":
             yield from schema["choices"]
