@@ -184,16 +184,12 @@ def _number(least: float, most: float = math.inf) -> Callable[[str], float]:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not least <= value <= most or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
-        return value
+        return _checked(value, least, most)
 
     return number
 
 
 def _numbers(least: float, most: float) -> Callable[[str], list[float]]:
-    number = _number(least, most)
-
     def numbers(text: str) -> list[float]:
         try:
             values = [float(part) for part in text.split(",")]
@@ -201,9 +197,15 @@ def _numbers(least: float, most: float) -> Callable[[str], list[float]]:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a list of numbers separated by commas"
             ) from None
-        return list(dict.fromkeys(number(f"{value!r}") for value in values))
+        return [_checked(value, least, most) for value in dict.fromkeys(values)]
 
     return numbers
+
+
+def _checked(value: float, least: float, most: float) -> float:
+    if not least <= value <= most or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{value:g} is not between {least:g} and {most:g}")
+    return value
 
 
 def _count(least: int) -> Callable[[str], int]:

@@ -83,8 +83,8 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         )
     if len(request.prompts) * request.choices > MOST_CHOICES_OF_PROMPTS:
         raise InvalidRequest(
-            f"{len(request.prompts)} prompts with {request.choices} choices each exceed the limit of "
-            f"{MOST_CHOICES_OF_PROMPTS} choices",
+            f"{len(request.prompts)} prompts with {request.choices} choices each exceed the "
+            f"limit of {MOST_CHOICES_OF_PROMPTS} choices",
             param="prompt",
         )
     if request.reasoning is not None and request.reasoning.exclude is not None:

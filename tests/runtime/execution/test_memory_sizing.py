@@ -106,8 +106,17 @@ def test_too_little_memory_is_an_error_with_numbers_and_flags_to_change(
     message = str(caught.value)
     assert "of 80.0 GiB on the device, --gpu-memory-utilization 0.9 allows 72.0 GiB" in message
     assert "hold 71.0 GiB, the largest step takes 2.0 GiB" in message
+    assert " GiB too little." in message
+    assert "-" not in message.partition("takes")[2].partition(" too little")[0]
     for flag in ("--delta-dtype", "--max-batched-tokens", "--max-num-seqs"):
         assert flag in message
+
+
+def test_a_kv_cache_of_less_than_a_block_is_an_error_that_names_its_flag(
+    model: BlendedModel,
+) -> None:
+    with pytest.raises(PairError, match="--kv-cache-bytes 1 is less than one KV block"):
+        cuda_sizes(replace(CONFIG, kv_cache_bytes=1), model, RESERVED)
 
 
 @given(

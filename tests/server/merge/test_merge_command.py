@@ -7,6 +7,15 @@ import pytest
 from server.merge import merge_command
 
 
+def test_the_help_states_each_default_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        merge_command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "None" not in text
+    assert str(merge_command.INSTRUCT_DIRECTORY) not in text
+    assert "how to merge (default: interpolation)" in text
+
+
 def test_a_merge_that_is_interrupted_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

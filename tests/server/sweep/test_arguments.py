@@ -56,27 +56,31 @@ def test_flags_that_do_not_go_together_are_refused(words: str, reason: str) -> N
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "reason"),
     [
-        "--lambdas 0,1.1",
-        "--lambdas nan",
-        "--lambdas x",
-        "--samples 0",
-        "--temperature 2.1",
-        "--top-p 0",
-        "--timeout inf",
-        "--instruct-decoding 0.7,0.8",
-        "--grader guess",
-        "--lambda 0",  # an abbreviation of --lambdas, which may be a typo
+        ("--lambdas 0,1.1", "1.1 is not between 0 and 1"),
+        ("--lambdas nan", "nan is not between 0 and 1"),
+        ("--lambdas 0,x", "'0,x' is not a list of numbers separated by commas"),
+        ("--samples 0", "must be at least 1"),
+        ("--samples x", "'x' is not a whole number"),
+        ("--temperature 2.1", "2.1 is not between 0 and 2"),
+        ("--top-p 0", "0 is not between 1e-06 and 1"),
+        ("--timeout inf", "inf is not between 1 and inf"),
+        ("--timeout x", "'x' is not a number"),
+        ("--instruct-decoding 0.7,0.8", "must be T,TOP_P,TOP_K, for example 0.7,0.8,20"),
+        ("--grader guess", "invalid choice: 'guess'"),
+        ("--lambda 0", "unrecognized arguments: --lambda 0"),  # an abbreviation may be a typo
     ],
 )
 def test_a_bad_value_is_refused_with_exit_code_two(
-    words: str, capsys: pytest.CaptureFixture[str]
+    words: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_arguments(sweep_parser(), ["--out", "d", *words.split()])
     assert ended.value.code == 2
-    assert "mi-server sweep: error:" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "mi-server sweep: error:" in message
+    assert reason in message
 
 
 def test_a_calibration_needs_at_least_two_samples() -> None:

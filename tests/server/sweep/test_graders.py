@@ -124,8 +124,8 @@ def test_a_reference_answer_that_the_grader_cannot_compare_is_refused_before_the
     ("name", "pattern", "reason"),
     [
         ("guess", None, "no grader 'guess'"),
-        ("regex", None, "--pattern"),
-        ("exact", "x", "--pattern"),
+        ("regex", None, "--grader regex requires --pattern"),
+        ("exact", "x", "--pattern is allowed only with --grader regex"),
         ("regex", "(", "--pattern '\\('"),
     ],
 )
