@@ -355,4 +355,5 @@ def _message(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{name}: no such setting"
-    return f"{name}: {detail['msg']}" if name else str(detail["msg"]).removeprefix("Value error, ")
+    flag = "--" + name.replace("_", "-")
+    return f"{flag}: {detail['msg']}" if name else str(detail["msg"]).removeprefix("Value error, ")

@@ -54,7 +54,7 @@ class KeyRing:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise KeyFileError(f"API key {number} must be printable ASCII without spaces")
         if len({key.digest for key in self._keys}) < len(keys):
-            raise KeyFileError("The same API key is given twice")
+            raise KeyFileError("An API key is listed twice")
 
     @classmethod
     def of(cls, secrets: Sequence[SecretStr], file: Path | None) -> "KeyRing":

@@ -20,7 +20,7 @@ from server.text.vocabulary import IncrementalDetokenizer, Vocabulary
 from server.wire.errors import ApiError, InvalidRequest, RequestFailed
 
 ObserveReasoning = Callable[[int, bool], None]
-"""Receives the reasoning tokens of a choice that ended, and whether its think block was cut."""
+"""Receives the reasoning tokens of an ended choice, and whether its think block was truncated."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Choice:
         self.reasoning_tokens = 0
         self.cached_tokens = 0
         self.forced_close = False
-        self._cut_in_block = False
+        self._truncated_block = False
         self._field_names = field_names
         self._observe = observe
         self._vocabulary = vocabulary
@@ -112,7 +112,7 @@ class Choice:
             reasoning_tokens=self.reasoning_tokens,
         )
         if self.finish_reason is not None and self._observe is not None:
-            self._observe(self.reasoning_tokens, self.forced_close or self._cut_in_block)
+            self._observe(self.reasoning_tokens, self.forced_close or self._truncated_block)
 
     def _count(self, event: TokenEvent) -> str:
         """Counts the token and returns its text; the text of an ending token is not shown."""
@@ -136,7 +136,7 @@ class Choice:
         self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
         split = self._splitter.feed(text, event)
         split = split.then(self._splitter.feed(self._text.finish()))
-        self._cut_in_block = self.finish_reason == "length" and self._splitter.inside_block
+        self._truncated_block = self.finish_reason == "length" and self._splitter.inside_block
         split = split.then(self._splitter.finish(by_length=self.finish_reason == "length"))
         if split.repeats_reasoning:
             self.reasoning_tokens = 0

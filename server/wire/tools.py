@@ -91,12 +91,12 @@ def check_tools(tools: Sequence[Tool], choice: str | NamedTool | None) -> None:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InvalidRequest(
-                f"`tools[{index}].function.name`: there is another tool {name!r}",
+                f"`tools[{index}].function.name`: another tool is also named {name!r}",
                 param=f"tools[{index}].function.name",
             )
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         raise InvalidRequest(
-            f"`tool_choice` names {choice.function.name!r}, which is none of the tools",
+            f"`tool_choice` names {choice.function.name!r}, which is not in `tools`",
             param="tool_choice.function.name",
         )
     if choice == "required" and not names:
