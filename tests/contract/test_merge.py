@@ -114,7 +114,7 @@ REFUSED = {
     "no number": (["--lambda", "much"], "--lambda: neither a λ nor λ by blend group"),
     "a layer too far": (["--lambda", '{"default": 0, "layers": {"9": 1}}'], "layers 0 to 5"),
     "an unknown group": (["--lambda", '{"default": 0, "ffn": 1}'], "ffn"),
-    "no base": (["--method", "ties"], "needs --base"),
+    "no base": (["--method", "ties"], "requires --base"),
     "no such endpoint": (["--lambda", "0.6", "--instruct", "/no/such"], "no such directory"),
 }
 
