@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mi_runtime.request import Dial
 from server.config import ConfigError
-from server.routing.group_lambdas import PARAM, dial_of_groups, dial_to_json
+from server.routing.group_lambdas import PARAM, check_lambda, dial_of_groups, dial_to_json
 from server.text.checkpoint import local_directory, read_json
 from server.wire.errors import InvalidRequest
 from server.wire.reasoning_fields import GroupLambdas
@@ -92,6 +92,7 @@ def _dial(text: str, layers: int) -> Dial:
         if isinstance(value, dict):
             groups = GroupLambdas.model_validate_json(text)
             return dial_of_groups(groups, step=FINEST_GRID, layers=layers)
+        check_lambda(float(value), "--lambda")
         return Dial.on_grid(float(value), FINEST_GRID)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

@@ -109,9 +109,9 @@ def test_baseline_methods_write_a_checkpoint_too(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "no λ": ([], "--lambda is missing"),
+    "no λ": ([], "interpolation requires --lambda"),
     "λ above 1": (["--lambda", "1.5"], "λ must be a number in [0, 1]"),
-    "no number": (["--lambda", "much"], "--lambda: neither a λ nor λ by blend group"),
+    "no number": (["--lambda", "much"], "--lambda: 'much' is neither a number nor a JSON object"),
     "a layer too far": (["--lambda", '{"default": 0, "layers": {"9": 1}}'], "layers 0 to 5"),
     "an unknown group": (["--lambda", '{"default": 0, "ffn": 1}'], "ffn"),
     "no base": (["--method", "ties"], "requires --base"),
