@@ -177,7 +177,7 @@ def test_the_response_header_has_the_lambda(client: openai.OpenAI) -> None:
         (
             {"reasoning_effort": "low", "extra": {"reasoning": {"effort": "high"}}},
             "reasoning.effort",
-            "different reasoning efforts",
+            "sets different efforts",
         ),
         (
             {"extra": {"thinking_budget": 1, "reasoning": {"max_tokens": 2}}},
