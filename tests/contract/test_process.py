@@ -221,11 +221,11 @@ def test_settings_that_cannot_be_used_are_exit_code_2_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for flags, reason in [
-        (["--default-lambda", "2"], "default_lambda"),
+        (["--default-lambda", "2"], "--default-lambda: "),
         (["--thinking", "/no/such/place", "--instruct", "/no/such/place"], "no such directory"),
-        (["--lambda-step", "0.3"], "lambda_step"),
+        (["--lambda-step", "0.3"], "--lambda-step: "),
         (["--profile", "/no/such/profile.json"], "/no/such/profile.json"),
-        (["--elastic-release", "1"], "elastic_release"),
+        (["--elastic-release", "1"], "--elastic-release: "),
     ]:
         assert main(["serve", *flags]) == 2
         printed = capsys.readouterr().err
