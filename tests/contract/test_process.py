@@ -223,7 +223,7 @@ def test_settings_that_cannot_be_used_are_exit_code_2_without_a_traceback(
     for flags, reason in [
         (["--default-lambda", "2"], "--default-lambda: "),
         (["--thinking", "/no/such/place", "--instruct", "/no/such/place"], "no such directory"),
-        (["--lambda-step", "0.3"], "--lambda-step: "),
+        (["--lambda-step", "0.3"], "--lambda-step"),
         (["--profile", "/no/such/profile.json"], "/no/such/profile.json"),
         (["--elastic-release", "1"], "--elastic-release: "),
     ]:
