@@ -62,11 +62,15 @@ def print_ratios(here: list[Figures], other: list[Figures]) -> None:
             columns[row].append((ours[row], theirs[row]))
     for row, pairs in sorted(columns.items()):
         a, b = (median(values) for values in zip(*pairs, strict=True))
-        ratios = [ours / theirs for ours, theirs in pairs]
-        print(
-            f"| {row} | {a:,.1f} | {b:,.1f} | {median(ratios):.3f} "
-            f"| {min(ratios):.3f} | {max(ratios):.3f} |"
-        )
+        print(f"| {row} | {a:,.4g} | {b:,.4g} | {ratio_cells(pairs)} |")
+
+
+def ratio_cells(pairs: list[tuple[float, float]]) -> str:
+    """Returns median, lowest and highest ratio, or dashes if a number is 0 or negative."""
+    if any(number <= 0 for pair in pairs for number in pair):
+        return "– | – | –"
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return f"{median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f}"
 
 
 if __name__ == "__main__":
