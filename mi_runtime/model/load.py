@@ -155,9 +155,8 @@ def _load_checkpoint(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Loads one checkpoint. Raises PairError with every missing, unknown or non-finite tensor."""
-    AttentionInterface.register(
-        ATTENTION_NAME, attention_forward
-    )  # must exist before a config refers to it
+    # It must be registered before a config refers to it.
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
     try:
         with tensors_allocated_separately():
             model, report = AutoModelForCausalLM.from_pretrained(

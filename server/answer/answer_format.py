@@ -1,4 +1,4 @@
-"""The interface of the two formats of answers, which `sse` and `complete` use.
+"""The interface of the two formats of answers, which `sse` and `json_answer` use.
 
 A *payload* is the one field of a choice in which the formats differ: `delta` or `message` in chat,
 `text` in `/v1/completions`.

@@ -76,6 +76,7 @@ def _count_submission(prepared: PreparedRequest, service: Service) -> None:
 
 def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
     choice, vocabulary = prepared.choices[index], service.prompt_builder.vocabulary
+    answer_format = prepared.answer_format
     wants_logprobs = prepared.wire.alternatives is not None
     return Choice(
         index,
@@ -88,9 +89,7 @@ def _choice(index: int, prepared: PreparedRequest, service: Service) -> Choice:
             prepared.notes.arrived,
             cap=prepared.decision.cap,
         ),
-        write_logprobs=prepared.answer_format.logprobs_writer(vocabulary)
-        if wants_logprobs
-        else None,
+        write_logprobs=answer_format.logprobs_writer(vocabulary) if wants_logprobs else None,
         echo=choice.echo,
         observe=_observer(choice, prepared, service),
         tools=prepared.tools,

@@ -181,9 +181,8 @@ class RequestMeter:
         metrics, name = self._metrics, self._metrics.model_name
         metrics._success.labels(name, reason).inc()
         metrics._reasoning_tokens.labels(name).inc(reasoning_tokens)
-        ended = (
-            self._last_token or time.perf_counter()
-        )  # when it was generated, not when a slow client read it
+        # The time when the last token was generated, not when a slow client read it.
+        ended = self._last_token or time.perf_counter()
         metrics._e2e.labels(*self._labels).observe(ended - self._arrived)
         metrics._request_prompt.labels(*self._labels).observe(self._prompt_tokens)
         metrics._request_generation.labels(*self._labels).observe(generation_tokens)

@@ -35,6 +35,12 @@ def sources() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
+@cache
+def file_names() -> set[str]:
+    folders = ("server", "mi_runtime", "bench", "tests", "docs")
+    return {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+
+
 def quoted(page: str) -> set[str]:
     """Returns what a page has in backticks, outside its code blocks."""
     return set(IN_BACKTICKS.findall(re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)))
@@ -60,6 +66,12 @@ def test_there_are_pages() -> None:
 def test_a_file_that_a_page_names_exists(page: str) -> None:
     paths = {text for text in quoted(page) if A_PATH.fullmatch(text)}
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_module_that_a_page_names_by_its_file_alone_exists(page: str) -> None:
+    names = {text for text in quoted(page) if re.fullmatch(r"\w+\.py", text)}
+    assert not {name for name in names if name not in file_names()}
 
 
 @pytest.mark.parametrize("page", PAGES)

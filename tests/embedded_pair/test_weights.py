@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from bench.reference_sweep import left_padded, merged
 from mi_runtime.embedded_pair import INSTRUCT_DIRECTORY, THINKING_DIRECTORY
 from mi_runtime.embedded_pair.task import draw_questions, is_correct, thought
 from mi_runtime.embedded_pair.tokenizer import prompt_text
@@ -37,31 +37,11 @@ class Outcome:
     stopped: float
 
 
-def merged_model(weight: float) -> AutoModelForCausalLM:
-    model = AutoModelForCausalLM.from_pretrained(INSTRUCT_DIRECTORY, dtype=torch.float32)
-    other = AutoModelForCausalLM.from_pretrained(THINKING_DIRECTORY, dtype=torch.float32)
-    thinking = other.state_dict()
-    model.load_state_dict(
-        {
-            name: weight * thinking[name] + (1 - weight) * instruct
-            for name, instruct in model.state_dict().items()
-        }
-    )
-    return model.eval()
-
-
-def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    tokens = [[pad] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(tokens), torch.tensor(mask)
-
-
 @cache
 def outcome(weight: float) -> Outcome:
     """Returns the averages of one answer to each question, sampled at T = 0.7."""
     torch.manual_seed(0)
-    model = merged_model(weight)
+    model = merged(INSTRUCT_DIRECTORY, THINKING_DIRECTORY, weight)
     tokenizer = Tokenizer.from_file(str(INSTRUCT_DIRECTORY / "tokenizer.json"))
     prompts = [tokenizer.encode(prompt_text(question.text)).ids for question in QUESTIONS]
     tokens, mask = left_padded(prompts, model.config.pad_token_id)

@@ -277,9 +277,8 @@ def test_an_engine_that_reads_no_commands_does_not_block_the_event_loop(
 def test_an_idle_engine_is_not_taken_for_hanging(run_scenario: Callable[..., None]) -> None:
     async def scenario(engine: FakeEngineClient) -> None:
         assert await take_all(engine.submit("say 1"))
-        await wait_until(
-            lambda: engine.client._check_timer is None
-        )  # a check found no open request
+        # The timer is gone once a check has found no open request.
+        await wait_until(lambda: engine.client._check_timer is None)
         assert engine.client.ended is None
         assert await take_all(engine.submit("say 1"))
 
