@@ -71,7 +71,7 @@ def test_a_file_that_a_page_names_exists(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_module_that_a_page_names_by_its_file_alone_exists(page: str) -> None:
     names = {text for text in quoted(page) if re.fullmatch(r"\w+\.py", text)}
-    assert not {name for name in names if name not in file_names()}
+    assert names - file_names() <= {"utils.py"}  # which CONTRIBUTING.md forbids
 
 
 @pytest.mark.parametrize("page", PAGES)
